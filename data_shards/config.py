@@ -1,0 +1,30 @@
+"""Options of the sample stream."""
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class StreamConfig:
+    """How samples are ordered, read ahead and augmented."""
+
+    lanes: int = Field(default=8, ge=1)
+    """Places of the shard sequence that are read in turn. A set of less than lanes * window samples
+    uses fewer lanes, so that every lane is at least one window long."""
+    window: int = Field(default=2048, ge=1)
+    """Shuffle window in samples per lane: no sample moves this far or farther. A set of at most one
+    window is shuffled uniformly."""
+    read_ahead_bytes: int = Field(default=256 * MIB, ge=1)
+    """Bound on encoded and decoded bytes held ahead of the consumer, per rank."""
+    cache_bytes: int = Field(default=64 * MIB, ge=0)
+    """A split whose decoded images fit in this is decoded once and kept in memory; 0 = never."""
+    damage_fraction: float = Field(default=0.001, ge=0.0, le=1.0)
+    """Share of the samples seen that may be damaged before the run stops."""
+    damage_allowance: int = Field(default=10, ge=0)
+    """Damaged samples allowed on top of the share, so that an early one does not stop a run."""
+    shift_pixels: int = Field(default=0, ge=0)
+    """Augmentation: translate by up to this many pixels in each direction, zeros move in."""
+    flip: bool = False
+    """Augmentation: mirror half of the images left to right."""

@@ -1,0 +1,5 @@
+"""The one error of this room."""
+
+
+class ShardError(ValueError):
+    """A shard set, a sample or a request for one is wrong; the message names what and where."""

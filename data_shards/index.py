@@ -1,0 +1,337 @@
+"""The index of a shard set: what is in it, where every image lies, and what each must hash to.
+
+A set is a directory of tar shards (`train-00000.tar`, `test-00000.tar`, ...) with two more files:
+`index.parquet` has one row per sample in stored order, `index.json` is the header. The header is
+written last: a directory without one is not a shard set.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydantic
+from pydantic import ConfigDict, Field
+
+from data_shards.decode import EXTENSIONS
+from data_shards.errors import ShardError
+from data_shards.store import Store
+
+SCHEMA_VERSION: Final = 1
+HEADER_FILE = "index.json"
+ROWS_FILE = "index.parquet"
+STORED_SPLITS = ("train", "test")
+SPLITS = (*STORED_SPLITS, "fit", "validation")
+
+SplitName = Literal["train", "test", "fit", "validation"]
+
+_COLUMNS = {
+    "split": pa.string(),
+    "validation": pa.bool_(),
+    "shard": pa.int32(),
+    "key": pa.string(),
+    "offset": pa.int64(),
+    "size": pa.int64(),
+    "extension": pa.string(),
+    "xxh3_64": pa.uint64(),
+    "label": pa.int32(),
+}
+_STRICT = ConfigDict(extra="forbid")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Shard:
+    """One tar file of a set."""
+
+    number: int = Field(ge=0)
+    """Place in the header's list; the `shard` column of the rows."""
+    file: str = Field(pattern=r"^(train|test)-[0-9]{5,}\.tar$")
+    split: Literal["train", "test"]
+    samples: int = Field(ge=1)
+    size: int = Field(ge=1)
+    """Bytes of the tar file."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Header:
+    """The content of `index.json`, apart from its digest."""
+
+    schema_version: Literal[1]
+    name: str
+    image_shape: tuple[int, int, int] | None
+    """(C, H, W) as stored, None if images differ in shape."""
+    num_classes: int = Field(ge=1)
+    class_names: tuple[str, ...]
+    splits: dict[SplitName, int]
+    shards: tuple[Shard, ...]
+    rows_sha256: str
+    """sha256 of `index.parquet`."""
+    generator: dict[str, Any]
+    """Name and parameters of the source."""
+
+    def digest(self) -> str:
+        """Return the sha256 of the canonical JSON text; it covers every byte of the set."""
+        return hashlib.sha256(_canonical(_header_dict(self))).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """One array per column, one entry per sample in stored order (shard, offset)."""
+
+    shard: npt.NDArray[np.int32]
+    offset: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+    xxh3_64: npt.NDArray[np.uint64]
+    label: npt.NDArray[np.int32]
+    validation: npt.NDArray[np.bool_]
+    extension: npt.NDArray[np.bytes_]
+    key: npt.NDArray[np.bytes_]
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardIndex:
+    """A checked shard set: header, rows and the store that holds its files."""
+
+    store: Store
+    header: Header
+    rows: Rows
+    digest: str
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) as stored.
+
+        Raises:
+            ShardError: the images of this set differ in shape.
+        """
+        if self.header.image_shape is None:
+            raise ShardError(f"the images of shard set {self.store} differ in shape")
+        return self.header.image_shape
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; labels are below it."""
+        return self.header.num_classes
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """All shards, in stored order."""
+        return self.header.shards
+
+    def select(self, split: str) -> npt.NDArray[np.int64]:
+        """Return the row numbers of a split, in stored order.
+
+        "fit" and "validation" partition "train".
+
+        Raises:
+            ShardError: unknown or empty split.
+        """
+        if split not in SPLITS:
+            raise ShardError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+        stored = "test" if split == "test" else "train"
+        chosen = np.array([shard.split == stored for shard in self.shards])[self.rows.shard]
+        if split in ("fit", "validation"):
+            chosen &= self.rows.validation == (split == "validation")
+        if not chosen.any():
+            raise ShardError(f"split {split!r} of shard set {self.store} has no samples")
+        return np.flatnonzero(chosen)
+
+    def shards_of(self, split: str) -> list[Shard]:
+        """Return the shards that hold samples of a split, in stored order."""
+        return [self.shards[number] for number in np.unique(self.rows.shard[self.select(split)])]
+
+    def require(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        """Check that a network of this input and output fits the set.
+
+        Raises:
+            ShardError: it does not; the message has both.
+        """
+        if self.image_shape != tuple(input_shape) or self.num_classes != num_classes:
+            ours, theirs = ("x".join(map(str, s)) for s in (self.image_shape, input_shape))
+            raise ShardError(
+                f"shard set {self.store} has images {ours} (channels x height x width) in "
+                f"{self.num_classes} classes, the network takes {theirs} in {num_classes} classes"
+            )
+
+    def describe(self, row: int) -> str:
+        """Return where a sample lies, for messages."""
+        file = self.shards[self.rows.shard[row]].file
+        return f"sample {self.rows.key[row].decode()!r} of shard {self.store}/{file}"
+
+
+def rows_to_parquet(columns: dict[str, list[Any]]) -> bytes:
+    """Return the bytes of `index.parquet`.
+
+    Args:
+        columns: The columns of a row (split, validation, shard, key, offset, size, extension,
+            xxh3_64, label), all of one length.
+    """
+    table = pa.table({name: pa.array(columns[name], kind) for name, kind in _COLUMNS.items()})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def header_to_json(header: Header) -> bytes:
+    """Return the bytes of `index.json`: the header and its digest."""
+    fields = {**_header_dict(header), "digest": header.digest()}
+    return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
+
+
+def load_header(store: Store) -> Header:
+    """Read and check `index.json`.
+
+    Raises:
+        ShardError: no shard set there, or a header that is malformed or was changed.
+    """
+    try:
+        fields = json.loads(store.read(HEADER_FILE))
+        stated = fields.pop("digest")
+        version = fields["schema_version"]
+    except FileNotFoundError as error:
+        raise ShardError(f"no shard set at {store}: there is no {HEADER_FILE}") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ShardError(f"{store}/{HEADER_FILE} is not a shard set header: {error!r}") from error
+    if version != SCHEMA_VERSION:
+        raise ShardError(
+            f"{store}/{HEADER_FILE} has schema version {version!r}, this program reads "
+            f"{SCHEMA_VERSION}"
+        )
+    try:
+        header = pydantic.TypeAdapter(Header).validate_python(fields)
+    except pydantic.ValidationError as error:
+        raise ShardError(f"{store}/{HEADER_FILE} is not a shard set header: {error}") from error
+    if header.digest() != stated:
+        raise ShardError(
+            f"{store}/{HEADER_FILE} was changed: it states digest {stated}, its content has "
+            f"{header.digest()}"
+        )
+    return header
+
+
+def load_index(url: str | Store) -> ShardIndex:
+    """Read the index of a shard set and check it against the files' sizes.
+
+    Contents of shards are not read here: every sample is checked when it is.
+
+    Raises:
+        ShardError: missing, empty, changed or inconsistent set; the message has the URL, the
+            shard, the value and what it should be.
+    """
+    store = url if isinstance(url, Store) else Store(url)
+    header = load_header(store)
+    if not header.shards:
+        raise ShardError(f"shard set {store} is empty: its header lists no shards")
+    _check_files(store, header)
+    try:
+        data = store.read(ROWS_FILE)
+    except FileNotFoundError as error:
+        raise ShardError(f"shard set {store} has no {ROWS_FILE}") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != header.rows_sha256:
+        raise ShardError(
+            f"{store}/{ROWS_FILE} has sha256 {found}, the header states {header.rows_sha256}"
+        )
+    rows, splits = _read_rows(store, data)
+    _check_rows(store, header, rows, splits)
+    return ShardIndex(store, header, rows, header.digest())
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _header_dict(header: Header) -> dict[str, Any]:
+    fields: dict[str, Any] = pydantic.TypeAdapter(Header).dump_python(header, mode="json")
+    return fields
+
+
+def _read_rows(store: Store, data: bytes) -> tuple[Rows, npt.NDArray[np.bytes_]]:
+    table = pq.read_table(io.BytesIO(data), use_threads=False)
+    missing = set(_COLUMNS) - set(table.column_names)
+    if missing:
+        raise ShardError(f"{store}/{ROWS_FILE} lacks the columns {', '.join(sorted(missing))}")
+
+    def text(name: str) -> npt.NDArray[np.bytes_]:
+        # Fixed-width bytes: a Python object per key would cost ten times as much.
+        return np.array(table.column(name).to_pylist(), dtype=np.bytes_)
+
+    def numbers(name: str) -> npt.NDArray[Any]:
+        return np.asarray(table.column(name).to_numpy())
+
+    plain = ("shard", "offset", "size", "xxh3_64", "label", "validation")
+    columns = {name: numbers(name) for name in plain}
+    return Rows(**columns, extension=text("extension"), key=text("key")), text("split")
+
+
+def _check_files(store: Store, header: Header) -> None:
+    sizes = store.sizes()
+    for number, shard in enumerate(header.shards):
+        if shard.number != number:
+            raise ShardError(f"{store}/{shard.file} is number {shard.number} at place {number}")
+        if shard.file not in sizes:
+            raise ShardError(f"shard {store}/{shard.file} is listed in the index and absent")
+        if sizes[shard.file] != shard.size:
+            raise ShardError(
+                f"shard {store}/{shard.file} has {sizes[shard.file]} bytes, the index states "
+                f"{shard.size}"
+            )
+
+
+def _check_rows(store: Store, header: Header, rows: Rows, splits: npt.NDArray[np.bytes_]) -> None:
+    numbers = np.arange(len(header.shards))
+    if len(rows) == 0 or not np.isin(rows.shard, numbers).all() or (np.diff(rows.shard) < 0).any():
+        raise ShardError(f"{store}/{ROWS_FILE} has no rows or shard numbers out of order")
+    counts = np.bincount(rows.shard, minlength=len(numbers))
+    for shard, count in zip(header.shards, counts, strict=True):
+        if count != shard.samples:
+            raise ShardError(
+                f"shard {store}/{shard.file} has {count} rows in {ROWS_FILE}, the header states "
+                f"{shard.samples} samples"
+            )
+    limits = np.array([shard.size for shard in header.shards])[rows.shard]
+    shard_splits = np.array([shard.split for shard in header.shards], dtype=np.bytes_)
+    allowed = np.array(EXTENSIONS, dtype=np.bytes_)
+    checks = (
+        ("label", rows.label, (rows.label < 0) | (rows.label >= header.num_classes),
+         f"in [0, {header.num_classes})"),
+        ("offset", rows.offset, rows.offset < 0, "at least 0"),
+        ("size", rows.size, (rows.size < 0) | (rows.offset + rows.size > limits),
+         "inside its shard"),
+        ("extension", rows.extension, ~np.isin(rows.extension, allowed),
+         f"one of {', '.join(EXTENSIONS)}"),
+        ("split", splits, splits != shard_splits[rows.shard], "the split of its shard"),
+        ("validation", rows.validation, rows.validation & (splits == b"test"), "off in test"),
+    )  # fmt: skip
+    for column, values, bad, limit in checks:
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            raise ShardError(
+                f"sample {rows.key[row].decode()!r} of shard "
+                f"{store}/{header.shards[rows.shard[row]].file} has {column} {values[row]}, "
+                f"which is not {limit}"
+            )
+    found = count_splits(splits == b"train", rows.validation)
+    if found != header.splits:
+        raise ShardError(f"shard set {store} has splits {found}, the header states {header.splits}")
+
+
+def count_splits(
+    train: npt.NDArray[np.bool_], validation: npt.NDArray[np.bool_]
+) -> dict[SplitName, int]:
+    """Return the number of samples of every split from two flags per sample."""
+    return {
+        "train": int(train.sum()),
+        "test": int((~train).sum()),
+        "fit": int((train & ~validation).sum()),
+        "validation": int((train & validation).sum()),
+    }

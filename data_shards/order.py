@@ -1,0 +1,203 @@
+"""The order of samples: pure integer arithmetic on (seed, epoch, position).
+
+Position i of epoch e names one sample. Shards are permuted per epoch and laid end to end, the
+sequence is rotated by a random amount and cut into C lanes; inside a lane samples are shuffled over
+a bounded window (sort by place + window * U). Position i is served by lane i mod C, so lane lengths
+differ by at most one and nothing is dropped. The endless sequence of epochs is cut into global
+batches; rank r of W takes the r-th of W equal parts of each. Nothing here depends on W, except
+which part a rank takes.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from data_shards.errors import ShardError
+from data_shards.philox import philox_words, unit_interval
+
+# Purposes of random words that share the key (seed, epoch).
+_SHARDS, _ROTATION, _WINDOW, AUGMENT, REPLACE = range(5)
+_SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cursor:
+    """Where the endless sequence of samples goes on: the position of the next sample."""
+
+    seed: int
+    epoch: int = 0
+    position: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("seed", "epoch", "position"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+                raise ShardError(f"cursor {name} {value!r} is not an integer in [0, 2**64)")
+
+    def advance(self, count: int, samples: int) -> "Cursor":
+        """Return the cursor `count` samples later, for epochs of `samples` samples."""
+        epochs, position = divmod(self.position + count, samples)
+        return Cursor(seed=self.seed, epoch=self.epoch + epochs, position=position)
+
+    def to_json(self) -> str:
+        """Return the cursor as one line of JSON."""
+        return json.dumps({"schema": _SCHEMA, **dataclasses.asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Cursor":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ShardError: not a cursor, or one of another schema.
+        """
+        try:
+            fields = json.loads(text)
+            schema = fields.pop("schema")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ShardError(f"not a data cursor: {text[:80]!r}") from error
+        if schema != _SCHEMA or set(fields) != {"seed", "epoch", "position"}:
+            raise ShardError(f"not a data cursor of schema {_SCHEMA}: {text[:200]!r}")
+        return cls(**fields)
+
+
+class Span(NamedTuple):
+    """Positions [start, stop) of one epoch."""
+
+    epoch: int
+    start: int
+    stop: int
+
+
+def rank_spans(
+    cursor: Cursor, *, samples: int, global_batch: int, rank: int, world_size: int
+) -> list[Span]:
+    """Return the positions of this rank in the global batch at `cursor`, in order.
+
+    The global batch is the next `global_batch` positions; rank r takes
+    [r * G / W, (r + 1) * G / W) of them. More than one span where an epoch ends inside.
+
+    Raises:
+        ShardError: W does not divide G, or the rank is not in [0, W).
+    """
+    if samples < 1 or global_batch < 1 or world_size < 1:
+        raise ShardError(
+            f"samples {samples}, global batch {global_batch} and world size {world_size} "
+            "must be at least 1"
+        )
+    if global_batch % world_size:
+        raise ShardError(
+            f"global batch {global_batch} is not divisible by the world size {world_size}: "
+            "every rank takes the same number of samples"
+        )
+    if not 0 <= rank < world_size:
+        raise ShardError(f"rank {rank} is not in [0, {world_size})")
+    if cursor.position >= samples:
+        raise ShardError(
+            f"cursor position {cursor.position} is not below the {samples} samples of an epoch: "
+            "it belongs to another data set or split"
+        )
+    share = global_batch // world_size
+    here = cursor.advance(rank * share, samples)
+    spans = []
+    while share:
+        stop = min(here.position + share, samples)
+        spans.append(Span(here.epoch, here.position, stop))
+        share -= stop - here.position
+        here = here.advance(stop - here.position, samples)
+    return spans
+
+
+class EpochOrder:
+    """The permutation of every epoch.
+
+    Args:
+        shard_samples: Number of samples in each shard, in stored order.
+        seed: Key of all permutations, in [0, 2**64).
+        lanes: Most lanes to use; fewer where a lane would be shorter than the window.
+        window: Shuffle window W in samples: inside its lane a sample moves less than W places.
+    """
+
+    def __init__(self, shard_samples: Sequence[int], *, seed: int, lanes: int, window: int) -> None:
+        self.shard_samples = np.asarray(shard_samples, dtype=np.int64)
+        self.samples = int(self.shard_samples.sum())
+        if self.samples < 1:
+            raise ShardError("there are no samples to order")
+        if lanes < 1 or window < 1:
+            raise ShardError(f"lanes {lanes} and window {window} must be at least 1")
+        self.seed = seed
+        self.window = window
+        self.lanes = max(1, min(lanes, self.samples // window))
+        self._recent: dict[int, npt.NDArray[np.int64]] = {}
+
+    def sequence(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return all samples before the lanes' shuffle: shards permuted, laid end to end, rotated.
+
+        Lane j is the j-th of `lanes` consecutive pieces.
+        """
+        starts = np.cumsum(self.shard_samples) - self.shard_samples
+        shards = philox_words(self.seed, epoch, purpose=_SHARDS, count=len(starts))[:, 0]
+        pieces = [
+            np.arange(starts[shard], starts[shard] + self.shard_samples[shard])
+            for shard in np.argsort(shards, kind="stable")
+        ]
+        rotation = philox_words(self.seed, epoch, purpose=_ROTATION, count=1)[0, 0]
+        return np.roll(np.concatenate(pieces), int(rotation % np.uint64(self.samples)))
+
+    def permutation(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the sample numbers of one epoch by position; each of [0, samples) once.
+
+        The array is shared between calls and read-only.
+        """
+        if epoch not in self._recent:
+            if len(self._recent) == 2:  # a batch spans two epochs at most times
+                del self._recent[min(self._recent)]
+            self._recent[epoch] = self._permute(epoch)
+        return self._recent[epoch]
+
+    def take(self, span: Span) -> npt.NDArray[np.int64]:
+        """Return the sample numbers at the positions of a span."""
+        return self.permutation(span.epoch)[span.start : span.stop]
+
+    def _permute(self, epoch: int) -> npt.NDArray[np.int64]:
+        sequence = self.sequence(epoch)
+        rows = -(-self.samples // 4)
+        words = philox_words(self.seed, epoch, purpose=_WINDOW, count=rows).ravel()
+        jitter = unit_interval(words[: self.samples]) * self.window
+        out = np.empty_like(sequence)
+        begin = 0
+        for lane in range(self.lanes):
+            end = begin + len(out[lane :: self.lanes])
+            keys = jitter[begin:end]
+            if end - begin > self.window:  # a shorter lane is shuffled uniformly
+                keys = keys + np.arange(end - begin)
+            out[lane :: self.lanes] = sequence[begin:end][np.argsort(keys, kind="stable")]
+            begin = end
+        out.flags.writeable = False
+        return out
+
+
+def position_words(
+    seed: int, spans: Sequence[Span], *, purpose: int, attempt: int = 0
+) -> npt.NDArray[np.uint64]:
+    """Return four random words per position of the spans, keyed by (seed, epoch, position).
+
+    Returns:
+        Words (number of positions, 4).
+    """
+    return np.concatenate(
+        [
+            philox_words(
+                seed,
+                span.epoch,
+                purpose=purpose,
+                count=span.stop - span.start,
+                start=span.start,
+                attempt=attempt,
+            )
+            for span in spans
+        ]
+    )

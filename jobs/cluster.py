@@ -1,0 +1,116 @@
+"""Shard tasks on Ray, or in this process: the only Ray import of the jobs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class TaskLostError(RuntimeError):
+    """A task's worker died more often than the retries allow."""
+
+
+def map_inline(
+    fn: Callable[[Item], Result], items: Sequence[Item], on_done: Callable[[], object] | None = None
+) -> list[Result]:
+    """Apply `fn` to every item in this process (Ray is not imported)."""
+    results = []
+    for item in items:
+        results.append(fn(item))
+        if on_done:
+            on_done()
+    return results
+
+
+def map_shards(
+    fn: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    max_in_flight: int,
+    max_retries: int = 2,
+    num_gpus: float = 0.0,
+    on_done: Callable[[], object] | None = None,
+) -> list[Result]:
+    """Apply `fn` to every item as Ray tasks of one CPU each.
+
+    Joins the Ray that this process already uses, else the one that RAY_ADDRESS names, else starts
+    a quiet one on the loopback device for the duration of the call.
+
+    Args:
+        fn: importable function (a function of ``__main__`` would be sent by value).
+        items: one task each.
+        max_in_flight: tasks under way at the same time.
+        max_retries: how often a task is started again after its worker died.
+        num_gpus: GPUs, or a fraction of one, per task.
+        on_done: called in this thread whenever a task has ended.
+
+    Returns:
+        The results in the order of the items.
+
+    Raises:
+        TaskLostError: a worker died too often.
+        Exception: the first exception raised by `fn`, with its own type.
+    """
+    with _ray() as ray:
+        task = ray.remote(fn).options(
+            num_cpus=1, num_gpus=num_gpus, max_retries=max_retries, name=fn.__name__
+        )
+        results: list[Any] = [None] * len(items)
+        waiting = list(enumerate(items))[::-1]
+        running: dict[Any, int] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < max_in_flight:
+                    index, item = waiting.pop()
+                    running[task.remote(item)] = index
+                (done, *_), _ = ray.wait(list(running), num_returns=1)
+                index = running.pop(done)
+                results[index] = _result(ray, done, index, max_retries)
+                if on_done:
+                    on_done()
+        finally:
+            for reference in running:  # only after an error
+                ray.cancel(reference, force=True)
+    return results
+
+
+def _result(ray: Any, reference: Any, index: int, max_retries: int) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise TaskLostError(
+            f"task {index} lost its worker {max_retries + 1} times: {type(error).__name__}"
+        ) from None
+
+
+@contextmanager
+def _ray() -> Iterator[Any]:
+    """Yield the ray module, connected; stop Ray again only if it was started here."""
+    local = not os.environ.get("RAY_ADDRESS")
+    if local:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only, see below
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if local:
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }
+    ray.init(**options)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

@@ -1,0 +1,70 @@
+"""Configuration of the evaluation job."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+import pydantic
+
+from pipeline.tracking import TrackingConfig
+
+_RATIO = re.compile(r"(\d+)/([1-9]\d*)")
+
+
+def eps_value(ratio: str) -> float:
+    """Return the l2 radius of a ratio such as ``36/255``, pixels in [0, 1].
+
+    Raises:
+        ValueError: if the text is not a positive ratio of two integers.
+    """
+    match = _RATIO.fullmatch(ratio)
+    if match is None or int(match[1]) == 0:
+        raise ValueError(f"eps {ratio!r} is not a positive ratio such as 36/255")
+    return int(match[1]) / int(match[2])
+
+
+@pydantic.dataclasses.dataclass(
+    frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid")
+)
+class EvaluationConfig:
+    """Certified robust accuracy of one artefact on one split of a shard set."""
+
+    artifact: str
+    """URL of the model artefact (a directory on any fsspec store)."""
+    shards: str | None = None
+    """URL of the shard set; default: the one that the artefact was trained on."""
+    out: str | None = None
+    """URL for samples.parquet, summary.json and cra.png; default: evaluation/<split> beside the
+    artefact's files."""
+    split: str = "test"
+    """Split of the index to evaluate."""
+    eps: tuple[str, ...] = ("36/255", "72/255", "108/255", "255/255")
+    """Radii of the table, as ratios (l2, pixels in [0, 1])."""
+    batch_size: Annotated[int, pydantic.Field(gt=0)] = 256
+    """Images per forward pass."""
+    launcher: Literal["ray", "local"] = "ray"
+    """ray: one task per shard; local: the same function in this process."""
+    max_in_flight: Annotated[int, pydantic.Field(gt=0)] = 2
+    """Ray tasks under way at the same time."""
+    max_retries: Annotated[int, pydantic.Field(ge=0)] = 2
+    """How often a task whose worker died is started again."""
+    num_gpus: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    """GPUs (or a fraction of one) that each Ray task asks for; a task also asks for one CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the forward pass; auto: cuda where the task sees one."""
+    record: bool = True
+    """Record the result in MLflow."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow store of the record."""
+
+    @pydantic.field_validator("eps")
+    @classmethod
+    def _ratios(cls, eps: tuple[str, ...]) -> tuple[str, ...]:
+        if not eps:
+            raise ValueError("eps is empty: name at least one ratio such as 36/255")
+        for ratio in eps:
+            eps_value(ratio)
+        if len(set(eps)) < len(eps):
+            raise ValueError(f"eps {eps} names a ratio twice")
+        return eps

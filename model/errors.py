@@ -1,0 +1,5 @@
+"""The error of this room that a person can act on."""
+
+
+class ModelError(ValueError):
+    """A network setting, an image, a weight or an artefact file that is not valid."""

@@ -1,0 +1,42 @@
+"""Settings of the manifold Adam optimizer."""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class OptimConfig:
+    """Manifold Adam for matrices with a declared manifold, NAdam or AdamW for all others."""
+
+    lr: Rate = 1e-3
+    """Peak learning rate of the manifold matrices."""
+
+    euclidean_lr_factor: Rate = 1.0
+    """Learning rate of the Euclidean parameters, as a multiple of lr."""
+
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay of the first and second moment, per step."""
+
+    eps: Rate = 1e-8
+    """Added to the root of the second moment."""
+
+    euclidean: Literal["nadam", "adamw"] = "nadam"
+    """Update rule of the Euclidean parameters."""
+
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Decoupled weight decay of the Euclidean parameters."""
+
+    lookahead_steps: Count = 6
+    """Steps between two Lookahead synchronisations; 0 switches Lookahead off."""
+
+    lookahead_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the fast way that the slow copy follows at a synchronisation."""
+
+    polar_every: Count = 200
+    """Steps between two polar retractions to the manifold; 0 switches them off."""

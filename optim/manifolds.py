@@ -1,0 +1,164 @@
+"""Manifolds on which matrix parameters live, and the tag that says so.
+
+A layer declares the manifold of its weight with `declare`; the tag sits on the Parameter, survives
+DeepSpeed's `zero.Init`, and is read by `manifold_of`. Shapes are never asked: under `zero.Init` a
+partitioned parameter has shape (0,).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from optim.errors import OptimizerError
+from optim.series import apply_exponential
+
+TensorT = TypeVar("TensorT", bound=Tensor)
+
+_MAX_POLAR_ITERATIONS = 100
+
+
+class Manifold(Protocol):
+    """A matrix manifold with a fixed tangent space (a Lie group acting on the right)."""
+
+    @property
+    def name(self) -> str:
+        """Name used in messages and files."""
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise OptimizerError unless a parameter of this shape can live on the manifold."""
+
+    def tangent(self, point: Tensor, gradient: Tensor) -> Tensor:
+        """Lie-algebra gradient of a Euclidean gradient at a point."""
+
+    def retract(self, point: Tensor, tangent: Tensor) -> Tensor:
+        """Move from the point along a Lie-algebra increment."""
+
+    def project(self, point: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Nearest point of the manifold, computed in `dtype` (default: the point's)."""
+
+    def residual(self, point: Tensor) -> float:
+        """Distance from the defining equation, measured in float64."""
+
+    def random(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Uniformly distributed point in float64, on the generator's device."""
+
+
+@dataclass(frozen=True)
+class Orthogonal:
+    """The orthogonal group O(n): square X with X^T X = I, acting as y = X x."""
+
+    name: str = "orthogonal"
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise OptimizerError unless `shape` is that of a square matrix."""
+        if len(shape) != 2 or shape[0] != shape[1]:
+            raise OptimizerError(
+                f"an orthogonal matrix must be square and two-dimensional, got shape {shape}"
+            )
+
+    def tangent(self, point: Tensor, gradient: Tensor) -> Tensor:
+        """skew(X^T G), the gradient in so(n) for increments that multiply X on the right.
+
+        Args:
+            point: X (n, n).
+            gradient: Euclidean gradient G = dLoss/dX (n, n).
+
+        Returns:
+            (n, n), skew bit by bit: the entries (i, j) and (j, i) are exact negatives.
+        """
+        P = point.mT @ gradient
+        return (P - P.mT) / 2
+
+    def retract(self, point: Tensor, tangent: Tensor) -> Tensor:
+        """X FastExp(D) by the Frobenius rule of LipNeXt; point and tangent are (n, n)."""
+        return apply_exponential(point, tangent)
+
+    def project(self, point: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Orthogonal polar factor of X by the Newton-Schulz iteration X <- X (3I - X^T X) / 2.
+
+        Iterates until the residual no longer falls. A point whose residual does not prove
+        ||X^T X - I||_2 < 1 is first scaled to spectral norm at most 1 (the polar factor does not
+        change), so the iteration never converges to a wrong sign.
+
+        Args:
+            point: X (n, n), far from singular.
+            dtype: float32 or float64 of the arithmetic and the result; default X's own.
+
+        Returns:
+            A new (n, n) tensor of `dtype`.
+
+        Raises:
+            OptimizerError: The residual stays above the round-off of `dtype` (X is singular or not
+                finite, or the products run in a reduced precision such as TF32).
+        """
+        self.check_shape(tuple(point.shape))
+        X = point.to(dtype or point.dtype, copy=True)
+        if X.dtype not in (torch.float32, torch.float64):
+            raise OptimizerError(f"polar factor needs float32 or float64, got {X.dtype}")
+        n = X.shape[0]
+        eye = torch.eye(n, dtype=X.dtype, device=X.device)
+        E = X.mT @ X - eye
+        start = residual = float(torch.linalg.matrix_norm(E))
+        if residual >= 1.0:
+            norm_2_squared = torch.linalg.matrix_norm(E + eye, ord=1)
+            X = X / norm_2_squared.sqrt()
+            E = X.mT @ X - eye
+            residual = float(torch.linalg.matrix_norm(E))
+        for _ in range(_MAX_POLAR_ITERATIONS):
+            candidate = torch.addmm(X, X, E, alpha=-0.5)
+            E = candidate.mT @ candidate - eye
+            fallen = float(torch.linalg.matrix_norm(E))
+            if not fallen < residual:
+                break
+            X, residual = candidate, fallen
+        limit = 4 * n * torch.finfo(X.dtype).eps
+        if not residual <= limit:
+            raise OptimizerError(
+                f"polar projection of a {n}x{n} matrix does not converge: residual "
+                f"||X^T X - I||_F {start:.3g} at the start, {residual:.3g} at the end, "
+                f"limit {limit:.3g} in {X.dtype}"
+            )
+        return X
+
+    def residual(self, point: Tensor) -> float:
+        """||X^T X - I||_F in float64 (in float32 its own rounding would be measured)."""
+        X = point.to(torch.float64)
+        E = X.mT @ X
+        E.diagonal().sub_(1.0)
+        return float(torch.linalg.matrix_norm(E))
+
+    def random(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Haar-distributed rotation in SO(n): QR of a Gaussian matrix, signs and det fixed.
+
+        Args:
+            shape: (n, n).
+            generator: Source of randomness; decides the device.
+
+        Returns:
+            (n, n) float64, contiguous, determinant +1.
+        """
+        self.check_shape(shape)
+        # Inside zero.Init constructors ignore `dtype`, so the cast comes before the filling.
+        gaussian = torch.empty(shape, device=generator.device).double().normal_(generator=generator)
+        Q, R = torch.linalg.qr(gaussian)
+        Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+        # slogdet: the product of the pivots would underflow at large n.
+        if float(torch.linalg.slogdet(Q).sign) < 0:
+            Q[:, -1] = -Q[:, -1]
+        return Q.contiguous()
+
+
+ORTHOGONAL = Orthogonal()
+
+
+def declare(parameter: TensorT, manifold: Manifold) -> TensorT:
+    """Tag a parameter with the manifold it lives on; returns the parameter."""
+    parameter.manifold = manifold  # type: ignore[attr-defined]
+    return parameter
+
+
+def manifold_of(parameter: Tensor) -> Manifold | None:
+    """The declared manifold of a parameter; None means Euclidean."""
+    return getattr(parameter, "manifold", None)

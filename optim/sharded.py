@@ -1,0 +1,396 @@
+"""Manifold Adam as client optimizer of DeepSpeed ZeRO-3: owner-compute, state in ZeRO's layout.
+
+Per round of W matrices an all-to-all assembles matrix i at rank i, its owner for this round. The
+owner forms the Lie-algebra gradient, which returns to the flat layout; Adam's moments are advanced
+there, element by element; the increment goes to the owner, which applies the exponential, and the
+matrix returns. Per rank and step this sends 20 N / W bytes (X, G, A, D, X in float32), 24 N / W at
+a Lookahead synchronisation, and 8 N / W more at a polar retraction without one.
+
+Every whole-matrix product sees one matrix on one rank, and the rest is element-wise, so for a given
+gradient the result does not depend on W, bit by bit.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim.config import OptimConfig
+from optim.errors import OptimizerError
+from optim.euclidean import (
+    adam_direction,
+    euclidean_average,
+    euclidean_step,
+    new_state,
+    update_moments,
+)
+from optim.exchange import Exchange
+from optim.layout import (
+    FlatPartition,
+    Round,
+    Slot,
+    check_expected,
+    check_partition,
+    plan_rounds,
+)
+from optim.manifolds import Manifold
+
+TENSOR_KINDS = ("exp_avg", "exp_avg_sq", "slow", "tangent_sum")
+"""State tensors, each in the layout of the master."""
+
+
+class ShardedManifoldAdam(torch.optim.Optimizer):
+    """Manifold Adam on ZeRO-3's flat partitions; equals `ReferenceManifoldAdam`.
+
+    Life: construct with the model's parameters, hand to `deepspeed.initialize`, `bind`, then
+    `initialise` or fill `partitioned_state()`, then train. DeepSpeed calls `step` once per
+    sub-group with that sub-group's flat tensor as the only parameter, so counters live in the
+    state of the flat tensor.
+
+    Args:
+        param_groups: From `optim.groups.parameter_groups`.
+        config: Hyper-parameters. Learning rates are read from the groups at every step.
+    """
+
+    def __init__(self, param_groups: list[dict[str, Any]], config: OptimConfig) -> None:
+        super().__init__(param_groups, {"lr": config.lr})
+        self.config = config
+        self.partitioned_matrices = 0
+        self.partitions: list[FlatPartition] = []
+        self._partition_of: dict[Tensor, FlatPartition] = {}
+        self._exchange: Exchange | None = None
+        self._failure: str | None = None
+
+    # -- binding ---------------------------------------------------------------------------------
+
+    def bind(
+        self,
+        partitions: Sequence[FlatPartition],
+        exchange: Exchange,
+        *,
+        expected_matrices: Sequence[str],
+    ) -> None:
+        """Tell the optimizer what its flat tensors contain. Call on every rank, before any step.
+
+        Whatever could fail later on one rank only, and leave the others waiting, is checked here.
+        Afterwards `partitioned_matrices` is the number of manifold matrices that are divided among
+        several ranks: all of them, or 0 in one process.
+
+        Args:
+            partitions: All sub-groups of this rank, in the same order on all ranks.
+            exchange: Collectives over the ranks that share the partitions.
+            expected_matrices: Names of all matrices with a declared manifold.
+
+        Raises:
+            OptimizerError: See `optim.layout.check_partition` and `check_expected`.
+        """
+        for partition in partitions:
+            check_partition(partition, exchange.world_size)
+        matrices = check_expected(list(partitions), list(expected_matrices))
+        self.partitions = list(partitions)
+        self.partitioned_matrices = sum(slot.length < slot.numel for slot in matrices)
+        self._partition_of = {partition.flat: partition for partition in partitions}
+        self._exchange = exchange
+
+    @property
+    def exchange(self) -> Exchange:
+        """The exchange given to `bind`; counts the bytes sent."""
+        if self._exchange is None:
+            raise OptimizerError("the optimizer is not bound to partitions yet: call bind() first")
+        return self._exchange
+
+    # -- stepping --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every flat tensor that is in a group now. Collective.
+
+        Raises:
+            OptimizerError: A flat tensor is not bound or has no gradient, or a polar retraction
+                fails (then on every rank).
+        """
+        if closure is not None:
+            raise OptimizerError("a closure is not supported: gradients are already partitioned")
+        for group in self.param_groups:
+            for flat in group["params"]:
+                partition = self._partition_of.get(flat)
+                if partition is None:
+                    raise OptimizerError("step() met a tensor that bind() was not told of")
+                if flat.grad is None:
+                    names = [slot.name for slot in partition.slots]
+                    raise OptimizerError(f"no gradient for the partition of {names}")
+                state = self._state(partition)
+                if partition.manifold is None:
+                    euclidean_step(flat, flat.grad, state, group["lr"], self.config)
+                else:
+                    self._manifold_step(partition, partition.manifold, state, group["lr"])
+
+    def _manifold_step(
+        self, partition: FlatPartition, manifold: Manifold, state: dict[str, Any], lr: float
+    ) -> None:
+        config = self.config
+        step = state["step"] = state["step"] + 1
+        synchronise = config.lookahead_steps > 0 and step % config.lookahead_steps == 0
+        retract = config.polar_every > 0 and step % config.polar_every == 0
+        for plan in self._rounds(partition):
+            self._update_round(partition, manifold, plan, lr, synchronise, retract)
+        if retract:
+            self._raise_together()
+
+    def _update_round(
+        self,
+        partition: FlatPartition,
+        manifold: Manifold,
+        plan: Round,
+        lr: float,
+        synchronise: bool,
+        retract: bool,
+    ) -> None:
+        """Update the matrices of one round, in the order of the reference."""
+        config, exchange, state = self.config, self.exchange, self.state[partition.flat]
+        cut = slice(plan.start, plan.stop)
+        master, gradient = partition.flat[cut], partition.flat.grad[cut]  # type: ignore[index]
+        moments = state["exp_avg"][cut], state["exp_avg_sq"][cut]
+
+        X, G = exchange.to_owner(master, plan), exchange.to_owner(gradient, plan)
+        A = None if X is None or G is None else manifold.tangent(X, G)
+        update_moments(exchange.to_partitions(A, plan, master), *moments, config.betas)
+        increment = adam_direction(*moments, state["step"], config.betas, config.eps).mul_(-lr)
+        if config.lookahead_steps:
+            state["tangent_sum"][cut] += increment
+        if synchronise:  # the fast matrix is about to be replaced: only the slow one moves
+            X = exchange.to_owner(state["slow"][cut], plan)
+            increment = state["tangent_sum"][cut] * config.lookahead_factor
+        D = exchange.to_owner(increment, plan)
+        if X is not None and D is not None:
+            X = manifold.retract(X, D)
+            if retract:
+                X = self._guarded(manifold.project, plan, X)
+        master.copy_(exchange.to_partitions(X, plan, master))
+        if synchronise:
+            state["slow"][cut] = master
+            state["tangent_sum"][cut] = 0.0
+        elif retract and config.lookahead_steps:
+            slow = exchange.to_owner(state["slow"][cut], plan)
+            projected = None if slow is None else self._guarded(manifold.project, plan, slow)
+            state["slow"][cut] = exchange.to_partitions(projected, plan, master)
+
+    # -- whole-matrix operations -----------------------------------------------------------------
+
+    @torch.no_grad()
+    def owner_map(
+        self,
+        fn: Callable[..., Tensor],
+        *,
+        sources: Sequence[str] = ("master",),
+        partitions: Sequence[FlatPartition] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Iterator[tuple[FlatPartition, Round, Tensor]]:
+        """Apply a function to whole parameters at their owners, round by round. Collective.
+
+        Args:
+            fn: Called as `fn(*wholes, slot)` with one whole parameter-shaped tensor per source;
+                returns a tensor of the parameter's shape. Only the owner of a parameter calls it.
+            sources: "master" or names of state tensors.
+            partitions: Default all.
+            dtype: Of the results, default that of the master.
+
+        Yields:
+            The partition, the round, and this rank's range `[round.start, round.stop)` of the
+            results in the flat layout. Every rank must exhaust the iterator.
+
+        Raises:
+            OptimizerError: `fn` failed at an owner; raised on every rank.
+        """
+        exchange = self.exchange
+        for partition in self.partitions if partitions is None else partitions:
+            flats = [self._tensor(partition, source) for source in sources]
+            like = partition.flat.new_empty(0, dtype=dtype)
+            for plan in self._rounds(partition):
+                wholes = [exchange.to_owner(flat[plan.start : plan.stop], plan) for flat in flats]
+                slot = plan.slot_of(exchange.rank)
+                result = None if slot is None else self._guarded(fn, plan, *wholes, slot)
+                self._raise_together()
+                yield partition, plan, exchange.to_partitions(result, plan, like)
+
+    @torch.no_grad()
+    def initialise(self, fn: Callable[[Slot], Tensor]) -> None:
+        """Set every master to `fn(slot)`, start the state anew and publish. Collective.
+
+        Args:
+            fn: The whole float64 value of a parameter, of shape `slot.shape`; called on its owner
+                only, so it must not depend on the rank.
+        """
+        for partition, plan, values in self.owner_map(fn, sources=()):
+            partition.flat[plan.start : plan.stop] = values
+        for partition in self.partitions:
+            self.state.pop(partition.flat, None)
+            partition.publish()
+
+    @torch.no_grad()
+    def residuals(self) -> dict[str, float]:
+        """Distance of every manifold master from its manifold, in float64. Collective.
+
+        Returns:
+            By parameter name, the same on all ranks.
+        """
+        exchange = self.exchange
+        plans: list[Round] = []
+        measured: list[float] = []
+        for partition in self.partitions:
+            if partition.manifold is None:
+                continue
+            for plan in self._rounds(partition):
+                X = exchange.to_owner(partition.flat[plan.start : plan.stop], plan)
+                measured.append(0.0 if X is None else partition.manifold.residual(X))
+                plans.append(plan)
+        table = exchange.all_gather(
+            torch.tensor(measured, dtype=torch.float64, device=self._device())
+        ).tolist()
+        return {
+            slot.name: table[owner][number]
+            for number, plan in enumerate(plans)
+            for owner, slot in enumerate(plan.slots)
+        }
+
+    @torch.no_grad()
+    def export(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Averaged parameters for the artefact, one after the other. Collective.
+
+        The value is that after a Lookahead synchronisation now (right after one, the slow copy
+        itself); manifold matrices are projected in float64. Masters and state do not change.
+
+        Yields:
+            Name and, on rank 0, the whole float32 tensor; None on the other ranks. Every rank must
+            exhaust the iterator; no rank ever holds more than a round.
+
+        Raises:
+            OptimizerError: A matrix cannot be projected; raised on every rank.
+        """
+        for partition in self.partitions:
+            for plan, values in self._averaged(partition):
+                for slot in plan.slots:
+                    start = slot.offset - plan.start
+                    whole = self.exchange.gather(values[start : start + slot.length])
+                    yield slot.name, None if whole is None else whole[: slot.numel].view(slot.shape)
+
+    def _averaged(self, partition: FlatPartition) -> Iterator[tuple[Round, Tensor]]:
+        """This rank's ranges of the averaged parameters in float32, round by round."""
+        state, factor = self._state(partition), self.config.lookahead_factor
+        manifold, double = partition.manifold, torch.float64
+        if manifold is None:
+            for plan in self._rounds(partition):
+                cut = slice(plan.start, plan.stop)
+                slow = state["slow"][cut] if "slow" in state else None
+                yield plan, euclidean_average(partition.flat[cut], slow, factor).float()
+            return
+
+        def average(X: Tensor, *rest: Any) -> Tensor:
+            if len(rest) == 2:  # X is the slow copy; then the tangent sum and the slot
+                X = manifold.retract(X.to(double), factor * rest[0].to(double))
+            return manifold.project(X, dtype=double)
+
+        sources = ("slow", "tangent_sum") if "slow" in state else ("master",)
+        mapped = self.owner_map(
+            average, sources=sources, partitions=[partition], dtype=torch.float32
+        )
+        for _, plan, values in mapped:
+            yield plan, values
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def materialise_state(self) -> None:
+        """Create the state of every partition that has none, as before its first step."""
+        for partition in self.partitions:
+            self._state(partition)
+
+    def partitioned_state(self) -> Iterator[tuple[str, FlatPartition, Tensor]]:
+        """Every tensor to be saved, in ZeRO's layout; fill them in place to resume.
+
+        Yields:
+            Kind ("master", "exp_avg", "exp_avg_sq", "slow" or "tangent_sum"), partition, tensor.
+            After filling, call each partition's `publish()`.
+        """
+        for partition in self.partitions:
+            state = self._state(partition)
+            yield "master", partition, partition.flat
+            for kind in TENSOR_KINDS:
+                if kind in state:
+                    yield kind, partition, state[kind]
+
+    def scalar_state(self) -> dict[str, float]:
+        """Step counter and NAdam's product of mu, as JSON values.
+
+        All partitions have the same between two iterations, so the values are stored once and fit
+        a resume whose partitions are cut differently.
+
+        Raises:
+            OptimizerError: The partitions disagree (an iteration is under way).
+        """
+        scalars: dict[str, float] = {}
+        for partition in self.partitions:
+            for key in ("step", "mu_product"):
+                value = self._state(partition).get(key)
+                if value is not None and scalars.setdefault(key, value) != value:
+                    raise OptimizerError(
+                        f"partitions disagree in {key}: {scalars[key]} and {value}; "
+                        "save only between two iterations"
+                    )
+        return scalars
+
+    def load_scalar_state(self, scalars: dict[str, float]) -> None:
+        """Restore `scalar_state` into all partitions.
+
+        Raises:
+            OptimizerError: A value is missing.
+        """
+        for partition in self.partitions:
+            state = self._state(partition)
+            for key, kind in (("step", int), ("mu_product", float)):
+                if key not in state:
+                    continue
+                if key not in scalars:
+                    raise OptimizerError(f"scalar state {sorted(scalars)} lacks {key!r}")
+                state[key] = kind(scalars[key])
+
+    # -- helpers ---------------------------------------------------------------------------------
+
+    def _state(self, partition: FlatPartition) -> dict[str, Any]:
+        flat = partition.flat
+        if not self.state[flat]:
+            on_manifold = partition.manifold is not None
+            self.state[flat] = new_state(flat, self.config, on_manifold=on_manifold)
+        return self.state[flat]
+
+    def _tensor(self, partition: FlatPartition, kind: str) -> Tensor:
+        return partition.flat if kind == "master" else self._state(partition)[kind]
+
+    def _rounds(self, partition: FlatPartition) -> list[Round]:
+        return plan_rounds(partition.slots, self.exchange.world_size)
+
+    def _device(self) -> torch.device:
+        return self.partitions[0].flat.device
+
+    def _guarded(self, fn: Callable[..., Tensor], plan: Round, *arguments: Any) -> Tensor | None:
+        """Call an owner's function; keep an exception for `_raise_together`.
+
+        Raising here, on one rank, would leave the others waiting in their next collective.
+        """
+        slot = plan.slots[self.exchange.rank]
+        try:
+            result = fn(*arguments)
+            if tuple(result.shape) != slot.shape:
+                raise OptimizerError(f"result has shape {tuple(result.shape)}, not {slot.shape}")
+        except Exception as error:
+            self._failure = f"parameter {slot.name!r}: {type(error).__name__}: {error}"
+            return None
+        return result
+
+    def _raise_together(self) -> None:
+        """Raise on every rank if an owner's function failed on any. Collective."""
+        failed = torch.tensor([self._failure is not None], device=self._device()).float()
+        ranks = self.exchange.all_gather(failed).flatten().nonzero().flatten().tolist()
+        failure, self._failure = self._failure, None
+        if ranks:
+            raise OptimizerError(failure or f"an owner failed on rank {ranks}; see its message")

@@ -1,0 +1,224 @@
+"""The run's configuration: composes the rooms' parts; rules that involve two rooms live here."""
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from typing_extensions import Self
+
+from data_shards.config import StreamConfig
+from model.config import NetworkConfig
+from optim.config import OptimConfig
+from pipeline.errors import PipelineError
+
+SCHEMA_VERSION = 1
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DataConfig:
+    """Where the samples come from."""
+
+    shards: str = ""
+    """URL of the shard set (any fsspec store). Empty: `<storage>/data/<source>`."""
+    source: Literal["none", "digits", "synthetic"] = "none"
+    """A source this project can make itself: the shard set is written on first use."""
+    train_split: Literal["train", "fit"] = "train"
+    """`fit` leaves the validation part of the training split out."""
+    test_split: Literal["test", "validation"] = "test"
+    """Split on which every kept checkpoint is certified."""
+    stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
+    """How samples are read."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class LossConfig:
+    """EMMA loss and its radius ramp (LiResNet++, arXiv 2310.02513)."""
+
+    eps: float = Field(default=36 / 255, gt=0)
+    """Reference radius, l2 in pixels of [0, 1]."""
+    eps_start: float = Field(default=0.1, ge=0)
+    """Multiple of eps at the first step."""
+    eps_end: float = Field(default=3.0, gt=0)
+    """Multiple of eps after the ramp."""
+    eps_ramp: float = Field(default=0.5, ge=0, le=1)
+    """Share of the run over which the radius grows."""
+    scale: float = Field(default=1.0, gt=0)
+    """Inverse temperature of the cross-entropy; the certificate never sees it."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrainConfig:
+    """The loop."""
+
+    epochs: float = Field(default=40, gt=0)
+    """Passes over the training split."""
+    global_batch: int = Field(default=64, ge=1)
+    """Samples per optimizer step over all ranks; must be divisible by workers * accumulation."""
+    accumulation: int = Field(default=1, ge=1)
+    """Backward passes per optimizer step on each rank."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the working weights; masters, moments and gradient sums stay in fp32."""
+    loss_scale: float = Field(default=1024.0, gt=0)
+    """Static loss scale of fp16."""
+    warmup_epochs: float = Field(default=2, ge=0)
+    """Linear warm-up of the learning rate."""
+    lr_floor: float = Field(default=1e-5, ge=0, lt=1)
+    """Smallest learning-rate factor of the cosine."""
+    grad_clip: float = Field(default=0.0, ge=0)
+    """Largest global norm of the ambient gradient; 0 switches clipping off."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the initial weights and of the order of the samples."""
+    log_every: int = Field(default=1, ge=1)
+    """Steps between two metric records; metrics leave the device only then."""
+    stop_after: int = Field(default=0, ge=0)
+    """Stop cleanly after this step with a checkpoint (schedules unchanged); 0 runs to the end."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ZeroConfig:
+    """DeepSpeed ZeRO-3. 0 derives a value from the largest matrix."""
+
+    sub_group_size: int = Field(default=1_000_000_000, ge=1)
+    """Elements of one optimizer sub-group; cut at whole parameters."""
+    reduce_bucket_size: int = Field(default=0, ge=0)
+    """Elements of one gradient reduction."""
+    prefetch_bucket_size: int = Field(default=0, ge=0)
+    """Elements gathered ahead of use."""
+    max_live_parameters: int = Field(default=0, ge=0)
+    """Gathered elements kept on a rank; small values free a block as soon as it was used."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class CheckpointConfig:
+    """When the state is kept."""
+
+    every_steps: int = Field(default=0, ge=0)
+    """Steps between checkpoints; the last step always has one. 0: only the last."""
+    evaluate: bool = True
+    """Certify every kept checkpoint in downstream tasks."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ClusterConfig:
+    """Workers and where they run."""
+
+    launcher: Literal["ray", "local"] = "ray"
+    """`local`: this process (or the ranks of torchrun), without Ray."""
+    workers: int = Field(default=2, ge=1)
+    """Ranks. `local` takes the number from torchrun instead, 1 without it."""
+    cpus_per_worker: int = Field(default=1, ge=1)
+    """CPUs reserved for each rank, and its compute threads on CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` uses GPUs when every rank can have one."""
+    address: str = ""
+    """Ray cluster to join; empty joins RAY_ADDRESS (set inside a Ray job) or starts a local one."""
+    max_failures: int = Field(default=0, ge=-1)
+    """Worker-group restarts from the newest checkpoint; -1 is unlimited."""
+    collective_timeout_s: int = Field(default=600, ge=1)
+    """A collective that waits longer stops the run."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RunConfig:
+    """Everything that defines one pretraining run."""
+
+    preset: str
+    """Name of the preset it started from."""
+    model: NetworkConfig
+    """The network."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """The samples."""
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    """The manifold optimizer."""
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    """The loss."""
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """The loop."""
+    zero: ZeroConfig = dataclasses.field(default_factory=ZeroConfig)
+    """Partitioning."""
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
+    """Workers."""
+    mlflow: str = ""
+    """MLflow store: an http(s) server or sqlite:///path. Empty: `mlflow.db` beside the runs."""
+    experiment: str = ""
+    """MLflow experiment. Empty: name of the shard set."""
+    storage: str = ""
+    """URL of all runs and data. Empty: `./runs`, in a Ray job `~/certified-pretrain`."""
+    name: str = ""
+    """Name of the run. Empty: preset, date and time; with --resume the newest run of the preset."""
+    resume: bool = False
+    """Continue from the newest committed checkpoint of the run."""
+
+    def __post_init__(self) -> None:
+        """Rules that involve two parts."""
+        split = self.train.global_batch
+        parts = self.train.accumulation
+        if split % parts:
+            raise PipelineError(
+                f"train.global_batch={split} is not divisible by train.accumulation={parts}"
+            )
+        if self.data.test_split == "validation" and self.data.train_split != "fit":
+            raise PipelineError(
+                "data.test_split=validation needs data.train_split=fit: "
+                "the network would be certified on samples it was trained on"
+            )
+
+    def to_json(self) -> str:
+        """Resolved configuration as JSON, with its schema version."""
+        body = TypeAdapter(type(self)).dump_python(self, mode="json")
+        return json.dumps({"schema_version": SCHEMA_VERSION, **body}, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Inverse of to_json.
+
+        Raises:
+            PipelineError: another schema version, or a field that does not validate.
+        """
+        body: dict[str, Any] = json.loads(text)
+        version = body.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise PipelineError(
+                f"configuration schema_version={version}, expected {SCHEMA_VERSION}"
+            )
+        try:
+            return TypeAdapter(cls).validate_python(body)
+        except ValidationError as error:
+            raise PipelineError(f"configuration does not validate: {error}") from error
+
+
+MATHEMATICS = ("model", "data", "optim", "loss", "train")
+"""Parts that must not change when a run is resumed."""
+_FREE_ON_RESUME = {"train.stop_after", "train.log_every", "data.shards"}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionary -> {"a.b": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def changed_mathematics(old: RunConfig, new: RunConfig) -> list[str]:
+    """Settings that differ and change what is computed, as `name: old -> new`."""
+    adapter = TypeAdapter(RunConfig)
+    before = flatten(adapter.dump_python(old, mode="json"))
+    after = flatten(adapter.dump_python(new, mode="json"))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if key.split(".")[0] in MATHEMATICS
+        and key not in _FREE_ON_RESUME
+        and before.get(key) != after.get(key)
+    ]

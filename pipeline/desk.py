@@ -1,0 +1,124 @@
+"""The driver's side of a run: shows, records and certifies what rank 0 reports."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.display import Display
+from pipeline.evaluation import Evaluations
+from pipeline.events import Event, Kept, Metrics, Started
+from pipeline.prepare import Prepared
+from pipeline.tracking import Tracker, TrackingConfig, ui_command
+
+_FIGURE = "cra.png"
+_CLOSE_S = 60.0
+
+
+class Desk:
+    """Handles the events of one run in order.
+
+    Args:
+        display: what the person sees.
+        tracker: the MLflow record.
+        evaluations: certification of kept checkpoints; None leaves them uncertified.
+    """
+
+    def __init__(self, display: Display, tracker: Tracker, evaluations: Evaluations | None) -> None:
+        self._display = display
+        self._tracker = tracker
+        self._evaluations = evaluations
+
+    def handle(self, event: Event) -> None:
+        """Show and record one event; waits for no server and no task."""
+        match event:
+            case Started():
+                self._display.started(event)
+            case Metrics():
+                self._display.metrics(event)
+                self._tracker.log_metrics(event.step, event.values, event.time_ms)
+            case Kept():
+                self._keep(event)
+
+    def _keep(self, event: Kept) -> None:
+        self._display.message(
+            f"[green]kept[/green] step {event.step}: {event.checkpoint_url}, artefact "
+            f"{event.digest[:12]} with orthogonality residual <= {event.residual:.1e}"
+        )
+        self._tracker.log_checkpoint(event.step, event.artifact_url, event.digest, wait_seconds=0)
+        if self._evaluations is not None:
+            self._evaluations.submit(event.artifact_url, event.step)
+
+
+@contextlib.contextmanager
+def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
+    """Open the record of a run; at the end wait for its evaluations and show the results.
+
+    The run ends as FINISHED, KILLED (interrupt, SIGTERM) or FAILED.
+    """
+    config = prepared.job.config
+    tracker = Tracker(
+        TrackingConfig(uri=prepared.mlflow, experiment=prepared.experiment),
+        prepared.spool,
+        run_name=config.name,
+        params=prepared.params(),
+        tags={"preset": config.preset, "run_url": prepared.job.run_url},
+    )
+    evaluations = _evaluations(prepared, tracker) if config.checkpoint.evaluate else None
+    display = Display(console)
+    status = "FAILED"
+    try:
+        yield Desk(display, tracker, evaluations)
+        display.close()
+        summaries = _results(evaluations, console)
+        status = "FINISHED"
+        _show(summaries, prepared, tracker, display)
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        display.close()
+        if evaluations is not None:
+            evaluations.cancel()
+        tracker.finish(status)
+        tracker.close(_CLOSE_S)
+
+
+def _evaluations(prepared: Prepared, tracker: Tracker) -> Evaluations:
+    config = prepared.job.config
+    settings: dict[str, Any] = {
+        "shards": prepared.job.shards_url,
+        "split": config.data.test_split,
+        "launcher": config.cluster.launcher,
+        "record": False,
+    }
+    return Evaluations(settings, tracker.log_evaluation)
+
+
+def _results(evaluations: Evaluations | None, console: Console) -> list[Any]:
+    if evaluations is None:
+        return []
+    with console.status(f"certifying: {evaluations.waiting} evaluations to go"):
+        return evaluations.results()
+
+
+def _show(summaries: list[Any], prepared: Prepared, tracker: Tracker, display: Display) -> None:
+    """The final table, the figure of the last checkpoint, and how to open the MLflow UI."""
+    if summaries:
+        last = summaries[-1]
+        rows = [
+            {
+                "step": str(s.step),
+                "clean": f"{s.clean:.2%}",
+                **{f"CRA {eps}": f"{value:.2%}" for eps, value in s.cra.items()},
+            }
+            for s in summaries
+        ]
+        title = f"{last.column}, {last.norm}, {last.samples} samples of {last.dataset}"
+        display.table(title, list(rows[0]), rows)
+        display.message(f"CRA curve:  {last.out_url}/{_FIGURE}")
+    display.message(f"artefacts:  {prepared.job.run_url}/artifacts")
+    if tracker.run is not None:
+        command, path = ui_command(prepared.mlflow, tracker.run)
+        display.message(f"MLflow UI:  {command}\n            then open http://127.0.0.1:5000{path}")

@@ -1,0 +1,44 @@
+"""What rank 0 tells the driver: plain picklable records, in order of occurrence."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """Training is about to run.
+
+    Attributes:
+        facts: counts worth a line in the log and a parameter in the tracker.
+        step: steps already done (resume).
+        total_steps: steps of the schedule.
+    """
+
+    facts: dict[str, Any]
+    step: int
+    total_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """Scalars after `step` optimizer steps; `time_ms` is the wall clock since the epoch."""
+
+    step: int
+    values: dict[str, float]
+    time_ms: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A checkpoint was committed and its artefact exported."""
+
+    step: int
+    checkpoint_url: str
+    artifact_url: str
+    digest: str
+    residual: float
+
+
+Event = Started | Metrics | Kept
+Emit = Callable[[Event], None]

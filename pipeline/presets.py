@@ -1,0 +1,111 @@
+"""Named runs as functions; the command line changes values, never structure."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+
+from model.presets import network_preset
+from optim.config import OptimConfig
+from pipeline.config import (
+    CheckpointConfig,
+    ClusterConfig,
+    DataConfig,
+    LossConfig,
+    RunConfig,
+    TrainConfig,
+)
+from pipeline.errors import PipelineError
+
+
+def digits() -> RunConfig:
+    """1,797 handwritten digits, 8x8: the whole pipeline in minutes on two CPU cores."""
+    return RunConfig(
+        preset="digits",
+        model=network_preset("digits"),
+        data=DataConfig(source="digits"),
+        optim=OptimConfig(lr=1e-2, polar_every=200),
+        loss=LossConfig(eps=108 / 255, eps_start=0.1, eps_end=0.7, eps_ramp=0.5, scale=12.0),
+        train=TrainConfig(epochs=40, global_batch=64, warmup_epochs=2),
+        checkpoint=CheckpointConfig(every_steps=450),
+    )
+
+
+def synthetic() -> RunConfig:
+    """Procedural JPEG images, 32x32, ten classes."""
+    base = digits()
+    return dataclasses.replace(
+        base,
+        preset="synthetic",
+        model=network_preset("synthetic"),
+        data=DataConfig(source="synthetic"),
+    )
+
+
+def _published(name: str, *, epochs: float, batch: int, eps_end: float, workers: int) -> RunConfig:
+    """LiResNet++ recipe (section 2.3 of its paper) with the manifold optimizer."""
+    return RunConfig(
+        preset=name,
+        model=network_preset(name),
+        optim=OptimConfig(lr=1e-3),
+        loss=LossConfig(eps=36 / 255, eps_start=0.1, eps_end=eps_end, eps_ramp=0.5),
+        train=TrainConfig(
+            epochs=epochs,
+            global_batch=batch,
+            precision="bf16",
+            warmup_epochs=20,
+            grad_clip=3.0,
+            activation_checkpointing=True,
+            log_every=20,
+        ),
+        checkpoint=CheckpointConfig(every_steps=5000),
+        cluster=ClusterConfig(workers=workers, cpus_per_worker=8, device="cuda"),
+    )
+
+
+def cifar10_l32w1024() -> RunConfig:
+    """64M parameters."""
+    return _published("cifar10-L32W1024", epochs=800, batch=256, eps_end=3.0, workers=8)
+
+
+def cifar10_l32w2048() -> RunConfig:
+    """256M parameters."""
+    return _published("cifar10-L32W2048", epochs=800, batch=256, eps_end=3.0, workers=8)
+
+
+def tiny_imagenet_l32w2048() -> RunConfig:
+    """256M parameters, 64x64 images, 200 classes."""
+    return _published("tiny-imagenet-L32W2048", epochs=800, batch=256, eps_end=3.0, workers=8)
+
+
+def imagenet_l32w4096() -> RunConfig:
+    """1B parameters."""
+    return _published("imagenet-L32W4096", epochs=400, batch=1024, eps_end=2.0, workers=8)
+
+
+def imagenet_2b() -> RunConfig:
+    """2B parameters."""
+    return _published("imagenet-2B", epochs=400, batch=1024, eps_end=2.0, workers=16)
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "digits": digits,
+    "synthetic": synthetic,
+    "cifar10-L32W1024": cifar10_l32w1024,
+    "cifar10-L32W2048": cifar10_l32w2048,
+    "tiny-imagenet-L32W2048": tiny_imagenet_l32w2048,
+    "imagenet-L32W4096": imagenet_l32w4096,
+    "imagenet-2B": imagenet_2b,
+}
+
+
+def run_preset(name: str) -> RunConfig:
+    """Configuration of a named run.
+
+    Raises:
+        PipelineError: no preset has this name.
+    """
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise PipelineError(f"unknown preset {name!r}{hint}; presets: {', '.join(PRESETS)}")
+    return PRESETS[name]()

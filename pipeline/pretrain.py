@@ -1,0 +1,122 @@
+"""Entry: `python -m pipeline.pretrain [PRESET] [--overrides]`.
+
+Parses, prepares, launches, shows. Exit codes: 0 done, 1 failed, 2 refused, 130 or 143 stopped.
+"""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import tyro
+from pydantic import ValidationError
+from rich.console import Console
+
+from data_shards.errors import ShardError
+from model.errors import ModelError
+from optim.errors import OptimizerError
+from pipeline.config import RunConfig
+from pipeline.desk import desk_for
+from pipeline.errors import PipelineError
+from pipeline.events import Emit, Event
+from pipeline.prepare import prepare
+from pipeline.presets import PRESETS, run_preset
+from pipeline.ranks import join_world
+from pipeline.worker import run_rank
+
+REFUSALS = (PipelineError, ShardError, ModelError, OptimizerError, ValidationError)
+_DEFAULT_PRESET = "digits"
+
+
+def parse(arguments: Sequence[str]) -> RunConfig:
+    """Configuration from the command line.
+
+    Raises:
+        PipelineError: unknown preset. A bad flag or value exits with status 2 and says which.
+    """
+    name, rest = _DEFAULT_PRESET, list(arguments)
+    if rest and not rest[0].startswith("-"):
+        name = rest.pop(0)
+    return tyro.cli(
+        RunConfig,
+        default=run_preset(name),
+        args=rest,
+        prog=f"python -m pipeline.pretrain {name}",
+        description=f"Pretrain a certified network. Presets: {', '.join(PRESETS)}.",
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the entry; returns the exit code."""
+    console = Console()
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        _run(config, console)
+    except REFUSALS as error:
+        console.print(f"[bold red]refused:[/bold red] {_one_message(error)}", highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return 130
+    return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _one_message(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(
+            f"{'.'.join(map(str, part['loc']))}: {part['msg']} (got {part['input']!r})"
+            for part in error.errors()
+        )
+    return str(error)
+
+
+def _run(config: RunConfig, console: Console) -> None:
+    if config.cluster.launcher == "ray":
+        _run_on_ray(config, console)
+    else:
+        _run_here(config, console)
+
+
+def _run_on_ray(config: RunConfig, console: Console) -> None:
+    from pipeline.launch import fit, ray_session
+
+    with console.status("preparing"):
+        prepared = prepare(config, world_size=config.cluster.workers)
+    with (
+        ray_session(config.cluster),
+        desk_for(prepared, console) as desk,
+    ):
+        fit(prepared.job, desk.handle)
+
+
+def _run_here(config: RunConfig, console: Console) -> None:
+    """Train in this process, or as one of torchrun's ranks: rank 0 prepares, shows and records."""
+    with join_world(config.cluster) as world:
+        job = None
+        with contextlib.ExitStack() as stack:
+            emit: Emit = _ignore
+            error = None
+            if world.rank == 0:
+                try:
+                    prepared = prepare(config, world_size=world.size)
+                    job = prepared.job
+                    emit = stack.enter_context(desk_for(prepared, console)).handle
+                except REFUSALS as refusal:
+                    error = _one_message(refusal)
+            world.agree(error)
+            run_rank(world.share(job), emit)
+
+
+def _ignore(event: Event) -> None:
+    """Ranks other than 0 emit nothing."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

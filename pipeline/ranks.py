@@ -1,0 +1,109 @@
+"""Joining the world of ranks: Ray Train, torchrun, or this process alone."""
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import socket
+from collections.abc import Iterator
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config import ClusterConfig
+from pipeline.errors import PipelineError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """One rank's view.
+
+    Attributes:
+        rank: 0 <= rank < size.
+        size: number of ranks.
+        device: where this rank computes.
+        control: gloo group for barriers, votes and small objects, also beside NCCL.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    def barrier(self) -> None:
+        """Wait for all ranks (host side)."""
+        dist.barrier(group=self.control)
+
+    def agree(self, error: str | None) -> None:
+        """Raise on every rank if any rank reports an error, instead of leaving the others waiting.
+
+        Raises:
+            PipelineError: the first reported error, with its rank.
+        """
+        reports: list[str | None] = [None] * self.size
+        dist.all_gather_object(reports, error, group=self.control)
+        for rank, report in enumerate(reports):
+            if report is not None:
+                raise PipelineError(f"rank {rank}: {report}")
+
+    def share(self, value: T | None) -> T:
+        """The value of rank 0, on every rank (any small picklable object)."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return cast("T", box[0])
+
+
+def use_cuda(device: str, ranks_per_node: int) -> bool:
+    """True if every rank of this node gets a GPU.
+
+    Raises:
+        PipelineError: `cuda` was asked for and there are fewer GPUs than ranks.
+    """
+    count = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cuda" and count < ranks_per_node:
+        raise PipelineError(f"cluster.device=cuda: {ranks_per_node} ranks here but {count} GPUs")
+    return count >= ranks_per_node and count > 0
+
+
+def _single_process_environment() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def join_world(cluster: ClusterConfig) -> Iterator[World]:
+    """Join (or create) the process group; leave it as it was found.
+
+    Args:
+        cluster: device, timeout of collectives, compute threads of this rank on CPU.
+    """
+    created = not dist.is_initialized()
+    if created and "RANK" not in os.environ:
+        _single_process_environment()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = use_cuda(cluster.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if cuda:
+        torch.cuda.set_device(local_rank)
+        chosen = torch.device("cuda", local_rank)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(cluster.cpus_per_worker)
+        chosen = torch.device("cpu")
+    timeout = datetime.timedelta(seconds=cluster.collective_timeout_s)
+    if created:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    world = World(dist.get_rank(), dist.get_world_size(), chosen, control)
+    try:
+        yield world
+    finally:
+        if created:
+            dist.destroy_process_group()

@@ -1,0 +1,35 @@
+"""Schedules: step -> learning-rate factor, training radius. Pure functions of integers."""
+
+import math
+
+
+def learning_rate_factor(step: int, *, total: int, warmup: int, floor: float) -> float:
+    """Factor of the peak learning rate at a step: linear warm-up, then cosine down to `floor`.
+
+    Args:
+        step: 0-based step, 0 <= step < total.
+        total: steps of the whole run.
+        warmup: steps of the linear part; step 0 already has 1 / warmup.
+        floor: smallest factor after the peak, >= 0.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return max(floor, 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def training_radius(
+    step: int, *, total: int, eps: float, start: float, end: float, ramp: float
+) -> float:
+    """Training radius: eps * (start + (end - start) * min(1, progress / ramp)) (LiResNet++).
+
+    Args:
+        step: 0-based step.
+        total: steps of the whole run.
+        eps: reference radius, l2 in pixels of [0, 1].
+        start: multiple of `eps` at step 0.
+        end: multiple of `eps` from progress `ramp` on.
+        ramp: share of the run over which the radius grows; 0 starts at `end`.
+    """
+    progress = 1.0 if ramp == 0 else min(1.0, step / (ramp * total))
+    return eps * (start + (end - start) * progress)

@@ -1,0 +1,130 @@
+"""The training loop of one rank."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_shards.order import Cursor
+from data_shards.stream import SampleStream
+from pipeline.config import RunConfig
+from pipeline.errors import PipelineError
+from pipeline.events import Emit, Metrics
+from pipeline.objective import STATISTICS
+from pipeline.plan import Plan
+from pipeline.ranks import World
+from pipeline.schedules import learning_rate_factor, training_radius
+
+
+class Engine(Protocol):
+    """What the loop needs of the partitioned network."""
+
+    def step(
+        self, micro_batches: Iterator[tuple[Tensor, Tensor]], *, lr_factor: float, eps: float
+    ) -> Tensor:
+        """One optimizer step; returns the sums of Objective."""
+        ...
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where training stands: steps done and the cursor of the next sample."""
+
+    step: int
+    cursor: Cursor
+
+
+class Trainer:
+    """Runs optimizer steps from `progress` to the end of the plan.
+
+    Attributes:
+        progress: advanced after every step; what a checkpoint stores.
+    """
+
+    def __init__(
+        self,
+        *,
+        world: World,
+        config: RunConfig,
+        plan: Plan,
+        engine: Engine,
+        stream: SampleStream,
+        progress: Progress,
+        emit: Emit,
+        keep: Callable[[Progress], None],
+    ) -> None:
+        self._world = world
+        self._config = config
+        self._plan = plan
+        self._engine = engine
+        self._stream = stream
+        self.progress = progress
+        self._emit = emit
+        self._keep = keep
+        self._sums = torch.zeros(len(STATISTICS), device=world.device)
+        self._since = time.perf_counter()
+
+    def fit(self) -> None:
+        """Train to the last step of the plan, recording metrics and keeping checkpoints."""
+        batches = iter(self._stream)
+        while self.progress.step < self._plan.last_step:
+            batch = next(batches)
+            step = self.progress.step
+            lr_factor, eps = self._schedules(step)
+            micro_batches = zip(
+                batch.images.split(self._plan.micro_batch),
+                batch.labels.split(self._plan.micro_batch),
+                strict=True,
+            )
+            self._sums += self._engine.step(micro_batches, lr_factor=lr_factor, eps=eps)
+            self.progress = Progress(step + 1, batch.cursor_after)
+            self._record(lr_factor, eps)
+            if self._plan.keeps(self.progress.step):
+                self._keep(self.progress)
+
+    def _schedules(self, step: int) -> tuple[float, float]:
+        train, loss, total = self._config.train, self._config.loss, self._plan.total_steps
+        lr_factor = learning_rate_factor(
+            step, total=total, warmup=self._plan.warmup_steps, floor=train.lr_floor
+        )
+        eps = training_radius(
+            step,
+            total=total,
+            eps=loss.eps,
+            start=loss.eps_start,
+            end=loss.eps_end,
+            ramp=loss.eps_ramp,
+        )
+        return lr_factor, eps
+
+    def _record(self, lr_factor: float, eps: float) -> None:
+        """Every `log_every` steps: sum the statistics over the ranks, check and emit them."""
+        step = self.progress.step
+        if step % self._config.train.log_every and step != self._plan.last_step:
+            return
+        dist.all_reduce(self._sums)
+        loss_sum, clean, certified, samples = self._sums.tolist()
+        self._sums.zero_()
+        if not math.isfinite(loss_sum):
+            raise PipelineError(
+                f"the loss is not finite at step {step} (global batch "
+                f"{self._config.train.global_batch}, lr factor {lr_factor:.3g}, eps {eps:.4f})"
+            )
+        now = time.perf_counter()
+        values = {
+            "train/loss": loss_sum / samples,
+            "train/clean": clean / samples,
+            "train/certified": certified / samples,
+            "train/eps": eps,
+            "train/lr": self._config.optim.lr * lr_factor,
+            "train/images_per_s": samples / max(now - self._since, 1e-9),
+            "train/epoch": self.progress.cursor.epoch + 0.0,
+        }
+        self._since = now
+        if self._world.rank == 0:
+            self._emit(Metrics(step, values, int(time.time() * 1000)))

@@ -1,0 +1,131 @@
+"""What one rank does: build the parts, resume, train, keep checkpoints and artefacts."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+from data_shards.index import load_index
+from data_shards.order import Cursor
+from data_shards.store import Store
+from data_shards.stream import SampleStream
+from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from pipeline.config import RunConfig
+from pipeline.events import Emit, Kept, Started
+from pipeline.export import export_artifact
+from pipeline.plan import Plan, make_plan
+from pipeline.ranks import World, join_world
+from pipeline.trainer import Progress, Trainer
+from pipeline.zero3 import Zero3, require_precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything a rank needs, picklable and free of secrets.
+
+    Attributes:
+        config: the resolved configuration.
+        run_url: folder of the run (checkpoints, artefacts, evaluations).
+        shards_url: the shard set.
+        context: facts that every artefact carries (run id, code version, shard digest).
+    """
+
+    config: RunConfig
+    run_url: str
+    shards_url: str
+    context: dict[str, Any]
+
+
+def run_rank(job: Job, emit: Emit) -> None:
+    """Train on this rank until the plan's last step.
+
+    Ranks: all ranks call it together.
+
+    Raises:
+        PipelineError, ShardError, ModelError, OptimizerError: bad input, named.
+    """
+    config = job.config
+    # DeepSpeed on torch >= 2.12 calls collectives under their former names, once per parameter.
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"deepspeed|torch\.distributed"
+    )
+    with join_world(config.cluster) as world:
+        require_precision(config.train.precision)
+        _train(job, world, emit)
+
+
+def _train(job: Job, world: World, emit: Emit) -> None:
+    config = job.config
+    index = load_index(job.shards_url)
+    index.require(config.model.input_shape, config.model.num_classes)
+    samples = len(index.select(config.data.train_split))
+    plan = make_plan(config, samples=samples, world_size=world.size)
+    engine = Zero3(world=world, config=config, micro_batch=plan.micro_batch)
+    run = Store(job.run_url)
+    progress = _starting_point(config, world, engine, run)
+    if world.rank == 0:
+        emit(_started(config, world, engine, plan, progress))
+
+    def keep(progress: Progress) -> None:
+        step = f"step-{progress.step:08d}"
+        checkpoint, artifact = run.child("checkpoints", step), run.child("artifacts", step)
+        save_checkpoint(checkpoint, world=world, engine=engine, progress=progress, config=config)
+        context = {**job.context, "step": progress.step}
+        info = export_artifact(
+            artifact, world=world, engine=engine, network=config.model, context=context
+        )
+        if info is not None:
+            emit(
+                Kept(
+                    step=progress.step,
+                    checkpoint_url=checkpoint.url,
+                    artifact_url=artifact.url,
+                    digest=info.digest,
+                    residual=info.largest_residual,
+                )
+            )
+
+    with SampleStream(
+        index,
+        config.data.stream,
+        split=config.data.train_split,
+        global_batch=config.train.global_batch,
+        rank=world.rank,
+        world_size=world.size,
+        cursor=progress.cursor,
+    ) as stream:
+        Trainer(
+            world=world,
+            config=config,
+            plan=plan,
+            engine=engine,
+            stream=stream,
+            progress=progress,
+            emit=emit,
+            keep=keep,
+        ).fit()
+    world.barrier()
+
+
+def _starting_point(config: RunConfig, world: World, engine: Zero3, run: Store) -> Progress:
+    """The newest committed checkpoint of the run (resume, restart after a failure), or step 0."""
+    newest = newest_checkpoint(run.child("checkpoints"))
+    if newest is None:
+        engine.initialise(config.train.seed)
+        return Progress(0, Cursor(seed=config.train.seed, epoch=0, position=0))
+    return load_checkpoint(newest, world=world, engine=engine)
+
+
+def _started(
+    config: RunConfig, world: World, engine: Zero3, plan: Plan, progress: Progress
+) -> Started:
+    matrices = engine.optimizer.partitioned_matrices
+    facts: dict[str, Any] = {
+        "network": f"{config.model.kind}, {engine.parameter_count:,} parameters",
+        "ranks": f"{world.size} on {world.device.type}, {config.train.precision}, ZeRO-3",
+        "partitioned matrices": f"{matrices} of {engine.matrix_count}",
+        "batch": f"{config.train.global_batch} = {world.size} ranks x "
+        f"{config.train.accumulation} x {plan.micro_batch}",
+    }
+    if progress.step:
+        facts["resumed"] = f"after step {progress.step}"
+    return Started(facts, progress.step, plan.total_steps)

@@ -1,0 +1,109 @@
+"""What holds for every certified network; a new system joins with one line of NETWORKS."""
+
+import pytest
+import torch
+from small_networks import tiny_config, trained_like
+
+from model.attack import attack_l2
+from model.build import build_network
+from model.certificates import certify
+from model.config import parameter_count
+from model.errors import ModelError
+from optim.manifolds import manifold_of
+
+NETWORKS = {
+    "lipnext": tiny_config(),
+    "lipnext_colour": tiny_config(input_shape=(3, 6, 4), width=24, num_classes=5, depth=3),
+    "lipnext_plain": tiny_config(position=False, initial="identity_m", beta=1.0, alpha=0.25),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def config(request):
+    return NETWORKS[request.param]
+
+
+@pytest.fixture
+def images(config, generator):
+    return torch.rand(16, *config.input_shape, generator=generator, dtype=torch.float64)
+
+
+def test_outputs(config, images):
+    network = trained_like(config)
+    logits, factors = network.logits_and_margin_factors(images)
+    assert network.norm in {"l2", "linf"}
+    assert network.input_shape == config.input_shape
+    assert logits.shape == (16, network.num_classes)
+    assert factors.shape == (network.num_classes, network.num_classes)
+    assert torch.equal(factors, factors.T)
+    assert not factors.diagonal().any()
+    assert torch.equal(network(images), logits)
+    torch.testing.assert_close(network(images[3:5]), logits[3:5], rtol=0, atol=1e-12)
+
+
+def test_refuses_wrong_images(config, images):
+    network = trained_like(config)
+    _, h, w = config.input_shape
+    with pytest.raises(ModelError, match=rf"\(16, 7, {h}, {w}\).*\(B, {config.input_shape[0]}, "):
+        network(torch.rand(16, 7, h, w))
+    with pytest.raises(ModelError, match=r"torch\.uint8.*divide 8-bit values by 255"):
+        network((images * 255).to(torch.uint8))
+
+
+def test_builds_on_the_meta_device_with_tags(config):
+    with torch.device("meta"):
+        network = build_network(config)
+    assert sum(p.numel() for p in network.parameters()) == parameter_count(config)
+    assert all(p.is_contiguous() for p in network.parameters())
+    assert all(p.initial in {"haar", "identity", "zeros", "normal"} for p in network.parameters())
+    for p in network.parameters():
+        assert (manifold_of(p) is not None) == (p.initial in {"haar", "identity"})
+
+
+def test_every_parameter_and_the_image_get_a_finite_gradient(config, images):
+    network = trained_like(config).float()
+    x = images.float().requires_grad_()
+    logits, factors = network.logits_and_margin_factors(x)
+    (logits.square().sum() + factors.sum()).backward()
+    for name, p in network.named_parameters():
+        assert p.grad.isfinite().all(), name
+        assert p.grad.any(), name
+    assert x.grad.isfinite().all()
+
+
+def test_checkpointed_blocks_have_the_same_gradients(config, images):
+    gradients = []
+    for checkpointed in (False, True):
+        network = trained_like(config)
+        network.checkpoint_blocks = checkpointed
+        calls = []
+        for block in network.blocks:
+            block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        network(images).square().sum().backward()
+        gradients.append([p.grad for p in network.parameters()])
+        assert len(calls) == config.depth * (1 + checkpointed)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_bound_is_just_above_one(config, dtype):
+    network = build_network(config).to(dtype)
+    network.initialise(0)
+    bound = network.lipschitz_upper_bound().value
+    assert 1 <= bound < 1 + (1e-9 if dtype == torch.float64 else 1e-4)
+
+
+def test_no_attack_succeeds_inside_the_certified_radius_and_some_beyond(config, images):
+    network = trained_like(config)
+    with torch.no_grad():
+        logits, factors = network.logits_and_margin_factors(images)
+    lipschitz = network.lipschitz_upper_bound().value
+    c = certify(logits, factors, logits.argmax(1), lipschitz=lipschitz)
+    assert c.radius.min() > 0
+
+    def fooled(eps):
+        found = attack_l2(network, images, c.prediction, eps, steps=20)
+        return network(found).argmax(1) != c.prediction
+
+    assert not fooled(c.radius * 0.9999).any()
+    assert fooled(c.radius * 3 + 1).any()

@@ -1,0 +1,131 @@
+import dataclasses
+
+import pytest
+import torch
+from pydantic import ValidationError
+from small_networks import tiny_config, trained_like
+
+from model.build import build_network
+from model.config import LipNeXtConfig, parameter_count
+from model.errors import ModelError
+from model.initial import initial_value
+from model.presets import NETWORK_PRESETS, network_preset
+from optim.manifolds import ORTHOGONAL, manifold_of
+
+COUNTS = {
+    "digits": 149_322,
+    "synthetic": 38_026,
+    "cifar10-L32W1024": 68_208_650,
+    "cifar10-L32W2048": 272_723_978,
+    "tiny-imagenet-L32W2048": 273_113_288,
+    "imagenet-L32W4096": 1_094_755_304,
+    "imagenet-2B": 2_168_636_392,
+}
+
+
+@pytest.mark.parametrize("name", NETWORK_PRESETS)
+def test_preset_has_the_stated_number_of_parameters(name):
+    config = network_preset(name)
+    with torch.device("meta"):
+        network = build_network(config)
+    assert all(p.is_meta for p in network.parameters())
+    assert sum(p.numel() for p in network.parameters()) == COUNTS[name]
+    assert parameter_count(config) == COUNTS[name]
+
+
+def test_unknown_preset_names_the_known_ones():
+    with pytest.raises(ModelError, match=r"did you mean cifar10-L32W1024\?.*known: digits"):
+        network_preset("cifar10-l32w1024")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_classes": 1}, "num_classes=1 must be at least 2"),
+        ({"depth": 0}, "depth=0 must be at least 1"),
+        ({"patch": 3}, "patch=3 does not divide the image of 4x4"),
+        ({"input_shape": (1, 0, 4)}, "positive sides"),
+        ({"width": 3}, "width=3 is smaller than the 4 values of a patch"),
+        ({"alpha": 0.0}, r"alpha=0\.0 must be in \(0, 1/4\]"),
+        ({"alpha": 0.3}, r"alpha=0\.3"),
+        ({"beta": 1.1}, r"beta=1\.1"),
+        ({"width": 6}, "width=6 cannot be shifted"),
+        ({"width": 6, "alpha": 0.25}, "4 \\* 2 channels must lie in 4..6"),
+        ({"pool_tau": 0.0}, r"pool_tau=0\.0"),
+        ({"colour": 1}, "colour"),
+        ({"fold": "sometimes"}, "fold"),
+    ],
+)
+def test_config_refuses(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        tiny_config(**changes)
+
+
+def test_folded_and_unfolded_blocks_agree(generator):
+    never = trained_like(tiny_config(fold="never"))
+    always = trained_like(tiny_config(fold="always"))
+    auto = trained_like(tiny_config(fold="auto"))
+    x = torch.rand(8, 1, 4, 4, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(always(x), never(x), rtol=0, atol=1e-13)
+    assert not torch.equal(always(x), never(x)), "the two orders of products differ in rounding"
+    assert torch.equal(auto(x), always(x)), "32 tokens for 16 channels"
+    assert torch.equal(auto(x[:2]), never(x[:2])), "8 tokens for 16 channels"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_is_close_to_float64(generator, dtype):
+    exact = trained_like(tiny_config())
+    low = trained_like(tiny_config()).to(dtype)
+    x = torch.rand(8, 1, 4, 4, generator=generator)
+    logits, factors = low.logits_and_margin_factors(x)
+    assert logits.dtype == factors.dtype == torch.float32
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(logits.double(), exact(x), rtol=0, atol=tolerance)
+
+
+def test_identity_m_starts_with_identity():
+    network = build_network(tiny_config(initial="identity_m"))
+    network.initialise(0)
+    assert torch.equal(network.blocks[1].M, torch.eye(16))
+    assert ORTHOGONAL.residual(network.blocks[1].R.detach()) < 1e-5
+
+
+def test_initial_values_depend_on_seed_and_name_alone():
+    network = build_network(tiny_config()).double()
+    network.initialise(7)
+    torch.manual_seed(123)
+    for name, p in reversed(list(network.named_parameters())):
+        assert torch.equal(p, initial_value(p.initial, p.shape, seed=7, name=name))
+    assert not torch.equal(network.blocks[0].R, network.blocks[1].R)
+    assert not torch.equal(network.blocks[0].R, network.blocks[0].M)
+    other = initial_value("haar", (16, 16), seed=8, name="blocks.0.R")
+    assert not torch.equal(network.blocks[0].R, other)
+
+
+def test_initial_kinds():
+    haar = initial_value("haar", (32, 32), seed=0, name="w")
+    assert haar.dtype == torch.float64
+    assert ORTHOGONAL.residual(haar) < 1e-13
+    with torch.device("meta"):
+        rows = initial_value("normal", (1000, 64), seed=0, name="w")
+    assert rows.device.type == "cpu"
+    assert float(rows.norm(dim=1).mean()) == pytest.approx(1, abs=0.02)
+    assert not initial_value("zeros", (3,), seed=0, name="w").any()
+    with pytest.raises(ModelError, match="'ones' of w; known: haar"):
+        initial_value("ones", (3,), seed=0, name="w")
+
+
+def test_which_parameters_are_orthogonal():
+    network = build_network(tiny_config())
+    network.double()
+    orthogonal = {n for n, p in network.named_parameters() if manifold_of(p) is ORTHOGONAL}
+    assert orthogonal == {"stem.weight", "blocks.0.R", "blocks.0.M", "blocks.1.R", "blocks.1.M"}
+
+
+def test_configuration_describes_the_grid():
+    config = LipNeXtConfig(input_shape=(3, 8, 12), num_classes=2, patch=4, width=64, depth=1)
+    assert config.grid == (2, 3)
+    assert config.stem_channels == 48
+    assert config.shifted_channels == 4
+    assert config.absolute_channels == 32
+    assert dataclasses.replace(config, beta=1.0).absolute_channels == 64

@@ -1,0 +1,64 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optim.errors import OptimizerError
+from optim.exchange import LocalExchange
+from optim.layout import Slot, plan_rounds
+
+
+@st.composite
+def layouts(draw):
+    world_size = draw(st.integers(1, 1000))
+    slots, offset = [], 0
+    for i, n in enumerate(draw(st.lists(st.integers(1, 5000), max_size=40))):
+        length = -(-n * n // world_size)
+        slots.append(Slot(f"matrix{i}", (n, n), n * n, offset, length))
+        offset += length
+    return tuple(slots), world_size
+
+
+@given(layouts())
+def test_rounds_cover_the_slots_once_and_in_order(layout):
+    slots, world_size = layout
+    rounds = plan_rounds(slots, world_size)
+    assert tuple(slot for plan in rounds for slot in plan.slots) == slots
+    assert len(rounds) == -(-len(slots) // world_size)
+    assert all(a.stop == b.start for a, b in itertools.pairwise(rounds))
+
+
+@given(layouts(), st.integers(0, 999))
+def test_splits_agree_between_sender_and_owner(layout, some_rank):
+    slots, world_size = layout
+    rank = some_rank % world_size
+    for plan in plan_rounds(slots, world_size):
+        sent = plan.slice_lengths()
+        assert len(sent) == world_size
+        assert sum(sent) == plan.stop - plan.start
+        # What any rank sends to this one is what this one expects from any rank.
+        assert plan.whole_lengths(rank) == [sent[rank]] * world_size
+        slot = plan.slot_of(rank)
+        assert (slot is None) == (sent[rank] == 0)
+        if slot is not None:
+            assert slot.numel <= sum(plan.whole_lengths(rank)) < slot.numel + world_size
+
+
+def test_plan_refuses_no_ranks():
+    with pytest.raises(OptimizerError, match="at least 1, got 0"):
+        plan_rounds((), 0)
+
+
+def test_local_exchange_returns_copies_and_sends_nothing():
+    exchange = LocalExchange()
+    slot = Slot("w", (2, 3), 6, 0, 6)
+    (plan,) = plan_rounds((slot,), 1)
+    flat = torch.arange(6.0)
+    whole = exchange.to_owner(flat, plan)
+    whole += 1
+    assert torch.equal(flat, torch.arange(6.0))
+    assert torch.equal(exchange.to_partitions(whole, plan, flat), torch.arange(6.0) + 1)
+    assert torch.equal(exchange.gather(flat), flat)
+    assert exchange.bytes_sent == 0

@@ -1,0 +1,255 @@
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.tracking import (
+    EvaluationRecord,
+    Tracker,
+    TrackingConfig,
+    log_evaluation,
+    ui_command,
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """One sqlite store for the file: creating the schema takes seconds."""
+    return tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+
+
+@pytest.fixture
+def config(store, request):
+    return TrackingConfig(uri=f"sqlite:///{store}", experiment=request.node.name)
+
+
+def client_of(config):
+    from mlflow import MlflowClient
+
+    return MlflowClient(config.uri)
+
+
+def series(config, run_id, name):
+    points = client_of(config).get_metric_history(run_id, name)
+    return sorted((point.step, point.value) for point in points)
+
+
+def evaluation(**changes):
+    fields = {
+        "eval_key": "key-1",
+        "artifact_url": "file:///artifacts/step3",
+        "artifact_digest": "d" * 64,
+        "dataset_name": "digits-test",
+        "dataset_digest": "e" * 64,
+        "dataset_url": "file:///shards",
+        "metrics": {"clean": 0.9, "cra_nominal/l2/36_255": 0.7},
+        "params": {"batch_size": 8},
+        "artifacts": {"cra.png": b"png"},
+        "step": 3,
+    }
+    return EvaluationRecord(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("uri", ["", "mlruns", "file:///x", "postgresql://x"])
+def test_config_refuses_an_unknown_store(uri):
+    with pytest.raises(ValueError, match="must start with sqlite"):
+        TrackingConfig(uri=uri)
+
+
+def test_config_makes_sqlite_paths_absolute(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert TrackingConfig().uri == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_importing_the_file_does_not_import_mlflow():
+    code = "import sys, pipeline.tracking; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_training_run_reaches_the_store(config, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tracker = Tracker(
+        config,
+        tmp_path / "spool",
+        run_name="digits",
+        params={"optim": {"lr": 0.01}, "long": "x" * 7000, **{f"p{i}": i for i in range(150)}},
+        tags={"preset": "digits"},
+        wait_seconds=60,
+    )
+    for step in range(1200):
+        tracker.log_metrics(step, {"loss": step / 2})
+    tracker.finish()
+    assert tracker.close()
+
+    run = client_of(config).get_run(tracker.run.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "digits"
+    assert run.data.tags["preset"] == "digits"
+    assert run.data.params["optim.lr"] == "0.01"
+    assert run.data.params["p149"] == "149"
+    assert len(run.data.params["long"]) == 6000
+    assert run.data.params["long"].endswith("(truncated, 7000 characters)")
+    assert series(config, run.info.run_id, "loss") == [(i, i / 2) for i in range(1200)]
+    assert run.info.artifact_uri.startswith(store.parent.as_uri())
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_opening_the_spool_again_goes_on_with_the_run(config, tmp_path):
+    options = {"run_name": "resumed", "params": {"lr": 1}, "wait_seconds": 60}
+    first = Tracker(config, tmp_path, **options)
+    first.log_metrics(0, {"loss": 2.0})
+    assert first.close()
+    with (tmp_path / "spool.jsonl").open("ab") as file:
+        file.write(b'{"kind": "metr')  # killed while writing
+    second = Tracker(config, tmp_path, **options)
+    second.log_metrics(1, {"loss": 1.0})
+    assert second.close()
+    assert second.run == first.run
+    assert series(config, first.run.run_id, "loss") == [(0, 2.0), (1, 1.0)]
+
+
+def test_a_run_is_resumed_by_its_id_without_the_spool(config, tmp_path):
+    first = Tracker(config, tmp_path / "a", run_name="x", params={"lr": 1}, wait_seconds=60)
+    assert first.close()
+    run_id = first.run.run_id
+    second = Tracker(config, tmp_path / "b", run_name="x", run_id=run_id, wait_seconds=60)
+    assert second.close()
+    assert second.run == first.run
+    with pytest.raises(ValueError, match="another spool"):
+        Tracker(config, tmp_path / "b", run_name="x", run_id="0" * 32)
+
+
+def test_replaying_the_whole_spool_adds_nothing(config, tmp_path):
+    tracker = Tracker(config, tmp_path, run_name="replayed", wait_seconds=60)
+    tracker.log_metrics(5, {"loss": 2.0, "nan": float("nan")}, timestamp_ms=1000)
+    tracker.log_checkpoint(5, "file:///a", "f" * 64, wait_seconds=60)
+    tracker.log_evaluation(evaluation(eval_key="replay", artifact_digest="f" * 64))
+    assert tracker.close()
+    (state,) = tmp_path.glob("server-*.json")
+    state.unlink()  # the acknowledgement never arrived
+    again = Tracker(config, tmp_path, run_name="replayed", wait_seconds=60)
+    assert again.close()
+    client = client_of(config)
+    experiment = [tracker.run.experiment_id]
+    assert again.run == tracker.run
+    assert len(client.search_runs(experiment)) == 2
+    assert len(client.search_logged_models(experiment)) == 1
+    for name in ("loss", "nan", "clean"):
+        assert len(client.get_metric_history(tracker.run.run_id, name)) == 1
+
+
+def test_a_checkpoint_becomes_an_external_logged_model(config, tmp_path):
+    tracker = Tracker(config, tmp_path, run_name="a run/1", wait_seconds=60)
+    model_id = tracker.log_checkpoint(
+        7, "s3://bucket/step7", "a" * 64, {"cra": 0.5}, wait_seconds=60
+    )
+    assert tracker.close()
+    model = client_of(config).get_logged_model(model_id)
+    assert model.source_run_id == tracker.run.run_id
+    assert model.tags["artifact_url"] == "s3://bucket/step7"
+    assert model.tags["artifact_digest"] == "a" * 64
+    assert model.params == {"step": "7", "cra": "0.5"}
+    assert model.status == "READY"
+
+
+def test_an_evaluation_is_a_flat_run_linked_to_model_dataset_and_training_run(config, tmp_path):
+    tracker = Tracker(config, tmp_path, run_name="evaluated", wait_seconds=60)
+    model_id = tracker.log_checkpoint(3, "file:///a", "d" * 64, wait_seconds=60)
+    tracker.log_evaluation(evaluation())
+    assert tracker.close()
+    client = client_of(config)
+    (run,) = client.search_runs([tracker.run.experiment_id], "tags.stage = 'cra-eval'")
+    assert run.info.status == "FINISHED"
+    assert "mlflow.parentRunId" not in run.data.tags
+    assert run.data.tags["train_run_id"] == tracker.run.run_id
+    assert run.data.tags["model_id"] == model_id
+    assert run.data.tags["eval_key"] == "key-1"
+    assert run.data.tags["artifact_url"] == "file:///artifacts/step3"
+    assert run.data.params == {"batch_size": "8"}
+    assert run.data.metrics == evaluation().metrics
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["cra.png"]
+    assert run.inputs.dataset_inputs[0].dataset.name == "digits-test"
+    metrics = client.get_logged_model(model_id).metrics
+    assert {(m.key, m.value, m.dataset_name) for m in metrics} == {
+        ("clean", 0.9, "digits-test"),
+        ("cra_nominal/l2/36_255", 0.7, "digits-test"),
+    }
+    assert series(config, tracker.run.run_id, "cra_nominal/l2/36_255") == [(3, 0.7)]
+
+
+def test_a_finished_evaluation_is_reused_by_its_key(config):
+    first = log_evaluation(config, evaluation(train_run_id="0" * 32))  # unknown here: no series
+    again = log_evaluation(config, evaluation(metrics={"clean": 0.1}))
+    other = log_evaluation(config, evaluation(eval_key="key-2", metrics={"clean": 0.2}))
+    assert first == again
+    assert other.run_id != first.run_id
+    client = client_of(config)
+    assert client.get_run(first.run_id).data.metrics["clean"] == 0.9
+    assert len(client.search_logged_models([first.experiment_id])) == 1
+
+
+def test_an_unfinished_evaluation_is_completed(config):
+    first = log_evaluation(config, evaluation())
+    client = client_of(config)
+    client.update_run(first.run_id, status="RUNNING")
+    assert log_evaluation(config, evaluation()) == first
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+    assert len(client.get_metric_history(first.run_id, "clean")) == 1
+
+
+def test_an_unreachable_server_neither_blocks_nor_loses_anything(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as free:  # bound and not listening: connections are refused
+        free.bind(("127.0.0.1", 0))
+        away = TrackingConfig(uri=f"http://127.0.0.1:{free.getsockname()[1]}")
+        tracker = Tracker(away, tmp_path, run_name="offline", wait_seconds=60)
+        assert tracker.run is None
+        tracker.log_metrics(0, {"loss": 2.0})
+        assert tracker.log_checkpoint(0, "file:///a", "d" * 64, wait_seconds=60) is None
+        tracker.log_evaluation(evaluation())
+        assert not tracker.close(timeout=0.1)
+
+    back = Tracker(config, tmp_path, run_name="offline", wait_seconds=60)
+    back.log_metrics(1, {"loss": 1.0})
+    assert back.close()
+    assert series(config, back.run.run_id, "loss") == [(0, 2.0), (1, 1.0)]
+    assert series(config, back.run.run_id, "clean") == [(3, 0.9)]
+    assert len(client_of(config).search_logged_models([back.run.experiment_id])) == 1
+
+
+def test_misuse_is_refused(config, tmp_path):
+    tracker = Tracker(config, tmp_path, run_name="misused", wait_seconds=60)
+    with pytest.raises(ValueError, match="metric name 'a\\?'"):
+        tracker.log_metrics(0, {"a?": 1.0})
+    with pytest.raises(ValueError, match="DONE"):
+        tracker.finish("DONE")
+    assert tracker.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        tracker.log_metrics(0, {"a": 1.0})
+
+
+def test_processes_may_create_the_schema_together(tmp_path):
+    code = (
+        "import sys; from pipeline.tracking import Tracker, TrackingConfig;"
+        "from pathlib import Path;"
+        "t = Tracker(TrackingConfig(uri=sys.argv[1]), Path(sys.argv[2]), run_name='x',"
+        "wait_seconds=60); ok = t.run is not None; sys.exit(not (t.close() and ok))"
+    )
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, uri, str(tmp_path / name)])
+        for name in ("a", "b")
+    ]
+    assert [process.wait(120) for process in processes] == [0, 0]
+
+
+def test_ui_command(config, tmp_path):
+    run = log_evaluation(config, evaluation())
+    command, path = ui_command(config.uri, run)
+    assert f"mlflow ui --backend-store-uri {config.uri}" in command
+    assert path == (
+        f"/#/experiments/{run.experiment_id}/runs/{run.run_id}?workflowType=machine_learning"
+    )
+    command, _ = ui_command("http://host:5000", run)
+    assert f"http://host:5000{path}" in command
