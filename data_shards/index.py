@@ -7,7 +7,6 @@ written last: a directory without one is not a shard set.
 
 import dataclasses
 import hashlib
-import io
 import json
 from typing import Any, Final, Literal
 
@@ -176,9 +175,9 @@ def rows_to_parquet(columns: dict[str, list[Any]]) -> bytes:
             xxh3_64, label), all of one length.
     """
     table = pa.table({name: pa.array(columns[name], kind) for name, kind in _COLUMNS.items()})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
 
 
 def header_to_json(header: Header) -> bytes:
@@ -256,7 +255,9 @@ def _header_dict(header: Header) -> dict[str, Any]:
 
 
 def _read_rows(store: Store, data: bytes) -> tuple[Rows, npt.NDArray[np.bytes_]]:
-    table = pq.read_table(io.BytesIO(data), use_threads=False)
+    # Not `read_table` of a Python file: its background clean-up can abort the interpreter's exit
+    # (apache/arrow 34314, 33975).
+    table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
     missing = set(_COLUMNS) - set(table.column_names)
     if missing:
         raise ShardError(f"{store}/{ROWS_FILE} lacks the columns {', '.join(sorted(missing))}")

@@ -73,25 +73,13 @@ def write_shard_set(
     plan = list(_plan_shards(source, samples_per_shard))
     columns: _Columns = {}
     shards = []
-    bar = track(
-        plan,
-        f"writing {source.name}",
-        console=Console(stderr=True),
-        disable=not progress,
-    )
+    console = Console(stderr=True)
+    bar = track(plan, f"writing {source.name}", console=console, disable=not progress)
     for number, (file, split, members) in enumerate(bar):
         data = _build_tar(source, members, number, split, columns)
+        sizes = {"samples": len(members), "size": len(data)}
         digest = hashlib.sha256(data).hexdigest()
-        shards.append(
-            Shard(
-                number=number,
-                file=file,
-                split=split,
-                samples=len(members),
-                size=len(data),
-                sha256=digest,
-            )
-        )
+        shards.append(Shard(number=number, file=file, split=split, sha256=digest, **sizes))
         if present is None:
             store.write(file, data)
     rows = rows_to_parquet(columns)

@@ -124,7 +124,7 @@ def compute(
         index_digest=index.digest,
         split=config.split,
         out_url=str(out),
-        step=info.context.get("step", 0) if step is None else step,
+        step=int(info.context.get("step") or 0) if step is None else step,
         orthogonality_residual=info.largest_residual,
         lipschitz_upper_bound=bound,
         **scores(records, config.eps, index.num_classes),
@@ -272,8 +272,13 @@ def main(arguments: list[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False, markup=False)
     try:
         config = tyro.cli(EvaluationConfig, args=arguments, prog="jobs.evaluate_cra")
-        columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=errors) as progress:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=errors, transient=True) as progress:
             bar = progress.add_task("shards", total=None)
             summary = compute(
                 config,

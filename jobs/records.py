@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from jobs.config import eps_value
 
 CURVE_EPS = tuple(i / 100 for i in range(151))
-_COLUMNS = ("key", "label", "prediction", "rival", "margin", "radius")
+_NUMBERS = ("label", "prediction", "rival", "margin", "radius")
 
 
 class EvaluationError(ValueError):
@@ -173,9 +173,11 @@ def scores(parts: Sequence[ShardRecords], eps: Sequence[str], num_classes: int) 
 
 def samples_parquet(parts: Sequence[ShardRecords]) -> bytes:
     """Return the bytes of ``samples.parquet``: shard, key, label, prediction, rival, ..."""
-    columns: dict[str, list[object]] = {"shard": [part.shard for part in parts for _ in part.key]}
-    for name in _COLUMNS:
-        columns[name] = [value for part in parts for value in getattr(part, name)]
+    columns = {
+        "shard": [part.shard for part in parts for _ in part.key],
+        "key": [key for part in parts for key in part.key],
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _NUMBERS},
+    }
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer)
     return buffer.getvalue()

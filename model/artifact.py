@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.build import build_network
 from model.config import NetworkConfig
@@ -71,7 +71,7 @@ class Artifact:
 
 def parameter_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all parameters, in the order in which an artefact stores them."""
-    return {name: tuple(p.shape) for name, p in _parameters(config).items()}
+    return {name: tuple(p.shape) for name, p in _on_meta(config).named_parameters()}
 
 
 def write_artifact(
@@ -94,7 +94,8 @@ def write_artifact(
     Raises:
         ModelError: a tensor is missing, surplus, out of order, of a wrong shape or not finite.
     """
-    parameters = _parameters(network_config)
+    network = _on_meta(network_config)
+    parameters = dict(network.named_parameters())
     residuals: dict[str, float] = {}
 
     def stored() -> Iterator[tuple[str, Tensor]]:
@@ -116,10 +117,10 @@ def write_artifact(
     info = ArtifactInfo(
         schema_version=SCHEMA_VERSION,
         network=network_config,
-        norm="l2",
+        norm=network.norm,
         pixel_unit="[0, 1], 0.5 subtracted inside",
-        native_input_shape=network_config.input_shape,
-        network_input_shape=network_config.input_shape,
+        native_input_shape=network.input_shape,
+        network_input_shape=network.input_shape,
         orthogonality_residuals=residuals,
         largest_residual=max(residuals.values(), default=0.0),
         weights_sha256=weights.sha256,
@@ -218,9 +219,9 @@ class _HashingReader:
         return data
 
 
-def _parameters(config: NetworkConfig) -> dict[str, nn.Parameter]:
+def _on_meta(config: NetworkConfig) -> CertifiedNetwork:
     with torch.device("meta"):
-        return dict(build_network(config).named_parameters())
+        return build_network(config)
 
 
 def _as_json(value: object) -> Any:

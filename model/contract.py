@@ -2,6 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class CertifiedNetwork(nn.Module, ABC):
         checkpoint_blocks: recompute each block in the backward pass instead of storing it.
     """
 
-    norm: str
+    norm: Literal["l2", "linf"]
     input_shape: tuple[int, int, int]
     num_classes: int
     checkpoint_blocks: bool = False

@@ -5,6 +5,8 @@ DeepSpeed's `zero.Init`, and is read by `manifold_of`. Shapes are never asked: u
 partitioned parameter has shape (0,).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -90,29 +92,16 @@ class Orthogonal:
             A new (n, n) tensor of `dtype`.
 
         Raises:
-            OptimizerError: The residual stays above the round-off of `dtype` (X is singular or not
-                finite, or the products run in a reduced precision such as TF32).
+            OptimizerError: The residual stays above the round-off of `dtype`: X is singular or not
+                finite.
         """
         self.check_shape(tuple(point.shape))
         X = point.to(dtype or point.dtype, copy=True)
         if X.dtype not in (torch.float32, torch.float64):
             raise OptimizerError(f"polar factor needs float32 or float64, got {X.dtype}")
+        with _full_precision():
+            X, start, residual = _newton_schulz(X)
         n = X.shape[0]
-        eye = torch.eye(n, dtype=X.dtype, device=X.device)
-        E = X.mT @ X - eye
-        start = residual = float(torch.linalg.matrix_norm(E))
-        if residual >= 1.0:
-            norm_2_squared = torch.linalg.matrix_norm(E + eye, ord=1)
-            X = X / norm_2_squared.sqrt()
-            E = X.mT @ X - eye
-            residual = float(torch.linalg.matrix_norm(E))
-        for _ in range(_MAX_POLAR_ITERATIONS):
-            candidate = torch.addmm(X, X, E, alpha=-0.5)
-            E = candidate.mT @ candidate - eye
-            fallen = float(torch.linalg.matrix_norm(E))
-            if not fallen < residual:
-                break
-            X, residual = candidate, fallen
         limit = 4 * n * torch.finfo(X.dtype).eps
         if not residual <= limit:
             raise OptimizerError(
@@ -162,3 +151,34 @@ def declare(parameter: TensorT, manifold: Manifold) -> TensorT:
 def manifold_of(parameter: Tensor) -> Manifold | None:
     """The declared manifold of a parameter; None means Euclidean."""
     return getattr(parameter, "manifold", None)
+
+
+def _newton_schulz(X: Tensor) -> tuple[Tensor, float, float]:
+    """The last iterate whose residual fell, and the residuals at the start and there."""
+    eye = torch.eye(X.shape[0], dtype=X.dtype, device=X.device)
+    E = X.mT @ X - eye
+    start = residual = float(torch.linalg.matrix_norm(E))
+    if residual >= 1.0:
+        norm_2_squared = torch.linalg.matrix_norm(E + eye, ord=1)  # an upper bound of it
+        X = X / norm_2_squared.sqrt()
+        E = X.mT @ X - eye
+        residual = float(torch.linalg.matrix_norm(E))
+    for _ in range(_MAX_POLAR_ITERATIONS):
+        candidate = torch.addmm(X, X, E, alpha=-0.5)
+        E = candidate.mT @ candidate - eye
+        fallen = float(torch.linalg.matrix_norm(E))
+        if not fallen < residual:
+            break
+        X, residual = candidate, fallen
+    return X, start, residual
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Float32 products in float32 whatever the training run chose: TF32 stalls at 1e-2."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)

@@ -6,11 +6,13 @@ from typing import Any
 
 from rich.console import Console
 
+from data_shards.store import Store
 from pipeline.display import Display
 from pipeline.evaluation import Evaluations
 from pipeline.events import Event, Kept, Metrics, Started
 from pipeline.prepare import Prepared
-from pipeline.tracking import Tracker, TrackingConfig, ui_command
+from pipeline.tracker import Tracker
+from pipeline.tracking import TrackingConfig, ui_command
 
 _FIGURE = "cra.png"
 _CLOSE_S = 60.0
@@ -43,8 +45,8 @@ class Desk:
 
     def _keep(self, event: Kept) -> None:
         self._display.message(
-            f"[green]kept[/green] step {event.step}: {event.checkpoint_url}, artefact "
-            f"{event.digest[:12]} with orthogonality residual <= {event.residual:.1e}"
+            f"[green]kept[/green] step {event.step}: {_where(event.checkpoint_url)}, artefact "
+            f"{event.digest[:12]}, orthogonality residual <= {event.residual:.1e}"
         )
         self._tracker.log_checkpoint(event.step, event.artifact_url, event.digest, wait_seconds=0)
         if self._evaluations is not None:
@@ -93,7 +95,8 @@ def _evaluations(prepared: Prepared, tracker: Tracker) -> Evaluations:
         "launcher": config.cluster.launcher,
         "record": False,
     }
-    return Evaluations(settings, tracker.log_evaluation)
+    beside = config.cluster.launcher == "ray"
+    return Evaluations(settings, tracker.log_evaluation, beside_training=beside)
 
 
 def _results(evaluations: Evaluations | None, console: Console) -> list[Any]:
@@ -117,8 +120,14 @@ def _show(summaries: list[Any], prepared: Prepared, tracker: Tracker, display: D
         ]
         title = f"{last.column}, {last.norm}, {last.samples} samples of {last.dataset}"
         display.table(title, list(rows[0]), rows)
-        display.message(f"CRA curve:  {last.out_url}/{_FIGURE}")
-    display.message(f"artefacts:  {prepared.job.run_url}/artifacts")
+        display.message(f"CRA curve:  {_where(last.out_url)}/{_FIGURE}")
+    display.message(f"artefacts:  {_where(prepared.job.run_url)}/artifacts")
     if tracker.run is not None:
         command, path = ui_command(prepared.mlflow, tracker.run)
         display.message(f"MLflow UI:  {command}\n            then open http://127.0.0.1:5000{path}")
+
+
+def _where(url: str) -> str:
+    """A path that a person can open on this machine, else the URL without credentials."""
+    store = Store(url)
+    return str(store.local_path() or store)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import importlib
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,27 +17,40 @@ def resolve(entry: str) -> Callable[..., Any]:
 
 
 class Evaluations:
-    """Certifies kept checkpoints one after another beside training, on a thread of the driver.
+    """Certifies kept checkpoints one after another, on a thread of the driver.
 
     The work itself happens in the tasks that the evaluation starts; the thread only waits.
 
     Args:
         settings: fields of the evaluation's configuration that all checkpoints share.
         log: receives the record of every evaluation.
+        beside_training: False holds the evaluations back until `results`, because without Ray they
+            would run inside the training process and change its threads and precision.
     """
 
-    def __init__(self, settings: Mapping[str, Any], log: Callable[[Any], object]) -> None:
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        log: Callable[[Any], object],
+        *,
+        beside_training: bool,
+    ) -> None:
         self._settings = dict(settings)
         self._log = log
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="evaluation")
         self._pending: list[concurrent.futures.Future[Any]] = []
+        self._released = threading.Event()
+        if beside_training:
+            self._released.set()
 
     def submit(self, artifact_url: str, step: int) -> None:
         """Queue the evaluation of one artefact; returns at once."""
+        self._pending.append(self._pool.submit(self._evaluate, artifact_url, step))
+
+    def _evaluate(self, artifact_url: str, step: int) -> Any:
+        self._released.wait()
         settings = {**self._settings, "artifact": artifact_url}
-        self._pending.append(
-            self._pool.submit(lambda: resolve(ENTRY)(settings, step=step, log=self._log))
-        )
+        return resolve(ENTRY)(settings, step=step, log=self._log)
 
     @property
     def waiting(self) -> int:
@@ -49,9 +63,13 @@ class Evaluations:
         Raises:
             Exception: the first evaluation that failed, after all others have ended.
         """
+        self._released.set()
         self._pool.shutdown(wait=True)
         return [future.result() for future in self._pending]
 
     def cancel(self) -> None:
         """Drop what has not begun, wait for what has."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for future in self._pending:
+            future.cancel()
+        self._released.set()
+        self._pool.shutdown(wait=True)

@@ -127,7 +127,10 @@ def fit(job: Job, handle: Emit) -> None:
     use_gpu = _use_gpu(cluster)
     events = Queue(actor_options={"num_cpus": 0})
     resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
-    filesystem, path = Store(job.run_url).arrow()
+    run = Store(job.run_url)
+    filesystem, path = run.arrow()
+    # Ray Train would silently continue from a folder of the same name, so each has its own.
+    name = f"ray-{uuid.uuid4().hex[:8]}"
     trainer = TorchTrainer(
         _rank_entry,
         train_loop_config={"job": job, "emit": _Post(events.actor)},
@@ -138,8 +141,7 @@ def fit(job: Job, handle: Emit) -> None:
             num_workers=cluster.workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
-            # Ray Train would silently continue from a folder of the same name.
-            name=f"ray-{uuid.uuid4().hex[:8]}",
+            name=name,
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
@@ -152,6 +154,8 @@ def fit(job: Job, handle: Emit) -> None:
             trainer.fit()
         except TrainingFailedError as error:
             raise _clear_error(error) from None
+        finally:
+            run.remove(name, recursive=True)
 
 
 def _use_gpu(cluster: ClusterConfig) -> bool:

@@ -1,17 +1,13 @@
-"""MLflow tracking: the only MLflow import of the project.
+"""MLflow: the only import of it in the project, and the only room file that jobs may import.
 
-A training run writes every record (start, metrics, checkpoints, evaluations, finish) to a local
-JSONL spool and goes on; one background thread ships the spool to MLflow and stores the offset
-that the server has acknowledged. A server that is away delays the shipping and nothing else, and
-every record can be shipped twice without a trace: runs, models and evaluations are found again by
-a key in their tags, and MLflow keeps one point per (name, step, timestamp, value).
+Every call can be repeated without a trace: runs, models and evaluations are found again by a key in
+their tags, and MLflow keeps one point per (name, step, timestamp, value).
 
 MLflow itself is imported inside functions: a process that never tracks never pays for it.
 """
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import json
 import logging
@@ -19,13 +15,9 @@ import os
 import re
 import shlex
 import tempfile
-import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from hashlib import sha256
-from itertools import groupby, islice
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,9 +29,9 @@ METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
 PARAM_CHARACTERS = 6000
 DATASET_DIGEST_CHARACTERS = 36
-_METRIC_NAME = re.compile(r"[\w\-. :/]{1,250}")
 _ENVIRONMENT = {  # defaults; what the user has set wins
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -112,7 +104,7 @@ def log_evaluation(config: TrackingConfig, record: EvaluationRecord) -> RunRefer
     Raises:
         Exception: what MLflow raises when the server is away or refuses.
     """
-    return _Server(config).log_evaluation(record)
+    return Server(config).log_evaluation(record)
 
 
 def ui_command(uri: str, run: RunReference) -> tuple[str, str]:
@@ -125,260 +117,7 @@ def ui_command(uri: str, run: RunReference) -> tuple[str, str]:
     return f"python -m webbrowser -t {shlex.quote(uri + path)}", path
 
 
-class Tracker:
-    """The record of one training run: write locally, ship in the background.
-
-    Args:
-        config: the MLflow store.
-        spool: directory of the local record, one per training run; opening it again goes on
-            with the same run and ships what was left.
-        run_name: name shown in the UI.
-        params: resolved config, nested or flat; recorded flat (``optim.lr``).
-        tags: tags of the run.
-        run_id: the MLflow run to go on with when the spool is not at hand (resume elsewhere).
-        wait_seconds: longest wait for the server's first answer, so that `run` is known.
-    """
-
-    def __init__(
-        self,
-        config: TrackingConfig,
-        spool: Path,
-        *,
-        run_name: str,
-        params: Mapping[str, Any] | None = None,
-        tags: Mapping[str, str] | None = None,
-        run_id: str | None = None,
-        wait_seconds: float = 10.0,
-    ) -> None:
-        self._config = config
-        self._server: _Server | None = None
-        self._spool = _Spool(spool, f"{config.uri} {config.experiment}")
-        known = self._spool.run
-        if run_id and known and known.run_id != run_id:
-            raise ValueError(
-                f"{spool} holds the records of run {known.run_id}, not of {run_id}: "
-                "give this run another spool directory"
-            )
-        self._condition = threading.Condition()
-        self._failures = 0
-        self._deadline: float | None = None
-        self._thread = threading.Thread(target=self._ship, name="mlflow-shipper", daemon=True)
-        offset = self._append(
-            "start",
-            run_key=self._spool.run_key,
-            run_id=run_id,
-            run_name=run_name,
-            params=_flatten(params or {}),
-            tags=dict(tags or {}),
-            timestamp_ms=_now_ms(),
-        )
-        self._thread.start()
-        self._wait_for(offset, wait_seconds)
-
-    @property
-    def run(self) -> RunReference | None:
-        """The MLflow run; None as long as the server has not answered."""
-        return self._spool.run
-
-    def log_metrics(
-        self, step: int, values: Mapping[str, float], timestamp_ms: int | None = None
-    ) -> None:
-        """Append scalars of one step to the spool; returns at once.
-
-        Raises:
-            ValueError: a name that MLflow would refuse.
-        """
-        for name in values:
-            if not _METRIC_NAME.fullmatch(name):
-                raise ValueError(
-                    f"metric name {name!r}: 1 to 250 letters, digits, spaces and any of _-.:/"
-                )
-        self._append(
-            "metrics",
-            step=step,
-            values={name: float(value) for name, value in values.items()},
-            timestamp_ms=_now_ms() if timestamp_ms is None else timestamp_ms,
-        )
-
-    def log_checkpoint(
-        self,
-        step: int,
-        artifact_url: str,
-        digest: str,
-        params: Mapping[str, Any] | None = None,
-        wait_seconds: float = 5.0,
-    ) -> str | None:
-        """Record an exported artefact as an external LoggedModel (address and digest only).
-
-        Returns:
-            The model id, or None when the server did not answer within `wait_seconds`; the
-            record then follows later and evaluations find the model by its digest.
-        """
-        offset = self._append(
-            "checkpoint",
-            step=step,
-            artifact_url=artifact_url,
-            digest=digest,
-            params=_flatten(params or {}),
-        )
-        self._wait_for(offset, wait_seconds)
-        return self._spool.models.get(digest)
-
-    def log_evaluation(self, record: EvaluationRecord) -> None:
-        """Record an evaluation of this run (as `log_evaluation` of the module, by the spool)."""
-        row = asdict(record)
-        row["artifacts"] = {
-            name: base64.b64encode(data).decode() for name, data in record.artifacts.items()
-        }
-        self._append("evaluation", record=row)
-
-    def finish(self, status: str = "FINISHED") -> None:
-        """Set the final status: FINISHED, FAILED or KILLED."""
-        if status not in ("FINISHED", "FAILED", "KILLED"):
-            raise ValueError(f"run status {status!r} is not FINISHED, FAILED or KILLED")
-        self._append("finish", status=status, timestamp_ms=_now_ms())
-
-    def close(self, timeout: float = 30.0) -> bool:
-        """Ship what is left for at most `timeout` seconds and stop.
-
-        Returns:
-            Whether everything has arrived; the rest is shipped when the spool is opened again.
-        """
-        with self._condition:
-            self._deadline = time.monotonic() + timeout
-            self._condition.notify_all()
-        self._thread.join(timeout)
-        done = self._spool.acknowledged == self._spool.end
-        if not done:
-            logger.warning("MLflow %s: records are left in %s", self._config.uri, self._spool.path)
-        return done
-
-    def _append(self, kind: str, **fields: Any) -> int:
-        with self._condition:
-            if self._deadline is not None:
-                raise RuntimeError("this tracker is closed")
-            offset = self._spool.append({"kind": kind, **fields})
-            if kind != "metrics":  # metrics travel in batches
-                self._condition.notify_all()
-        return offset
-
-    def _wait_for(self, offset: int, seconds: float) -> None:
-        """Wait until `offset` is acknowledged, at most `seconds`; not at all in an outage."""
-        with self._condition:
-            self._condition.wait_for(
-                lambda: self._failures or self._spool.acknowledged >= offset, seconds
-            )
-
-    def _ship(self) -> None:
-        pause = 0.0
-        while True:
-            try:
-                self._ship_pending()
-                failures, pause = 0, 1.0
-            except Exception as error:  # whatever the server does, training goes on
-                failures, pause = self._failures + 1, min(2.0**self._failures, 30.0)
-                if failures == 1:
-                    logger.warning("MLflow %s: %s; will retry", self._config.uri, error)
-            with self._condition:
-                self._failures = failures
-                self._condition.notify_all()
-                done = self._spool.acknowledged == self._spool.end
-                if self._deadline is not None:
-                    if done or time.monotonic() >= self._deadline:
-                        return
-                    pause = min(pause, 0.5)
-                self._condition.wait(pause)
-
-    def _ship_pending(self) -> None:
-        server = self._server = self._server or _Server(self._config)
-        while rows := self._spool.read(limit=METRICS_PER_CALL):
-            for is_metrics, group in groupby(rows, key=lambda item: item[0]["kind"] == "metrics"):
-                items = list(group)
-                if is_metrics:
-                    server.log_metrics(self._run_id(), [row for row, _ in items])
-                    self._spool.acknowledge(items[-1][1])
-                    continue
-                for row, end in items:
-                    self._ship_row(server, row)
-                    self._spool.acknowledge(end)
-
-    def _ship_row(self, server: _Server, row: dict[str, Any]) -> None:
-        kind = row.pop("kind")
-        if kind == "start":
-            known = self._spool.run
-            row["run_id"] = row["run_id"] or (known.run_id if known else None)
-            self._spool.run = server.start_run(**row)
-        elif kind == "checkpoint":
-            self._spool.models[row["digest"]] = server.find_or_create_model(self._run_id(), **row)
-        elif kind == "evaluation":
-            record = row["record"]
-            record["artifacts"] = {
-                name: base64.b64decode(text) for name, text in record["artifacts"].items()
-            }
-            record["train_run_id"] = self._run_id()
-            server.log_evaluation(EvaluationRecord(**record))
-        else:
-            server.finish_run(self._run_id(), **row)
-
-    def _run_id(self) -> str:
-        if self._spool.run is None:
-            raise RuntimeError(f"{self._spool.path} does not begin with a start record")
-        return self._spool.run.run_id
-
-
-class _Spool:
-    """Append-only JSON lines, and per server the acknowledged offset and the ids received."""
-
-    def __init__(self, folder: Path, server: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "spool.jsonl"
-        self._state = folder / f"server-{sha256(server.encode()).hexdigest()[:12]}.json"
-        self._drop_torn_line()
-        self.end = self.path.stat().st_size
-        self.run_key = self._first_run_key() or uuid.uuid4().hex
-        state = json.loads(self._state.read_text()) if self._state.exists() else {}
-        self.acknowledged: int = state.get("acknowledged", 0)
-        self.run = RunReference(*state["run"]) if state.get("run") else None
-        self.models: dict[str, str] = state.get("models", {})
-
-    def append(self, row: dict[str, Any]) -> int:
-        line = json.dumps(row).encode() + b"\n"
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line)
-        self.end += len(line)
-        return self.end
-
-    def read(self, limit: int) -> list[tuple[dict[str, Any], int]]:
-        """Return up to `limit` rows that are not acknowledged, each with its end offset."""
-        rows: list[tuple[dict[str, Any], int]] = []
-        with self.path.open("rb") as file:
-            end = file.seek(self.acknowledged)
-            for line in islice(file, limit):
-                if line.endswith(b"\n"):  # else it is being written
-                    end += len(line)
-                    rows.append((json.loads(line), end))
-        return rows
-
-    def acknowledge(self, end: int) -> None:
-        state = {"acknowledged": end, "run": self.run, "models": self.models}
-        draft = self._state.with_suffix(".tmp")
-        draft.write_text(json.dumps(state))
-        draft.replace(self._state)
-        self.acknowledged = end
-
-    def _drop_torn_line(self) -> None:
-        """A process that died while writing leaves half a line; it was never acknowledged."""
-        with self.path.open("a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-
-    def _first_run_key(self) -> str | None:
-        with self.path.open("rb") as file:
-            line = file.readline()
-        return json.loads(line)["run_key"] if line else None
-
-
-class _Server:
+class Server:
     """Synchronous MLflow calls by explicit ids, each safe to repeat."""
 
     def __init__(self, config: TrackingConfig) -> None:
@@ -394,7 +133,8 @@ class _Server:
         tags: dict[str, str],
         timestamp_ms: int,
     ) -> RunReference:
-        run = self._client.get_run(run_id) if run_id else self._find_run("run_key", run_key)
+        """Create a training run, or open it again by its id or key."""
+        run = self._client.get_run(run_id) if run_id else self._find_run(run_key=run_key)
         if run is None:
             run = self._client.create_run(
                 self._experiment_id,
@@ -408,6 +148,7 @@ class _Server:
         return RunReference(run.info.experiment_id, run.info.run_id)
 
     def log_metrics(self, run_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log rows of `step`, `timestamp_ms` and `values`."""
         from mlflow.entities import Metric
 
         points = [
@@ -433,9 +174,12 @@ class _Server:
         from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 
         run = self._client.get_run(run_id)
+        known = {"artifact_digest": digest}
+        if run.data.tags.get("stage") == "train":
+            known["source_run"] = run_id  # two training runs may end in the same weights
         found = self._client.search_logged_models(
             [run.info.experiment_id],
-            filter_string=f"tags.artifact_digest = '{digest}'",
+            filter_string=" and ".join(f"tags.{k} = '{v}'" for k, v in known.items()),
             max_results=1,
         )
         if found:
@@ -449,8 +193,9 @@ class _Server:
                 MLFLOW_MODEL_IS_EXTERNAL: "true",
                 "artifact_digest": digest,
                 "artifact_url": artifact_url,
+                "source_run": run_id,
             },
-            params={"step": str(step), **_flatten(params)},
+            params={"step": str(step), **flatten_params(params)},
             model_type="certified-classifier",
         )
         with tempfile.TemporaryDirectory() as folder:  # lets the model registry accept it
@@ -461,13 +206,15 @@ class _Server:
         return str(model.model_id)
 
     def log_evaluation(self, record: EvaluationRecord) -> RunReference:
+        """Record one evaluation as a flat run, and as series in its training run."""
         train_run = self._existing_run(record.train_run_id)
-        run = self._find_run("eval_key", record.eval_key)
+        # Two training runs may end in the same weights; each shows its own evaluations.
+        run = self._find_run(eval_key=record.eval_key, train_run_id=record.train_run_id or "")
         if run is None:
             run = self._client.create_run(
                 train_run.info.experiment_id if train_run else self._experiment_id,
                 start_time=record.timestamp_ms,
-                run_name=f"cra-{record.artifact_digest[:8]}-step{record.step}",
+                run_name=f"cra-{record.artifact_digest[:8]}",
                 tags={
                     "stage": "cra-eval",
                     "eval_key": record.eval_key,
@@ -501,7 +248,7 @@ class _Server:
         dataset = Dataset(name, digest, "shards", json.dumps({"uri": record.dataset_url}))
         self._client.log_inputs(run_id, [DatasetInput(dataset)], [LoggedModelInput(model_id)])
         self._client.set_tag(run_id, "model_id", model_id)
-        self._log_params(run_id, _flatten(record.params), known=run.data.params)
+        self._log_params(run_id, flatten_params(record.params), known=run.data.params)
         metrics = [
             Metric(key, value, run.info.start_time, record.step, model_id, name, digest, run_id)
             for key, value in record.metrics.items()
@@ -511,9 +258,10 @@ class _Server:
             for file, data in record.artifacts.items():
                 Path(folder, file).write_bytes(data)
             self._client.log_artifacts(run_id, folder)
-        self.finish_run(run_id, "FINISHED", _now_ms())
+        self.finish_run(run_id, "FINISHED", now_ms())
 
     def finish_run(self, run_id: str, status: str, timestamp_ms: int) -> None:
+        """Set the final status of a run."""
         self._client.set_terminated(run_id, status, timestamp_ms)
 
     def _log_params(self, run_id: str, params: Mapping[str, str], known: Mapping[str, str]) -> None:
@@ -529,10 +277,9 @@ class _Server:
         for chunk in _chunks(new, PARAMS_PER_CALL):
             self._client.log_batch(run_id, params=chunk)
 
-    def _find_run(self, tag: str, value: str) -> Any:
-        runs = self._client.search_runs(
-            [self._experiment_id], f"tags.{tag} = '{value}'", max_results=1
-        )
+    def _find_run(self, **tags: str) -> Any:
+        condition = " and ".join(f"tags.{tag} = '{value}'" for tag, value in tags.items())
+        runs = self._client.search_runs([self._experiment_id], condition, max_results=1)
         return runs[0] if runs else None
 
     def _existing_run(self, run_id: str | None) -> Any:
@@ -581,12 +328,12 @@ def _connect(uri: str) -> Any:
         return MlflowClient(uri)
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten_params(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested mappings to dotted names; other values as text within MLflow's limit."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten_params(value, f"{prefix}{key}."))
             continue
         text = str(value)
         if len(text) > PARAM_CHARACTERS:
@@ -600,5 +347,6 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _now_ms() -> int:
+def now_ms() -> int:
+    """Wall clock in milliseconds since the epoch."""
     return time.time_ns() // 1_000_000

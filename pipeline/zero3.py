@@ -117,6 +117,15 @@ def _partitions(zero_optimizer: Any, names: dict[int, str]) -> list[FlatPartitio
     return partitions
 
 
+def _check_working_type(named: Iterable[tuple[str, Any]], precision: str) -> None:
+    """Refuse a partition of another type than the run asked for."""
+    for name, p in named:
+        if p.ds_tensor.dtype != _DTYPES[precision]:
+            raise PipelineError(
+                f"train.precision={precision}, but DeepSpeed made {name} {p.ds_tensor.dtype}"
+            )
+
+
 def gathered_sizes(network: torch.nn.Module) -> tuple[int, int]:
     """Elements of the largest parameter, and of the most that one module owns (meta device)."""
     largest = max(p.numel() for p in network.parameters())
@@ -152,11 +161,14 @@ class Zero3:
         settings = engine_settings(
             train=train, zero=config.zero, micro_batch=micro_batch, largest=largest, block=block
         )
-        with deepspeed.zero.Init(config_dict_or_path=settings, dtype=_DTYPES[train.precision]):
+        # The type comes from the settings: DeepSpeed 0.19.8 ignores `dtype` where fp16 is missing.
+        # mem_efficient_linear would replace torch's F.linear in the whole process, for good.
+        with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
             network = build_network(model)
         network.checkpoint_blocks = train.activation_checkpointing
         objective = Objective(network, scale=config.loss.scale, report_eps=config.loss.eps)
         named: list[tuple[str, Any]] = list(network.named_parameters())
+        _check_working_type(named, train.precision)
         groups = parameter_groups(named, config.optim)
         self.optimizer = ShardedManifoldAdam(groups, config.optim)
         self._engine, *_ = deepspeed.initialize(

@@ -1,5 +1,4 @@
 import io
-import json
 import os
 from dataclasses import replace
 
@@ -15,78 +14,11 @@ from data_shards.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import evaluate, main
 from jobs.figure import cra_png
-from jobs.records import EvaluationSummary
-from model.artifact import write_artifact
-from model.build import build_network
+from jobs.records import EvaluationError, EvaluationSummary
 from model.certificates import certify
-from model.config import LipNeXtConfig
-
-NETWORK = LipNeXtConfig(input_shape=(3, 8, 8), num_classes=4, patch=2, width=16, depth=1)
 
 
-def export(folder, config=NETWORK, **context):
-    network = build_network(config)
-    network.initialise(seed=3)
-    write_artifact(
-        Store(folder).open,
-        network_config=config,
-        tensors=network.named_parameters(),
-        context=context,
-    )
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    write_shard_set(synthetic(classes=4, size=8, samples=100, seed=1), str(folder))
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory, shards):
-    return export(tmp_path_factory.mktemp("artifact"), shards_url=shards, step=7)
-
-
-@pytest.fixture
-def fields(artifact, tmp_path):
-    """Config fields of a local evaluation with its own output."""
-    return {
-        "artifact": artifact,
-        "launcher": "local",
-        "batch_size": 3,
-        "eps": ("1/255", "36/255"),
-        "out": str(tmp_path / "out"),
-        "record": False,
-    }
-
-
-@pytest.fixture(scope="module")
-def ray_address(tmp_path_factory):
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
-        )
-        yield
-        ray.shutdown()
-
-
-def files(fields):
-    store = Store(fields["out"])
-    summary = json.loads(store.read("summary.json"))
-    del summary["out_url"]
-    return summary, store.read("samples.parquet")
-
-
-def test_the_result_agrees_with_the_network_applied_to_every_test_image(fields, shards):
+def test_the_result_agrees_with_the_network_applied_to_every_test_image(fields, network):
     calls = []
     threads = torch.get_num_threads()
     summary = evaluate(fields, on_progress=lambda *call: calls.append(call))
@@ -98,8 +30,6 @@ def test_the_result_agrees_with_the_network_applied_to_every_test_image(fields, 
     assert sorted(chosen) == list(np.flatnonzero(source.test))
     assert table["label"].to_pylist() == list(source.labels[chosen])
 
-    network = build_network(NETWORK)
-    network.initialise(seed=3)
     images = torch.stack([decode_image(source.encode(int(i)), source.extension) for i in chosen])
     labels = torch.as_tensor(np.asarray(source.labels)[chosen]).long()
     with torch.no_grad():
@@ -116,32 +46,6 @@ def test_the_result_agrees_with_the_network_applied_to_every_test_image(fields, 
     assert set(summary.metrics()) == {
         "clean", "mean_radius", "cra_nominal/l2/1_255", "cra_nominal/l2/36_255",
     }  # fmt: skip
-
-
-@pytest.mark.ray
-def test_the_result_is_the_same_for_every_number_of_tasks(fields, ray_address, tmp_path):
-    import ray
-
-    evaluate(fields)
-    expected = files(fields)
-    for tasks in (1, 2):
-        changes = {"launcher": "ray", "max_in_flight": tasks, "out": str(tmp_path / str(tasks))}
-        evaluate(fields | changes)
-        assert files(fields | changes) == expected
-    assert ray.is_initialized()
-
-
-@pytest.mark.ray
-def test_errors_of_tasks_keep_their_type(fields, ray_address, artifact, tmp_path):
-    changed = tmp_path / "changed"
-    changed.mkdir()
-    for name in ("artifact.json", "weights.safetensors"):
-        (changed / name).write_bytes(Store(artifact).read(name))
-    with (changed / "weights.safetensors").open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"?")
-    with pytest.raises(ValueError, match="sha256"):
-        evaluate(fields | {"artifact": str(changed), "launcher": "ray"})
 
 
 def test_a_finished_result_is_used_again(fields):
@@ -217,7 +121,6 @@ def bad_shards(tmp_path):
         (lambda tmp_path: ["--shards", "nowhere"], "no shard set at"),
         (lambda tmp_path: ["--split", "half"], "'half' is not one of"),
         (bad_shards, "3 classes, the network takes 3x8x8 in 4 classes"),
-        (lambda tmp_path: ["--artifact", export(tmp_path / "a")], "give --shards"),
     ],
 )
 def test_the_entry_refuses_bad_input_with_one_line(
@@ -229,6 +132,11 @@ def test_the_entry_refuses_bad_input_with_one_line(
     error = capsys.readouterr().err
     assert message in error.replace("\n", " ")
     assert "Traceback" not in error
+
+
+def test_an_artefact_without_context_needs_the_shards_option(fields, bare_artifact):
+    with pytest.raises(EvaluationError, match="give --shards"):
+        evaluate(fields | {"artifact": bare_artifact})
 
 
 def test_the_entry_refuses_a_bad_option(capsys):

@@ -112,8 +112,9 @@ def test_attack_reaches_the_boundary_of_a_linear_classifier_and_not_less(generat
 def test_clipped_attack_stays_in_the_pixel_range_and_the_ball(generator):
     network = trained_like(tiny_config())
     images = torch.rand(8, 1, 4, 4, generator=generator, dtype=torch.float64)
-    eps = torch.linspace(0, 2, 8)
-    found = attack_l2(network, images, network(images).argmax(1), eps, steps=5, clip=True)
+    eps = torch.linspace(0, 2, 8, dtype=torch.float64)
+    classes = network(images).argmax(1)
+    found = attack_l2(network, images, classes, eps, steps=5, clip=True, generator=generator)
     assert found.min() >= 0
     assert found.max() <= 1
     assert ((found - images).flatten(1).norm(dim=1) <= eps + 1e-12).all()

@@ -93,7 +93,7 @@ def test_bound_is_just_above_one(config, dtype):
     assert 1 <= bound < 1 + (1e-9 if dtype == torch.float64 else 1e-4)
 
 
-def test_no_attack_succeeds_inside_the_certified_radius_and_some_beyond(config, images):
+def test_no_attack_succeeds_inside_the_certified_radius_and_some_beyond(config, images, generator):
     network = trained_like(config)
     with torch.no_grad():
         logits, factors = network.logits_and_margin_factors(images)
@@ -102,7 +102,7 @@ def test_no_attack_succeeds_inside_the_certified_radius_and_some_beyond(config, 
     assert c.radius.min() > 0
 
     def fooled(eps):
-        found = attack_l2(network, images, c.prediction, eps, steps=20)
+        found = attack_l2(network, images, c.prediction, eps, steps=20, generator=generator)
         return network(found).argmax(1) != c.prediction
 
     assert not fooled(c.radius * 0.9999).any()

@@ -5,7 +5,7 @@ import torch
 from small_networks import tiny_config
 
 from model.head import Head, pairwise_distances
-from model.layers import Block, beta_abs, l2_pool, shift, space_to_depth
+from model.layers import Block, Stem, beta_abs, l2_pool, shift, space_to_depth
 from optim.manifolds import ORTHOGONAL
 
 
@@ -30,6 +30,17 @@ def test_space_to_depth_puts_each_patch_into_channels(generator):
     tokens = space_to_depth(images, 2)
     assert tokens.shape == (2, 2, 3, 12)
     assert torch.equal(tokens[1, 1, 2], images[1, :, 2:4, 4:6].reshape(-1))
+
+
+def test_stem_centres_pixels_and_embeds_patches(generator):
+    stem = Stem(tiny_config()).double()
+    with torch.no_grad():
+        stem.weight.copy_(ORTHOGONAL.random((16, 16), generator))
+    assert not stem(torch.full((1, 1, 4, 4), 0.5)).any()
+    images = torch.rand(2, 1, 4, 4, generator=generator, dtype=torch.float64)
+    padded = torch.zeros(2, 2, 2, 16, dtype=torch.float64)
+    padded[..., :4] = space_to_depth(images - 0.5, 2)
+    torch.testing.assert_close(stem(images), padded @ stem.weight.T, rtol=0, atol=1e-14)
 
 
 def test_shift_rolls_four_groups_and_leaves_the_rest(generator):

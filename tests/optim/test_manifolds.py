@@ -156,6 +156,25 @@ def test_projection_refuses_low_precision_and_wrong_shapes():
             ORTHOGONAL.random(shape, torch.Generator())
 
 
+def test_projection_is_exact_in_a_run_with_reduced_precision(monkeypatch):
+    seen = []
+    norm = torch.linalg.matrix_norm
+
+    def spy(*args, **kwargs):
+        seen.append(torch.get_float32_matmul_precision())
+        return norm(*args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "matrix_norm", spy)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        ORTHOGONAL.project(off(point(ORTHOGONAL), 0.3).float())
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"highest"}
+
+
 def test_residual_is_measured_in_float64():
     X = point(ORTHOGONAL, 128).float()
     exact = torch.linalg.matrix_norm(X.double().T @ X.double() - torch.eye(128)).item()

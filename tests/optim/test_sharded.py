@@ -150,6 +150,15 @@ def test_manifold_flag_comes_from_bind_not_from_the_groups():
         assert torch.equal(partition.flat, other.flat)
 
 
+def test_initialise_starts_the_state_anew():
+    emulation = Emulation(Problem((4, 5)), LocalExchange())
+    emulation.run(last=3)
+    emulation.optimizer.initialise(lambda slot: torch.ones(slot.shape, dtype=torch.float64))
+    assert emulation.optimizer.scalar_state() == {"step": 0, "mu_product": 1.0}
+    for kind, _, tensor in emulation.optimizer.partitioned_state():
+        assert (tensor == (1.0 if kind in ("master", "slow") else 0.0)).all(), kind
+
+
 def test_scalar_state_refuses_disagreeing_partitions_and_missing_values():
     emulation = Emulation(Problem((4,)), LocalExchange())
     optimizer = emulation.optimizer

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
+from pipeline.tracker import Tracker
 from pipeline.tracking import (
     EvaluationRecord,
-    Tracker,
     TrackingConfig,
     log_evaluation,
     ui_command,
@@ -179,14 +179,32 @@ def test_an_evaluation_is_a_flat_run_linked_to_model_dataset_and_training_run(co
 
 
 def test_a_finished_evaluation_is_reused_by_its_key(config):
-    first = log_evaluation(config, evaluation(train_run_id="0" * 32))  # unknown here: no series
-    again = log_evaluation(config, evaluation(metrics={"clean": 0.1}))
+    unknown = "0" * 32  # in this store: no series
+    first = log_evaluation(config, evaluation(train_run_id=unknown))
+    again = log_evaluation(config, evaluation(train_run_id=unknown, metrics={"clean": 0.1}))
     other = log_evaluation(config, evaluation(eval_key="key-2", metrics={"clean": 0.2}))
     assert first == again
     assert other.run_id != first.run_id
     client = client_of(config)
     assert client.get_run(first.run_id).data.metrics["clean"] == 0.9
     assert len(client.search_logged_models([first.experiment_id])) == 1
+
+
+def test_training_runs_with_equal_weights_each_show_their_checkpoint_and_evaluation(
+    config, tmp_path
+):
+    runs = []
+    for name in ("a", "b"):
+        tracker = Tracker(config, tmp_path / name, run_name=name, wait_seconds=60)
+        tracker.log_checkpoint(3, "file:///a", "d" * 64, wait_seconds=60)
+        tracker.log_evaluation(evaluation())
+        assert tracker.close()
+        runs.append(tracker.run)
+    client = client_of(config)
+    found = client.search_runs([runs[0].experiment_id], "tags.stage = 'cra-eval'")
+    assert {run.data.tags["train_run_id"] for run in found} == {run.run_id for run in runs}
+    models = client.search_logged_models([runs[0].experiment_id])
+    assert {model.source_run_id for model in models} == {run.run_id for run in runs}
 
 
 def test_an_unfinished_evaluation_is_completed(config):
@@ -231,7 +249,7 @@ def test_misuse_is_refused(config, tmp_path):
 
 def test_processes_may_create_the_schema_together(tmp_path):
     code = (
-        "import sys; from pipeline.tracking import Tracker, TrackingConfig;"
+        "import sys; from pipeline.tracker import Tracker; from pipeline.tracking import TrackingConfig;"
         "from pathlib import Path;"
         "t = Tracker(TrackingConfig(uri=sys.argv[1]), Path(sys.argv[2]), run_name='x',"
         "wait_seconds=60); ok = t.run is not None; sys.exit(not (t.close() and ok))"

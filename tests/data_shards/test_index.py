@@ -1,0 +1,145 @@
+import hashlib
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_shards.errors import ShardError
+from data_shards.index import load_index
+
+
+def rewrite_rows(path, **columns):
+    """Change columns of index.parquet and make the header agree with its new bytes."""
+    table = pq.ParquetFile(path / "index.parquet").read()
+    for name, change in columns.items():
+        at = table.column_names.index(name)
+        values = pa.array(change(table.column(name).to_pylist()), table.schema.field(name).type)
+        table = table.set_column(at, name, values)
+    pq.write_table(table, path / "index.parquet")
+    digest = hashlib.sha256((path / "index.parquet").read_bytes()).hexdigest()
+    rewrite_header(path, rows_sha256=digest)
+
+
+def rewrite_header(path, **fields):
+    header = json.loads((path / "index.json").read_text())
+    header.update(fields)
+    del header["digest"]
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"))
+    header["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    (path / "index.json").write_text(json.dumps(header))
+
+
+def first(value):
+    return lambda values: [value, *values[1:]]
+
+
+def test_splits(digits_set):
+    index = load_index(str(digits_set))
+    train, fit, validation = (index.select(name) for name in ("train", "fit", "validation"))
+    assert np.array_equal(np.union1d(fit, validation), train)
+    assert not np.intersect1d(fit, validation).size
+    assert np.array_equal(np.union1d(train, index.select("test")), np.arange(1797))
+    assert {shard.split for shard in index.shards_of("validation")} == {"train"}
+    with pytest.raises(ShardError, match="split 'val' is not one of train, test, fit, validation"):
+        index.select("val")
+
+
+def test_require(digits_set):
+    index = load_index(str(digits_set))
+    index.require((1, 8, 8), 10)
+    with pytest.raises(
+        ShardError, match=r"images 1x8x8 .* in 10 classes, the network takes 3x32x32"
+    ):
+        index.require((3, 32, 32), 10)
+    with pytest.raises(ShardError, match="in 100 classes"):
+        index.require((1, 8, 8), 100)
+
+
+def test_missing_set(tmp_path, memory_store):
+    with pytest.raises(ShardError, match=f"no shard set at file://{tmp_path}"):
+        load_index(str(tmp_path))
+    with pytest.raises(ShardError, match="no shard set at memory://"):
+        load_index(memory_store)
+
+
+def test_truncated_shard(digits_set, copy_of):
+    path = copy_of(digits_set)
+    file = path / "train-00002.tar"
+    file.write_bytes(file.read_bytes()[:-512])
+    with pytest.raises(ShardError, match=r"train-00002\.tar has 736768 bytes.* states 737280"):
+        load_index(str(path))
+    file.unlink()
+    with pytest.raises(ShardError, match=r"train-00002\.tar is listed in the index and absent"):
+        load_index(str(path))
+
+
+def test_changed_header(digits_set, copy_of):
+    path = copy_of(digits_set)
+    text = (path / "index.json").read_text()
+    (path / "index.json").write_text(text.replace('"num_classes": 10', '"num_classes": 11'))
+    with pytest.raises(ShardError, match=r"index\.json was changed"):
+        load_index(str(path))
+    for broken in (text[:-20], "[]", "{}", '{"digest": 1}'):
+        (path / "index.json").write_text(broken)
+        with pytest.raises(ShardError, match="not a shard set header"):
+            load_index(str(path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schema_version": 9}, "schema version 9, this program reads 1"),
+        ({"shards": []}, "is empty"),
+        ({"surprise": 1}, "not a shard set header"),
+        ({"num_classes": 5}, r"sample '\d+' of shard .*/train-\d+\.tar has label [5-9], which is "
+                             r"not in \[0, 5\)"),
+        ({"splits": {"train": 1}}, "the header states {'train': 1}"),
+    ],
+)  # fmt: skip
+def test_wrong_headers(digits_set, copy_of, fields, message):
+    path = copy_of(digits_set)
+    rewrite_header(path, **fields)
+    with pytest.raises(ShardError, match=message):
+        load_index(str(path))
+
+
+def test_shard_names_cannot_leave_the_set(digits_set, copy_of):
+    path = copy_of(digits_set)
+    shards = json.loads((path / "index.json").read_text())["shards"]
+    shards[0]["file"] = "../train-00000.tar"
+    rewrite_header(path, shards=shards)
+    with pytest.raises(ShardError, match="not a shard set header"):
+        load_index(str(path))
+
+
+def test_changed_rows(digits_set, copy_of):
+    path = copy_of(digits_set)
+    data = bytearray((path / "index.parquet").read_bytes())
+    data[100] ^= 1
+    (path / "index.parquet").write_bytes(data)
+    with pytest.raises(ShardError, match=r"index\.parquet has sha256 .* the header states"):
+        load_index(str(path))
+    (path / "index.parquet").unlink()
+    with pytest.raises(ShardError, match=r"has no index\.parquet"):
+        load_index(str(path))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"label": first(-1)}, r"label -1, which is not in \[0, 10\)"),
+        ({"offset": first(10**9)}, "size .* which is not inside its shard"),
+        ({"offset": first(-4)}, "offset -4"),
+        ({"extension": first("pkl")}, "extension b'pkl', which is not one of png"),
+        ({"split": first("test")}, "not the split of its shard"),
+        ({"shard": first(5)}, "out of order"),
+        ({"shard": lambda values: [0 if v == 1 else v for v in values]}, "719 rows"),
+    ],
+)
+def test_wrong_rows(digits_set, copy_of, columns, message):
+    path = copy_of(digits_set)
+    rewrite_rows(path, **columns)
+    with pytest.raises(ShardError, match=message):
+        load_index(str(path))

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.svm import SVC
+
+from data_shards.decode import decode_image
+from data_shards.errors import ShardError
+from data_shards.sources import digits, synthetic
+
+
+def decoded(source):
+    return torch.stack(
+        [decode_image(source.encode(i), source.extension) for i in range(len(source.labels))]
+    ).numpy()
+
+
+def test_digits_are_the_pixels_of_scikit_learn():
+    source, data = digits(), load_digits()
+    images = decoded(source)
+    assert images.shape == (1797, 1, 8, 8)
+    assert np.array_equal(images[:, 0], np.rint(data.images * 255 / 16))
+    assert np.array_equal(source.labels, data.target)
+
+
+@pytest.mark.parametrize("source", [digits(), synthetic(samples=500, classes=7)])
+def test_splits_are_stratified(source):
+    total = len(source.labels)
+    assert source.test.sum() == np.ceil(total / 5)
+    assert source.validation.sum() == np.ceil((total - source.test.sum()) / 5)
+    assert not (source.test & source.validation).any()
+    for label in range(len(source.class_names)):
+        members = source.labels == label
+        assert abs(source.test[members].sum() - members.sum() / 5) < 1
+        rest = (members & ~source.test).sum()
+        assert abs(source.validation[members].sum() - rest / 5) < 1
+
+
+def test_splits_are_fixed():
+    source = digits()
+    assert np.flatnonzero(source.test)[:6].tolist() == [3, 4, 19, 21, 26, 33]
+    assert np.flatnonzero(source.validation)[:6].tolist() == [6, 10, 14, 15, 17, 18]
+
+
+def test_synthetic_depends_on_its_parameters_alone():
+    first, again, other = (synthetic(samples=40, seed=seed) for seed in (1, 1, 2))
+    assert [first.encode(i) for i in range(40)] == [again.encode(i) for i in range(40)]
+    assert first.encode(0) != other.encode(0)
+    assert len({first.encode(i) for i in range(40)}) == 40
+
+
+@pytest.mark.parametrize(("classes", "size"), [(2, 8), (37, 24), (1000, 16)])
+def test_synthetic_of_any_size(classes, size):
+    source = synthetic(classes=classes, size=size, samples=2 * classes)
+    image = decode_image(source.encode(classes - 1), source.extension)
+    assert image.shape == (3, size, size)
+    assert np.bincount(source.labels).tolist() == [2] * classes
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"classes": 1}, r"classes 1 is not in \[2"),
+        ({"size": 4}, r"size 4 is not in \[8, 4096\]"),
+        ({"samples": 19}, r"samples 19 is not in \[20"),
+    ],
+)
+def test_synthetic_limits(fields, message):
+    with pytest.raises(ShardError, match=message):
+        synthetic(**fields)
+
+
+def test_synthetic_is_half_linear():
+    source = synthetic(classes=10, size=32, samples=1200)
+    images, labels, test = decoded(source) / 255.0 - 0.5, source.labels, source.test
+    flat = images.reshape(len(images), -1)
+    model = LogisticRegression(C=0.01, max_iter=200).fit(flat[~test], labels[~test])
+    linear = model.score(flat[test], labels[test])
+    assert 0.3 <= linear <= 0.7
+    # The power of local frequencies, blind to phase: a nonlinear map that a linear one lacks.
+    power = np.log1p(np.abs(np.fft.rfft2(images.mean(axis=1)))[:, :, :12].reshape(len(images), -1))
+    model = SVC(C=10.0).fit(power[~test], labels[~test])
+    assert model.score(power[test], labels[test]) >= linear + 0.15

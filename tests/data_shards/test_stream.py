@@ -1,0 +1,229 @@
+import gc
+import logging
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_shards import stream as stream_module
+from data_shards.config import StreamConfig
+from data_shards.errors import ShardError
+from data_shards.index import load_index
+from data_shards.order import Cursor
+from data_shards.reader import read_shard
+from data_shards.sources import synthetic
+from data_shards.stream import SampleStream
+from data_shards.write import write_shard_set
+
+START = Cursor(seed=3)
+
+
+@pytest.fixture(scope="session")
+def small(synthetic_set):
+    return load_index(str(synthetic_set))
+
+
+@pytest.fixture(scope="session")
+def pixels(small):
+    """All images of the small set by row."""
+    batches = [b for shard in small.shards for b in read_shard(small, shard, 50)]
+    return torch.cat([b.images for b in batches])
+
+
+def take(index, count, config=None, **fields):
+    arguments = {"split": "train", "global_batch": 16, "cursor": START, **fields}
+    with SampleStream(index, config or StreamConfig(), **arguments) as stream:
+        return [next(stream) for _ in range(count)]
+
+
+def same(left, right):
+    return all(
+        torch.equal(a.images, b.images)
+        and torch.equal(a.labels, b.labels)
+        and np.array_equal(a.rows, b.rows)
+        and np.array_equal(a.positions, b.positions)
+        and a.cursor_after == b.cursor_after
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+@pytest.mark.parametrize("cache", [0, 1 << 20])
+def test_every_sample_once_per_epoch_with_its_pixels(small, pixels, cache):
+    batches = take(small, 18, StreamConfig(cache_bytes=cache))
+    rows = np.concatenate([batch.rows for batch in batches])
+    train = small.select("train")
+    assert len(train) == 96
+    for epoch in range(3):
+        assert np.array_equal(np.sort(rows[96 * epoch : 96 * (epoch + 1)]), train)
+    assert not np.array_equal(rows[:96], rows[96:192])
+    assert torch.equal(torch.cat([batch.images for batch in batches]), pixels[rows])
+    labels = torch.cat([batch.labels for batch in batches])
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == small.rows.label[rows].tolist()
+    positions = np.concatenate([batch.positions for batch in batches])
+    assert positions.tolist() == list(range(288))
+    assert batches[-1].cursor_after == Cursor(seed=3, epoch=3)
+
+
+@pytest.mark.parametrize(
+    "config", [StreamConfig(), StreamConfig(cache_bytes=0, shift_pixels=2, flip=True, lanes=3)]
+)
+def test_the_same_batches_for_any_number_of_ranks(small, config):
+    expected = take(small, 9, config)
+    for world in (2, 4, 8):
+        ranks = [take(small, 9, config, rank=rank, world_size=world) for rank in range(world)]
+        for step, batch in enumerate(expected):
+            parts = [rank[step] for rank in ranks]
+            assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+            assert torch.equal(torch.cat([part.labels for part in parts]), batch.labels)
+            assert all(part.cursor_after == batch.cursor_after for part in parts)
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(0, 11), st.sampled_from([0, 1 << 20]), st.sampled_from([5, 16, 130]))
+def test_resume_anywhere_is_exact(small, stop, cache, batch):
+    config = StreamConfig(cache_bytes=cache, shift_pixels=1)
+    whole = take(small, 14, config, global_batch=batch)
+    cursor = whole[stop].cursor_after
+    resumed = take(
+        small, 13 - stop, config, global_batch=batch, cursor=Cursor.from_json(cursor.to_json())
+    )
+    assert same(resumed, whole[stop + 1 :])
+
+
+def test_cursor_counts_what_was_handed_out(small):
+    with SampleStream(
+        small, StreamConfig(), split="train", global_batch=10, cursor=START
+    ) as stream:
+        assert stream.cursor == START
+        for step in range(1, 4):
+            assert next(stream).cursor_after == stream.cursor
+            assert stream.cursor == Cursor(seed=3, position=10 * step)
+
+
+def test_read_ahead_does_not_change_the_order(small):
+    # 16 x 3 x 16 x 16 bytes per batch: room for one or two.
+    narrow = StreamConfig(cache_bytes=0, read_ahead_bytes=30_000)
+    assert same(take(small, 12, narrow), take(small, 12))
+
+
+def test_encoded_bytes_are_bounded(small, monkeypatch):
+    fetched = []
+    original = stream_module.fetch
+
+    def spy(index, rows):
+        fetched.append(int(index.rows.size[list(rows)].sum()))
+        return original(index, rows)
+
+    monkeypatch.setattr(stream_module, "fetch", spy)
+    take(small, 30, StreamConfig(cache_bytes=0, read_ahead_bytes=80_000))
+    largest_batch = 16 * int(small.rows.size.max())
+    assert max(fetched) <= max(20_000, largest_batch)
+    assert len(fetched) > 5
+
+
+def test_cached_set_is_read_once(small, monkeypatch):
+    rows = []
+    original = stream_module.fetch
+
+    def spy(index, wanted):
+        rows.extend(wanted)
+        return original(index, wanted)
+
+    monkeypatch.setattr(stream_module, "fetch", spy)
+    take(small, 60)
+    assert sorted(rows) == small.select("train").tolist()
+
+
+def test_batches_do_not_share_memory_with_the_cache(small, pixels):
+    with SampleStream(small, StreamConfig(), split="test", global_batch=24, cursor=START) as stream:
+        for _ in range(3):
+            batch = next(stream)
+            assert torch.equal(batch.images, pixels[batch.rows])
+            batch.images.zero_()
+
+
+@pytest.mark.parametrize("cache", [0, 1 << 20])
+def test_damaged_sample_is_replaced_and_counted(digits_set, copy_of, damage, cache, caplog):
+    index = damage(copy_of(digits_set), [7])
+    config = StreamConfig(cache_bytes=cache)
+    with (
+        caplog.at_level(logging.WARNING, logger="data_shards"),
+        SampleStream(index, config, split="train", global_batch=479, cursor=START) as stream,
+    ):
+        batches = [next(stream) for _ in range(6)]
+        assert stream.damaged == {"digest": 2}
+    rows = np.concatenate([batch.rows for batch in batches])
+    assert 7 not in rows
+    whole = take(load_index(str(digits_set)), 6, config, global_batch=479)
+    expected = np.concatenate([batch.rows for batch in whole])
+    assert (rows != expected).sum() == 2
+    assert np.array_equal(expected[rows != expected], [7, 7])
+    resumed = take(index, 2, config, global_batch=479, cursor=batches[3].cursor_after)
+    assert same(resumed, batches[4:])
+    messages = [r.getMessage() for r in caplog.records if "damaged sample" in r.getMessage()]
+    assert f"sample '{index.rows.key[7].decode()}' of shard" in messages[0]
+    assert "train-00000.tar" in messages[0]
+
+
+def test_too_much_damage_stops_the_run(digits_set, copy_of, damage):
+    index = damage(copy_of(digits_set), range(0, 60, 5))
+    config = StreamConfig(damage_allowance=3, damage_fraction=0.0)
+    with SampleStream(index, config, split="train", global_batch=9, cursor=START) as stream:
+        batches = []
+        with pytest.raises(ShardError, match=r"4 of \d+ samples .* budget of 3 .*'digest': 4"):
+            batches.extend(stream)
+        assert stream.damaged == {"digest": 3}
+
+
+def test_a_set_of_nothing_but_damage_stops(synthetic_set, copy_of, damage):
+    index = damage(copy_of(synthetic_set), range(120))
+    config = StreamConfig(damage_allowance=10**6)
+    with pytest.raises(ShardError, match="16 samples in a row are damaged"):
+        take(index, 1, config)
+
+
+def test_missing_shard_surfaces_in_the_consumer(synthetic_set, copy_of):
+    path = copy_of(synthetic_set)
+    index = load_index(str(path))
+    (path / "train-00001.tar").unlink()
+    with pytest.raises(ShardError, match=r"cannot read file://.*train-00001\.tar"):
+        take(index, 12)
+
+
+def test_close(small):
+    before = threading.active_count()
+    stream = SampleStream(small, StreamConfig(), split="fit", global_batch=4, cursor=START)
+    next(stream)
+    stream.close()
+    stream.close()
+    assert list(stream) == []
+    dropped = SampleStream(small, StreamConfig(), split="fit", global_batch=4, cursor=START)
+    next(dropped)
+    del dropped
+    gc.collect()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"world_size": 3}, "global batch 16 is not divisible by the world size 3"),
+        ({"rank": 1}, r"rank 1 is not in \[0, 1\)"),
+        ({"split": "val"}, "split 'val' is not one of"),
+        ({"cursor": Cursor(seed=0, position=96)}, "cursor position 96 is not below the 96 samples"),
+        ({"config": StreamConfig(read_ahead_bytes=20_000)}, "12288 bytes, more than half"),
+    ],
+)
+def test_wrong_requests_are_refused(small, fields, message):
+    with pytest.raises(ShardError, match=message):
+        take(small, 1, **fields)
+
+
+def test_memory_store(memory_store):
+    index = write_shard_set(synthetic(samples=40, size=8, classes=2), memory_store.url)
+    batches = take(index, 2)
+    assert np.array_equal(np.sort(np.concatenate([b.rows for b in batches])), np.arange(32))

@@ -1,0 +1,62 @@
+import pytest
+
+from data_shards.sources import synthetic
+from data_shards.store import Store
+from data_shards.write import write_shard_set
+from model.artifact import write_artifact
+from model.build import build_network
+from model.config import LipNeXtConfig
+
+NETWORK = LipNeXtConfig(input_shape=(3, 8, 8), num_classes=4, patch=2, width=16, depth=1)
+
+
+def export(folder, config=NETWORK, **context):
+    """Write an artefact of untrained weights."""
+    network = build_network(config)
+    network.initialise(seed=3)
+    write_artifact(
+        Store(folder).open,
+        network_config=config,
+        tensors=network.named_parameters(),
+        context=context,
+    )
+    return str(folder)
+
+
+@pytest.fixture
+def bare_artifact(tmp_path):
+    """An artefact that does not say where it comes from."""
+    return export(tmp_path / "bare")
+
+
+@pytest.fixture(scope="session")
+def network():
+    """The network of the artefact."""
+    network = build_network(NETWORK)
+    network.initialise(seed=3)
+    return network
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    write_shard_set(synthetic(classes=4, size=8, samples=100, seed=1), str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory, shards):
+    return export(tmp_path_factory.mktemp("artifact"), shards_url=shards, step=7)
+
+
+@pytest.fixture
+def fields(artifact, tmp_path):
+    """Config fields of a local evaluation with its own output."""
+    return {
+        "artifact": artifact,
+        "launcher": "local",
+        "batch_size": 3,
+        "eps": ("1/255", "36/255"),
+        "out": str(tmp_path / "out"),
+        "record": False,
+    }
