@@ -8,7 +8,10 @@ from pydantic.dataclasses import dataclass
 from model.errors import ModelError
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+# The messages below name the values, so pydantic need not repeat the whole input.
+@dataclass(
+    frozen=True, kw_only=True, config=ConfigDict(extra="forbid", hide_input_in_errors=True)
+)
 class LipNeXtConfig:
     """LipNeXt (arXiv 2601.18513): 1-Lipschitz in l2, convolution free, orthogonal matrices only."""
 

@@ -4,6 +4,7 @@ Parses, prepares, launches, shows. Exit codes: 0 done, 1 failed, 2 refused, 130 
 """
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -44,19 +45,20 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         args=rest,
         prog=f"python -m pipeline.pretrain {name}",
         description=f"Pretrain a certified network. Presets: {', '.join(PRESETS)}.",
-        config=(tyro.conf.FlagConversionOff,),
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the entry; returns the exit code."""
     console = Console()
+    os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
     signal.signal(signal.SIGTERM, _stop)
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         _run(config, console)
     except REFUSALS as error:
-        console.print(f"[bold red]refused:[/bold red] {_one_message(error)}", highlight=False)
+        console.print("[bold red]refused:[/bold red]", end=" ")
+        console.print(_one_message(error), highlight=False, markup=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         console.print("interrupted")

@@ -94,7 +94,6 @@ def join_world(cluster: ClusterConfig) -> Iterator[World]:
         torch.cuda.set_device(local_rank)
         chosen = torch.device("cuda", local_rank)
     else:
-        os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(cluster.cpus_per_worker)
         chosen = torch.device("cpu")
     timeout = datetime.timedelta(seconds=cluster.collective_timeout_s)

@@ -4,6 +4,7 @@ Builds the partitioned network, hands the flat partitions to the manifold optimi
 """
 
 import logging
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,9 +34,8 @@ def require_precision(precision: str) -> None:
     """
     if precision != "fp16":
         return
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = _import_deepspeed(device).get_accelerator()
     if not accelerator.is_fp16_supported():
         raise PipelineError(
             f"train.precision=fp16: the {accelerator.device_name()} of this machine has no fp16 "
@@ -87,7 +87,9 @@ def engine_settings(
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    """DeepSpeed for this device, quiet."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     import deepspeed.ops
 

@@ -4,13 +4,21 @@ import contextlib
 import dataclasses
 import os
 import warnings
+from unittest import mock
 
+import numpy as np
 import torch
 
+from data_shards.sources import digits
+from data_shards.write import write_shard_set
 from model.config import LipNeXtConfig
 from optim.config import OptimConfig
+from pipeline import worker
 from pipeline.config import ClusterConfig, LossConfig, RunConfig, TrainConfig
+from pipeline.errors import PipelineError
+from pipeline.events import Event, Kept, Metrics
 from pipeline.ranks import join_world
+from pipeline.zero3 import Zero3
 
 
 def small_model(**changes) -> LipNeXtConfig:
@@ -66,3 +74,115 @@ def batches(steps: int, batch: int, seed: int = 0) -> list[tuple[torch.Tensor, t
         images[torch.arange(batch), 0, labels % 8] += 100 + 5 * (labels[:, None] // 8)
         out.append((images.to(torch.uint8), labels))
     return out
+
+
+def small_shards(folder) -> str:
+    """A shard set of the first 170 digits: 136 for training, five and two thirds batches of 24."""
+    source = digits()
+    parts = {name: getattr(source, name)[:170] for name in ("labels", "test", "validation")}
+    return str(write_shard_set(dataclasses.replace(source, **parts), folder).store)
+
+
+def local_state(engine: Zero3) -> dict[str, np.ndarray]:
+    """All that one rank holds, without padding: `kind/name` slices, working weights, scalars."""
+    optimizer = engine.optimizer
+    rank = optimizer.exchange.rank
+    state = {}
+    held = {}
+    for kind, partition, tensor in optimizer.partitioned_state():
+        for slot in partition.slots:
+            held[slot.name] = max(0, min(slot.length, slot.numel - rank * slot.length))
+            values = tensor[slot.offset : slot.offset + held[slot.name]]
+            state[f"{kind}/{slot.name}"] = values.detach().clone().numpy()
+    for name, p in engine._engine.module.network.named_parameters():
+        # NumPy has no bf16; the step to fp32 is exact.
+        state[f"working/{name}"] = p.ds_tensor.detach()[: held[name]].float().clone().numpy()
+    for name, value in optimizer.scalar_state().items():
+        state[f"scalar/{name}"] = np.array([value])
+    return state
+
+
+def whole_state(states: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The slices of all ranks joined; scalars are those of rank 0."""
+    return {
+        key: first if key.startswith("scalar/") else np.concatenate([s[key] for s in states])
+        for key, first in states[0].items()
+    }
+
+
+def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    """Equal keys, types, shapes and bytes (so that NaN equals NaN and 0 differs from -0)."""
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and a[k].tobytes() == b[k].tobytes()
+        for k in a
+    )
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one rank saw of one run.
+
+    Attributes:
+        events: what the worker emitted on this rank.
+        error: message of the PipelineError that ended the run, or empty.
+        start: state when training began; empty if it did not.
+        before: state before the last step that was begun.
+        end: state at the end.
+        gradients: of the first step, as the optimizer got them: slices by name.
+        residuals: of the masters at the end; empty after an error.
+    """
+
+    events: list[Event] = dataclasses.field(default_factory=list)
+    error: str = ""
+    start: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    before: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    end: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    gradients: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    residuals: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Loss by step."""
+        return {e.step: e.values["train/loss"] for e in self.events if isinstance(e, Metrics)}
+
+    @property
+    def kept(self) -> dict[int, Kept]:
+        """Kept checkpoints by step."""
+        return {e.step: e for e in self.events if isinstance(e, Kept)}
+
+
+def observed_run(job: worker.Job) -> Outcome:
+    """Run the worker of this rank as it is, looking at its engine from outside."""
+    outcome = Outcome()
+    engines = []
+
+    class Observed(Zero3):
+        def __init__(self, **parts):
+            super().__init__(**parts)
+            engines.append(self)
+            self._optimizer_step = self.optimizer.step
+            self.optimizer.step = self.observed_optimizer_step
+
+        def step(self, *arguments, **options):
+            outcome.before = local_state(self)
+            outcome.start = outcome.start or outcome.before
+            return super().step(*arguments, **options)
+
+        def observed_optimizer_step(self):
+            for partition in self.partitions:
+                for slot in partition.slots:
+                    if partition.flat.grad is not None and slot.name not in outcome.gradients:
+                        values = partition.flat.grad[slot.offset : slot.stop]
+                        outcome.gradients[slot.name] = values.clone().numpy()
+            return self._optimizer_step()
+
+    with mock.patch.object(worker, "Zero3", Observed):
+        try:
+            worker.run_rank(job, outcome.events.append)
+        except PipelineError as error:
+            outcome.error = str(error)
+    for engine in engines:
+        outcome.end = local_state(engine)
+        if not outcome.error:
+            outcome.residuals = engine.optimizer.residuals()
+    return outcome

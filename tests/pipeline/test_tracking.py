@@ -249,7 +249,8 @@ def test_misuse_is_refused(config, tmp_path):
 
 def test_processes_may_create_the_schema_together(tmp_path):
     code = (
-        "import sys; from pipeline.tracker import Tracker; from pipeline.tracking import TrackingConfig;"
+        "import sys; from pipeline.tracker import Tracker;"
+        "from pipeline.tracking import TrackingConfig;"
         "from pathlib import Path;"
         "t = Tracker(TrackingConfig(uri=sys.argv[1]), Path(sys.argv[2]), run_name='x',"
         "wait_seconds=60); ok = t.run is not None; sys.exit(not (t.close() and ok))"

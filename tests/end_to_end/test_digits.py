@@ -1,0 +1,131 @@
+"""The digits preset from the command line to the certificate, through every real component."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from data_shards.index import load_index
+from data_shards.reader import read_shard
+from data_shards.store import Store
+from model.artifact import read_artifact
+from model.attack import attack_l2
+from model.certificates import certify
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+COLUMNS = ("36/255", "72/255", "108/255")
+
+
+def test_certified_accuracy_reaches_the_published_targets(digits_run):
+    last = digits_run.summaries()[-1]
+    assert last["samples"] == 360
+    assert last["clean"] >= 0.97 - 0.015
+    for eps, target in zip(COLUMNS, (0.93, 0.85, 0.68), strict=True):
+        assert last["cra"][eps] >= target - 0.015, eps
+
+
+def test_the_person_sees_table_figure_and_mlflow_command(digits_run):
+    output = digits_run.output
+    assert "partitioned matrices: 9 of 9" in output
+    assert "CRA 36/255" in output
+    assert "CRA 255/255" in output
+    figure = next(line.split()[-1] for line in output.splitlines() if line.startswith("CRA curve:"))
+    assert Store(figure.rpartition("/")[0]).read("cra.png").startswith(b"\x89PNG")
+    assert "mlflow ui --backend-store-uri" in output
+    for noise in ("Warning", "WARNING", "Traceback", "FutureWarning"):
+        assert noise not in output
+
+
+def test_store_holds_config_metrics_checkpoints_and_evaluations(digits_run):
+    client = MlflowClient(f"sqlite:///{digits_run.storage}/mlflow.db")
+    experiment = client.get_experiment_by_name("digits").experiment_id
+    (run,) = [
+        r
+        for r in client.search_runs([experiment], "tags.stage = 'train'")
+        if r.info.run_name == "fp32"
+    ]
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optim.lookahead_steps"] != "0"
+    assert run.data.params["optim.polar_every"] != "0"
+    config = json.loads((digits_run.folder / "run.json").read_text())
+    assert run.data.params["train.epochs"] == str(config["train"]["epochs"])
+    losses = client.get_metric_history(run.info.run_id, "train/loss")
+    steps = sorted(point.step for point in losses)
+    assert steps == list(range(1, steps[-1] + 1))
+    models = client.search_logged_models([experiment])
+    mine = [m for m in models if m.source_run_id == run.info.run_id]
+    digests = {
+        json.loads(path.read_text())["digest"]
+        for path in digits_run.folder.glob("artifacts/*/artifact.json")
+    }
+    assert len(digests) >= 2
+    assert {m.tags["artifact_digest"] for m in mine} == digests
+    evaluations = client.search_runs(
+        [experiment], f"tags.stage = 'cra-eval' and tags.train_run_id = '{run.info.run_id}'"
+    )
+    assert {r.data.tags["model_id"] for r in evaluations} == {m.model_id for m in mine}
+    assert len(evaluations) == len(digests)
+    series = client.get_metric_history(run.info.run_id, "cra_nominal/l2/36_255")
+    assert len(series) == len(digests)
+    committed = list(digits_run.folder.glob("checkpoints/*/commit.json"))
+    assert len(committed) == len(digests)
+
+
+def test_bf16_ends_close_to_fp32(digits_run, bf16_run):
+    fp32, bf16 = digits_run.summaries()[-1], bf16_run.summaries()[-1]
+    assert fp32["artifact_digest"] != bf16["artifact_digest"]
+    scores = [[s["clean"], *(s["cra"][eps] for eps in COLUMNS)] for s in (fp32, bf16)]
+    assert abs(np.mean(scores[0]) - np.mean(scores[1])) <= 0.01
+    assert bf16["orthogonality_residual"] < 1e-5
+
+
+def trained(run):
+    step = max(path.name for path in run.folder.glob("artifacts/*"))
+    artifact = read_artifact(Store(run.folder / "artifacts" / step).open)
+    index = load_index(run.storage / "data" / "digits")
+    batches = [b for s in index.shards_of("test") for b in read_shard(index, s, 512)]
+    images = torch.cat([b.images for b in batches]).double() / 255
+    return artifact.network.double(), images, torch.cat([b.labels for b in batches])
+
+
+def test_network_is_1_lipschitz_within_its_residuals(digits_run):
+    network, images, _ = trained(digits_run)
+    bound = network.lipschitz_upper_bound().value
+    assert 1.0 <= bound < 1 + 1e-4
+    first = network.tokens(images).flatten(1)
+    second = network.tokens(images.flip(0)).flatten(1)
+    moved = (first - second).norm(dim=1)
+    distance = (images - images.flip(0)).flatten(1).norm(dim=1)
+    assert (moved <= distance * bound + 1e-12).all()
+    jacobian = torch.autograd.functional.jacobian(
+        lambda x: network.tokens(x).flatten(), images[:1]
+    ).flatten(1)
+    values = torch.linalg.svdvals(jacobian.reshape(jacobian.shape[0], -1))
+    # Gradient-norm preserving up to the pool: every singular value is 1 within the residuals.
+    assert values.max() <= bound
+    assert values.min() >= 2 - bound
+
+
+def test_no_attack_inside_the_certified_radius_succeeds(digits_run):
+    network, images, labels = trained(digits_run)
+    images, labels = images[:200], labels[:200]
+    with torch.no_grad():
+        certificates = certify(*network.logits_and_margin_factors(images), labels, lipschitz=1.0)
+    inside = attack_l2(
+        network,
+        images,
+        certificates.prediction,
+        certificates.radius * (1 - 1e-6),
+        steps=100,
+        restarts=5,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert (network(inside).argmax(1) == certificates.prediction).all()
+    # The attack is not blind: beyond the certified radius it does succeed.
+    beyond = attack_l2(
+        network, images[:50], certificates.prediction[:50], certificates.radius[:50] * 2 + 0.1
+    )
+    assert (network(beyond).argmax(1) != certificates.prediction[:50]).float().mean() > 0.3

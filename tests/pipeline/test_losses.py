@@ -1,0 +1,63 @@
+import itertools
+
+import pytest
+import torch
+
+from pipeline.losses import emma_loss
+from pipeline.schedules import learning_rate_factor, training_radius
+
+ROWS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+FACTORS = torch.cdist(ROWS, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [
+        ((2.0, 1.9, -1.0), 0.758624),
+        ((2.0, 2.5, -1.0), 1.028103),
+        ((2.0, -1.0, -1.0), 0.212130),
+    ],
+)
+def test_emma_equals_published_values(logits, expected):
+    y = torch.tensor([logits], dtype=torch.float64)
+    loss = emma_loss(y, FACTORS, torch.tensor([0]), eps=0.5, scale=1.0)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_gradient_does_not_pass_through_the_shift():
+    """A rival at a tie: d loss / d r of the tie is the softmax weight, not zero."""
+    y = torch.tensor([[2.0, 1.9, -1.0]], dtype=torch.float64, requires_grad=True)
+    emma_loss(y, FACTORS, torch.tensor([0]), eps=0.5, scale=1.0).backward()
+    weights = torch.softmax(torch.tensor([0.0, 0.0, -2.0], dtype=torch.float64), 0)
+    assert torch.allclose(y.grad[0, 1:], weights[1:])
+
+
+def test_scale_multiplies_the_margins():
+    y = torch.tensor([[2.0, -1.0, -1.0]], dtype=torch.float64)
+    label = torch.tensor([0])
+    shifted = torch.tensor([[0.0, -2.292893, -2.0]], dtype=torch.float64)
+    expected = torch.nn.functional.cross_entropy(7 * shifted, label)
+    assert emma_loss(y, FACTORS, label, 0.5, 7.0).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_learning_rate_warms_up_then_falls_to_the_floor():
+    factors = [learning_rate_factor(s, total=100, warmup=10, floor=1e-3) for s in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == pytest.approx(1.0)
+    assert factors[55] == pytest.approx(0.5)
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
+    assert factors[99] == pytest.approx(1e-3)
+
+
+def test_no_warmup_starts_at_the_peak():
+    assert learning_rate_factor(0, total=10, warmup=0, floor=0.0) == 1.0
+
+
+def test_radius_grows_over_the_ramp_and_stays():
+    def radius(step, ramp):
+        return training_radius(step, total=100, eps=0.1, start=0.1, end=3.0, ramp=ramp)
+
+    assert radius(0, 0.5) == pytest.approx(0.01)
+    assert radius(25, 0.5) == pytest.approx(0.1 * (0.1 + 2.9 * 0.5))
+    assert radius(50, 0.5) == radius(99, 0.5) == pytest.approx(0.3)
+    assert radius(0, 0.0) == pytest.approx(0.3)
