@@ -166,7 +166,10 @@ def load_checkpoint(folder: Store, *, world: World, engine: Partitioned) -> Prog
 
 
 def _read_commit(folder: Store) -> dict[str, Any]:
-    commit: dict[str, Any] = json.loads(folder.read(COMMIT))
+    try:
+        commit: dict[str, Any] = json.loads(folder.read(COMMIT))
+    except ValueError as error:
+        raise PipelineError(f"checkpoint file {folder.url}/{COMMIT} is damaged: {error}") from error
     version = commit.get("schema_version")
     if version != SCHEMA_VERSION:
         raise PipelineError(f"{folder.url}/{COMMIT} has schema_version={version}, not 1")

@@ -81,7 +81,10 @@ class Trainer:
                 batch.labels.split(self._plan.micro_batch),
                 strict=True,
             )
-            self._sums += self._engine.step(micro_batches, lr_factor=lr_factor, eps=eps)
+            try:
+                self._sums += self._engine.step(micro_batches, lr_factor=lr_factor, eps=eps)
+            except PipelineError as error:
+                raise PipelineError(f"step {step + 1}: {error}") from error
             self.progress = Progress(step + 1, batch.cursor_after)
             self._record(lr_factor, eps)
             if self._plan.keeps(self.progress.step):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import warnings
 from unittest import mock
@@ -155,6 +156,7 @@ def observed_run(job: worker.Job) -> Outcome:
     """Run the worker of this rank as it is, looking at its engine from outside."""
     outcome = Outcome()
     engines = []
+    gc.freeze()  # DeepSpeed collects garbage at every start, over half a second of modules
 
     class Observed(Zero3):
         def __init__(self, **parts):

@@ -1,0 +1,150 @@
+"""The entry: what is impossible is refused with one message before a worker starts."""
+
+import json
+import shutil
+
+import pytest
+
+import pipeline.launch
+import pipeline.zero3
+from data_shards.sources import digits, synthetic
+from data_shards.write import write_shard_set
+from pipeline.prepare import prepare
+from pipeline.pretrain import main, parse
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards") / "digits"
+    write_shard_set(digits(), str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_workers(monkeypatch):
+    def started(*arguments):
+        raise AssertionError("Ray was started although the run is impossible")
+
+    monkeypatch.setattr(pipeline.launch, "ray_session", started)
+
+
+@pytest.fixture
+def refusal(capsys, tmp_path, shards):
+    """Run the entry on the digits shards and return its one message."""
+
+    def run(*overrides, preset="digits", storage=tmp_path / "runs", data=shards):
+        arguments = [preset, "--storage", str(storage), "--data.shards", str(data), *overrides]
+        try:
+            code = main(arguments)
+        except SystemExit as exit_:  # the parser's own refusals
+            code = exit_.code
+        captured = capsys.readouterr()
+        text = " ".join((captured.out + captured.err).split())
+        assert code == 2
+        assert "Traceback" not in text
+        return text
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["--bogus", "3"], ["--bogus"]),
+        (["--train.epochs", "many"], ["--train.epochs", "many"]),
+        (["--optim.lr", "-1"], ["lr", "greater than 0", "-1"]),
+        (["--model.width", "4"], ["width=4", "shifted"]),
+        (["--model.alpha", "0.3"], ["alpha=0.3", "(0, 1/4]"]),
+        (["--model.beta", "1.5"], ["beta=1.5", "[0, 1]"]),
+        (["--train.global-batch", "65"], ["global_batch=65", "2 ranks"]),
+        (["--train.global-batch", "4096"], ["global_batch=4096", "1437 samples"]),
+        (["--train.global-batch", "63", "--train.accumulation", "2"], ["63", "accumulation=2"]),
+        (["--model.input-shape", "1", "16", "16"], ["1x8x8", "1x16x16"]),
+        (["--model.num-classes", "9"], ["10 classes", "9 classes"]),
+        (["--data.test-split", "validation"], ["test_split=validation", "train_split=fit"]),
+        (["--resume", "--name", "nothing"], ["--resume", "nothing"]),
+        (["--resume"], ["--resume", "no run of preset 'digits'"]),
+    ],
+)
+def test_impossible_settings_are_refused(refusal, overrides, parts):
+    text = refusal(*overrides)
+    for part in parts:
+        assert part in text
+
+
+def test_unknown_preset(refusal):
+    assert "did you mean 'digits'?" in refusal(preset="digit")
+
+
+def test_fp16_without_the_arithmetic(refusal, monkeypatch):
+    class Cpu:
+        def is_fp16_supported(self):
+            return False
+
+        def device_name(self):
+            return "cpu"
+
+    class DeepSpeed:
+        get_accelerator = Cpu
+
+    monkeypatch.setattr(pipeline.zero3, "_import_deepspeed", lambda device: DeepSpeed)
+    text = refusal("--train.precision", "fp16", "--cluster.device", "cpu")
+    assert "train.precision=fp16" in text
+    assert "cpu" in text
+
+
+def test_missing_and_empty_shard_sets(refusal, tmp_path):
+    assert "index.json" in refusal(data=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "index.json" in refusal(data=tmp_path / "empty")
+    assert "--data.shards" in refusal(preset="cifar10-L32W1024", data="")
+
+
+def test_index_that_disagrees_with_the_shards(refusal, shards, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(shards, damaged)
+    tar = damaged / "test-00000.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    assert "test-00000.tar" in refusal(data=damaged)
+    tar.unlink()
+    assert "test-00000.tar" in refusal(data=damaged)
+
+
+def test_images_of_another_size(refusal, tmp_path):
+    write_shard_set(synthetic(samples=40, size=16), str(tmp_path / "set"))
+    text = refusal(data=tmp_path / "set")
+    assert "3x16x16" in text
+    assert "1x8x8" in text
+
+
+def test_a_refused_run_leaves_no_folder(refusal, tmp_path):
+    refusal("--train.global-batch", "65", storage=tmp_path / "clean")
+    assert not list((tmp_path / "clean").glob("digits-*"))
+
+
+def test_run_folder_is_opened_once_and_resumed_only_unchanged(tmp_path, shards):
+    base = ["digits", "--storage", str(tmp_path), "--data.shards", str(shards), "--name", "a"]
+    prepared = prepare(parse(base), world_size=2)
+    saved = json.loads(prepared.run.read("run.json"))
+    assert saved["name"] == "a"
+    assert prepared.job.context["shards_url"] == shards.as_uri()
+    with pytest.raises(ValueError, match="give --resume to continue it"):
+        prepare(parse(base), world_size=2)
+    with pytest.raises(ValueError, match=r"train.seed: 0 -> 1"):
+        prepare(parse([*base, "--resume", "--train.seed", "1"]), world_size=2)
+    with pytest.raises(ValueError, match="no committed checkpoint"):
+        prepare(parse([*base, "--resume"]), world_size=2)
+
+
+def test_generated_shards_are_written_on_first_use(tmp_path):
+    config = parse(["digits", "--storage", str(tmp_path)])
+    first = prepare(config, world_size=1)
+    assert (tmp_path / "data" / "digits" / "index.json").exists()
+    assert first.index.header.splits["test"] == 360
+
+
+def test_help_names_every_preset(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(["digits", "--help"])
+    assert exit_.value.code == 0
+    assert "imagenet-2B" in capsys.readouterr().out

@@ -1,0 +1,280 @@
+"""The worker as it is, on two ranks: determinism, precisions, refusals, and the artefact it keeps."""
+
+import contextlib
+import dataclasses
+import math
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from data_shards.store import Store
+from model.artifact import read_artifact
+from model.build import build_network
+from optim.config import OptimConfig
+from optim.groups import parameter_groups
+from optim.manifolds import ORTHOGONAL, manifold_of
+from optim.reference import ReferenceManifoldAdam
+from optim.sharded import TENSOR_KINDS
+from pipeline import objective
+from pipeline.config import CheckpointConfig, TrainConfig
+from pipeline.losses import emma_loss
+from pipeline.worker import Job
+from tests.harness import run_ranks
+from tests.pipeline.small_runs import (
+    observed_run,
+    rank_world,
+    same_bits,
+    small_run,
+    small_shards,
+    whole_state,
+)
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 14
+BATCH = 24
+POISONED = 5
+# The last step follows a Lookahead synchronisation (12) and a polar retraction (10), not closely.
+OPTIM = OptimConfig(lr=1e-2, eps=1e-5, lookahead_steps=6, polar_every=5)
+
+
+def config(every_steps=0, **train):
+    """14 steps, over two ends of an epoch of 136 samples."""
+    epochs = (STEPS - 0.5) * BATCH / 136
+    settings = {"global_batch": BATCH, "epochs": epochs, "warmup_epochs": 0, **train}
+    return small_run(
+        optim=OPTIM,
+        train=TrainConfig(**settings),
+        checkpoint=CheckpointConfig(every_steps=every_steps),
+    )
+
+
+CASES = {
+    "plain": config(),
+    "again": config(),
+    "another seed": config(seed=1),
+    "kept often": config(every_steps=3),
+    "bf16": config(precision="bf16"),
+    "fp16": config(precision="fp16"),
+    "fp16 without the arithmetic": config(precision="fp16"),
+    "fp16 scaled over the edge": config(precision="fp16", loss_scale=1e9),
+    "poisoned": config(every_steps=1),
+    "poisoned bf16": config(every_steps=1, precision="bf16", accumulation=2),
+    "poisoned value": config(every_steps=1),
+}
+
+
+@contextlib.contextmanager
+def fp16_arithmetic(present):
+    """The answer of DeepSpeed's accelerator, whatever this machine has."""
+    from deepspeed.accelerator import get_accelerator
+
+    with mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda _: present):
+        yield
+
+
+@contextlib.contextmanager
+def poisoned_loss(rank, call, *, gradient):
+    """The loss is NaN at one call on rank 1; its gradient too, or the value alone."""
+    calls = []
+
+    def loss(*arguments):
+        calls.append(None)
+        value = emma_loss(*arguments)
+        if rank != 1 or len(calls) != call:
+            return value
+        return value * math.nan if gradient else value + math.nan
+
+    with mock.patch.object(objective, "emma_loss", loss):
+        yield
+
+
+def surroundings(name, rank):
+    """What is bent while a case runs."""
+    if name.startswith("poisoned"):
+        call = 2 * POISONED - 1 if "bf16" in name else POISONED
+        return poisoned_loss(rank, call, gradient="value" not in name)
+    if name.startswith("fp16"):
+        return fp16_arithmetic("without" not in name)
+    return contextlib.nullcontext()
+
+
+def run_cases(rank, world_size, folder, shards):
+    outcomes = {}
+    with rank_world(rank, world_size):
+        for name, case in CASES.items():
+            with surroundings(name, rank):
+                outcomes[name] = observed_run(Job(case, f"{folder}/{name}", shards, {"run": name}))
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """By case, the outcomes of the two ranks."""
+    folder = tmp_path_factory.mktemp("training")
+    ranks = run_ranks(run_cases, 2, str(folder), small_shards(folder / "shards"), timeout=200)
+    return {name: [rank[name] for rank in ranks] for name in CASES}
+
+
+def start(outcomes, name):
+    return whole_state([rank.start for rank in outcomes[name]])
+
+
+def end(outcomes, name):
+    return whole_state([rank.end for rank in outcomes[name]])
+
+
+def test_the_seed_decides_everything(outcomes):
+    plain, again, other = (outcomes[name][0] for name in ("plain", "again", "another seed"))
+    assert list(plain.losses) == list(range(1, STEPS + 1))
+    assert all(math.isfinite(loss) for loss in plain.losses.values())
+    assert plain.losses[STEPS] < 0.6 * plain.losses[1]
+    assert again.losses == plain.losses
+    assert same_bits(end(outcomes, "plain"), end(outcomes, "again"))
+    assert again.kept[STEPS].digest == plain.kept[STEPS].digest
+    assert not set(other.losses.values()) & set(plain.losses.values())
+    assert not same_bits(start(outcomes, "plain"), start(outcomes, "another seed"))
+
+
+def test_only_rank_0_reports(outcomes):
+    assert outcomes["plain"][1].events == []
+
+
+def test_keeping_checkpoints_and_artefacts_changes_nothing(outcomes):
+    plain, often = outcomes["plain"][0], outcomes["kept often"][0]
+    assert list(plain.kept) == [STEPS]
+    assert list(often.kept) == [3, 6, 9, 12, STEPS]
+    assert often.losses == plain.losses
+    assert same_bits(end(outcomes, "plain"), end(outcomes, "kept often"))
+    assert often.kept[STEPS].digest == plain.kept[STEPS].digest
+    assert len({kept.digest for kept in often.kept.values()}) == 5
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("bf16", 8), ("fp16", 11)])
+def test_sixteen_bit_training_follows_fp32(outcomes, precision, bits):
+    rounding = 2.0**-bits
+    run, plain = outcomes[precision][0], outcomes["plain"][0]
+    assert run.error == ""
+    # Masters start from the float64 values, not from the 16-bit weights.
+    masters, expected = start(outcomes, precision), start(outcomes, "plain")
+    names = [key.removeprefix("master/") for key in masters if key.startswith("master/")]
+    for name in names:
+        assert masters[f"master/{name}"].dtype == np.float32
+        assert masters[f"master/{name}"].tobytes() == expected[f"master/{name}"].tobytes()
+    # The working weights are the masters, rounded, at every time.
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    for state in (masters, end(outcomes, precision)):
+        for name in names:
+            rounded = torch.from_numpy(state[f"master/{name}"]).to(dtype).float()
+            assert torch.equal(torch.from_numpy(state[f"working/{name}"]), rounded), name
+    # fp32 masters stay on the manifold; those of 16 bits would be 2e-2 away.
+    assert len(run.residuals) == 5
+    assert max(run.residuals.values()) < 5e-6
+    assert run.losses.keys() == plain.losses.keys()
+    for step, loss in run.losses.items():
+        assert abs(loss - plain.losses[step]) < 4 * rounding
+    assert run.losses != plain.losses  # or 16 bits were not used at all
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("bf16", 8), ("fp16", 11)])
+def test_the_optimizer_gets_the_gradient_of_fp32(outcomes, precision, bits):
+    """So the loss scale of fp16 is divided out: it is 1024."""
+    for rank in (0, 1):
+        expected = outcomes["plain"][rank].gradients
+        got = outcomes[precision][rank].gradients
+        assert got.keys() == expected.keys()
+        assert len(got) == 11
+        for name, gradient in got.items():
+            assert gradient.dtype == np.float32
+            error = np.linalg.norm(gradient - expected[name]) / np.linalg.norm(expected[name])
+            # Some tensors' gradients are small differences of large terms.
+            assert error < 32 * 2.0**-bits, name
+
+
+def test_fp16_needs_fp16_arithmetic(outcomes):
+    for rank in outcomes["fp16 without the arithmetic"]:
+        assert "train.precision=fp16" in rank.error
+        assert "no fp16 arithmetic; use bf16 or fp32" in rank.error
+        assert rank.events == []
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("poisoned", POISONED), ("poisoned bf16", POISONED), ("fp16 scaled over the edge", 1)],
+)
+def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_update(outcomes, name, step):
+    for rank in outcomes[name]:
+        assert "the gradient is not finite on at least one rank" in rank.error
+        assert f"step {step}:" in rank.error
+        assert same_bits(rank.before, rank.end)
+        assert rank.end["scalar/step"] == step - 1
+    first = outcomes[name][0]
+    assert list(first.losses) == list(range(1, step))
+    assert list(first.kept) == list(range(1, step))
+
+
+def test_a_loss_that_is_not_finite_is_never_kept(outcomes):
+    """The value alone is NaN: all ranks stop before the checkpoint of that step."""
+    for rank in outcomes["poisoned value"]:
+        assert f"the loss is not finite at step {POISONED}" in rank.error
+    first = outcomes["poisoned value"][0]
+    assert list(first.losses) == list(first.kept) == list(range(1, POISONED))
+
+
+def reference_network(state):
+    """The averaged network of the plain definition, from the state of the ranks, in float64."""
+    network = build_network(CASES["plain"].model)
+    named = dict(network.named_parameters())
+    optimizer = ReferenceManifoldAdam(parameter_groups(named.items(), OPTIM), OPTIM)
+    averaged = {}
+    for name, p in named.items():
+        with torch.no_grad():
+            p.copy_(torch.from_numpy(state[f"master/{name}"]).view_as(p))
+        for kind in TENSOR_KINDS:
+            if f"{kind}/{name}" in state:
+                value = torch.from_numpy(state[f"{kind}/{name}"]).view_as(p)
+                optimizer.state[p][kind] = value
+        averaged[name] = optimizer.averaged(p)
+    network.double()
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            p.copy_(averaged[name])
+    return network
+
+
+def test_the_artefact_is_the_reference_average(outcomes):
+    kept = outcomes["plain"][0].kept[STEPS]
+    state = end(outcomes, "plain")
+    expected = reference_network(state)
+    artifact = read_artifact(Store(kept.artifact_url).open)
+    assert artifact.info.digest == kept.digest
+    assert artifact.info.context == {"run": "plain", "step": STEPS}
+    stored = {name: p.detach() for name, p in artifact.network.named_parameters()}
+    matrices = 0
+    for name, p in expected.named_parameters():
+        # Half a unit in the last place of float32, and the round-off of float64.
+        torch.testing.assert_close(
+            stored[name].double(), p, rtol=2.0**-24, atol=1e-12, msg=f"{name} differs"
+        )
+        master = torch.from_numpy(state[f"master/{name}"]).view_as(p)
+        assert (stored[name] - master).abs().max() > 1e-4, f"{name} is the master"
+        if manifold_of(p) is not None:
+            matrices += 1
+            # Rounding changes X by at most 2^-24 |X|, so X^T X by 2^-23 sqrt(n).
+            residual = ORTHOGONAL.residual(stored[name])
+            assert residual <= 2.0**-23 * math.sqrt(p.shape[0])
+            assert artifact.info.orthogonality_residuals[name] == residual
+    assert matrices == 5
+    assert kept.residual == max(artifact.info.orthogonality_residuals.values())
+    images = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    logits, factors = artifact.network.logits_and_margin_factors(images)
+    true_logits, true_factors = expected.logits_and_margin_factors(images.double())
+    torch.testing.assert_close(logits.double(), true_logits, rtol=0, atol=5e-6)
+    torch.testing.assert_close(factors.double(), true_factors, rtol=0, atol=5e-6)
+
+
+def test_cases_are_what_they_say():
+    assert CASES["plain"] == CASES["again"]
+    assert dataclasses.replace(CASES["plain"], train=CASES["bf16"].train) == CASES["bf16"]
