@@ -1,12 +1,13 @@
 """Collectives between the ranks that share a ZeRO partition: one all-to-all, and what it gives."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.layout import Round
+from optim.layout import Round, Slot
 
 
 class Exchange(ABC):
@@ -51,7 +52,7 @@ class Exchange(ABC):
         received = self.all_to_all(piece.repeat(self.world_size), splits, splits)
         return received.view(self.world_size, -1)
 
-    def to_owner(self, piece: Tensor, plan: Round) -> Tensor | None:
+    def to_owner(self, piece: Tensor, plan: Round) -> list[Tensor]:
         """Assemble the whole parameters of a round at their owners.
 
         Args:
@@ -59,17 +60,19 @@ class Exchange(ABC):
             plan: The round.
 
         Returns:
-            The whole parameter, without padding, in its own shape; None on ranks without one.
+            The whole parameters that this rank owns, without padding, in their own shapes.
         """
         received = self.all_to_all(piece, plan.slice_lengths(), plan.whole_lengths(self.rank))
-        slot = plan.slot_of(self.rank)
-        return None if slot is None else received[: slot.numel].view(slot.shape)
+        return [
+            columns.reshape(-1)[: slot.numel].view(slot.shape)
+            for slot, columns in self._columns(received, plan)
+        ]
 
-    def to_partitions(self, whole: Tensor | None, plan: Round, like: Tensor) -> Tensor:
+    def to_partitions(self, wholes: list[Tensor], plan: Round, like: Tensor) -> Tensor:
         """Inverse of `to_owner`; padding becomes zero.
 
         Args:
-            whole: The owner's result in its parameter's shape; None on ranks without one.
+            wholes: The owner's results in their parameters' shapes; none on ranks that own none.
             plan: The round.
             like: A tensor of the wanted dtype and device.
 
@@ -78,9 +81,20 @@ class Exchange(ABC):
         """
         lengths = plan.whole_lengths(self.rank)
         buffer = like.new_zeros(sum(lengths))
-        if whole is not None:
-            buffer[: whole.numel()] = whole.reshape(-1)
+        for whole, (slot, columns) in zip(wholes, self._columns(buffer, plan), strict=True):
+            padded = like.new_zeros(columns.numel())
+            padded[: slot.numel] = whole.reshape(-1)
+            columns.copy_(padded.view_as(columns))
         return self.all_to_all(buffer, lengths, plan.slice_lengths())
+
+    def _columns(self, buffer: Tensor, plan: Round) -> Iterator[tuple[Slot, Tensor]]:
+        """The owner's slots, each with its slices of all ranks as a view (world_size, length)."""
+        slots = plan.owned[self.rank]
+        table = buffer.view(self.world_size, sum(slot.length for slot in slots))
+        column = 0
+        for slot in slots:
+            yield slot, table[:, column : column + slot.length]
+            column += slot.length
 
 
 class LocalExchange(Exchange):

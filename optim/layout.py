@@ -9,6 +9,7 @@ is undefined and may be NaN.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,10 +55,18 @@ class FlatPartition:
 
 @dataclass(frozen=True)
 class Round:
-    """At most one consecutive slot per rank: rank i owns the i-th for whole-matrix work."""
+    """Consecutive slots, distributed over owners: rank i assembles the whole parameters `owned[i]`.
 
-    slots: tuple[Slot, ...]
-    world_size: int
+    A round is one contiguous range of the flat tensor, so it is exchanged without packing.
+    """
+
+    owned: tuple[tuple[Slot, ...], ...]
+    """Per rank the slots that it owns, in order; some ranks may own none."""
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All slots of the round in the order of the flat tensor."""
+        return tuple(slot for slots in self.owned for slot in slots)
 
     @property
     def start(self) -> int:
@@ -69,33 +78,48 @@ class Round:
         """End of the round in the flat tensor."""
         return self.slots[-1].stop
 
-    def slot_of(self, rank: int) -> Slot | None:
-        """The slot that `rank` owns in this round."""
-        return self.slots[rank] if rank < len(self.slots) else None
-
     def slice_lengths(self) -> list[int]:
         """Elements that any rank sends to each owner; equally, gets back from each."""
-        lengths = [slot.length for slot in self.slots]
-        return lengths + [0] * (self.world_size - len(lengths))
+        return [sum(slot.length for slot in slots) for slots in self.owned]
 
     def whole_lengths(self, rank: int) -> list[int]:
         """Elements that `rank` as an owner receives from each rank; equally, sends back."""
-        slot = self.slot_of(rank)
-        return [slot.length if slot else 0] * self.world_size
+        return [self.slice_lengths()[rank]] * len(self.owned)
 
 
-def plan_rounds(slots: tuple[Slot, ...], world_size: int) -> list[Round]:
-    """Cut consecutive slots into rounds of at most `world_size`.
+ROUND_ELEMENTS = 1 << 22
+"""Most elements an owner assembles in one exchange, unless a single parameter is larger.
 
-    A round is one contiguous range of the flat tensor, so it is exchanged without packing. With
-    M slots there are ceil(M / world_size) rounds.
+16 MiB in float32: small parameters share an exchange, whose latency then hardly counts; a large
+matrix travels alone, so that the memory of a step does not grow with the network.
+"""
+
+
+def plan_rounds(
+    slots: tuple[Slot, ...], world_size: int, *, elements: int = ROUND_ELEMENTS
+) -> list[Round]:
+    """Cut consecutive slots into rounds and give each rank an equal share of every round.
+
+    Args:
+        slots: The slots of one partition, contiguous.
+        world_size: Number of ranks.
+        elements: See ROUND_ELEMENTS.
+
+    Returns:
+        Rounds of at most k * world_size slots, with k = max(1, elements // largest parameter);
+        owners' shares of a round differ by at most one slot.
     """
     if world_size < 1:
         raise OptimizerError(f"world size must be at least 1, got {world_size}")
-    return [
-        Round(slots[first : first + world_size], world_size)
-        for first in range(0, len(slots), world_size)
-    ]
+    if not slots:
+        return []
+    size = world_size * max(1, elements // max(slot.numel for slot in slots))
+    rounds = []
+    for first in range(0, len(slots), size):
+        part = slots[first : first + size]
+        cuts = [rank * len(part) // world_size for rank in range(world_size + 1)]
+        rounds.append(Round(tuple(part[a:b] for a, b in pairwise(cuts))))
+    return rounds
 
 
 def check_partition(partition: FlatPartition, world_size: int) -> None:

@@ -1,10 +1,11 @@
 """Manifold Adam as client optimizer of DeepSpeed ZeRO-3: owner-compute, state in ZeRO's layout.
 
-Per round of W matrices an all-to-all assembles matrix i at rank i, its owner for this round. The
-owner forms the Lie-algebra gradient, which returns to the flat layout; Adam's moments are advanced
-there, element by element; the increment goes to the owner, which applies the exponential, and the
-matrix returns. Per rank and step this sends 20 N / W bytes (X, G, A, D, X in float32), 24 N / W at
-a Lookahead synchronisation, and 8 N / W more at a polar retraction without one.
+Per round an all-to-all assembles whole matrices at their owners, one large matrix or several small
+ones each. The owner forms the Lie-algebra gradient, which returns to the flat layout; there Adam's
+moments are advanced, element by element; the increment goes to the owner, which applies the
+exponential, and the matrix returns. Per rank and step this sends 20 N / W bytes (X, G, A, D, X in
+float32), 24 N / W at a Lookahead synchronisation, and 8 N / W more at a polar retraction without
+one.
 
 Every whole-matrix product sees one matrix on one rank, and the rest is element-wise, so for a given
 gradient the result does not depend on W, bit by bit.
@@ -27,6 +28,7 @@ from optim.euclidean import (
 )
 from optim.exchange import Exchange
 from optim.layout import (
+    ROUND_ELEMENTS,
     FlatPartition,
     Round,
     Slot,
@@ -51,11 +53,19 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
     Args:
         param_groups: From `optim.groups.parameter_groups`.
         config: Hyper-parameters. Learning rates are read from the groups at every step.
+        round_elements: Most elements that an owner assembles in one exchange.
     """
 
-    def __init__(self, param_groups: list[dict[str, Any]], config: OptimConfig) -> None:
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        config: OptimConfig,
+        *,
+        round_elements: int = ROUND_ELEMENTS,
+    ) -> None:
         super().__init__(param_groups, {"lr": config.lr})
         self.config = config
+        self._round_elements = round_elements
         self.partitioned_matrices = 0
         self.partitions: list[FlatPartition] = []
         self._partition_of: dict[Tensor, FlatPartition] = {}
@@ -154,7 +164,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
         moments = state["exp_avg"][cut], state["exp_avg_sq"][cut]
 
         X, G = exchange.to_owner(master, plan), exchange.to_owner(gradient, plan)
-        A = None if X is None or G is None else manifold.tangent(X, G)
+        A = [manifold.tangent(x, g) for x, g in zip(X, G, strict=True)]
         update_moments(exchange.to_partitions(A, plan, master), *moments, config.betas)
         increment = adam_direction(*moments, state["step"], config.betas, config.eps).mul_(-lr)
         if config.lookahead_steps:
@@ -163,17 +173,16 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
             X = exchange.to_owner(state["slow"][cut], plan)
             increment = state["tangent_sum"][cut] * config.lookahead_factor
         D = exchange.to_owner(increment, plan)
-        if X is not None and D is not None:
-            X = manifold.retract(X, D)
-            if retract:
-                X = self._guarded(manifold.project, plan, X)
+        X = [manifold.retract(x, d) for x, d in zip(X, D, strict=True)]
+        if retract:
+            X = self._guarded(plan, lambda x, slot: manifold.project(x), X)
         master.copy_(exchange.to_partitions(X, plan, master))
         if synchronise:
             state["slow"][cut] = master
             state["tangent_sum"][cut] = 0.0
         elif retract and config.lookahead_steps:
             slow = exchange.to_owner(state["slow"][cut], plan)
-            projected = None if slow is None else self._guarded(manifold.project, plan, slow)
+            projected = self._guarded(plan, lambda x, slot: manifold.project(x), slow)
             state["slow"][cut] = exchange.to_partitions(projected, plan, master)
 
     # -- whole-matrix operations -----------------------------------------------------------------
@@ -209,10 +218,9 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
             like = partition.flat.new_empty(0, dtype=dtype)
             for plan in self._rounds(partition):
                 wholes = [exchange.to_owner(flat[plan.start : plan.stop], plan) for flat in flats]
-                slot = plan.slot_of(exchange.rank)
-                result = None if slot is None else self._guarded(fn, plan, *wholes, slot)
+                results = self._guarded(plan, fn, *wholes)
                 self._raise_together()
-                yield partition, plan, exchange.to_partitions(result, plan, like)
+                yield partition, plan, exchange.to_partitions(results, plan, like)
 
     @torch.no_grad()
     def initialise(self, fn: Callable[[Slot], Tensor]) -> None:
@@ -236,22 +244,23 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
             By parameter name, the same on all ranks.
         """
         exchange = self.exchange
-        plans: list[Round] = []
+        names: list[list[str]] = [[] for _ in range(exchange.world_size)]
         measured: list[float] = []
         for partition in self.partitions:
             if partition.manifold is None:
                 continue
             for plan in self._rounds(partition):
-                X = exchange.to_owner(partition.flat[plan.start : plan.stop], plan)
-                measured.append(0.0 if X is None else partition.manifold.residual(X))
-                plans.append(plan)
-        table = exchange.all_gather(
-            torch.tensor(measured, dtype=torch.float64, device=self._device())
-        ).tolist()
+                wholes = exchange.to_owner(partition.flat[plan.start : plan.stop], plan)
+                measured += [partition.manifold.residual(X) for X in wholes]
+                for owner, slots in enumerate(plan.owned):
+                    names[owner] += [slot.name for slot in slots]
+        row = torch.zeros(max(map(len, names)), dtype=torch.float64, device=self._device())
+        row[: len(measured)] = torch.tensor(measured, dtype=torch.float64)
+        table = exchange.all_gather(row).tolist()
         return {
-            slot.name: table[owner][number]
-            for number, plan in enumerate(plans)
-            for owner, slot in enumerate(plan.slots)
+            name: value
+            for owner, values in enumerate(table)
+            for name, value in zip(names[owner], values, strict=False)  # rows are padded
         }
 
     @torch.no_grad()
@@ -367,25 +376,31 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
         return partition.flat if kind == "master" else self._state(partition)[kind]
 
     def _rounds(self, partition: FlatPartition) -> list[Round]:
-        return plan_rounds(partition.slots, self.exchange.world_size)
+        world_size, elements = self.exchange.world_size, self._round_elements
+        return plan_rounds(partition.slots, world_size, elements=elements)
 
     def _device(self) -> torch.device:
         return self.partitions[0].flat.device
 
-    def _guarded(self, fn: Callable[..., Tensor], plan: Round, *arguments: Any) -> Tensor | None:
-        """Call an owner's function; keep an exception for `_raise_together`.
+    def _guarded(
+        self, plan: Round, fn: Callable[..., Tensor], *sources: list[Tensor]
+    ) -> list[Tensor]:
+        """Call an owner's function `fn(*wholes, slot)` for each of its slots in a round.
 
-        Raising here, on one rank, would leave the others waiting in their next collective.
+        An exception is kept for `_raise_together`: raising here, on one rank, would leave the
+        others waiting in their next collective. The result of a failed slot is zero.
         """
-        slot = plan.slots[self.exchange.rank]
-        try:
-            result = fn(*arguments)
-            if tuple(result.shape) != slot.shape:
-                raise OptimizerError(f"result has shape {tuple(result.shape)}, not {slot.shape}")
-        except Exception as error:
-            self._failure = f"parameter {slot.name!r}: {type(error).__name__}: {error}"
-            return None
-        return result
+        results = []
+        for number, slot in enumerate(plan.owned[self.exchange.rank]):
+            try:
+                result = fn(*(wholes[number] for wholes in sources), slot)
+                if tuple(result.shape) != slot.shape:
+                    raise OptimizerError(f"result has shape {tuple(result.shape)}")
+            except Exception as error:
+                self._failure = f"parameter {slot.name!r}: {type(error).__name__}: {error}"
+                result = torch.zeros(slot.shape)
+            results.append(result)
+        return results
 
     def _raise_together(self) -> None:
         """Raise on every rank if an owner's function failed on any. Collective."""

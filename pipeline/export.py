@@ -6,6 +6,7 @@ from typing import Any
 from data_shards.store import Store
 from model.artifact import ArtifactInfo, write_artifact
 from model.config import NetworkConfig
+from model.errors import ModelError
 from pipeline.checkpoint import Partitioned
 from pipeline.ranks import World
 
@@ -23,7 +24,7 @@ def export_artifact(
     Ranks: all call it together; returns the description on rank 0, None elsewhere.
 
     Raises:
-        PipelineError: rank 0 could not write; raised on every rank.
+        PipelineError: rank 0 could not write, or a weight is not finite; raised on every rank.
     """
     exported = engine.optimizer.export()
     info, error = None, None
@@ -36,7 +37,7 @@ def export_artifact(
                 order=[s.name for p in engine.optimizer.partitions for s in p.slots],
                 context=context,
             )
-        except OSError as failure:
+        except (OSError, ModelError) as failure:
             error = f"cannot write the artefact {folder.url}: {failure}"
     # Every rank has to exhaust the iterator: its steps are collective.
     for _ in exported:

@@ -68,11 +68,12 @@ def _train(job: Job, world: World, emit: Emit) -> None:
     def keep(progress: Progress) -> None:
         step = f"step-{progress.step:08d}"
         checkpoint, artifact = run.child("checkpoints", step), run.child("artifacts", step)
-        save_checkpoint(checkpoint, world=world, engine=engine, progress=progress, config=config)
         context = {**job.context, "step": progress.step}
+        # First: a run that dies in between must not resume past a step that has no artefact.
         info = export_artifact(
             artifact, world=world, engine=engine, network=config.model, context=context
         )
+        save_checkpoint(checkpoint, world=world, engine=engine, progress=progress, config=config)
         if info is not None:
             emit(
                 Kept(

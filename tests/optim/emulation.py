@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from optim.config import OptimConfig
 from optim.exchange import Exchange
 from optim.groups import parameter_groups
-from optim.layout import FlatPartition, Slot
+from optim.layout import ROUND_ELEMENTS, FlatPartition, Slot
 from optim.manifolds import ORTHOGONAL, declare, manifold_of
 from optim.reference import ReferenceManifoldAdam
 from optim.sharded import ShardedManifoldAdam
@@ -28,6 +28,7 @@ class Problem:
     lookahead_steps: int = 7
     polar_every: int = 5
     euclidean: str = "nadam"
+    round_elements: int = ROUND_ELEMENTS
 
     @property
     def config(self) -> OptimConfig:
@@ -106,7 +107,9 @@ class Emulation:
         self.problem, self.exchange = problem, exchange
         named = problem.parameters()
         groups = parameter_groups(named.items(), problem.config)
-        self.optimizer = ShardedManifoldAdam(groups, problem.config)
+        self.optimizer = ShardedManifoldAdam(
+            groups, problem.config, round_elements=problem.round_elements
+        )
         self.base = [group["lr"] for group in self.optimizer.param_groups]
         self.published: list[int] = []
         self.partitions: list[FlatPartition] = []

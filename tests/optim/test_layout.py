@@ -21,12 +21,17 @@ def layouts(draw):
     return tuple(slots), world_size
 
 
-@given(layouts())
-def test_rounds_cover_the_slots_once_and_in_order(layout):
+@given(layouts(), st.integers(1, 10**8))
+def test_rounds_cover_the_slots_once_and_in_order(layout, elements):
     slots, world_size = layout
-    rounds = plan_rounds(slots, world_size)
+    rounds = plan_rounds(slots, world_size, elements=elements)
     assert tuple(slot for plan in rounds for slot in plan.slots) == slots
-    assert len(rounds) == -(-len(slots) // world_size)
+    for plan in rounds:
+        assert len(plan.owned) == world_size
+        counts = [len(owned) for owned in plan.owned]
+        assert max(counts) - min(counts) <= 1
+        for owned in plan.owned:
+            assert len(owned) <= 1 or sum(slot.numel for slot in owned) <= elements
     assert all(a.stop == b.start for a, b in itertools.pairwise(rounds))
 
 
@@ -40,10 +45,17 @@ def test_splits_agree_between_sender_and_owner(layout, some_rank):
         assert sum(sent) == plan.stop - plan.start
         # What any rank sends to this one is what this one expects from any rank.
         assert plan.whole_lengths(rank) == [sent[rank]] * world_size
-        slot = plan.slot_of(rank)
-        assert (slot is None) == (sent[rank] == 0)
-        if slot is not None:
-            assert slot.numel <= sum(plan.whole_lengths(rank)) < slot.numel + world_size
+        owned = plan.owned[rank]
+        padded = sum(plan.whole_lengths(rank))
+        assert 0 <= padded - sum(slot.numel for slot in owned) <= len(owned) * (world_size - 1)
+
+
+def test_large_matrices_travel_one_per_owner_and_small_ones_together():
+    slots = tuple(Slot(f"m{i}", (4, 4), 16, 8 * i, 8) for i in range(5))
+    assert [len(p.slots) for p in plan_rounds(slots, 2, elements=15)] == [2, 2, 1]
+    assert [len(p.slots) for p in plan_rounds(slots, 2, elements=32)] == [4, 1]
+    (plan,) = plan_rounds(slots, 2)
+    assert [len(owned) for owned in plan.owned] == [2, 3]
 
 
 def test_plan_refuses_no_ranks():
@@ -56,9 +68,9 @@ def test_local_exchange_returns_copies_and_sends_nothing():
     slot = Slot("w", (2, 3), 6, 0, 6)
     (plan,) = plan_rounds((slot,), 1)
     flat = torch.arange(6.0)
-    whole = exchange.to_owner(flat, plan)
+    (whole,) = exchange.to_owner(flat, plan)
     whole += 1
     assert torch.equal(flat, torch.arange(6.0))
-    assert torch.equal(exchange.to_partitions(whole, plan, flat), torch.arange(6.0) + 1)
+    assert torch.equal(exchange.to_partitions([whole], plan, flat), torch.arange(6.0) + 1)
     assert torch.equal(exchange.gather(flat), flat)
     assert exchange.bytes_sent == 0

@@ -267,7 +267,7 @@ def test_training_goes_on_with_the_same_samples(outcomes, elsewhere, world_size)
     assert resumed.error == ""
     assert list(resumed.losses) == list(range(STOP + 1, STEPS + 1))
     for step, loss in resumed.losses.items():
-        assert loss == pytest.approx(whole.losses[step], rel=1e-5), step
+        assert loss == pytest.approx(whole.losses[step], rel=1e-3), step
     assert list(resumed.kept) == [12, STEPS]
 
 

@@ -1,4 +1,4 @@
-"""The worker as it is, on two ranks: determinism, precisions, refusals, and the artefact it keeps."""
+"""The worker as it is, on two ranks: determinism, precisions, refusals, the artefact it keeps."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from data_shards.index import load_index
+from data_shards.order import Cursor
 from data_shards.store import Store
+from data_shards.stream import SampleStream
 from model.artifact import read_artifact
 from model.build import build_network
 from optim.config import OptimConfig
@@ -63,6 +66,11 @@ CASES = {
     "poisoned": config(every_steps=1),
     "poisoned bf16": config(every_steps=1, precision="bf16", accumulation=2),
     "poisoned value": config(every_steps=1),
+    # After a sound gradient the first Euclidean update exceeds the range of fp32.
+    "absurd rate": dataclasses.replace(
+        config(every_steps=1), optim=dataclasses.replace(OPTIM, euclidean_lr_factor=3.35e40)
+    ),
+    "artefacts cannot be written": config(every_steps=1),
 }
 
 
@@ -71,7 +79,8 @@ def fp16_arithmetic(present):
     """The answer of DeepSpeed's accelerator, whatever this machine has."""
     from deepspeed.accelerator import get_accelerator
 
-    with mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda _: present):
+    device = type(get_accelerator())
+    with mock.patch.object(device, "is_fp16_supported", return_value=present):
         yield
 
 
@@ -105,16 +114,27 @@ def run_cases(rank, world_size, folder, shards):
     outcomes = {}
     with rank_world(rank, world_size):
         for name, case in CASES.items():
+            if name == "artefacts cannot be written" and rank == 0:
+                Store(f"{folder}/{name}").write("artifacts", b"a file where a folder is due")
             with surroundings(name, rank):
                 outcomes[name] = observed_run(Job(case, f"{folder}/{name}", shards, {"run": name}))
     return outcomes
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(scope="module")
+def shards(folder):
+    return small_shards(folder / "shards")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder, shards):
     """By case, the outcomes of the two ranks."""
-    folder = tmp_path_factory.mktemp("training")
-    ranks = run_ranks(run_cases, 2, str(folder), small_shards(folder / "shards"), timeout=200)
+    ranks = run_ranks(run_cases, 2, str(folder), shards, timeout=200)
     return {name: [rank[name] for rank in ranks] for name in CASES}
 
 
@@ -136,6 +156,28 @@ def test_the_seed_decides_everything(outcomes):
     assert again.kept[STEPS].digest == plain.kept[STEPS].digest
     assert not set(other.losses.values()) & set(plain.losses.values())
     assert not same_bits(start(outcomes, "plain"), start(outcomes, "another seed"))
+
+
+@pytest.mark.parametrize(("name", "seed"), [("plain", 0), ("another seed", 1)])
+def test_the_first_gradient_is_that_of_the_first_global_batch(outcomes, shards, name, seed):
+    """Computed here in one piece, from the seed alone: initial values, order, mean over ranks."""
+    case = CASES[name]
+    network = build_network(case.model)
+    network.initialise(seed)
+    cursor = Cursor(seed=seed)
+    with SampleStream(
+        load_index(shards), case.data.stream, split="train", global_batch=BATCH, cursor=cursor
+    ) as stream:
+        batch = next(stream)
+    logits, factors = network.logits_and_margin_factors(batch.images / 255)
+    emma_loss(logits, factors, batch.labels, case.loss.eps, case.loss.scale).backward()
+    masters = start(outcomes, name)
+    got = whole_state([rank.gradients for rank in outcomes[name]])
+    for key, p in network.named_parameters():
+        master, gradient = torch.from_numpy(masters[f"master/{key}"]), torch.from_numpy(got[key])
+        torch.testing.assert_close(master, p.detach().flatten(), rtol=1e-6, atol=1e-7)
+        difference = (gradient - p.grad.flatten()).norm() / p.grad.norm()
+        assert difference < 1e-4, f"{key} differs by {difference:.1e} of its norm"
 
 
 def test_only_rank_0_reports(outcomes):
@@ -174,7 +216,7 @@ def test_sixteen_bit_training_follows_fp32(outcomes, precision, bits):
     assert max(run.residuals.values()) < 5e-6
     assert run.losses.keys() == plain.losses.keys()
     for step, loss in run.losses.items():
-        assert abs(loss - plain.losses[step]) < 4 * rounding
+        assert abs(loss - plain.losses[step]) < 16 * rounding
     assert run.losses != plain.losses  # or 16 bits were not used at all
 
 
@@ -221,6 +263,21 @@ def test_a_loss_that_is_not_finite_is_never_kept(outcomes):
         assert f"the loss is not finite at step {POISONED}" in rank.error
     first = outcomes["poisoned value"][0]
     assert list(first.losses) == list(first.kept) == list(range(1, POISONED))
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [("absurd rate", "not finite"), ("artefacts cannot be written", "artifacts")],
+)
+def test_without_artefact_there_is_no_checkpoint(outcomes, folder, name, cause):
+    """Only rank 0 sees the error; all stop, and a restart would do the step again."""
+    for rank in outcomes[name]:
+        assert "rank 0: cannot write the artefact" in rank.error
+        assert cause in rank.error
+        assert f"{name}/artifacts/step-00000001" in rank.error
+        assert rank.end["scalar/step"] == 1
+    assert not outcomes[name][0].kept
+    assert not (folder / name / "checkpoints/step-00000001/commit.json").exists()
 
 
 def reference_network(state):
