@@ -9,9 +9,7 @@ from model.errors import ModelError
 
 
 # The messages below name the values, so pydantic need not repeat the whole input.
-@dataclass(
-    frozen=True, kw_only=True, config=ConfigDict(extra="forbid", hide_input_in_errors=True)
-)
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", hide_input_in_errors=True))
 class LipNeXtConfig:
     """LipNeXt (arXiv 2601.18513): 1-Lipschitz in l2, convolution free, orthogonal matrices only."""
 

@@ -113,7 +113,7 @@ class Orthogonal:
 
     def residual(self, point: Tensor) -> float:
         """||X^T X - I||_F in float64 (in float32 its own rounding would be measured)."""
-        X = point.to(torch.float64)
+        X = point.detach().to(torch.float64)
         E = X.mT @ X
         E.diagonal().sub_(1.0)
         return float(torch.linalg.matrix_norm(E))

@@ -88,6 +88,8 @@ def save_checkpoint(
     if world.rank == 0:
         try:
             folder.write(COMMIT, _commit(optimizer, world, progress, config, reports).encode())
+            for stray in set(folder.ls()) - {COMMIT, *(record["file"] for record in reports)}:
+                folder.remove(stray)  # left by an interrupted attempt with other ranks
         except OSError as failure:
             error = f"cannot commit {folder.url}: {failure}"
     world.agree(error)

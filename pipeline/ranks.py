@@ -6,15 +6,13 @@ import datetime
 import os
 import socket
 from collections.abc import Iterator
-from typing import TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +47,11 @@ class World:
             if report is not None:
                 raise PipelineError(f"rank {rank}: {report}")
 
-    def share(self, value: T | None) -> T:
+    def share(self, value: Any) -> Any:
         """The value of rank 0, on every rank (any small picklable object)."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
-        return cast("T", box[0])
+        return box[0]
 
 
 def use_cuda(device: str, ranks_per_node: int) -> bool:

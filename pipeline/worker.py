@@ -109,10 +109,11 @@ def _train(job: Job, world: World, emit: Emit) -> None:
 
 def _starting_point(config: RunConfig, world: World, engine: Zero3, run: Store) -> Progress:
     """The newest committed checkpoint of the run (resume, restart after a failure), or step 0."""
-    newest = newest_checkpoint(run.child("checkpoints"))
+    # One listing for all ranks: a store may show them different ones.
+    newest = world.share(newest_checkpoint(run.child("checkpoints")) if world.rank == 0 else None)
     if newest is None:
         engine.initialise(config.train.seed)
-        return Progress(0, Cursor(seed=config.train.seed, epoch=0, position=0))
+        return Progress(0, Cursor(seed=config.train.seed))
     return load_checkpoint(newest, world=world, engine=engine)
 
 

@@ -222,7 +222,8 @@ def test_sixteen_bit_training_follows_fp32(outcomes, precision, bits):
 
 @pytest.mark.parametrize(("precision", "bits"), [("bf16", 8), ("fp16", 11)])
 def test_the_optimizer_gets_the_gradient_of_fp32(outcomes, precision, bits):
-    """So the loss scale of fp16 is divided out: it is 1024."""
+    """So the loss scale of fp16 is divided out: it is 1024. Sums over the ranks are in fp32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     for rank in (0, 1):
         expected = outcomes["plain"][rank].gradients
         got = outcomes[precision][rank].gradients
@@ -233,6 +234,8 @@ def test_the_optimizer_gets_the_gradient_of_fp32(outcomes, precision, bits):
             error = np.linalg.norm(gradient - expected[name]) / np.linalg.norm(expected[name])
             # Some tensors' gradients are small differences of large terms.
             assert error < 32 * 2.0**-bits, name
+        sums = torch.from_numpy(np.concatenate(list(got.values())))
+        assert (sums.to(dtype).float() != sums).float().mean() > 0.2, "the sums have 16 bits"
 
 
 def test_fp16_needs_fp16_arithmetic(outcomes):
