@@ -10,7 +10,9 @@ from model.errors import ModelError
 
 def digits() -> LipNeXtConfig:
     """Handwritten digits of scikit-learn, 1x8x8."""
-    return LipNeXtConfig(input_shape=(1, 8, 8), num_classes=10, patch=2, width=128, depth=4)
+    return LipNeXtConfig(
+        input_shape=(1, 8, 8), num_classes=10, patch=2, width=192, depth=4, alpha=1 / 8
+    )
 
 
 def synthetic() -> LipNeXtConfig:

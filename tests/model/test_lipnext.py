@@ -13,7 +13,7 @@ from model.presets import NETWORK_PRESETS, network_preset
 from optim.manifolds import ORTHOGONAL, manifold_of
 
 COUNTS = {
-    "digits": 149_322,
+    "digits": 334_538,
     "synthetic": 38_026,
     "cifar10-L32W1024": 68_208_650,
     "cifar10-L32W2048": 272_723_978,
