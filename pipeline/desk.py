@@ -1,6 +1,7 @@
 """The driver's side of a run: shows, records and certifies what rank 0 reports."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipeline.events import Event, Kept, Metrics, Started
 from pipeline.prepare import Prepared
 from pipeline.tracker import Tracker
 from pipeline.tracking import TrackingConfig, ui_command
+from pipeline.worker import Job
 
 _FIGURE = "cra.png"
 _CLOSE_S = 60.0
@@ -31,6 +33,16 @@ class Desk:
         self._display = display
         self._tracker = tracker
         self._evaluations = evaluations
+
+    def stamp(self, job: Job) -> Job:
+        """The job with the id of its tracked run, so that artefacts lead back to it.
+
+        Left out when the tracking server has not answered yet.
+        """
+        if self._tracker.run is None:
+            return job
+        context = {**job.context, "train_run_id": self._tracker.run.run_id}
+        return dataclasses.replace(job, context=context)
 
     def handle(self, event: Event) -> None:
         """Show and record one event; waits for no server and no task."""

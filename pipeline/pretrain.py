@@ -95,7 +95,7 @@ def _run_on_ray(config: RunConfig, console: Console) -> None:
         ray_session(config.cluster),
         desk_for(prepared, console) as desk,
     ):
-        fit(prepared.job, desk.handle)
+        fit(desk.stamp(prepared.job), desk.handle)
 
 
 def _run_here(config: RunConfig, console: Console) -> None:
@@ -108,8 +108,8 @@ def _run_here(config: RunConfig, console: Console) -> None:
             if world.rank == 0:
                 try:
                     prepared = prepare(config, world_size=world.size)
-                    job = prepared.job
-                    emit = stack.enter_context(desk_for(prepared, console)).handle
+                    desk = stack.enter_context(desk_for(prepared, console))
+                    job, emit = desk.stamp(prepared.job), desk.handle
                 except REFUSALS as refusal:
                     error = _one_message(refusal)
             world.agree(error)

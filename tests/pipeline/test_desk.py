@@ -1,0 +1,124 @@
+"""The driver's side: what is shown, what is queued, what happens to evaluations."""
+
+import threading
+
+import pytest
+from rich.console import Console
+
+import pipeline.evaluation
+from pipeline.desk import Desk
+from pipeline.display import Display
+from pipeline.evaluation import Evaluations
+from pipeline.events import Kept, Metrics, Started
+
+VALUES = {
+    "train/loss": 1.25,
+    "train/clean": 0.5,
+    "train/certified": 0.25,
+    "train/eps": 0.1,
+    "train/lr": 1e-3,
+    "train/images_per_s": 100.0,
+}
+
+
+class Recorder:
+    """Stands in for the tracker."""
+
+    def __init__(self):
+        self.metrics, self.checkpoints = [], []
+
+    def log_metrics(self, step, values, timestamp_ms):
+        self.metrics.append((step, values["train/loss"], timestamp_ms))
+
+    def log_checkpoint(self, step, url, digest, wait_seconds):
+        self.checkpoints.append((step, url, digest))
+
+
+def show(*events, terminal):
+    console = Console(record=True, force_terminal=terminal, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
+    desk = Desk(Display(console), Recorder(), None)
+    for event in events:
+        desk.handle(event)
+    desk._display.close()
+    console.file.close()
+    return console.export_text(), desk._tracker
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_person_sees_facts_progress_and_checkpoints(terminal):
+    text, tracker = show(
+        Started({"partitioned matrices": "9 of 9"}, 0, 10),
+        Metrics(10, VALUES, 7),
+        Kept(10, "file:///runs/a/checkpoints/x", "file:///runs/a/artifacts/x", "d" * 64, 4e-7),
+        terminal=terminal,
+    )
+    for part in ("partitioned matrices: 9 of 9", "loss 1.2500", "clean 50.0%", "certified 25.0%"):
+        assert part in text
+    for part in ("lr 1.00e-03", "eps 0.100", "100 img/s", "/runs/a/checkpoints/x", "dddddddddddd"):
+        assert part in text
+    assert tracker.metrics == [(10, 1.25, 7)]
+    assert tracker.checkpoints == [(10, "file:///runs/a/artifacts/x", "d" * 64)]
+
+
+def evaluations(monkeypatch, fn, *, beside_training=True):
+    monkeypatch.setattr(pipeline.evaluation, "resolve", lambda entry: fn)
+    return Evaluations({"split": "test"}, print, beside_training=beside_training)
+
+
+def test_evaluations_run_in_order_beside_training(monkeypatch):
+    first_may_end = threading.Event()
+    begun = threading.Event()
+
+    def fake(settings, *, step, log):
+        begun.set()
+        first_may_end.wait(10)
+        return settings["artifact"], settings["split"], step
+
+    queue = evaluations(monkeypatch, fake)
+    queue.submit("a", 1)  # returns although the evaluation waits
+    queue.submit("b", 2)
+    assert begun.wait(10)
+    assert queue.waiting == 2
+    first_may_end.set()
+    assert queue.results() == [("a", "test", 1), ("b", "test", 2)]
+    assert queue.waiting == 0
+
+
+def test_without_ray_evaluations_wait_for_the_end_of_training(monkeypatch):
+    begun = threading.Event()
+    queue = evaluations(monkeypatch, lambda settings, **_: begun.set() or 1, beside_training=False)
+    queue.submit("a", 1)
+    assert not begun.wait(0.2)
+    assert queue.results() == [1]
+    assert begun.is_set()
+
+
+def test_a_failed_evaluation_is_raised_after_the_others(monkeypatch):
+    done = []
+
+    def fake(settings, *, step, log):
+        if step == 1:
+            raise ValueError("no artefact")
+        done.append(step)
+
+    queue = evaluations(monkeypatch, fake)
+    queue.submit("a", 1)
+    queue.submit("b", 2)
+    with pytest.raises(ValueError, match="no artefact"):
+        queue.results()
+    assert done == [2]
+
+
+def test_cancel_drops_what_has_not_begun(monkeypatch):
+    done = []
+    queue = evaluations(
+        monkeypatch, lambda settings, *, step, log: done.append(step), beside_training=False
+    )
+    queue.submit("a", 1)
+    queue.submit("b", 2)
+    queue.cancel()
+    assert 2 not in done
+
+
+def test_the_entry_resolves_to_the_evaluation_job():
+    assert pipeline.evaluation.resolve(pipeline.evaluation.ENTRY).__module__ == "jobs.evaluate_cra"

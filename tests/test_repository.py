@@ -1,0 +1,58 @@
+"""House rules that no linter knows."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("pipeline", "model", "optim", "data_shards", "jobs")
+SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+LONGEST_FILE = 450
+LONGEST_FUNCTION = 75
+
+
+def test_every_room_has_sources():
+    assert {path.parent.name for path in SOURCES} >= set(ROOMS)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    assert text.count("\n") <= LONGEST_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md"])
+def test_paths_named_in_documents_exist(document):
+    named = re.findall(
+        rf"`((?:{'|'.join(ROOMS)}|tests|docs)/[\w./-]*)`", (ROOT / document).read_text()
+    )
+    assert named
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_modules_named_in_the_readme_run():
+    modules = set(
+        re.findall(
+            r"python -m ((?:pipeline|jobs|data_shards)\.\w+)", (ROOT / "README.md").read_text()
+        )
+    )
+    assert {"pipeline.pretrain", "jobs.evaluate_cra", "data_shards.write"} <= modules
+    for module in modules:
+        source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        assert '__name__ == "__main__"' in source, module
+
+
+def test_importing_the_entry_is_quiet_and_starts_nothing():
+    heavy = ("ray", "deepspeed", "mlflow")
+    code = f"import sys, pipeline.pretrain; sys.exit(any(m in sys.modules for m in {heavy}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
