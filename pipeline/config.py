@@ -101,6 +101,10 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always has one. 0: only the last."""
     evaluate: bool = True
     """Certify every kept checkpoint in downstream tasks."""
+    evaluate_tasks: int = Field(default=2, ge=1)
+    """Evaluation tasks under way at the same time."""
+    evaluate_gpus: float = Field(default=0.0, ge=0)
+    """GPUs, or a fraction of one, for each evaluation task; 0 certifies on CPUs."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

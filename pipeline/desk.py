@@ -105,6 +105,8 @@ def _evaluations(prepared: Prepared, tracker: Tracker) -> Evaluations:
         "shards": prepared.job.shards_url,
         "split": config.data.test_split,
         "launcher": config.cluster.launcher,
+        "max_in_flight": config.checkpoint.evaluate_tasks,
+        "num_gpus": config.checkpoint.evaluate_gpus,
         "record": False,
     }
     beside = config.cluster.launcher == "ray"

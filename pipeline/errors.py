@@ -1,5 +1,13 @@
-"""The error of this room that a person can act on."""
+"""What a person can act on: the errors that are shown without a traceback."""
+
+from data_shards.errors import ShardError
+from model.errors import ModelError
+from optim.errors import OptimizerError
 
 
 class PipelineError(ValueError):
-    """What makes a run impossible: a setting, a machine, a number; shown without a traceback."""
+    """What makes a run impossible: a setting, a machine, a number."""
+
+
+REFUSALS = (PipelineError, ShardError, ModelError, OptimizerError)
+"""Every room's error of this kind."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_shards.store import Store
 from pipeline.config import ClusterConfig
-from pipeline.errors import PipelineError
+from pipeline.errors import REFUSALS, PipelineError
 from pipeline.events import Emit, Event
 from pipeline.worker import Job, run_rank
 
@@ -26,24 +26,28 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
     Raises:
         PipelineError: Ray is not installed, or the cluster cannot be reached.
     """
-    # A plain ray.init() writes a token into the home directory, which then changes the
-    # authentication of every later cluster of this account; so the mode is always explicit.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    address = cluster.address or os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        # A plain ray.init() writes a token into the home directory, which then changes the
+        # authentication of every later cluster of this account. Here nobody else can connect.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning
     try:
         import ray
     except ImportError as error:
         raise PipelineError(
             "Ray is not installed here; install ray[default,train] or use --cluster.launcher local"
         ) from error
-    address = cluster.address or os.environ.get("RAY_ADDRESS", "")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not address:
         cpus = cluster.workers * cluster.cpus_per_worker + _SPARE_CPUS
-        options.update(address="local", num_cpus=cpus, include_dashboard=False)
+        options.update(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+        )
     try:
         ray.init(**({"address": address} if address else {}), **options)
     except ConnectionError as error:
@@ -185,7 +189,7 @@ def _clear_error(error: Exception) -> Exception:
     """The message of the rank that refused its input, or the whole story of a crash."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
-        cause = failure.__cause__ if isinstance(failure.__cause__, Exception) else failure
-        if isinstance(cause, ValueError):
-            return PipelineError(str(cause))
+        for cause in (failure, failure.__cause__):
+            if isinstance(cause, REFUSALS):
+                return PipelineError(str(cause))
     return RuntimeError(str(error))

@@ -14,19 +14,15 @@ import tyro
 from pydantic import ValidationError
 from rich.console import Console
 
-from data_shards.errors import ShardError
-from model.errors import ModelError
-from optim.errors import OptimizerError
 from pipeline.config import RunConfig
 from pipeline.desk import desk_for
-from pipeline.errors import PipelineError
+from pipeline.errors import REFUSALS
 from pipeline.events import Emit, Event
 from pipeline.prepare import prepare
 from pipeline.presets import PRESETS, run_preset
 from pipeline.ranks import join_world
 from pipeline.worker import run_rank
 
-REFUSALS = (PipelineError, ShardError, ModelError, OptimizerError, ValidationError)
 _DEFAULT_PRESET = "digits"
 
 
@@ -56,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         _run(config, console)
-    except REFUSALS as error:
+    except (*REFUSALS, ValidationError) as error:
         console.print("[bold red]refused:[/bold red]", end=" ")
         console.print(_one_message(error), highlight=False, markup=False, soft_wrap=True)
         return 2
