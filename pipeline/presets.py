@@ -25,11 +25,11 @@ def digits() -> RunConfig:
         preset="digits",
         model=network_preset("digits"),
         data=DataConfig(source="digits"),
-        optim=OptimConfig(lr=1e-2, betas=(0.9, 0.99), lookahead_factor=0.8),
+        optim=OptimConfig(lr=5e-3, betas=(0.9, 0.99), lookahead_factor=0.8),
         # The full radius from the first step: in a short run the ramp costs accuracy.
         loss=LossConfig(eps=108 / 255, eps_start=0.875, eps_end=0.875, scale=10.0),
-        train=TrainConfig(epochs=80, global_batch=64, warmup_epochs=2),
-        checkpoint=CheckpointConfig(every_steps=600),
+        train=TrainConfig(epochs=65, global_batch=64, warmup_epochs=2),
+        checkpoint=CheckpointConfig(every_steps=500),
     )
 
 

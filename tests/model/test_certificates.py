@@ -1,11 +1,11 @@
 import pytest
 import torch
-from small_networks import tiny_config, trained_like
 
 from model.attack import attack_l2
 from model.certificates import STANDARD_EPS, certified_radius, certify, cra
 from model.errors import ModelError
 from model.head import pairwise_distances
+from tests.model.small_networks import tiny_config, trained_like
 
 
 def test_radius_of_a_linear_classifier_is_the_distance_to_its_boundary(generator):

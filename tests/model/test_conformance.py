@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from small_networks import tiny_config, trained_like
 
 from model.attack import attack_l2
 from model.build import build_network
@@ -10,6 +9,7 @@ from model.certificates import certify
 from model.config import parameter_count
 from model.errors import ModelError
 from optim.manifolds import manifold_of
+from tests.model.small_networks import tiny_config, trained_like
 
 NETWORKS = {
     "lipnext": tiny_config(),

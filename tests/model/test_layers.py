@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from small_networks import tiny_config
 
 from model.head import Head, pairwise_distances
 from model.layers import Block, Stem, beta_abs, l2_pool, shift, space_to_depth
 from optim.manifolds import ORTHOGONAL
+from tests.model.small_networks import tiny_config
 
 
 def random(generator, *shape, dtype=torch.float64):

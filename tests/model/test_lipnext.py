@@ -3,7 +3,6 @@ import dataclasses
 import pytest
 import torch
 from pydantic import ValidationError
-from small_networks import tiny_config, trained_like
 
 from model.build import build_network
 from model.config import LipNeXtConfig, parameter_count
@@ -11,6 +10,7 @@ from model.errors import ModelError
 from model.initial import initial_value
 from model.presets import NETWORK_PRESETS, network_preset
 from optim.manifolds import ORTHOGONAL, manifold_of
+from tests.model.small_networks import tiny_config, trained_like
 
 COUNTS = {
     "digits": 334_538,

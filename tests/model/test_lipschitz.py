@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from small_networks import tiny_config, trained_like
 
 from model.errors import ModelError
 from model.layers import l2_pool
 from model.spectral import spectral_norm_bound
 from optim.manifolds import ORTHOGONAL
+from tests.model.small_networks import tiny_config, trained_like
 
 EYE_16 = torch.eye(16, dtype=torch.float64).reshape(16, 1, 4, 4)
 
