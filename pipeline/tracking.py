@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,7 +114,9 @@ def ui_command(uri: str, run: RunReference) -> tuple[str, str]:
     if uri.startswith("sqlite:"):
         # Job execution off: its helper processes outlive the UI server.
         switches = "MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"
-        return f"{switches} mlflow ui --backend-store-uri {shlex.quote(uri)} --port 5000", path
+        python = shlex.quote(sys.executable)  # works without an activated environment
+        store = shlex.quote(uri)
+        return f"{switches} {python} -m mlflow ui --backend-store-uri {store} --port 5000", path
     return f"python -m webbrowser -t {shlex.quote(uri + path)}", path
 
 

@@ -124,7 +124,8 @@ def _started(
     facts: dict[str, Any] = {
         "network": f"{config.model.kind}, {engine.parameter_count:,} parameters",
         "ranks": f"{world.size} on {world.device.type}, {config.train.precision}, ZeRO-3",
-        "partitioned matrices": f"{matrices} of {engine.matrix_count}",
+        "partitioned matrices": f"{matrices} of {engine.matrix_count}"
+        + (" (one rank holds them whole)" if world.size == 1 else ""),
         "batch": f"{config.train.global_batch} = {world.size} ranks x "
         f"{config.train.accumulation} x {plan.micro_batch}",
     }

@@ -109,6 +109,15 @@ def test_network_is_1_lipschitz_within_its_residuals(digits_run):
     assert values.min() >= 2 - bound
 
 
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_no_attack_inside_the_certified_radius_succeeds(digits_run):
     network, images, labels = trained(digits_run)
     images, labels = images[:200], labels[:200]
