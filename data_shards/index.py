@@ -148,6 +148,18 @@ class ShardIndex:
         """Return the shards that hold samples of a split, in stored order."""
         return [self.shards[number] for number in np.unique(self.rows.shard[self.select(split)])]
 
+    def part(self, split: str, shard: Shard) -> "ShardIndex":
+        """Return the same set with only the rows of a split in one shard: small enough to send.
+
+        Raises:
+            ShardError: unknown or empty split.
+        """
+        rows = self.select(split)
+        rows = rows[self.rows.shard[rows] == shard.number]
+        columns = dataclasses.fields(Rows)
+        kept = Rows(**{column.name: getattr(self.rows, column.name)[rows] for column in columns})
+        return dataclasses.replace(self, rows=kept)
+
     def require(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
         """Check that a network of this input and output fits the set.
 

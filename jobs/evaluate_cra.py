@@ -111,7 +111,7 @@ def compute(
     )
     tasks = shard_tasks(artifact, index, config.split, config.batch_size)
     *parts, bound = _run([*tasks, BoundTask(artifact=artifact)], config, on_progress)
-    expected = {task.file: [key.decode() for key in task.key] for task in tasks}
+    expected = {task.shard.file: task.keys for task in tasks}
     records = merge(parts, expected)
     summary = EvaluationSummary(
         column=COLUMN,

@@ -9,12 +9,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
-from data_shards.decode import decode_image
-from data_shards.errors import ShardError
-from data_shards.index import ShardIndex
+from data_shards.index import Shard, ShardIndex
+from data_shards.reader import read_shard
 from data_shards.store import Store
 from jobs.records import EvaluationError, ShardRecords
 from model.artifact import Artifact, read_artifact
@@ -44,21 +42,20 @@ class BoundTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """Certify the samples of one shard; the columns are the index rows of its samples."""
+    """Certify the samples of one shard; `index` holds the rows of these samples only."""
 
     artifact: ArtifactTask
-    shards_url: str
-    file: str
+    index: ShardIndex
+    shard: Shard
     batch_size: int
-    key: np.ndarray
-    offset: np.ndarray
-    size: np.ndarray
-    extension: np.ndarray
-    xxh3_64: np.ndarray
-    label: np.ndarray
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the samples, in stored order."""
+        return [key.decode() for key in self.index.rows.key]
 
     def run(self) -> ShardRecords:
-        """Return one record per row, in order.
+        """Return one record per sample, in stored order.
 
         Batches are cut inside the shard, so that they are the same for every number of tasks.
 
@@ -66,42 +63,23 @@ class ShardTask:
             ShardError: a sample's bytes differ from the index.
         """
         network = load(self.artifact).network
-        batches = []
-        for start in range(0, len(self.key), self.batch_size):
-            rows = range(start, min(start + self.batch_size, len(self.key)))
-            labels = torch.from_numpy(self.label[rows.start : rows.stop].astype(np.int64))
-            batches.append(_certify(network, self._images(rows), labels, self.artifact.device))
+        certificates = [
+            _certify(network, batch.images, batch.labels, self.artifact.device)
+            for batch in read_shard(self.index, self.shard, self.batch_size)
+        ]
 
         def column(name: str) -> np.ndarray:
-            return torch.cat([getattr(batch, name) for batch in batches]).cpu().numpy()
+            return torch.cat([getattr(batch, name) for batch in certificates]).cpu().numpy()
 
         return ShardRecords(
-            shard=self.file,
-            key=tuple(key.decode() for key in self.key),
-            label=self.label,
+            shard=self.shard.file,
+            key=tuple(self.keys),
+            label=self.index.rows.label,
             prediction=column("prediction"),
             rival=column("rival"),
             margin=column("margin"),
             radius=column("radius"),
         )
-
-    def _images(self, rows: range) -> Tensor:
-        """Read neighbouring rows in one request; returns uint8 (B, C, H, W)."""
-        first = int(self.offset[rows[0]])
-        last = int(self.offset[rows[-1]] + self.size[rows[-1]])
-        data = Store(self.shards_url).read_range(self.file, first, last)
-        return torch.stack([self._image(row, data, first) for row in rows])
-
-    def _image(self, row: int, data: bytes, first: int) -> Tensor:
-        start = int(self.offset[row]) - first
-        body = data[start : start + int(self.size[row])]
-        found = xxhash.xxh3_64_intdigest(body)
-        if found != int(self.xxh3_64[row]):
-            raise ShardError(
-                f"sample {self.key[row].decode()!r} of shard {Store(self.shards_url)}/{self.file} "
-                f"is damaged: xxh3_64 {found:016x}, the index states {int(self.xxh3_64[row]):016x}"
-            )
-        return decode_image(body, self.extension[row].decode())
 
 
 def shard_tasks(
@@ -112,22 +90,12 @@ def shard_tasks(
     Raises:
         ShardError: unknown or empty split.
     """
-    chosen = index.select(split)
-    columns = ("key", "offset", "size", "extension", "xxh3_64", "label")
-    tasks = []
-    for shard in index.shards_of(split):
-        rows = chosen[index.rows.shard[chosen] == shard.number]
-        values = {name: getattr(index.rows, name)[rows] for name in columns}
-        tasks.append(
-            ShardTask(
-                artifact=artifact,
-                shards_url=index.store.url,
-                file=shard.file,
-                batch_size=batch_size,
-                **values,
-            )
+    return [
+        ShardTask(
+            artifact=artifact, index=index.part(split, shard), shard=shard, batch_size=batch_size
         )
-    return tasks
+        for shard in index.shards_of(split)
+    ]
 
 
 def run_task(task: BoundTask | ShardTask) -> float | ShardRecords:

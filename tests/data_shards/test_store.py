@@ -107,3 +107,12 @@ def test_used_before_and_after_fork(tmp_path):
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_arrow_reaches_the_same_objects(tmp_path):
+    for url in (str(tmp_path), "memory://arrow-place"):
+        store = Store(url)
+        store.write("a/b", b"content")
+        filesystem, path = store.arrow()
+        with filesystem.open_input_file(f"{path}/a/b") as file:
+            assert file.read() == b"content"

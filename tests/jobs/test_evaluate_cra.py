@@ -153,6 +153,6 @@ def test_a_damaged_sample_is_an_error(fields, tmp_path, shards):
         if name == "test-00002.tar":
             data = data[:540] + b"?" + data[541:]
         copy.write(name, data)
-    with pytest.raises(ValueError, match=r"test-00002.tar is damaged: xxh3_64"):
+    with pytest.raises(ValueError, match=r"test-00002.tar: .* the index states"):
         evaluate(fields | {"shards": copy.url})
     assert not Store(fields["out"]).exists("summary.json")
