@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -127,7 +128,8 @@ class ClusterConfig:
     """A collective that waits longer stops the run."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+# The whole input would be repeated in every message, with whatever a URL holds.
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", hide_input_in_errors=True))
 class RunConfig:
     """Everything that defines one pretraining run."""
 
@@ -161,7 +163,17 @@ class RunConfig:
     """Continue from the newest committed checkpoint of the run."""
 
     def __post_init__(self) -> None:
-        """Rules that involve two parts."""
+        """Rules that involve two parts, and what must not be saved beside every checkpoint."""
+        for name, url in (
+            ("storage", self.storage),
+            ("mlflow", self.mlflow),
+            ("data.shards", self.data.shards),
+        ):
+            if "@" in urlsplit(url).netloc:
+                raise PipelineError(
+                    f"{name} holds credentials, which would be saved with the configuration: "
+                    "give them in the environment or in the store's own settings"
+                )
         split = self.train.global_batch
         parts = self.train.accumulation
         if split % parts:

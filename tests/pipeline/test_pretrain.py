@@ -72,6 +72,12 @@ def test_impossible_settings_are_refused(refusal, overrides, parts):
         assert part in text
 
 
+def test_credentials_in_urls_are_refused_and_not_repeated(refusal):
+    text = refusal("--mlflow", "https://me:sesame@tracking.example")
+    assert "mlflow holds credentials" in text
+    assert "sesame" not in text
+
+
 def test_unknown_preset(refusal):
     assert "did you mean 'digits'?" in refusal(preset="digit")
 
