@@ -143,7 +143,6 @@ class Zero3:
     Attributes:
         optimizer: the bound client optimizer.
         partitions: this rank's flat partitions.
-        process_group: group of the ranks that share a parameter.
         matrix_count: matrices on the manifold.
         parameter_count: elements of the whole network.
     """
@@ -179,14 +178,12 @@ class Zero3:
         self._device = world.device
         self._initial = {name: p.initial for name, p in named}
         self._base_lr = [group["lr"] for group in self.optimizer.param_groups]
-        self.process_group = named[0][1].ds_process_group
+        exchange = ProcessGroupExchange(named[0][1].ds_process_group)
         self.partitions = _partitions(self._engine.optimizer, {id(p): name for name, p in named})
         matrices = [name for name, p in named if manifold_of(p) is not None]
         self.matrix_count = len(matrices)
         self.parameter_count = sum(p.ds_numel for _, p in named)
-        self.optimizer.bind(
-            self.partitions, ProcessGroupExchange(self.process_group), expected_matrices=matrices
-        )
+        self.optimizer.bind(self.partitions, exchange, expected_matrices=matrices)
 
     def initialise(self, seed: int) -> None:
         """Owners make every initial value in float64 and scatter it into the fp32 masters."""
