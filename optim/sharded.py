@@ -309,11 +309,6 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
 
     # -- state -----------------------------------------------------------------------------------
 
-    def materialise_state(self) -> None:
-        """Create the state of every partition that has none, as before its first step."""
-        for partition in self.partitions:
-            self._state(partition)
-
     def partitioned_state(self) -> Iterator[tuple[str, FlatPartition, Tensor]]:
         """Every tensor to be saved, in ZeRO's layout; fill them in place to resume.
 

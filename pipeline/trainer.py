@@ -126,7 +126,7 @@ class Trainer:
             "train/eps": eps,
             "train/lr": self._config.optim.lr * lr_factor,
             "train/images_per_s": samples / max(now - self._since, 1e-9),
-            "train/epoch": self.progress.cursor.epoch + 0.0,
+            "train/epoch": float(self.progress.cursor.epoch),
         }
         self._since = now
         if self._world.rank == 0:
