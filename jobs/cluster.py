@@ -39,7 +39,7 @@ def map_shards(
     """Apply `fn` to every item as Ray tasks of one CPU each.
 
     Joins the Ray that this process already uses, else the one that RAY_ADDRESS names, else starts
-    a quiet one on the loopback device for the duration of the call.
+    a quiet one on the loopback device for the duration of the call or of the `session` around it.
 
     Args:
         fn: importable function (a function of ``__main__`` would be sent by value).
@@ -56,7 +56,7 @@ def map_shards(
         TaskLostError: a worker died too often.
         Exception: the first exception raised by `fn`, with its own type.
     """
-    with _ray() as ray:
+    with session() as ray:
         task = ray.remote(fn).options(
             num_cpus=1, num_gpus=num_gpus, max_retries=max_retries, name=fn.__name__
         )
@@ -91,8 +91,11 @@ def _result(ray: Any, reference: Any, index: int, max_retries: int) -> Any:
 
 
 @contextmanager
-def _ray() -> Iterator[Any]:
-    """Yield the ray module, connected; stop Ray again only if it was started here."""
+def session() -> Iterator[Any]:
+    """Yield the ray module, connected; stop Ray again only if it was started here.
+
+    Several `map_shards` inside one session share its Ray.
+    """
     local = not os.environ.get("RAY_ADDRESS")
     if local:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only, see below

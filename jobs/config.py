@@ -35,12 +35,18 @@ class EvaluationConfig:
     shards: str | None = None
     """URL of the shard set; default: the one that the artefact was trained on."""
     out: str | None = None
-    """URL for samples.parquet, summary.json and cra.png; default: evaluation/<split> beside the
+    """URL for the certificate, the summary and the figures; default: evaluation/<split> beside the
     artefact's files."""
     split: str = "test"
     """Split of the index to evaluate."""
     eps: tuple[str, ...] = ("36/255", "72/255", "108/255", "255/255")
     """Radii of the table, as ratios (l2, pixels in [0, 1])."""
+    deployed: Literal["float32", "bfloat16"] = "float32"
+    """Program that serves the model: the arithmetic of the column cra_deployed."""
+    attack: Literal["none", "quick", "standard"] = "none"
+    """Attacks that bound the true robust accuracy from above, and test the certificate."""
+    attack_seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    """Seed of the attacks' random starts."""
     batch_size: Annotated[int, pydantic.Field(gt=0)] = 256
     """Images per forward pass."""
     launcher: Literal["ray", "local"] = "ray"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,12 +15,34 @@ import pyarrow.parquet as pq
 
 from jobs.config import eps_value
 
+COLUMNS = ("nominal", "sound", "deployed")
 CURVE_EPS = tuple(i / 100 for i in range(151))
-_NUMBERS = ("label", "prediction", "rival", "margin", "radius")
+_STORED = ("prediction", "rival", "margin", "radius")
 
 
 class EvaluationError(ValueError):
     """An input of the evaluation is wrong; the message is all the user needs."""
+
+
+@dataclass(frozen=True)
+class ColumnRecords:
+    """Certificates of one column, one row per sample.
+
+    Attributes:
+        prediction: predicted classes, int64.
+        rival: the class that limits the radius, int64.
+        margin: logit of the prediction minus logit of the rival, float64.
+        radius: certified radius of the prediction, whether it is right or not, float64.
+        error: error of a margin at the sample that was subtracted, float64.
+        error_ball: largest error of a margin on the ball that was subtracted, float64.
+    """
+
+    prediction: np.ndarray
+    rival: np.ndarray
+    margin: np.ndarray
+    radius: np.ndarray
+    error: np.ndarray
+    error_ball: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -29,20 +52,87 @@ class ShardRecords:
     Attributes:
         shard: name of the shard.
         key: sample keys.
+        pixels_sha256: digests of the decoded images.
         label: true classes.
-        prediction: predicted classes.
-        rival: the class that limits the radius.
-        margin: logit of the prediction minus logit of the rival.
-        radius: certified l2 radius of the prediction, whether it is right or not.
+        columns: certificates by column.
+        observed_lipschitz: largest constant that a gradient showed, see model.observed.
+        largest_factor: largest proved margin factor of the head.
     """
 
     shard: str
     key: tuple[str, ...]
+    pixels_sha256: tuple[str, ...]
     label: np.ndarray
-    prediction: np.ndarray
-    rival: np.ndarray
-    margin: np.ndarray
-    radius: np.ndarray
+    columns: Mapping[str, ColumnRecords]
+    observed_lipschitz: float
+    largest_factor: float
+
+
+@dataclass(frozen=True)
+class ColumnScores:
+    """The summary of one column.
+
+    Attributes:
+        program: arithmetic that computed the logits.
+        lipschitz: Lipschitz constant that was used; 1 in the nominal column.
+        unit_roundoff: unit roundoff of the program's activations.
+        clean: accuracy.
+        certified: number of samples certified at each eps.
+        cra: certified robust accuracy by eps ratio.
+        mean_radius: average certified radius; a wrong prediction counts as 0.
+        vacuous: the error terms leave no radius to any sample that has a positive margin.
+        largest_error: largest error of a margin at a sample; None: nothing can be said.
+        largest_error_ball: largest error of a margin on a ball; None: nothing can be said.
+        curve: (eps, certified robust accuracy) over a grid.
+    """
+
+    program: str
+    lipschitz: float
+    unit_roundoff: float
+    clean: float
+    certified: dict[str, int]
+    cra: dict[str, float]
+    mean_radius: float
+    vacuous: bool
+    largest_error: float | None
+    largest_error_ball: float | None
+    curve: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class AttackScores:
+    """Accuracy under attack; it bounds the true robust accuracy from above.
+
+    Attributes:
+        suite: name of the suite.
+        methods: attacks of the suite, in the order in which they are tried.
+        steps: gradient steps of each attack.
+        restarts: runs of each attack.
+        samples: samples attacked.
+        clipped: attacked images stay in [0, 1].
+        accuracy: share of samples that no attack broke, by eps ratio.
+        inside_radius_samples: samples attacked just inside their certified radius.
+        inside_radius_flips: of these, how many changed class; anything but 0 is an error.
+    """
+
+    suite: str
+    methods: tuple[str, ...]
+    steps: int
+    restarts: int
+    samples: int
+    clipped: bool
+    accuracy: dict[str, float]
+    inside_radius_samples: int
+    inside_radius_flips: int
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """Bounds of the norm of one matrix: proved from above, observed from below."""
+
+    name: str
+    upper: float
+    lower: float
 
 
 @dataclass(frozen=True)
@@ -50,17 +140,18 @@ class EvaluationSummary:
     """The result of an evaluation; the same for every number of tasks.
 
     Attributes:
-        column: certificate column: ``cra_nominal`` is the float32 program with layers taken as
-            exactly orthogonal (L = 1) and no rounding term.
-        cra: certified robust accuracy by eps ratio.
-        curve: (eps, certified robust accuracy) over a grid.
-        mean_radius: average certified radius; a wrong prediction counts as 0.
-        per_class: clean and certified accuracy by true class.
+        columns: scores by column: `nominal` is the float32 program with layers taken as exactly
+            orthogonal and no rounding term; `sound` and `deployed` are proved, for the float64
+            program and for the one that serves.
+        per_class: clean and sound certified accuracy by true class.
         orthogonality_residual: the artefact's largest ``‖XᵀX - I‖``.
-        lipschitz_upper_bound: the artefact's proved bound (not used by ``cra_nominal``).
+        network_bound: proved Lipschitz constant of the features.
+        observed_lipschitz: largest constant that a gradient showed: a lower bound.
+        layers: bounds of every matrix.
+        attack: accuracy under attack, if one was asked for.
+        certificate_digest: digest of certificate.json.
     """
 
-    column: str
     norm: str
     eval_key: str
     artifact_url: str
@@ -72,34 +163,52 @@ class EvaluationSummary:
     out_url: str
     step: int
     samples: int
-    clean: float
-    cra: dict[str, float]
-    mean_radius: float
-    curve: tuple[tuple[float, float], ...]
+    columns: dict[str, ColumnScores]
     per_class: tuple[dict[str, float], ...]
     orthogonality_residual: float
-    lipschitz_upper_bound: float
-
-    def metric_name(self, ratio: str) -> str:
-        """Return the metric of an eps ratio: ``cra_nominal/l2/36_255``."""
-        return f"{self.column}/{self.norm}/{ratio.replace('/', '_')}"
+    network_bound: float
+    observed_lipschitz: float
+    layers: tuple[LayerRow, ...]
+    attack: AttackScores | None
+    certificate_digest: str
 
     def metrics(self) -> dict[str, float]:
-        """Return the scalars by metric name."""
-        cra = {self.metric_name(ratio): value for ratio, value in self.cra.items()}
-        return {"clean": self.clean, **cra, "mean_radius": self.mean_radius}
+        """Return the scalars by metric name, e.g. ``cra_sound/l2/36_255``.
+
+        A vacuous column has none.
+        """
+        found = {"clean": self.columns["sound"].clean}
+        for name, column in self.columns.items():
+            if not column.vacuous:
+                for ratio, value in column.cra.items():
+                    found[f"cra_{name}/{self.norm}/{metric_suffix(ratio)}"] = value
+                found[f"mean_radius_{name}"] = column.mean_radius
+        for ratio, value in (self.attack.accuracy if self.attack else {}).items():
+            found[f"attack/{self.norm}/{metric_suffix(ratio)}"] = value
+        return found
 
     def to_json(self) -> bytes:
         """Return the bytes of ``summary.json``."""
-        return json.dumps(asdict(self), indent=2).encode() + b"\n"
+        return json.dumps(asdict(self), indent=2, allow_nan=False).encode() + b"\n"
 
     @classmethod
     def from_json(cls, data: bytes) -> EvaluationSummary:
         """Read the bytes of ``summary.json``."""
         fields = json.loads(data)
-        fields["curve"] = tuple((eps, value) for eps, value in fields["curve"])
+        for column in fields["columns"].values():
+            column["curve"] = tuple((eps, value) for eps, value in column["curve"])
+        fields["columns"] = {name: ColumnScores(**c) for name, c in fields["columns"].items()}
         fields["per_class"] = tuple(fields["per_class"])
+        fields["layers"] = tuple(LayerRow(**row) for row in fields["layers"])
+        if fields["attack"] is not None:
+            fields["attack"]["methods"] = tuple(fields["attack"]["methods"])
+            fields["attack"] = AttackScores(**fields["attack"])
         return cls(**fields)
+
+
+def metric_suffix(ratio: str) -> str:
+    """36/255 -> 36_255: a slash would open a new group of charts."""
+    return ratio.replace("/", "_")
 
 
 def merge(
@@ -133,51 +242,93 @@ def merge(
     return [by_shard[shard] for shard in expected]
 
 
-def scores(parts: Sequence[ShardRecords], eps: Sequence[str], num_classes: int) -> dict[str, Any]:
-    """Return the numeric fields of `EvaluationSummary`.
+def column_of(parts: Sequence[ShardRecords], name: str) -> ColumnRecords:
+    """Return one column of all merged parts."""
+    fields = ColumnRecords.__dataclass_fields__
+    columns = [part.columns[name] for part in parts]
+    return ColumnRecords(**{f: np.concatenate([getattr(c, f) for c in columns]) for f in fields})
+
+
+def labels_of(parts: Sequence[ShardRecords]) -> np.ndarray:
+    """Return the labels of all merged parts."""
+    return np.concatenate([part.label for part in parts])
+
+
+def scores(
+    column: ColumnRecords,
+    label: np.ndarray,
+    eps: Sequence[str],
+    *,
+    program: str,
+    lipschitz: float,
+    unit_roundoff: float,
+) -> ColumnScores:
+    """Return the summary of one column.
 
     A sample counts at eps when its prediction is right and its certified radius exceeds eps.
 
     Args:
-        parts: merged records.
+        column: records of all samples.
+        label: true classes.
         eps: ratios such as ``36/255``.
-        num_classes: number of classes; a class without samples is left out of `per_class`.
+        program: see ColumnScores.
+        lipschitz: see ColumnScores.
+        unit_roundoff: see ColumnScores.
     """
-    label = np.concatenate([part.label for part in parts])
-    correct = label == np.concatenate([part.prediction for part in parts])
-    radius = np.concatenate([part.radius for part in parts])
-    certified = np.where(correct, radius, 0.0)
+    correct = label == column.prediction
+    certified = np.where(correct, column.radius, 0.0)
+    counts = {ratio: int(np.sum(certified > eps_value(ratio))) for ratio in eps}
+    has_margin = column.margin > 0
+    return ColumnScores(
+        program=program,
+        lipschitz=lipschitz,
+        unit_roundoff=unit_roundoff,
+        clean=float(np.mean(correct)),
+        certified=counts,
+        cra={ratio: count / label.size for ratio, count in counts.items()},
+        mean_radius=math.fsum(certified.tolist()) / label.size,
+        vacuous=bool(has_margin.any() and not (column.radius[has_margin] > 0).any()),
+        largest_error=_finite(column.error.max()),
+        largest_error_ball=_finite(column.error_ball.max()),
+        curve=tuple((at, float(np.mean(certified > at))) for at in CURVE_EPS),
+    )
 
-    def table(rows: np.ndarray) -> dict[str, float]:
-        return {ratio: float(np.mean(certified[rows] > eps_value(ratio))) for ratio in eps}
 
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return float(value) if math.isfinite(value) else None
+
+
+def per_class_scores(
+    column: ColumnRecords, label: np.ndarray, eps: Sequence[str], num_classes: int
+) -> tuple[dict[str, float], ...]:
+    """Return clean and certified accuracy by true class; a class without samples is left out."""
+    correct = label == column.prediction
+    certified = np.where(correct, column.radius, 0.0)
     classes = [(index, np.flatnonzero(label == index)) for index in range(num_classes)]
-    return {
-        "samples": int(label.size),
-        "clean": float(np.mean(correct)),
-        "cra": table(np.arange(label.size)),
-        "mean_radius": float(np.mean(certified)),
-        "curve": tuple((at, float(np.mean(certified > at))) for at in CURVE_EPS),
-        "per_class": tuple(
-            {
-                "label": index,
-                "samples": int(rows.size),
-                "clean": float(np.mean(correct[rows])),
-                **table(rows),
-            }
-            for index, rows in classes
-            if rows.size
-        ),
-    }
+    return tuple(
+        {
+            "label": index,
+            "samples": int(rows.size),
+            "clean": float(np.mean(correct[rows])),
+            **{ratio: float(np.mean(certified[rows] > eps_value(ratio))) for ratio in eps},
+        }
+        for index, rows in classes
+        if rows.size
+    )
 
 
 def samples_parquet(parts: Sequence[ShardRecords]) -> bytes:
-    """Return the bytes of ``samples.parquet``: shard, key, label, prediction, rival, ..."""
-    columns = {
+    """Return the bytes of ``samples.parquet`` (docs/certificate.md, section 7)."""
+    table: dict[str, Any] = {
         "shard": [part.shard for part in parts for _ in part.key],
         "key": [key for part in parts for key in part.key],
-        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _NUMBERS},
+        "pixels_sha256": [digest for part in parts for digest in part.pixels_sha256],
+        "label": labels_of(parts),
     }
+    for name in parts[0].columns:
+        column = column_of(parts, name)
+        table |= {f"{name}_{field}": getattr(column, field) for field in _STORED}
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer)
+    pq.write_table(pa.table(table), buffer)
     return buffer.getvalue()

@@ -1,10 +1,11 @@
-"""The work of one task: certify the samples of one shard, or audit the artefact's bound."""
+"""The work of one task: bound some matrices, or certify the samples of one shard."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -14,10 +15,17 @@ from torch import Tensor
 from data_shards.index import Shard, ShardIndex
 from data_shards.reader import read_shard
 from data_shards.store import Store
-from jobs.records import EvaluationError, ShardRecords
-from model.artifact import Artifact, read_artifact
-from model.certificates import Certificates, certify
+from jobs.records import COLUMNS, ColumnRecords, EvaluationError, ShardRecords
+from model.artifact import Artifact, ArtifactInfo, parameter_shapes, read_artifact, read_tensors
+from model.build import build_network
+from model.certificates import Certificates, ProvedCertifier, certify, image_norms
 from model.contract import CertifiedNetwork
+from model.lipschitz import MatrixBound, matrix_bound, tensor_digest
+from model.observed import observed_lipschitz
+from model.rounding import FLOAT32, FLOAT64, PROGRAMS
+
+_TASK_ELEMENTS = 1 << 24
+_OBSERVED_SAMPLES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +38,16 @@ class ArtifactTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundTask:
-    """Compute the proved Lipschitz upper bound of the artefact's features in the pixels."""
+class MatrixTask:
+    """Bound the norms of some matrices of the artefact; reads nothing else."""
 
     artifact: ArtifactTask
+    names: tuple[str, ...]
 
-    def run(self) -> float:
-        """Return the bound."""
-        return load(self.artifact).network.lipschitz_upper_bound().value
+    def run(self) -> list[MatrixBound]:
+        """Return the bounds in the order of the names."""
+        tensors = read_tensors(Store(self.artifact.url).open, self.names)
+        return [matrix_bound(tensor.to(self.artifact.device), name) for name, tensor in tensors]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +58,8 @@ class ShardTask:
     index: ShardIndex
     shard: Shard
     batch_size: int
+    matrices: tuple[MatrixBound, ...]
+    deployed: str
 
     @property
     def keys(self) -> list[str]:
@@ -61,29 +73,82 @@ class ShardTask:
 
         Raises:
             ShardError: a sample's bytes differ from the index.
+            EvaluationError: the weights are not those whose bounds were computed.
         """
-        network = load(self.artifact).network
-        certificates = [
-            _certify(network, batch.images, batch.labels, self.artifact.device)
-            for batch in read_shard(self.index, self.shard, self.batch_size)
-        ]
-
-        def column(name: str) -> np.ndarray:
-            return torch.cat([getattr(batch, name) for batch in certificates]).cpu().numpy()
-
+        digests: list[str] = []
+        found: dict[str, list[Certificates]] = {name: [] for name in COLUMNS}
+        observed = 0.0
+        for batch in read_shard(self.index, self.shard, self.batch_size):
+            digests += [
+                hashlib.sha256(image.tobytes()).hexdigest() for image in batch.images.numpy()
+            ]
+            if not observed:
+                observed = self._observed(batch.images[:_OBSERVED_SAMPLES])
+            for name, certificates in self._certify(batch.images, batch.labels).items():
+                found[name].append(certificates)
         return ShardRecords(
             shard=self.shard.file,
             key=tuple(self.keys),
+            pixels_sha256=tuple(digests),
             label=self.index.rows.label,
-            prediction=column("prediction"),
-            rival=column("rival"),
-            margin=column("margin"),
-            radius=column("radius"),
+            columns={name: _records(certificates) for name, certificates in found.items()},
+            observed_lipschitz=observed,
+            largest_factor=float(self._certifier(FLOAT64.name).factors.max()),
         )
+
+    def _certifier(self, program: str) -> ProvedCertifier:
+        return certifier(self.artifact, self.matrices, program)
+
+    def _certify(self, pixels: Tensor, labels: Tensor) -> dict[str, Certificates]:
+        """Certificates of a batch by column."""
+        device = self.artifact.device
+        classes, norms = labels.to(device), image_norms(pixels).to(device)
+        single, factors = _evaluate(self.artifact, pixels, FLOAT32.name)
+        double, _ = _evaluate(self.artifact, pixels, FLOAT64.name)
+        serving = single
+        if self.deployed != FLOAT32.name:
+            serving, _ = _evaluate(self.artifact, pixels, self.deployed)
+
+        def proved(program: str, logits: Tensor) -> Certificates:
+            return self._certifier(program).certify(logits, norms, classes)
+
+        return {
+            "nominal": certify(single, factors, classes, lipschitz=1.0),
+            "sound": proved(FLOAT64.name, double),
+            "deployed": proved(self.deployed, serving),
+        }
+
+    def _observed(self, pixels: Tensor) -> float:
+        network = in_program(self.artifact, FLOAT64.name)
+        images = pixels.to(self.artifact.device, torch.float64) / 255
+        return observed_lipschitz(network, images)
+
+
+def matrix_tasks(artifact: ArtifactTask, info: ArtifactInfo) -> list[MatrixTask]:
+    """Return tasks of at most 2^24 elements, or one matrix, each."""
+    shapes = parameter_shapes(info.network)
+    with torch.device("meta"):
+        names = build_network(info.network).bounded_matrices
+    groups: list[list[str]] = [[]]
+    elements = 0
+    for name in names:
+        size = int(np.prod(shapes[name]))
+        if groups[-1] and elements + size > _TASK_ELEMENTS:
+            groups.append([])
+            elements = 0
+        groups[-1].append(name)
+        elements += size
+    return [MatrixTask(artifact=artifact, names=tuple(group)) for group in groups if group]
 
 
 def shard_tasks(
-    artifact: ArtifactTask, index: ShardIndex, split: str, batch_size: int
+    artifact: ArtifactTask,
+    index: ShardIndex,
+    split: str,
+    batch_size: int,
+    *,
+    matrices: Sequence[MatrixBound],
+    deployed: str,
 ) -> list[ShardTask]:
     """Return one task per shard that holds samples of the split, in index order.
 
@@ -92,16 +157,15 @@ def shard_tasks(
     """
     return [
         ShardTask(
-            artifact=artifact, index=index.part(split, shard), shard=shard, batch_size=batch_size
+            artifact=artifact,
+            index=index.part(split, shard),
+            shard=shard,
+            batch_size=batch_size,
+            matrices=tuple(matrices),
+            deployed=deployed,
         )
         for shard in index.shards_of(split)
     ]
-
-
-def run_task(task: BoundTask | ShardTask) -> float | ShardRecords:
-    """Run a task (Ray needs a plain function)."""
-    with _float32_program(task.artifact.device):
-        return task.run()
 
 
 @lru_cache(maxsize=1)
@@ -120,19 +184,58 @@ def load(task: ArtifactTask) -> Artifact:
     return artifact
 
 
+@lru_cache(maxsize=3)
+def in_program(task: ArtifactTask, program: str) -> CertifiedNetwork:
+    """The network with its weights in the type of a program; float32 is the artefact itself."""
+    artifact = load(task)
+    if program == FLOAT32.name:
+        return artifact.network
+    with torch.device(task.device):
+        network = build_network(artifact.info.network).to(PROGRAMS[program].dtype).eval()
+    network.load_state_dict(artifact.network.state_dict())
+    return network
+
+
+@lru_cache(maxsize=3)
+def certifier(
+    task: ArtifactTask, matrices: tuple[MatrixBound, ...], program: str
+) -> ProvedCertifier:
+    """Certifier of the stored weights, after checking that the bounds are theirs."""
+    network = load(task).network
+    for matrix in matrices:
+        if tensor_digest(network.get_parameter(matrix.name)) != matrix.sha256:
+            raise EvaluationError(
+                f"{matrix.name} of {task.url} differs from the matrix that was bounded"
+            )
+    known = {matrix.name: matrix for matrix in matrices}
+    return ProvedCertifier(network, PROGRAMS[program], known)
+
+
+def forget() -> None:
+    """Drop the networks that this process has loaded."""
+    for cached in (load, in_program, certifier):
+        cached.cache_clear()
+
+
 @torch.no_grad()
-def _certify(
-    network: CertifiedNetwork, images: Tensor, labels: Tensor, device: str
-) -> Certificates:
-    """Nominal certificates of uint8 images (B, C, H, W): float32, layers exactly orthogonal."""
-    with torch.autocast(device, enabled=False):
-        pixels = images.to(device).to(torch.float32) / 255
-        logits, factors = network.logits_and_margin_factors(pixels)
-        return certify(logits, factors, labels.to(device), lipschitz=1.0)
+def _evaluate(task: ArtifactTask, pixels: Tensor, program: str) -> tuple[Tensor, Tensor]:
+    """Logits and factors of uint8 images (B, C, H, W) in one program."""
+    wide = torch.promote_types(PROGRAMS[program].dtype, torch.float32)
+    with torch.autocast(torch.device(task.device).type, enabled=False):
+        images = pixels.to(task.device).to(wide) / 255
+        return in_program(task, program).logits_and_margin_factors(images)
+
+
+def _records(batches: Sequence[Certificates]) -> ColumnRecords:
+    columns = {}
+    for field in fields(ColumnRecords):
+        values = torch.cat([getattr(batch, field.name) for batch in batches]).cpu()
+        columns[field.name] = (values.double() if values.is_floating_point() else values).numpy()
+    return ColumnRecords(**columns)
 
 
 @contextmanager
-def _float32_program(device: str) -> Iterator[None]:
+def exact_program(device: str) -> Iterator[None]:
     """One CPU thread and no TF32 for the duration of a task.
 
     One thread makes the sums, and so the radii, the same wherever the task runs.

@@ -26,6 +26,7 @@ from optim.manifolds import manifold_of
 SCHEMA_VERSION = 1
 WEIGHTS = "weights.safetensors"
 DESCRIPTION = "artifact.json"
+PIXEL_UNIT = "[0, 1], 0.5 subtracted inside"
 
 OpenBinary = Callable[[str, str], AbstractContextManager[IO[bytes]]]
 """open_binary(name, mode): a file of the artefact's folder, mode `rb` or `wb`."""
@@ -118,7 +119,7 @@ def write_artifact(
         schema_version=SCHEMA_VERSION,
         network=network_config,
         norm=network.norm,
-        pixel_unit="[0, 1], 0.5 subtracted inside",
+        pixel_unit=PIXEL_UNIT,
         native_input_shape=network.input_shape,
         network_input_shape=network.input_shape,
         orthogonality_residuals=residuals,
@@ -138,8 +139,8 @@ def read_info(open_binary: OpenBinary) -> ArtifactInfo:
     """Read and check artifact.json alone.
 
     Raises:
-        ModelError: another schema version, a field that does not validate, or a digest that does
-            not fit.
+        ModelError: another schema version, a field that does not validate, a digest that does not
+            fit, or units in which a radius would not be a distance between stored images.
     """
     with open_binary(DESCRIPTION, "rb") as stream:
         text = stream.read()
@@ -158,7 +159,42 @@ def read_info(open_binary: OpenBinary) -> ArtifactInfo:
         raise ModelError(
             f"{DESCRIPTION} states digest {info.digest}, but its network and weights have {digest}"
         )
+    _check_units(info)
     return info
+
+
+def _check_units(info: ArtifactInfo) -> None:
+    """A radius is a distance between stored images only if the network sees them as they are."""
+    network = _on_meta(info.network)
+    shape = tuple(network.input_shape)
+    stated = {
+        "norm": (info.norm, network.norm),
+        "pixel_unit": (info.pixel_unit, PIXEL_UNIT),
+        "native_input_shape": (tuple(info.native_input_shape), shape),
+        "network_input_shape": (tuple(info.network_input_shape), shape),
+    }
+    for name, (found, expected) in stated.items():
+        if found != expected:
+            raise ModelError(
+                f"{DESCRIPTION} has {name}={found}, its network has {expected}: pixels that are "
+                "rescaled, resized or replicated before the network change what a radius means"
+            )
+
+
+def read_tensors(open_binary: OpenBinary, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Read some parameters by byte range; their digests are for the caller to compare.
+
+    Raises:
+        ModelError: a name that the file does not hold, or a damaged file.
+    """
+    with open_binary(WEIGHTS, "rb") as stream:
+        ranges, _ = read_header(stream)
+        for name in names:
+            if name not in ranges:
+                raise ModelError(f"{WEIGHTS} holds no tensor {name}")
+            r = ranges[name]
+            stream.seek(r.start)
+            yield name, tensor_of(stream.read(r.stop - r.start), r.dtype, r.shape)
 
 
 @torch.no_grad()

@@ -35,6 +35,8 @@ class LipNeXtConfig:
     """Smoothing of the l2 pool, sqrt(s + pool_tau^2); keeps its gradient finite at 0."""
     initial: Literal["haar", "identity_m"] = "haar"
     """`haar`: every matrix is Haar distributed on SO(C); `identity_m`: the same with M = I."""
+    head: Literal["unit", "linear"] = "unit"
+    """`unit`: the rows of the classifier are normalised; `linear`: used as they are."""
     fold: Literal["auto", "always", "never"] = "auto"
     """Multiply M R^T out before it meets the tokens; `auto`: when there are more tokens than C."""
 

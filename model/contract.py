@@ -2,6 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from model.errors import ModelError
 from model.initial import initial_value
+from model.lipschitz import Matrices, MatrixBound, matrix_bound
+from model.rounding import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +20,7 @@ class LipschitzBound:
 
     value: float
     """Product of the parts, rounded up."""
-    parts: dict[str, float]
+    parts: Mapping[str, float]
     """Bound of each layer by name; layers that are 1-Lipschitz by construction are left out."""
 
 
@@ -41,26 +44,79 @@ class CertifiedNetwork(nn.Module, ABC):
     checkpoint_blocks: bool = False
 
     @abstractmethod
-    def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, and the Lipschitz constants of their differences in the features.
+    def features(self, images: Tensor) -> Tensor:
+        """What the head sees, shape (B, F); Lipschitz in the pixels with the stated constant.
 
         Args:
             images: shape (B, *input_shape), floating point, pixels in [0, 1].
-
-        Returns:
-            Logits (B, K) and factors (K, K), both float32 or wider and differentiable.
 
         Raises:
             ModelError: images of another shape or of an integer type.
         """
 
     @abstractmethod
-    def lipschitz_upper_bound(self) -> LipschitzBound:
+    def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the Lipschitz constants of their differences in the features.
+
+        Args:
+            images: see `features`.
+
+        Returns:
+            Logits (B, K) and factors (K, K), both float32 or wider and differentiable.
+
+        Raises:
+            ModelError: see `features`.
+        """
+
+    @property
+    @abstractmethod
+    def bounded_matrices(self) -> tuple[str, ...]:
+        """Names of the parameters whose norm enters the bound, in the order of the forward pass."""
+
+    @abstractmethod
+    def lipschitz_upper_bound(self, matrices: Matrices | None = None) -> LipschitzBound:
         """Proved bound for the real function of the stored weights, computed in float64.
+
+        Args:
+            matrices: bounds of all `bounded_matrices`, where they are known already; the layer
+                bounds of a large network are computed in parallel tasks.
 
         Raises:
             ModelError: a weight is not finite.
         """
+
+    @abstractmethod
+    def margin_factor_bounds(self) -> Tensor:
+        """Proved upper bounds of the exact margin factors, float64 (K, K), diagonal 0.
+
+        Raises:
+            ModelError: the head has a row that cannot be normalised.
+        """
+
+    @abstractmethod
+    def margin_error(
+        self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float
+    ) -> Tensor:
+        """A-priori error of any logit difference that a program computes.
+
+        It holds for every order of summation and for every image of the stated norm, so it is what
+        separates the program from the real function of the stored weights.
+
+        Args:
+            norms: bounds of the l2 norms of the images, float64 (B,).
+            program: arithmetic of the program.
+            matrices: bounds of all `bounded_matrices`.
+            largest_factor: largest of `margin_factor_bounds()`.
+
+        Returns:
+            Bounds, float64 (B,); infinite where nothing can be said.
+        """
+
+    @torch.no_grad()
+    def matrix_bounds(self) -> dict[str, MatrixBound]:
+        """Bounds of all `bounded_matrices`, one after another."""
+        names = self.bounded_matrices
+        return {name: matrix_bound(self.get_parameter(name), name) for name in names}
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, *input_shape); see logits_and_margin_factors."""

@@ -1,13 +1,17 @@
-"""Linear head with unit rows and the margin factors of all class pairs."""
+"""Linear head and the margin factors of all class pairs."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.errors import ModelError
 from model.initial import set_initial
 from model.layers import at_least_float32
+from model.rounding import SLACK, U64, Carried, gamma
+
+_SMALLEST_ROW = 1e-6
 
 
 class _PairwiseDistances(torch.autograd.Function):
@@ -42,10 +46,16 @@ def pairwise_distances(rows: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    """Logits <w_k / ||w_k||, h> + b_k, with the factors ||w_i / ||w_i|| - w_j / ||w_j|| ||."""
+    """Logits <v_k, h> + b_k, with the factors ||v_i - v_j||.
 
-    def __init__(self, features: int, num_classes: int) -> None:
+    v_k = w_k / ||w_k|| for `unit` rows, w_k itself for `linear` ones.
+    """
+
+    def __init__(
+        self, features: int, num_classes: int, kind: Literal["unit", "linear"] = "unit"
+    ) -> None:
         super().__init__()
+        self.kind = kind
         self.weight = set_initial(nn.Parameter(torch.empty(num_classes, features)), "normal")
         self.bias = set_initial(nn.Parameter(torch.empty(num_classes)), "zeros")
 
@@ -57,6 +67,53 @@ class Head(nn.Module):
         Args:
             features: shape (B, C).
         """
-        rows = F.normalize(at_least_float32(self.weight), dim=1)
+        rows = self._rows(at_least_float32(self.weight))
         bias = at_least_float32(self.bias)
         return F.linear(features.to(rows.dtype), rows, bias), pairwise_distances(rows)
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        return F.normalize(weight, dim=1) if self.kind == "unit" else weight
+
+    def _row_error(self, unit_roundoff: float, weight_rounding: float = 0.0) -> float:
+        """Bound of the relative error of a computed row v_k."""
+        if self.kind == "linear":
+            return weight_rounding
+        return gamma(self.weight.shape[1] + 4, unit_roundoff) + 2 * weight_rounding
+
+    @torch.no_grad()
+    def factor_bounds(self) -> Tensor:
+        """Upper bounds of the exact factors of the stored rows, float64 (K, K).
+
+        Raises:
+            ModelError: a row that is to be normalised is nearly zero, or a value is not finite.
+        """
+        weight = self.weight.double()
+        if not bool(weight.isfinite().all() and self.bias.isfinite().all()):
+            raise ModelError("the head holds values that are not finite")
+        norms = weight.norm(dim=1)
+        if self.kind == "unit" and not bool((norms >= _SMALLEST_ROW).all()):
+            raise ModelError(
+                f"row {int(norms.argmin())} of the head has norm {float(norms.min()):.1e}, below "
+                f"{_SMALLEST_ROW}: it cannot be normalised"
+            )
+        distances = pairwise_distances(self._rows(weight))
+        bounds = (distances + 2 * self._row_error(U64)) * SLACK
+        return bounds.fill_diagonal_(0)
+
+    @torch.no_grad()
+    def margin_error(self, features: Carried, largest_factor: float) -> Tensor:
+        """Bound of the error of every logit difference, float64 (B,).
+
+        Args:
+            features: bounds of the pooled features.
+            largest_factor: largest of the factor bounds.
+        """
+        program = features.program
+        largest = 1.0
+        if self.kind == "linear":
+            largest = float(self.weight.double().norm(dim=1).max()) * SLACK
+        row = self._row_error(program.wide, program.weight)
+        dot = gamma(self.weight.shape[1] + 1, program.wide)
+        bias = (dot + program.weight) * float(self.bias.abs().max())
+        rounding = 2 * largest * (row + dot * (1 + row)) * features.computed + 2 * bias
+        return largest_factor * features.error + rounding

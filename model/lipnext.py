@@ -1,5 +1,9 @@
 """LipNeXt (arXiv 2601.18513)."""
 
+import math
+from typing import cast
+
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -7,7 +11,8 @@ from model.config import LipNeXtConfig
 from model.contract import CertifiedNetwork, LipschitzBound
 from model.head import Head
 from model.layers import Block, Stem, l2_pool
-from model.spectral import spectral_norm_bound, up
+from model.lipschitz import Matrices
+from model.rounding import SLACK, Carried, Program, gamma
 
 
 class LipNeXt(CertifiedNetwork):
@@ -22,7 +27,7 @@ class LipNeXt(CertifiedNetwork):
         self.pool_tau = config.pool_tau
         self.stem = Stem(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.head = Head(config.width, config.num_classes)
+        self.head = Head(config.width, config.num_classes, config.head)
 
     def tokens(self, images: Tensor) -> Tensor:
         """Output of the last block, shape (B, H, W, C); see logits_and_margin_factors."""
@@ -35,24 +40,81 @@ class LipNeXt(CertifiedNetwork):
                 x = block(x)
         return x
 
+    def features(self, images: Tensor) -> Tensor:
+        """See CertifiedNetwork."""
+        return l2_pool(self.tokens(images), self.pool_tau)
+
     def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """See CertifiedNetwork."""
-        return self.head(l2_pool(self.tokens(images), self.pool_tau))
+        return self.head(self.features(images))
 
-    def lipschitz_upper_bound(self) -> LipschitzBound:
+    @property
+    def bounded_matrices(self) -> tuple[str, ...]:
+        """See CertifiedNetwork."""
+        blocks = (f"blocks.{i}.{matrix}" for i in range(len(self.blocks)) for matrix in "RM")
+        return ("stem.weight", *blocks)
+
+    def lipschitz_upper_bound(self, matrices: Matrices | None = None) -> LipschitzBound:
         """sigma(stem) * product over blocks of sigma(M) sigma(R)^2, each factor proved.
 
         Translations, shift, beta-Abs and pool are 1-Lipschitz exactly.
         """
-
-        def sigma(name: str) -> float:
-            return spectral_norm_bound(self.get_parameter(name), name)
-
-        parts = {"stem": sigma("stem.weight")}
+        known = self.matrix_bounds() if matrices is None else matrices
+        parts = {"stem": known["stem.weight"].upper}
         for i in range(len(self.blocks)):
-            r = sigma(f"blocks.{i}.R")
-            parts[f"blocks.{i}"] = up(up(r * r) * sigma(f"blocks.{i}.M"))
-        value = 1.0
-        for part in parts.values():
-            value = up(value * part)
-        return LipschitzBound(value, parts)
+            r, m = known[f"blocks.{i}.R"].upper, known[f"blocks.{i}.M"].upper
+            parts[f"blocks.{i}"] = r * r * m
+        return LipschitzBound(math.prod(parts.values()) * (1 + 2.0**-40), parts)
+
+    def margin_factor_bounds(self) -> Tensor:
+        """See CertifiedNetwork."""
+        return self.head.factor_bounds()
+
+    @torch.no_grad()
+    def margin_error(
+        self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float
+    ) -> Tensor:
+        """See CertifiedNetwork; docs/certificate.md section 5."""
+        stem, width = matrices["stem.weight"], self.stem.weight.shape[0]
+        height, breadth = self.input_shape[1:]
+        tokens = height * breadth // self.stem.patch**2
+        state = Carried(norms.double(), torch.zeros_like(norms, dtype=torch.float64), program)
+        state.pixels(math.prod(self.input_shape))
+        state.multiply(self.stem.used, upper=stem.upper, absolute=stem.absolute)
+        for i, block in enumerate(self.blocks):
+            _carry_through_block(state, cast(Block, block), f"blocks.{i}", tokens, matrices)
+        floor = width * self.pool_tau**2
+        pooled = (state.computed**2 + floor).sqrt()
+        state.error = state.error + gamma(tokens + 4, program.wide) * pooled
+        state.norm = (state.norm**2 + floor).sqrt()
+        error = self.head.margin_error(state, largest_factor)
+        largest = max(1.0, self.lipschitz_upper_bound(matrices).value)
+        operations = (4 * len(self.blocks) + 8) * tokens * width**2
+        error = error + operations * program.tiny * largest / self.pool_tau
+        return (error * (1 + 2.0**-20)).nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _carry_through_block(
+    state: Carried, block: Block, name: str, tokens: int, matrices: Matrices
+) -> None:
+    """One block: p, R, then M R^T in whichever of its two forms has the larger error."""
+    r, m, program = matrices[f"{name}.R"], matrices[f"{name}.M"], state.program
+    width = r.shape[0]
+    if block.p is not None:
+        state.translate(math.sqrt(width) * _norm(block.p))
+    state.multiply(width, upper=r.upper, absolute=r.absolute)
+    bias = math.sqrt(tokens) * _norm(block.b)
+    folded = Carried(state.norm, state.error, program)
+    state.multiply(width, upper=r.upper, absolute=r.absolute)
+    state.multiply(width + 1, upper=m.upper, absolute=m.absolute, bias=bias)
+    # The rounding of the product P = M R^T itself, entrywise below kappa |M| |R^T|.
+    fold = program.product(width) * m.absolute * r.frobenius
+    upper = m.upper * r.upper
+    absolute = math.sqrt(width) * (upper + fold)
+    rounding = fold * folded.computed
+    folded.multiply(width + 1, upper=upper, absolute=absolute, bias=bias)
+    state.error = torch.maximum(state.error, folded.error + rounding)
+
+
+def _norm(parameter: Tensor) -> float:
+    return float(parameter.double().norm()) * SLACK

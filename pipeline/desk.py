@@ -124,21 +124,42 @@ def _show(summaries: list[Any], prepared: Prepared, tracker: Tracker, display: D
     """The final table, the figure of the last checkpoint, and how to open the MLflow UI."""
     if summaries:
         last = summaries[-1]
-        rows = [
-            {
-                "step": str(s.step),
-                "clean": f"{s.clean:.2%}",
-                **{f"CRA {eps}": f"{value:.2%}" for eps, value in s.cra.items()},
-            }
-            for s in summaries
-        ]
-        title = f"{last.column}, {last.norm}, {last.samples} samples of {last.dataset}"
+        rows = []
+        for summary in summaries:
+            sound = summary.columns["sound"]
+            cells = {f"CRA {eps}": f"{value:.2%}" for eps, value in sound.cra.items()}
+            rows.append({"step": str(summary.step), "clean": f"{sound.clean:.2%}", **cells})
+        title = f"cra_sound, {last.norm}, {last.samples} samples of {last.dataset}"
         display.table(title, list(rows[0]), rows)
-        display.message(f"CRA curve:  {_where(last.out_url)}/{_FIGURE}")
-    display.message(f"artefacts:  {_where(prepared.job.run_url)}/artifacts")
+        display.message(_comparison(last))
+        display.message(f"CRA curve:   {_where(last.out_url)}/{_FIGURE}")
+        display.message(
+            f"certificate: {_where(last.out_url)}/certificate.json\n"
+            f"check it:    python -m model.verify {_where(last.out_url)} "
+            f"--artifact {_where(last.artifact_url)} --shards {_where(last.shards_url)}"
+        )
+    display.message(f"artefacts:   {_where(prepared.job.run_url)}/artifacts")
     if tracker.run is not None:
         command, path = ui_command(prepared.mlflow, tracker.run)
-        display.message(f"MLflow UI:  {command}\n            then open http://127.0.0.1:5000{path}")
+        display.message(
+            f"MLflow UI:   {command}\n             then open http://127.0.0.1:5000{path}"
+        )
+
+
+def _comparison(summary: Any) -> str:
+    """How much the proof costs, and what is proved of the program that serves."""
+    columns = summary.columns
+    nominal, sound, deployed = columns["nominal"], columns["sound"], columns["deployed"]
+    loss = max(nominal.cra[eps] - sound.cra[eps] for eps in sound.cra)
+    if deployed.vacuous:
+        serving = "vacuous"
+    else:
+        serving = ", ".join(f"{value:.2%}" for value in deployed.cra.values())
+    return (
+        f"Lipschitz constant: proved <= {summary.network_bound:.8f}, observed >= "
+        f"{summary.observed_lipschitz:.8f}; cra_nominal exceeds cra_sound by at most "
+        f"{100 * loss:.2f} points; cra_deployed ({deployed.program}): {serving}"
+    )
 
 
 def _where(url: str) -> str:

@@ -5,20 +5,31 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.config import EvaluationConfig, eps_value
-from jobs.records import EvaluationError, ShardRecords, merge, samples_parquet, scores
+from jobs.records import (
+    ColumnRecords,
+    EvaluationError,
+    ShardRecords,
+    column_of,
+    labels_of,
+    merge,
+    per_class_scores,
+    samples_parquet,
+    scores,
+)
 
 
 def part(shard, keys, label, prediction, radius):
-    zeros = np.zeros(len(keys), dtype=np.float32)
-    return ShardRecords(
-        shard,
-        tuple(keys),
-        np.array(label),
-        np.array(prediction),
-        np.array(label),
-        zeros,
-        np.array(radius, dtype=np.float32),
+    zeros = np.zeros(len(keys))
+    column = ColumnRecords(
+        prediction=np.array(prediction),
+        rival=np.array(label),
+        margin=zeros + 1,
+        radius=np.array(radius, dtype=np.float64),
+        error=zeros + 1e-9,
+        error_ball=zeros + 2e-9,
     )
+    digests = tuple("0" * 64 for _ in keys)
+    return ShardRecords(shard, tuple(keys), digests, np.array(label), {"sound": column}, 1.0, 1.4)
 
 
 A = part("a.tar", ["0", "1"], [0, 1], [0, 1], [0.5, 0.1])
@@ -27,7 +38,7 @@ EXPECTED = {"a.tar": ["0", "1"], "b.tar": ["2", "3"]}
 
 
 def test_merge_puts_shards_in_index_order():
-    assert merge([B, A], EXPECTED) == [A, B]
+    assert [found.shard for found in merge([B, A], EXPECTED)] == ["a.tar", "b.tar"]
 
 
 @pytest.mark.parametrize(
@@ -46,17 +57,43 @@ def test_merge_refuses_anything_but_each_sample_once(parts, message):
         merge(parts, EXPECTED)
 
 
+def scored(parts, eps=("36/255", "255/255", "1/2")):
+    facts = {"program": "float64", "lipschitz": 1.5, "unit_roundoff": 2.0**-53}
+    return scores(column_of(parts, "sound"), labels_of(parts), eps, **facts)
+
+
 def test_scores_by_hand():
-    found = scores([A, B], ["36/255", "255/255", "1/2"], num_classes=3)
-    assert found["samples"] == 4
-    assert found["clean"] == 0.75
+    found = scored([A, B])
+    assert (found.program, found.lipschitz, found.unit_roundoff) == ("float64", 1.5, 2.0**-53)
+    assert found.clean == 0.75
     # 0.5 is not beyond 1/2, and the wrong prediction's radius of 2 never counts.
-    assert found["cra"] == {"36/255": 0.5, "255/255": 0.25, "1/2": 0.25}
-    assert found["mean_radius"] == pytest.approx((0.5 + 0.1 + 0 + 1.25) / 4)
-    curve = dict(found["curve"])
+    assert found.certified == {"36/255": 2, "255/255": 1, "1/2": 1}
+    assert found.cra == {"36/255": 0.5, "255/255": 0.25, "1/2": 0.25}
+    assert found.mean_radius == (0.5 + 0.1 + 0 + 1.25) / 4
+    assert (found.largest_error, found.largest_error_ball) == (1e-9, 2e-9)
+    assert not found.vacuous
+    curve = dict(found.curve)
     assert (min(curve), max(curve)) == (0.0, 1.5)
     assert [curve[at] for at in (0.0, 0.2, 1.2, 1.3, 1.5)] == [0.75, 0.5, 0.25, 0.0, 0.0]
-    assert found["per_class"] == (
+
+
+def test_a_column_without_any_radius_is_vacuous():
+    found = scored([part("a.tar", ["0", "1"], [0, 1], [0, 1], [0.0, 0.0])])
+    assert found.vacuous
+    assert found.cra["36/255"] == 0.0
+
+
+def test_an_infinite_error_is_none():
+    one = part("a.tar", ["0"], [0], [0], [0.0])
+    one.columns["sound"].error_ball[0] = np.inf
+    assert scored([one]).largest_error_ball is None
+
+
+def test_per_class_scores_leave_out_empty_classes():
+    found = per_class_scores(
+        column_of([A, B], "sound"), labels_of([A, B]), ["36/255", "255/255", "1/2"], 3
+    )
+    assert found == (
         {"label": 0, "samples": 2, "clean": 0.5, "36/255": 0.5, "255/255": 0.0, "1/2": 0.0},
         {"label": 1, "samples": 2, "clean": 1.0, "36/255": 0.5, "255/255": 0.5, "1/2": 0.5},
     )
@@ -65,11 +102,12 @@ def test_scores_by_hand():
 def test_samples_parquet_has_one_row_per_sample():
     table = pq.read_table(io.BytesIO(samples_parquet([A, B])))
     assert table.column_names == [
-        "shard", "key", "label", "prediction", "rival", "margin", "radius",
+        "shard", "key", "pixels_sha256", "label",
+        "sound_prediction", "sound_rival", "sound_margin", "sound_radius",
     ]  # fmt: skip
     assert table["shard"].to_pylist() == ["a.tar", "a.tar", "b.tar", "b.tar"]
     assert table["key"].to_pylist() == ["0", "1", "2", "3"]
-    assert table["radius"].to_pylist() == [0.5, np.float32(0.1), 2.0, 1.25]
+    assert table["sound_radius"].to_pylist() == [0.5, 0.1, 2.0, 1.25]
 
 
 def test_eps_value():

@@ -1,11 +1,9 @@
 import pytest
 import torch
 
-from model.attack import attack_l2
-from model.certificates import STANDARD_EPS, certified_radius, certify, cra
+from model.certificates import STANDARD_EPS, LinearMargins, MarginGeometry, certify, cra
 from model.errors import ModelError
 from model.head import pairwise_distances
-from tests.model.small_networks import tiny_config, trained_like
 
 
 def test_radius_of_a_linear_classifier_is_the_distance_to_its_boundary(generator):
@@ -43,13 +41,37 @@ def test_the_limiting_rival_need_not_be_the_runner_up():
 
 def test_ties_and_identical_rows():
     logits = torch.tensor([[1.0, 1.0, 0.0], [0.0, 2.0, 1.0]])
-    factors = torch.ones(3, 3).fill_diagonal_(0)
-    radius, _, _, margin = certified_radius(logits, factors, lipschitz=1.0)
-    assert radius.tolist() == [0.0, 1.0]
-    assert margin.tolist() == [0.0, 1.0]
-    radius, _, rival, margin = certified_radius(logits, torch.zeros(3, 3), lipschitz=1.0)
-    assert radius.tolist() == [0.0, float("inf")]
-    assert (int(rival[1]), float(margin[1])) == (2, 1.0)
+    labels = torch.zeros(2).long()
+    found = certify(logits, torch.ones(3, 3).fill_diagonal_(0), labels, lipschitz=1.0)
+    assert found.radius.tolist() == [0.0, 1.0]
+    assert found.margin.tolist() == [0.0, 1.0]
+    assert not found.error.any()
+    found = certify(logits, torch.zeros(3, 3), labels, lipschitz=1.0)
+    assert found.radius.tolist() == [0.0, float("inf")]
+    assert (int(found.rival[1]), float(found.margin[1])) == (2, 1.0)
+
+
+class Curved:
+    """Each margin has a gradient of norm 1 in the features and a curvature of at most m."""
+
+    m = 2.0
+
+    def feature_radius(self, margins, prediction):
+        radii = ((1 + 2 * self.m * margins.clamp(min=0)).sqrt() - 1) / self.m
+        return radii.scatter(1, prediction[:, None], torch.inf)
+
+
+def test_another_geometry_of_margins_fits_the_interface(generator):
+    """A head with curvature certifies less than its tangent, the same for small margins."""
+    margins = torch.tensor([[0.0, 1e-6, 4.0]], dtype=torch.float64)
+    prediction = torch.zeros(1).long()
+    flat: MarginGeometry = LinearMargins(torch.ones(3, 3).double())
+    curved: MarginGeometry = Curved()
+    straight, bent = (g.feature_radius(margins, prediction)[0] for g in (flat, curved))
+    assert straight[0] == bent[0] == torch.inf
+    assert float(bent[1]) == pytest.approx(float(straight[1]), rel=1e-4)
+    assert float(bent[2]) == pytest.approx(1.5615528)
+    assert bent[2] < straight[2]
 
 
 def test_cra_is_strict_and_needs_correctness():
@@ -91,35 +113,3 @@ def test_cra_refuses_nothing_and_nonsense():
         cra(torch.zeros(0), torch.zeros(0, dtype=torch.bool), 0.1)
     with pytest.raises(ModelError, match="eps=-1"):
         cra(torch.zeros(1), torch.zeros(1, dtype=torch.bool), -1.0)
-
-
-def test_attack_reaches_the_boundary_of_a_linear_classifier_and_not_less(generator):
-    w = torch.randn(2, 16, generator=generator, dtype=torch.float64)
-    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2, bias=False).double())
-    with torch.no_grad():
-        linear[1].weight.copy_(w)
-    images = torch.randn(20, 1, 4, 4, generator=generator, dtype=torch.float64)
-    with torch.no_grad():
-        c = certify(linear(images), pairwise_distances(w), torch.zeros(20).long(), lipschitz=1.0)
-    for factor, succeeds in ((0.999, False), (1.01, True)):
-        eps = c.radius * factor
-        found = attack_l2(linear, images, c.prediction, eps, steps=30, generator=generator)
-        assert ((found - images).flatten(1).norm(dim=1) <= eps * (1 + 1e-12)).all()
-        moved = linear(found).argmax(1) != c.prediction
-        assert bool(moved.all()) if succeeds else not bool(moved.any())
-
-
-def test_clipped_attack_stays_in_the_pixel_range_and_the_ball(generator):
-    network = trained_like(tiny_config())
-    images = torch.rand(8, 1, 4, 4, generator=generator, dtype=torch.float64)
-    eps = torch.linspace(0, 2, 8, dtype=torch.float64)
-    classes = network(images).argmax(1)
-    found = attack_l2(network, images, classes, eps, steps=5, clip=True, generator=generator)
-    assert found.min() >= 0
-    assert found.max() <= 1
-    assert ((found - images).flatten(1).norm(dim=1) <= eps + 1e-12).all()
-
-
-def test_attack_refuses_a_wrong_eps():
-    with pytest.raises(ModelError, match="one radius per image"):
-        attack_l2(torch.nn.Flatten(), torch.zeros(2, 1, 1, 1), torch.zeros(2), torch.ones(1))

@@ -3,17 +3,20 @@
 import pytest
 import torch
 
-from model.attack import attack_l2
+from model.attack import apgd, margins
 from model.build import build_network
 from model.certificates import certify
 from model.config import parameter_count
 from model.errors import ModelError
+from model.observed import observed_lipschitz, refute
+from model.rounding import FLOAT32, FLOAT64
 from optim.manifolds import manifold_of
 from tests.model.small_networks import tiny_config, trained_like
 
 NETWORKS = {
     "lipnext": tiny_config(),
     "lipnext_colour": tiny_config(input_shape=(3, 6, 4), width=24, num_classes=5, depth=3),
+    "lipnext_linear": tiny_config(head="linear"),
     "lipnext_plain": tiny_config(position=False, initial="identity_m", beta=1.0, alpha=0.25),
 }
 
@@ -85,6 +88,29 @@ def test_checkpointed_blocks_have_the_same_gradients(config, images):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_the_proof_holds_for_the_float32_program(config, images):
+    """Bounds name every matrix once, no derivative refutes them, no logit errs by more than E."""
+    stored = trained_like(config).float()
+    matrices = stored.matrix_bounds()
+    assert set(matrices) == {n for n, p in stored.named_parameters() if manifold_of(p) is not None}
+    assert stored.lipschitz_upper_bound() == stored.lipschitz_upper_bound(matrices)
+    exact = build_network(config).double()
+    exact.load_state_dict(stored.state_dict())
+    refute(stored.lipschitz_upper_bound(), observed_lipschitz(exact, images))
+    with torch.no_grad():
+        logits, factors = exact.logits_and_margin_factors(images)
+        error = (stored(images.float()).double() - logits).numpy()
+    bounds = stored.margin_factor_bounds()
+    assert (bounds >= factors - 1e-15).all()
+    assert not bounds.diagonal().any()
+    norms = images.flatten(1).norm(dim=1) * (1 + 1e-12)
+    largest = float(bounds.max())
+    proved = stored.margin_error(norms, FLOAT32, matrices=matrices, largest_factor=largest)
+    assert (abs(error[:, :, None] - error[:, None]).max((1, 2)) <= proved.numpy()).all()
+    double = stored.margin_error(norms, FLOAT64, matrices=matrices, largest_factor=largest)
+    assert (double < proved / 2**28).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_bound_is_just_above_one(config, dtype):
     network = build_network(config).to(dtype)
@@ -102,7 +128,16 @@ def test_no_attack_succeeds_inside_the_certified_radius_and_some_beyond(config, 
     assert c.radius.min() > 0
 
     def fooled(eps):
-        found = attack_l2(network, images, c.prediction, eps, steps=20, generator=generator)
+        found = apgd(
+            network,
+            images,
+            c.prediction,
+            eps,
+            loss=margins,
+            steps=20,
+            restarts=2,
+            generator=generator,
+        )
         return network(found).argmax(1) != c.prediction
 
     assert not fooled(c.radius * 0.9999).any()

@@ -7,8 +7,6 @@ import torch
 
 from model.errors import ModelError
 from model.layers import l2_pool
-from model.spectral import spectral_norm_bound
-from optim.manifolds import ORTHOGONAL
 from tests.model.small_networks import tiny_config, trained_like
 
 EYE_16 = torch.eye(16, dtype=torch.float64).reshape(16, 1, 4, 4)
@@ -68,28 +66,8 @@ def test_bound_is_the_product_of_its_parts():
     bound = network.lipschitz_upper_bound()
     assert list(bound.parts) == ["stem", "blocks.0", "blocks.1"]
     assert bound.value == pytest.approx(math.prod(bound.parts.values()), rel=1e-14)
-    assert 1.001**2 <= bound.parts["blocks.0"] <= 1.001**2 * 1.01
-    assert 1.003 <= bound.parts["blocks.1"] <= 1.003 * 1.01
-
-
-@pytest.mark.parametrize("n", [1, 3, 64])
-@pytest.mark.parametrize("noise", [0.0, 1e-12, 1e-6, 1e-2])
-def test_spectral_bound_is_above_the_svd_and_close(generator, n, noise):
-    x = ORTHOGONAL.random((n, n), generator)
-    x = x + noise * torch.randn(n, n, generator=generator, dtype=torch.float64)
-    true = float(torch.linalg.svdvals(x)[0])
-    bound = spectral_norm_bound(x, "x")
-    # The SVD itself is only known to a few roundings.
-    assert bound >= max(true - 1e-14, 1.0)
-    residual = ORTHOGONAL.residual(x)
-    assert bound <= 1 + residual / 2 + 1e-11
-
-
-def test_spectral_bound_holds_exactly_for_a_known_matrix():
-    """X = diag(1 + 2^-20, 1, ...): the norm is exact, the Frobenius bound nearly attained."""
-    x = torch.eye(8, dtype=torch.float64)
-    x[0, 0] += 2.0**-20
-    assert 1 + 2.0**-20 <= spectral_norm_bound(x, "x") <= 1 + 2.0**-20 + 1e-11
+    assert 1.001**2 <= bound.parts["blocks.0"] <= 1.001**2 * 1.002
+    assert 1.003 <= bound.parts["blocks.1"] <= 1.003 * 1.002
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -1,0 +1,80 @@
+"""certificate.json: everything a third party needs to check an evaluation (docs/certificate.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from data_shards.index import ShardIndex
+from jobs.records import ColumnScores
+from model.artifact import ArtifactInfo
+from model.contract import LipschitzBound
+from model.lipschitz import MatrixBound
+
+SCHEMA = "certified-radius/1"
+PERTURBATION = "exact real norm, any real vector"
+
+
+def certificate(
+    *,
+    info: ArtifactInfo,
+    index: ShardIndex,
+    split: str,
+    eps: Sequence[str],
+    matrices: Sequence[MatrixBound],
+    bound: LipschitzBound,
+    largest_factor: float,
+    observed_lipschitz: float,
+    columns: Mapping[str, ColumnScores],
+    samples: int,
+    samples_sha256: str,
+) -> dict[str, Any]:
+    """Return the body of certificate.json with its digest; section 7 names every field."""
+    body = {
+        "schema": SCHEMA,
+        "norm": info.norm,
+        "pixel_unit": info.pixel_unit,
+        "perturbation": PERTURBATION,
+        "native_shape": info.native_input_shape,
+        "network_shape": info.network_input_shape,
+        "model": {
+            "digest": info.digest,
+            "weights_sha256": info.weights_sha256,
+            "weight_dtype": "float32",
+            "network": TypeAdapter(type(info.network)).dump_python(info.network, mode="json"),
+        },
+        "shards": {
+            "name": index.header.name,
+            "index_digest": index.digest,
+            "split": split,
+            "samples": samples,
+        },
+        "eps": list(eps),
+        "layers": [asdict(matrix) for matrix in matrices],
+        "parts": dict(bound.parts),
+        "network_bound": bound.value,
+        "head": {"kind": info.network.head, "largest_factor": largest_factor},
+        "observed_lipschitz": observed_lipschitz,
+        "columns": {name: _column(scores) for name, scores in columns.items()},
+        "samples_sha256": samples_sha256,
+        "code_version": version("certified-pretrain"),
+    }
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return {**body, "digest": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def to_json(body: Mapping[str, Any]) -> bytes:
+    """Return the bytes of certificate.json."""
+    return json.dumps(body, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def _column(scores: ColumnScores) -> dict[str, Any]:
+    fields = asdict(scores)
+    del fields["curve"]  # drawn from samples.parquet
+    return fields

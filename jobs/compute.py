@@ -1,0 +1,302 @@
+"""Compute an evaluation: tasks, merge, certificate, files. Nothing here knows MLflow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data_shards.index import ShardIndex, load_index
+from data_shards.store import Store
+from jobs.attack import attack_tasks, merge_attack
+from jobs.certificate import certificate, to_json
+from jobs.cluster import map_inline, map_shards, session
+from jobs.config import EvaluationConfig, eps_value
+from jobs.figure import bounds_png, cra_png, radius_histogram_png
+from jobs.records import (
+    COLUMNS,
+    AttackScores,
+    ColumnScores,
+    EvaluationError,
+    EvaluationSummary,
+    LayerRow,
+    ShardRecords,
+    column_of,
+    labels_of,
+    merge,
+    per_class_scores,
+    samples_parquet,
+    scores,
+)
+from jobs.shard_task import ArtifactTask, exact_program, forget, matrix_tasks, shard_tasks
+from model.artifact import ArtifactInfo, read_info
+from model.build import build_network
+from model.contract import LipschitzBound
+from model.lipschitz import MatrixBound
+from model.observed import refute
+from model.rounding import PROGRAMS
+
+CERTIFICATE, SAMPLES, SUMMARY = "certificate.json", "samples.parquet", "summary.json"
+FIGURE, HISTOGRAM, LAYERS = "cra.png", "radius.png", "bounds.png"
+OnProgress = Callable[[int, int], object]
+Run = Callable[[Sequence[Any]], list[Any]]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the tasks found, merged and checked."""
+
+    records: list[ShardRecords]
+    matrices: list[MatrixBound]
+    bound: LipschitzBound
+    columns: dict[str, ColumnScores]
+    attack: AttackScores | None
+
+    @property
+    def observed_lipschitz(self) -> float:
+        """Largest constant that a gradient showed on any shard."""
+        return _observed(self.records)
+
+
+def _observed(records: Sequence[ShardRecords]) -> float:
+    return max(part.observed_lipschitz for part in records)
+
+
+def compute(
+    config: EvaluationConfig, *, step: int | None = None, on_progress: OnProgress | None = None
+) -> EvaluationSummary:
+    """Evaluate an artefact and write the result; see `jobs.evaluate_cra.evaluate`."""
+    info = artifact_info(config.artifact)
+    index = _fitting_index(config, info)
+    out = output(config)
+    key = _eval_key(config, info, index)
+    if out.exists(SUMMARY):
+        present = read_summary(out)
+        if present is not None and present.eval_key == key:
+            return present
+    found = _find(config, info, index, on_progress)
+    samples = samples_parquet(found.records)
+    body = certificate(
+        info=info,
+        index=index,
+        split=config.split,
+        eps=config.eps,
+        matrices=found.matrices,
+        bound=found.bound,
+        largest_factor=found.records[0].largest_factor,
+        observed_lipschitz=found.observed_lipschitz,
+        columns=found.columns,
+        samples=len(labels_of(found.records)),
+        samples_sha256=hashlib.sha256(samples).hexdigest(),
+    )
+    trained = int(info.context.get("step") or 0)
+    summary = EvaluationSummary(
+        norm=info.norm,
+        eval_key=key,
+        artifact_url=str(Store(config.artifact)),
+        artifact_digest=info.digest,
+        shards_url=str(index.store),
+        dataset=f"{index.header.name}-{config.split}",
+        index_digest=index.digest,
+        split=config.split,
+        out_url=str(out),
+        step=trained if step is None else step,
+        samples=len(labels_of(found.records)),
+        columns=found.columns,
+        per_class=_per_class(config, index, found.records),
+        orthogonality_residual=info.largest_residual,
+        network_bound=found.bound.value,
+        observed_lipschitz=found.observed_lipschitz,
+        layers=tuple(LayerRow(m.name, m.upper, m.lower) for m in found.matrices),
+        attack=found.attack,
+        certificate_digest=body["digest"],
+    )
+    out.write(SAMPLES, samples)
+    out.write(CERTIFICATE, to_json(body))
+    out.write(FIGURE, cra_png(summary))
+    out.write(HISTOGRAM, radius_histogram_png(summary, **_certified_radii(found.records)))
+    out.write(LAYERS, bounds_png(summary))
+    out.write(SUMMARY, summary.to_json())  # last: it says that the others are complete
+    return summary
+
+
+def _find(
+    config: EvaluationConfig,
+    info: ArtifactInfo,
+    index: ShardIndex,
+    on_progress: OnProgress | None,
+) -> Findings:
+    """Run all tasks: bounds of the matrices, certificates of the samples, attacks."""
+    artifact = ArtifactTask(
+        url=Store(config.artifact).url, digest=info.digest, device=_device(config)
+    )
+    bounding = matrix_tasks(artifact, info)
+    passes = 1 if config.attack == "none" else 2
+    total = len(bounding) + passes * len(index.shards_of(config.split))
+    with _runner(config, total, on_progress) as run:
+        matrices = [matrix for part in run(bounding) for matrix in part]
+        tasks = shard_tasks(
+            artifact,
+            index,
+            config.split,
+            config.batch_size,
+            matrices=matrices,
+            deployed=config.deployed,
+        )
+        records = merge(run(tasks), {task.shard.file: task.keys for task in tasks})
+        bound = _bound(info, matrices, records)
+        columns = {name: _scores(name, records, config, bound) for name in COLUMNS}
+        attack = None
+        if config.attack != "none":
+            attack = merge_attack(run(attack_tasks(config, tasks, records)), columns["sound"].cra)
+    return Findings(records, matrices, bound, columns, attack)
+
+
+def artifact_info(url: str) -> ArtifactInfo:
+    """Description of the artefact at a URL.
+
+    Raises:
+        EvaluationError: there is none.
+        ModelError: it is damaged.
+    """
+    store = Store(url)
+    try:
+        return read_info(store.open)
+    except FileNotFoundError as error:
+        raise EvaluationError(f"no artefact at {store}: there is no artifact.json") from error
+
+
+def _fitting_index(config: EvaluationConfig, info: ArtifactInfo) -> ShardIndex:
+    url = config.shards or info.context.get("shards_url")
+    if not url:
+        raise EvaluationError(
+            f"artefact {config.artifact} does not say which shard set it belongs to: give --shards"
+        )
+    index = load_index(url)
+    index.require(info.native_input_shape, info.network.num_classes)
+    diameter = math.sqrt(math.prod(info.native_input_shape))
+    for ratio in config.eps:
+        if eps_value(ratio) > diameter:
+            raise EvaluationError(
+                f"eps {ratio} is larger than {diameter:g}, the greatest distance between two "
+                "images with pixels in [0, 1]: eps is in these units, 36 of 255 is 36/255"
+            )
+    return index
+
+
+def read_summary(out: Store) -> EvaluationSummary | None:
+    """Summary of a finished evaluation, None if it is of another version of this program."""
+    try:
+        return EvaluationSummary.from_json(out.read(SUMMARY))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def output(config: EvaluationConfig) -> Store:
+    """Where the files of an evaluation lie."""
+    if config.out:
+        return Store(config.out)
+    return Store(config.artifact).child("evaluation", config.split)
+
+
+def _eval_key(config: EvaluationConfig, info: ArtifactInfo, index: ShardIndex) -> str:
+    """Identify the result: everything that may change a number, and nothing else."""
+    parts = {
+        "columns": COLUMNS,
+        "deployed": config.deployed,
+        "attack": (config.attack, config.attack_seed),
+        "artifact": info.digest,
+        "index": index.digest,
+        "split": config.split,
+        "eps": config.eps,
+        "batch_size": config.batch_size,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _device(config: EvaluationConfig) -> str:
+    """A Ray task gets the GPUs it asked for; this process may use what it sees."""
+    if config.device != "auto":
+        return config.device
+    has_gpu = config.num_gpus > 0 if config.launcher == "ray" else torch.cuda.is_available()
+    return "cuda" if has_gpu else "cpu"
+
+
+@contextmanager
+def _runner(config: EvaluationConfig, total: int, on_progress: OnProgress | None) -> Iterator[Run]:
+    """Yield what runs a list of tasks and returns their results in order."""
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if on_progress:
+            on_progress(done, total)
+
+    def on_ray(tasks: Sequence[Any]) -> list[Any]:
+        return map_shards(
+            run_task,
+            tasks,
+            max_in_flight=config.max_in_flight,
+            max_retries=config.max_retries,
+            num_gpus=config.num_gpus,
+            on_done=advance,
+        )
+
+    if config.launcher == "ray":
+        with session():
+            yield on_ray
+        return
+    try:
+        yield lambda tasks: map_inline(run_task, tasks, on_done=advance)
+    finally:
+        forget()
+
+
+def run_task(task: Any) -> Any:
+    """Run one task of any kind (Ray needs a plain function)."""
+    with exact_program(task.artifact.device):
+        return task.run()
+
+
+def _bound(
+    info: ArtifactInfo, matrices: Sequence[MatrixBound], records: Sequence[ShardRecords]
+) -> LipschitzBound:
+    """The proved bound, after what was observed did not refute it."""
+    with torch.device("meta"):
+        network = build_network(info.network)
+    bound = network.lipschitz_upper_bound({matrix.name: matrix for matrix in matrices})
+    refute(bound, _observed(records))
+    return bound
+
+
+def _scores(
+    name: str, records: Sequence[ShardRecords], config: EvaluationConfig, bound: LipschitzBound
+) -> ColumnScores:
+    program = {"nominal": "float32", "sound": "float64", "deployed": config.deployed}[name]
+    return scores(
+        column_of(records, name),
+        labels_of(records),
+        config.eps,
+        program=program,
+        lipschitz=1.0 if name == "nominal" else bound.value,
+        unit_roundoff=PROGRAMS[program].activation,
+    )
+
+
+def _per_class(
+    config: EvaluationConfig, index: ShardIndex, records: Sequence[ShardRecords]
+) -> tuple[dict[str, float], ...]:
+    sound = column_of(records, "sound")
+    return per_class_scores(sound, labels_of(records), config.eps, index.num_classes)
+
+
+def _certified_radii(records: Sequence[ShardRecords]) -> dict[str, Any]:
+    sound = column_of(records, "sound")
+    return {"radius": sound.radius, "correct": sound.prediction == labels_of(records)}

@@ -1,0 +1,114 @@
+"""A-priori rounding errors of the programs that evaluate a network (docs/certificate.md, 5).
+
+Every quantity of a bound is non-negative, so evaluating the bound in float64 changes it by a
+relative error of (number of operations) * 2^-53, far below the last factor, 1 + 2^-20.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+U64 = 2.0**-53
+"""Unit roundoff of float64."""
+SLACK = 1 + 2.0**-30
+"""Covers the rounding of a norm or a short sum of non-negative float64 numbers."""
+
+
+def up(value: float) -> float:
+    """The next float64 above: turns a result rounded to nearest into an upper bound."""
+    return math.nextafter(value, math.inf)
+
+
+def gamma(k: int, u: float) -> float:
+    """gamma_k = k u / (1 - k u): relative error of k roundings; infinite where that says nothing.
+
+    Args:
+        k: number of roundings.
+        u: unit roundoff.
+    """
+    return k * u / (1 - k * u) if k * u < 1 else math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The arithmetic in which a network is evaluated."""
+
+    name: str
+    """The torch type of weights and activations."""
+    activation: float
+    """Unit roundoff u_p of stored activations."""
+    accumulation: float
+    """Unit roundoff u_a of the sums inside a dot product."""
+    weight: float
+    """Relative error u_w of its copy of the stored float32 weights."""
+    wide: float
+    """Unit roundoff u_s of pixels, pool and head."""
+    tiny: float
+    """Smallest normal number: what is smaller may be flushed to zero."""
+
+    def product(self, k: int) -> float:
+        """kappa(k): relative error of a stored dot product of k terms."""
+        dot = 1 + gamma(k, self.accumulation)
+        return (1 + self.weight) * dot * (1 + self.activation) - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch type of weights and activations."""
+        dtype: torch.dtype = getattr(torch, self.name)
+        return dtype
+
+
+FLOAT64 = Program("float64", U64, U64, 0.0, U64, 2.0**-1022)
+FLOAT32 = Program("float32", 2.0**-24, 2.0**-24, 0.0, 2.0**-24, 2.0**-126)
+BFLOAT16 = Program("bfloat16", 2.0**-8, 2.0**-24, 2.0**-8, 2.0**-24, 2.0**-126)
+PROGRAMS = {program.name: program for program in (FLOAT64, FLOAT32, BFLOAT16)}
+
+
+@dataclasses.dataclass
+class Carried:
+    """Bounds carried from layer to layer, one entry per sample.
+
+    Attributes:
+        norm: bound of the norm of the exact activation, all tokens together, float64 (B,).
+        error: bound of the norm of computed minus exact activation, float64 (B,).
+        program: arithmetic of the computed one.
+    """
+
+    norm: Tensor
+    error: Tensor
+    program: Program
+
+    @property
+    def computed(self) -> Tensor:
+        """Bound of the norm of the computed activation."""
+        return self.norm + self.error
+
+    def pixels(self, count: int) -> None:
+        """X / 255, minus 1/2, stored as activation; `count` pixels."""
+        self.error = self.program.wide * self.norm
+        self.norm = self.norm + math.sqrt(count) / 2
+        self.error = self.error + self.program.wide * self.computed
+        self.error = self.error + self.program.activation * self.computed
+
+    def translate(self, by: float) -> None:
+        """Add a stored vector of norm `by`."""
+        self.norm = self.norm + by
+        rounding = self.program.activation * self.computed
+        self.error = self.error + self.program.weight * by + rounding
+
+    def multiply(self, k: int, *, upper: float, absolute: float, bias: float = 0.0) -> None:
+        """Apply a matrix A and add a bias, with dot products of k terms (k + 1 with the bias).
+
+        ||fl(A x + b) - (A x + b)|| <= ||A|| e + kappa (|| |A| || (n + e) + ||b||).
+
+        Args:
+            k: inner length, the bias counted.
+            upper: bound of ||A||.
+            absolute: bound of || |A| ||.
+            bias: norm of the bias over all tokens.
+        """
+        rounding = self.program.product(k) * (absolute * self.computed + bias)
+        self.error = upper * self.error + rounding
+        self.norm = upper * self.norm + bias
