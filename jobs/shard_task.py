@@ -236,20 +236,24 @@ def _records(batches: Sequence[Certificates]) -> ColumnRecords:
 
 @contextmanager
 def exact_program(device: str) -> Iterator[None]:
-    """One CPU thread and no TF32 for the duration of a task.
+    """One CPU thread, no TF32 and no short sums of bf16 for the duration of a task.
 
     One thread makes the sums, and so the radii, the same wherever the task runs.
     """
     threads = torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
+    products = torch.backends.cuda.matmul
+    reduced = products.allow_bf16_reduced_precision_reduction
     if device == "cpu":
         torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    products.allow_bf16_reduced_precision_reduction = False
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = convolutions
+        products.allow_bf16_reduced_precision_reduction = reduced

@@ -114,6 +114,7 @@ class Head(nn.Module):
             largest = float(self.weight.double().norm(dim=1).max()) * SLACK
         row = self._row_error(program.wide, program.weight)
         dot = gamma(self.weight.shape[1] + 1, program.wide)
-        bias = (dot + program.weight) * float(self.bias.abs().max())
+        bias = dot * (1 + program.weight) + program.weight
+        bias *= float(self.bias.abs().max())
         rounding = 2 * largest * (row + dot * (1 + row)) * features.computed + 2 * bias
         return largest_factor * features.error + rounding

@@ -1,5 +1,6 @@
 """LipNeXt (arXiv 2601.18513)."""
 
+import dataclasses
 import math
 from typing import cast
 
@@ -64,7 +65,20 @@ class LipNeXt(CertifiedNetwork):
         for i in range(len(self.blocks)):
             r, m = known[f"blocks.{i}.R"].upper, known[f"blocks.{i}.M"].upper
             parts[f"blocks.{i}"] = r * r * m
-        return LipschitzBound(math.prod(parts.values()) * (1 + 2.0**-40), parts)
+        factors = self._factors(known)
+        smallest = math.prod(min(1.0, factor) for factor in factors)
+        # A product that passes through subnormal numbers is not accurate.
+        accurate = _amplification(factors) <= 2.0**500 and smallest >= 2.0**-500
+        value = math.prod(parts.values()) * (1 + 2.0**-40) if accurate else math.inf
+        return LipschitzBound(value, parts)
+
+    def _factors(self, known: Matrices) -> list[float]:
+        """Norms of all products of the forward pass, in order."""
+        factors = [known["stem.weight"].upper]
+        for i in range(len(self.blocks)):
+            r, m = known[f"blocks.{i}.R"].upper, known[f"blocks.{i}.M"].upper
+            factors += [r, r, m]
+        return factors
 
     def margin_factor_bounds(self) -> Tensor:
         """See CertifiedNetwork."""
@@ -78,8 +92,7 @@ class LipNeXt(CertifiedNetwork):
         stem, width = matrices["stem.weight"], self.stem.weight.shape[0]
         height, breadth = self.input_shape[1:]
         tokens = height * breadth // self.stem.patch**2
-        state = Carried(norms.double(), torch.zeros_like(norms, dtype=torch.float64), program)
-        state.pixels(math.prod(self.input_shape))
+        state = Carried.images(norms, math.prod(self.input_shape), program)
         state.multiply(self.stem.used, upper=stem.upper, absolute=stem.absolute)
         for i, block in enumerate(self.blocks):
             _carry_through_block(state, cast(Block, block), f"blocks.{i}", tokens, matrices)
@@ -87,11 +100,20 @@ class LipNeXt(CertifiedNetwork):
         pooled = (state.computed**2 + floor).sqrt()
         state.error = state.error + gamma(tokens + 4, program.wide) * pooled
         state.norm = (state.norm**2 + floor).sqrt()
+        state.note(state.computed)
         error = self.head.margin_error(state, largest_factor)
-        largest = max(1.0, self.lipschitz_upper_bound(matrices).value)
-        operations = (4 * len(self.blocks) + 8) * tokens * width**2
-        error = error + operations * program.tiny * largest / self.pool_tau
-        return (error * (1 + 2.0**-20)).nan_to_num(nan=math.inf, posinf=math.inf)
+        operations = (8 * len(self.blocks) + 16) * tokens * (width + 1) ** 2
+        growth = _amplification(self._factors(matrices)) * max(1.0, largest_factor)
+        size = 2 * state.peak.clamp(min=1) / self.pool_tau
+        underflow = operations * program.tiny * growth * size
+        hopeless = (underflow > 1) | (state.peak > program.limit)
+        error = ((error + underflow) * (1 + 2.0**-20)).nan_to_num(nan=math.inf, posinf=math.inf)
+        return torch.where(hopeless, math.inf, error)
+
+
+def _amplification(factors: list[float]) -> float:
+    """Bound of what any part of the network multiplies an error by."""
+    return math.prod(max(1.0, factor) for factor in factors)
 
 
 def _carry_through_block(
@@ -104,16 +126,19 @@ def _carry_through_block(
         state.translate(math.sqrt(width) * _norm(block.p))
     state.multiply(width, upper=r.upper, absolute=r.absolute)
     bias = math.sqrt(tokens) * _norm(block.b)
-    folded = Carried(state.norm, state.error, program)
+    folded = dataclasses.replace(state)
     state.multiply(width, upper=r.upper, absolute=r.absolute)
-    state.multiply(width + 1, upper=m.upper, absolute=m.absolute, bias=bias)
+    state.multiply(width + 1, upper=m.upper, absolute=m.absolute, bias=bias, roundings=2)
     # The rounding of the product P = M R^T itself, entrywise below kappa |M| |R^T|.
-    fold = program.product(width) * m.absolute * r.frobenius
+    fold = program.product(width, copies=2) * m.absolute * r.frobenius
     upper = m.upper * r.upper
     absolute = math.sqrt(width) * (upper + fold)
     rounding = fold * folded.computed
-    folded.multiply(width + 1, upper=upper, absolute=absolute, bias=bias)
-    state.error = torch.maximum(state.error, folded.error + rounding)
+    folded.multiply(width + 1, upper=upper, absolute=absolute, bias=bias, roundings=2)
+    folded.error = folded.error + rounding
+    folded.note(folded.computed)
+    state.error = torch.maximum(state.error, folded.error)
+    state.note(folded.peak)
 
 
 def _norm(parameter: Tensor) -> float:

@@ -47,5 +47,5 @@ def refute(bound: LipschitzBound, observed: float) -> None:
     if not observed <= bound.value * (1 + _TOLERANCE):
         raise ModelError(
             f"the network states a Lipschitz constant of at most {bound.value:.9g}, but a "
-            f"derivative shows at least {observed:.9g}: the bound is wrong, nothing can be certified"
+            f"derivative shows at least {observed:.9g}: it is wrong, nothing can be certified"
         )

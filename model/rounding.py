@@ -47,11 +47,24 @@ class Program:
     """Unit roundoff u_s of pixels, pool and head."""
     tiny: float
     """Smallest normal number: what is smaller may be flushed to zero."""
+    limit: float
+    """Activations up to this size overflow nowhere, squared neither."""
 
-    def product(self, k: int) -> float:
-        """kappa(k): relative error of a stored dot product of k terms."""
-        dot = 1 + gamma(k, self.accumulation)
-        return (1 + self.weight) * dot * (1 + self.activation) - 1
+    def product(self, k: int, *, copies: int = 1, roundings: int = 1) -> float:
+        """kappa: relative error of a dot product of k terms.
+
+        (1 + u_w)^copies (1 + gamma_k) (1 + u_p)^roundings - 1, without the cancellation of the 1.
+
+        Args:
+            k: number of terms.
+            copies: how many of its two factors are rounded copies of weights.
+            roundings: how often the result is rounded when stored.
+        """
+        errors = [self.weight] * copies + [self.activation] * roundings
+        total = gamma(k, self.accumulation)
+        for error in errors:
+            total = error + total * (1 + error)
+        return total
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,9 +73,9 @@ class Program:
         return dtype
 
 
-FLOAT64 = Program("float64", U64, U64, 0.0, U64, 2.0**-1022)
-FLOAT32 = Program("float32", 2.0**-24, 2.0**-24, 0.0, 2.0**-24, 2.0**-126)
-BFLOAT16 = Program("bfloat16", 2.0**-8, 2.0**-24, 2.0**-8, 2.0**-24, 2.0**-126)
+FLOAT64 = Program("float64", U64, U64, 0.0, U64, 2.0**-1022, 2.0**500)
+FLOAT32 = Program("float32", 2.0**-24, 2.0**-24, 0.0, 2.0**-24, 2.0**-126, 2.0**60)
+BFLOAT16 = Program("bfloat16", 2.0**-8, 2.0**-24, 2.0**-8, 2.0**-24, 2.0**-126, 2.0**60)
 PROGRAMS = {program.name: program for program in (FLOAT64, FLOAT32, BFLOAT16)}
 
 
@@ -74,31 +87,50 @@ class Carried:
         norm: bound of the norm of the exact activation, all tokens together, float64 (B,).
         error: bound of the norm of computed minus exact activation, float64 (B,).
         program: arithmetic of the computed one.
+        peak: bound of every computed activation and partial sum so far, float64 (B,).
     """
 
     norm: Tensor
     error: Tensor
     program: Program
+    peak: Tensor
+
+    @classmethod
+    def images(cls, norms: Tensor, count: int, program: Program) -> "Carried":
+        """Pixels divided by 255, less 1/2, stored as activation.
+
+        Args:
+            norms: bounds of the norms of the images, (B,).
+            count: number of pixels.
+            program: the arithmetic.
+        """
+        norm = norms.double()
+        carried = cls(norm, program.wide * norm, program, norm)
+        carried.norm = norm + math.sqrt(count) / 2
+        carried.error = carried.error + program.wide * carried.computed
+        carried.error = carried.error + program.activation * carried.computed
+        carried.note(carried.computed)
+        return carried
 
     @property
     def computed(self) -> Tensor:
         """Bound of the norm of the computed activation."""
         return self.norm + self.error
 
-    def pixels(self, count: int) -> None:
-        """X / 255, minus 1/2, stored as activation; `count` pixels."""
-        self.error = self.program.wide * self.norm
-        self.norm = self.norm + math.sqrt(count) / 2
-        self.error = self.error + self.program.wide * self.computed
-        self.error = self.error + self.program.activation * self.computed
+    def note(self, size: Tensor) -> None:
+        """Remember the largest size met."""
+        self.peak = torch.maximum(self.peak, size)
 
     def translate(self, by: float) -> None:
         """Add a stored vector of norm `by`."""
         self.norm = self.norm + by
-        rounding = self.program.activation * self.computed
-        self.error = self.error + self.program.weight * by + rounding
+        self.error = self.error + self.program.weight * by
+        self.error = self.error + self.program.activation * self.computed
+        self.note(self.computed)
 
-    def multiply(self, k: int, *, upper: float, absolute: float, bias: float = 0.0) -> None:
+    def multiply(
+        self, k: int, *, upper: float, absolute: float, bias: float = 0.0, roundings: int = 1
+    ) -> None:
         """Apply a matrix A and add a bias, with dot products of k terms (k + 1 with the bias).
 
         ||fl(A x + b) - (A x + b)|| <= ||A|| e + kappa (|| |A| || (n + e) + ||b||).
@@ -108,7 +140,11 @@ class Carried:
             upper: bound of ||A||.
             absolute: bound of || |A| ||.
             bias: norm of the bias over all tokens.
+            roundings: how often the result is rounded: a bias may be added to a stored product.
         """
-        rounding = self.program.product(k) * (absolute * self.computed + bias)
+        size = absolute * self.computed + bias
+        rounding = self.program.product(k, roundings=roundings) * size
         self.error = upper * self.error + rounding
         self.norm = upper * self.norm + bias
+        self.note(size)
+        self.note(self.computed)

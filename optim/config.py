@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from optim.series import SeriesRule
+
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -26,6 +28,9 @@ class OptimConfig:
     eps: Rate = 1e-8
     """Added to the root of the second moment."""
 
+    series: SeriesRule = "spectral"
+    """Order of the exponential's series: by a proved truncation error, or by the paper's table."""
+
     euclidean: Literal["nadam", "adamw"] = "nadam"
     """Update rule of the Euclidean parameters."""
 
@@ -40,3 +45,13 @@ class OptimConfig:
 
     polar_every: Count = 200
     """Steps between two polar retractions to the manifold; 0 switches them off."""
+
+    audit_every: Count = 50
+    """Steps between two measurements of ||X^T X - I||_F of every matrix; 0 switches them off."""
+
+    residual_limit: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    """Residual beyond which a matrix is re-projected at once.
+
+    Round-off and truncation leave less than 1e-4 between two retractions; at 1e-3 the Lipschitz
+    constant of one matrix is at most sqrt(1 + 1e-3), that of 96 in a row 1.05.
+    """

@@ -4,6 +4,7 @@ Every function is element-wise in a fixed order of operations, so its result doe
 where a partition was cut; entries that are exact negatives of each other stay so.
 """
 
+import math
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -24,12 +25,22 @@ def update_moments(
     exp_avg_sq.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
 
 
-def adam_direction(
-    exp_avg: Tensor, exp_avg_sq: Tensor, step: int, betas: tuple[float, float], eps: float
+def adam_increment(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
 ) -> Tensor:
-    """Bias-corrected Adam direction m_hat / (sqrt(v_hat) + eps); `step` counts from 1."""
-    root = (exp_avg_sq / (1 - betas[1] ** step)).sqrt_().add_(eps)
-    return (exp_avg / (1 - betas[0] ** step)).div_(root)
+    """Bias-corrected Adam: -lr m_hat / (sqrt(v_hat) + eps); `step` counts from 1.
+
+    The corrections are moved into the factor and into eps, so that four passes over one new
+    tensor are enough.
+    """
+    root_correction = math.sqrt(1 - betas[1] ** step)
+    root = exp_avg_sq.sqrt().add_(eps * root_correction)
+    return torch.div(exp_avg, root, out=root).mul_(-lr * root_correction / (1 - betas[0] ** step))
 
 
 def nadam_direction(
@@ -88,9 +99,10 @@ def euclidean_step(
         direction, state["mu_product"] = nadam_direction(
             gradient, *moments, state["step"], state["mu_product"], config.betas, config.eps
         )
+        increment = direction.mul_(-lr)
     else:
-        direction = adam_direction(*moments, state["step"], config.betas, config.eps)
-    parameter.mul_(1 - lr * config.weight_decay).add_(direction, alpha=-lr)
+        increment = adam_increment(*moments, state["step"], lr, config.betas, config.eps)
+    parameter.mul_(1 - lr * config.weight_decay).add_(increment)
     if config.lookahead_steps and state["step"] % config.lookahead_steps == 0:
         parameter.copy_(state["slow"].lerp_(parameter, config.lookahead_factor))
 

@@ -5,9 +5,16 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from optim.layout import Round, Slot
+
+ALIGNMENT = 64
+"""Bytes: that of every tensor that torch allocates."""
+
+TEXT_BYTES = 1000
+"""Longest message of a rank that the others repeat."""
 
 
 class Exchange(ABC):
@@ -18,23 +25,33 @@ class Exchange(ABC):
         self.world_size = world_size
         self.bytes_sent = 0
 
-    def all_to_all(self, buffer: Tensor, send_splits: list[int], recv_splits: list[int]) -> Tensor:
+    def all_to_all(
+        self,
+        buffer: Tensor,
+        send_splits: list[int],
+        recv_splits: list[int],
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Send consecutive pieces of a 1-D buffer to the ranks and return what they sent here.
 
         Args:
             buffer: 1-D, contiguous, `sum(send_splits)` elements.
             send_splits: Elements for each rank.
             recv_splits: Elements from each rank.
+            out: Where to put them: 1-D, contiguous, of the buffer's type; default a new tensor.
 
         Returns:
-            A new 1-D tensor: the pieces received, in the order of the ranks.
+            1-D: the pieces received, in the order of the ranks. Not to be written to: without
+            `out` the only rank gets its own buffer back.
         """
         others = sum(send_splits) - send_splits[self.rank]
         self.bytes_sent += others * buffer.element_size()
-        return self._all_to_all(buffer, send_splits, recv_splits)
+        return self._all_to_all(buffer, send_splits, recv_splits, out)
 
     @abstractmethod
-    def _all_to_all(self, buffer: Tensor, send: list[int], recv: list[int]) -> Tensor:
+    def _all_to_all(
+        self, buffer: Tensor, send: list[int], recv: list[int], out: Tensor | None
+    ) -> Tensor:
         """The collective itself."""
 
     def gather(self, piece: Tensor, dst: int = 0) -> Tensor | None:
@@ -52,6 +69,14 @@ class Exchange(ABC):
         received = self.all_to_all(piece.repeat(self.world_size), splits, splits)
         return received.view(self.world_size, -1)
 
+    def all_gather_text(self, text: str, device: torch.device) -> list[str]:
+        """The texts of all ranks on every rank, each cut at TEXT_BYTES; for error messages."""
+        row = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
+        code = text.encode()[:TEXT_BYTES]
+        row[: len(code)] = torch.tensor(list(code), dtype=torch.uint8)
+        table = self.all_gather(row.to(device)).tolist()
+        return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in table]
+
     def to_owner(self, piece: Tensor, plan: Round) -> list[Tensor]:
         """Assemble the whole parameters of a round at their owners.
 
@@ -60,32 +85,36 @@ class Exchange(ABC):
             plan: The round.
 
         Returns:
-            The whole parameters that this rank owns, without padding, in their own shapes.
+            The whole parameters that this rank owns, without padding, in their own shapes. Not to
+            be written to: the only rank sees the flat tensor itself.
         """
         received = self.all_to_all(piece, plan.slice_lengths(), plan.whole_lengths(self.rank))
-        return [
-            columns.reshape(-1)[: slot.numel].view(slot.shape)
-            for slot, columns in self._columns(received, plan)
-        ]
+        wholes = []
+        for slot, columns in self._columns(received, plan):
+            whole = columns.reshape(-1)[: slot.numel].view(slot.shape)
+            # Products may depend on the alignment, and alignment must not depend on W.
+            wholes.append(whole if whole.data_ptr() % ALIGNMENT == 0 else whole.clone())
+        return wholes
 
-    def to_partitions(self, wholes: list[Tensor], plan: Round, like: Tensor) -> Tensor:
+    def to_partitions(self, wholes: list[Tensor], plan: Round, out: Tensor) -> Tensor:
         """Inverse of `to_owner`; padding becomes zero.
 
         Args:
             wholes: The owner's results in their parameters' shapes; none on ranks that own none.
             plan: The round.
-            like: A tensor of the wanted dtype and device.
+            out: This rank's 1-D range of a flat tensor, `plan.stop - plan.start` elements; gets
+                the results in its own type.
 
         Returns:
-            This rank's 1-D range of the flat tensor, `plan.stop - plan.start` elements.
+            `out`.
         """
         lengths = plan.whole_lengths(self.rank)
-        buffer = like.new_zeros(sum(lengths))
+        buffer = out if self.world_size == 1 else out.new_empty(sum(lengths))
         for whole, (slot, columns) in zip(wholes, self._columns(buffer, plan), strict=True):
-            padded = like.new_zeros(columns.numel())
-            padded[: slot.numel] = whole.reshape(-1)
-            columns.copy_(padded.view_as(columns))
-        return self.all_to_all(buffer, lengths, plan.slice_lengths())
+            padding = columns.numel() - slot.numel
+            flat = F.pad(whole.reshape(-1), (0, padding)) if padding else whole
+            columns.copy_(flat.view_as(columns))
+        return self.all_to_all(buffer, lengths, plan.slice_lengths(), out)
 
     def _columns(self, buffer: Tensor, plan: Round) -> Iterator[tuple[Slot, Tensor]]:
         """The owner's slots, each with its slices of all ranks as a view (world_size, length)."""
@@ -103,9 +132,12 @@ class LocalExchange(Exchange):
     def __init__(self) -> None:
         super().__init__(rank=0, world_size=1)
 
-    def _all_to_all(self, buffer: Tensor, send: list[int], recv: list[int]) -> Tensor:
-        # A copy, as with several ranks: callers overwrite it, and products see the same alignment.
-        return buffer.clone()
+    def _all_to_all(
+        self, buffer: Tensor, send: list[int], recv: list[int], out: Tensor | None
+    ) -> Tensor:
+        if out is None or out is buffer:
+            return buffer
+        return out.copy_(buffer)
 
 
 class ProcessGroupExchange(Exchange):
@@ -115,7 +147,9 @@ class ProcessGroupExchange(Exchange):
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
         self._group = group
 
-    def _all_to_all(self, buffer: Tensor, send: list[int], recv: list[int]) -> Tensor:
-        received = torch.empty(sum(recv), dtype=buffer.dtype, device=buffer.device)
+    def _all_to_all(
+        self, buffer: Tensor, send: list[int], recv: list[int], out: Tensor | None
+    ) -> Tensor:
+        received = buffer.new_empty(sum(recv)) if out is None else out
         dist.all_to_all_single(received, buffer, recv, send, group=self._group)
         return received

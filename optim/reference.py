@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.audit import Audit
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
 from optim.euclidean import euclidean_average, euclidean_step, new_state
@@ -30,6 +31,7 @@ class ReferenceManifoldAdam(torch.optim.Optimizer):
     def __init__(self, param_groups: list[dict[str, Any]], config: OptimConfig) -> None:
         super().__init__(param_groups, {"lr": config.lr})
         self.config = config
+        self.audit = Audit(config)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.dtype not in (torch.float32, torch.float64):
@@ -70,20 +72,32 @@ class ReferenceManifoldAdam(torch.optim.Optimizer):
         v = (v + v.T) / 2
         u = (m / (1 - b1**t)) / (torch.sqrt(v / (1 - b2**t)) + config.eps)
         D = -lr * u
-        X.copy_(manifold.retract(X, D))
+        X.copy_(manifold.retract(X, D, config.series))
         state["exp_avg"], state["exp_avg_sq"] = m, v
 
         if config.lookahead_steps:
             state["tangent_sum"] += D
             if t % config.lookahead_steps == 0:
                 S = config.lookahead_factor * state["tangent_sum"]
-                state["slow"] = manifold.retract(state["slow"], S)
+                state["slow"] = manifold.retract(state["slow"], S, config.series)
                 state["tangent_sum"] = torch.zeros_like(S)
                 X.copy_(state["slow"])
         if config.polar_every and t % config.polar_every == 0:
             X.copy_(manifold.project(X))
             if config.lookahead_steps:
                 state["slow"] = manifold.project(state["slow"])
+        if self.audit.due(t):
+            self._audit(X, manifold)
+
+    def _audit(self, X: Tensor, manifold: Manifold) -> None:
+        """Measure the residual; past the limit re-project the fast and the slow matrix."""
+        state, audit, name = self.state[X], self.audit, "X"
+        audit.measure(name, X, manifold)
+        audit.conclude([audit.summary()])
+        X.copy_(audit.repaired(name, X, manifold))
+        if self.config.lookahead_steps:
+            state["slow"].copy_(audit.repaired(name, state["slow"], manifold))
+        audit.forget()
 
     @torch.no_grad()
     def averaged(self, parameter: Tensor) -> Tensor:
@@ -101,4 +115,5 @@ class ReferenceManifoldAdam(torch.optim.Optimizer):
         if slow is None:
             return manifold.project(parameter, dtype=torch.float64)
         S = self.config.lookahead_factor * state["tangent_sum"].to(torch.float64)
-        return manifold.project(manifold.retract(slow.to(torch.float64), S), dtype=torch.float64)
+        moved = manifold.retract(slow.to(torch.float64), S, self.config.series)
+        return manifold.project(moved, dtype=torch.float64)

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.audit import Audit
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
 from optim.euclidean import (
-    adam_direction,
+    adam_increment,
     euclidean_average,
     euclidean_step,
     new_state,
@@ -65,6 +66,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
     ) -> None:
         super().__init__(param_groups, {"lr": config.lr})
         self.config = config
+        self.audit = Audit(config)
         self._round_elements = round_elements
         self.partitioned_matrices = 0
         self.partitions: list[FlatPartition] = []
@@ -117,8 +119,8 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
         """One step of every flat tensor that is in a group now. Collective.
 
         Raises:
-            OptimizerError: A flat tensor is not bound or has no gradient, or a polar retraction
-                fails (then on every rank).
+            OptimizerError: A flat tensor is not bound or has no gradient; or a polar retraction
+                fails, be it due or because of an audit (then on every rank, naming the matrix).
         """
         if closure is not None:
             raise OptimizerError("a closure is not supported: gradients are already partitioned")
@@ -147,6 +149,24 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
             self._update_round(partition, manifold, plan, lr, synchronise, retract)
         if retract:
             self._raise_together()
+        if self.audit.due(step):
+            self._finish_audit(partition, manifold)
+
+    def _finish_audit(self, partition: FlatPartition, manifold: Manifold) -> None:
+        """Share what the owners measured; re-project matrices past the limit, fast and slow."""
+        audit = self.audit
+        row = torch.tensor(audit.summary(), dtype=torch.float64, device=self._device())
+        if audit.conclude(self.exchange.all_gather(row).tolist()):
+
+            def repair(X: Tensor, slot: Slot) -> Tensor:
+                return audit.repaired(slot.name, X, manifold)
+
+            for kind in ("master", "slow")[: 1 + (self.config.lookahead_steps > 0)]:
+                flat = self._tensor(partition, kind)
+                mapped = self.owner_map(repair, sources=(kind,), partitions=[partition])
+                for _, plan, values in mapped:
+                    flat[plan.start : plan.stop] = values
+        audit.forget()
 
     def _update_round(
         self,
@@ -165,25 +185,29 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
 
         X, G = exchange.to_owner(master, plan), exchange.to_owner(gradient, plan)
         A = [manifold.tangent(x, g) for x, g in zip(X, G, strict=True)]
-        update_moments(exchange.to_partitions(A, plan, master), *moments, config.betas)
-        increment = adam_direction(*moments, state["step"], config.betas, config.eps).mul_(-lr)
+        tangent = exchange.to_partitions(A, plan, torch.empty_like(master))
+        update_moments(tangent, *moments, config.betas)
+        increment = adam_increment(*moments, state["step"], lr, config.betas, config.eps)
         if config.lookahead_steps:
             state["tangent_sum"][cut] += increment
         if synchronise:  # the fast matrix is about to be replaced: only the slow one moves
             X = exchange.to_owner(state["slow"][cut], plan)
             increment = state["tangent_sum"][cut] * config.lookahead_factor
         D = exchange.to_owner(increment, plan)
-        X = [manifold.retract(x, d) for x, d in zip(X, D, strict=True)]
+        X = [manifold.retract(x, d, config.series) for x, d in zip(X, D, strict=True)]
         if retract:
             X = self._guarded(plan, lambda x, slot: manifold.project(x), X)
-        master.copy_(exchange.to_partitions(X, plan, master))
+        if self.audit.due(state["step"]):
+            for x, slot in zip(X, plan.owned[exchange.rank], strict=True):
+                self.audit.measure(slot.name, x, manifold)
+        exchange.to_partitions(X, plan, master)
         if synchronise:
             state["slow"][cut] = master
             state["tangent_sum"][cut] = 0.0
         elif retract and config.lookahead_steps:
             slow = exchange.to_owner(state["slow"][cut], plan)
             projected = self._guarded(plan, lambda x, slot: manifold.project(x), slow)
-            state["slow"][cut] = exchange.to_partitions(projected, plan, master)
+            exchange.to_partitions(projected, plan, state["slow"][cut])
 
     # -- whole-matrix operations -----------------------------------------------------------------
 
@@ -220,7 +244,8 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
                 wholes = [exchange.to_owner(flat[plan.start : plan.stop], plan) for flat in flats]
                 results = self._guarded(plan, fn, *wholes)
                 self._raise_together()
-                yield partition, plan, exchange.to_partitions(results, plan, like)
+                out = like.new_empty(plan.stop - plan.start)
+                yield partition, plan, exchange.to_partitions(results, plan, out)
 
     @torch.no_grad()
     def initialise(self, fn: Callable[[Slot], Tensor]) -> None:
@@ -287,7 +312,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
     def _averaged(self, partition: FlatPartition) -> Iterator[tuple[Round, Tensor]]:
         """This rank's ranges of the averaged parameters in float32, round by round."""
         state, factor = self._state(partition), self.config.lookahead_factor
-        manifold, double = partition.manifold, torch.float64
+        manifold, series, double = partition.manifold, self.config.series, torch.float64
         if manifold is None:
             for plan in self._rounds(partition):
                 cut = slice(plan.start, plan.stop)
@@ -297,7 +322,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
 
         def average(X: Tensor, *rest: Any) -> Tensor:
             if len(rest) == 2:  # X is the slow copy; then the tangent sum and the slot
-                X = manifold.retract(X.to(double), factor * rest[0].to(double))
+                X = manifold.retract(X.to(double), factor * rest[0].to(double), series)
             return manifold.project(X, dtype=double)
 
         sources = ("slow", "tangent_sum") if "slow" in state else ("master",)
@@ -324,7 +349,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
                     yield kind, partition, state[kind]
 
     def scalar_state(self) -> dict[str, float]:
-        """Step counter and NAdam's product of mu, as JSON values.
+        """Step counter, NAdam's product of mu and the count of re-projections, as JSON values.
 
         All partitions have the same between two iterations, so the values are stored once and fit
         a resume whose partitions are cut differently.
@@ -332,7 +357,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
         Raises:
             OptimizerError: The partitions disagree (an iteration is under way).
         """
-        scalars: dict[str, float] = {}
+        scalars: dict[str, float] = {"reprojections": self.audit.reprojections}
         for partition in self.partitions:
             for key in ("step", "mu_product"):
                 value = self._state(partition).get(key)
@@ -357,6 +382,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
                 if key not in scalars:
                     raise OptimizerError(f"scalar state {sorted(scalars)} lacks {key!r}")
                 state[key] = kind(scalars[key])
+        self.audit.reprojections = int(scalars.get("reprojections", 0))
 
     # -- helpers ---------------------------------------------------------------------------------
 
@@ -392,7 +418,8 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
                 if tuple(result.shape) != slot.shape:
                     raise OptimizerError(f"result has shape {tuple(result.shape)}")
             except Exception as error:
-                self._failure = f"parameter {slot.name!r}: {type(error).__name__}: {error}"
+                text = f"parameter {slot.name!r}: {type(error).__name__}: {error}"
+                self._failure = self._failure or text
                 result = torch.zeros(slot.shape)
             results.append(result)
         return results
@@ -400,7 +427,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
     def _raise_together(self) -> None:
         """Raise on every rank if an owner's function failed on any. Collective."""
         failed = torch.tensor([self._failure is not None], device=self._device()).float()
-        ranks = self.exchange.all_gather(failed).flatten().nonzero().flatten().tolist()
-        failure, self._failure = self._failure, None
-        if ranks:
-            raise OptimizerError(failure or f"an owner failed on rank {ranks}; see its message")
+        if self.exchange.all_gather(failed).any():
+            messages = self.exchange.all_gather_text(self._failure or "", self._device())
+            self._failure = None
+            raise OptimizerError("; ".join(filter(None, messages)))

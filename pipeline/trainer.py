@@ -12,6 +12,8 @@ from torch import Tensor
 
 from data_shards.order import Cursor
 from data_shards.stream import SampleStream
+from data_shards.unindexed import UnindexedStream
+from optim.errors import OptimizerError
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.events import Emit, Metrics
@@ -28,6 +30,10 @@ class Engine(Protocol):
         self, micro_batches: Iterator[tuple[Tensor, Tensor]], *, lr_factor: float, eps: float
     ) -> Tensor:
         """One optimizer step; returns the sums of Objective."""
+        ...
+
+    def audit_metrics(self) -> dict[str, float]:
+        """Metrics of the audits since the last call; empty if there was none."""
         ...
 
 
@@ -53,7 +59,7 @@ class Trainer:
         config: RunConfig,
         plan: Plan,
         engine: Engine,
-        stream: SampleStream,
+        stream: SampleStream | UnindexedStream,
         progress: Progress,
         emit: Emit,
         keep: Callable[[Progress], None],
@@ -68,6 +74,7 @@ class Trainer:
         self._keep = keep
         self._sums = torch.zeros(len(STATISTICS), device=world.device)
         self._since = time.perf_counter()
+        self._waited = 0.0
 
     def fit(self) -> None:
         """Train to the last step of the plan, recording metrics and keeping checkpoints."""
@@ -83,7 +90,7 @@ class Trainer:
             )
             try:
                 self._sums += self._engine.step(micro_batches, lr_factor=lr_factor, eps=eps)
-            except PipelineError as error:
+            except (PipelineError, OptimizerError) as error:
                 raise PipelineError(f"step {step + 1}: {error}") from error
             self.progress = Progress(step + 1, batch.cursor_after)
             self._record(lr_factor, eps)
@@ -110,8 +117,12 @@ class Trainer:
         step = self.progress.step
         if step % self._config.train.log_every and step != self._plan.last_step:
             return
-        dist.all_reduce(self._sums)
-        loss_sum, clean, certified, samples = self._sums.tolist()
+        stream = self._stream
+        seen = [stream.retries, stream.damaged.total(), stream.waited_s - self._waited]
+        self._waited = stream.waited_s
+        sums = torch.cat([self._sums, torch.tensor(seen, device=self._sums.device)])
+        dist.all_reduce(sums)
+        loss_sum, clean, certified, samples, retries, damaged, waited = sums.tolist()
         self._sums.zero_()
         if not math.isfinite(loss_sum):
             raise PipelineError(
@@ -127,6 +138,11 @@ class Trainer:
             "train/lr": self._config.optim.lr * lr_factor,
             "train/images_per_s": samples / max(now - self._since, 1e-9),
             "train/epoch": float(self.progress.cursor.epoch),
+            # Of all ranks since they started; the seconds since the last record, per rank.
+            "data/retries": retries,
+            "data/damaged": damaged,
+            "data/wait_s": waited / self._world.size,
+            **self._engine.audit_metrics(),
         }
         self._since = now
         if self._world.rank == 0:

@@ -223,3 +223,7 @@ class Zero3:
                 "the gradient is not finite on at least one rank; nothing was updated"
             )
         return sums
+
+    def audit_metrics(self) -> dict[str, float]:
+        """Orthogonality found since the last call, the same on all ranks; no device is asked."""
+        return self.optimizer.audit.metrics()

@@ -27,6 +27,7 @@ class Problem:
     lr: float = 0.02
     lookahead_steps: int = 7
     polar_every: int = 5
+    audit_every: int = 4
     euclidean: str = "nadam"
     round_elements: int = ROUND_ELEMENTS
 
@@ -40,6 +41,7 @@ class Problem:
             euclidean=self.euclidean,
             lookahead_steps=self.lookahead_steps,
             polar_every=self.polar_every,
+            audit_every=self.audit_every,
         )
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -140,6 +142,13 @@ class Emulation:
                 if held < slot.length:
                     partition.flat[slot.offset + max(held, 0) : slot.stop] = math.nan
 
+    def scale(self, name: str, factor: float, kind: str = "master") -> None:
+        """Multiply this rank's slice of one parameter."""
+        for found, partition, flat in self.optimizer.partitioned_state():
+            for slot in partition.slots:
+                if (found, slot.name) == (kind, name):
+                    flat[slot.offset : slot.stop] *= factor
+
     def step(self, number: int) -> None:
         """One iteration as DeepSpeed runs it: one call of step() per sub-group."""
         for partition in self.partitions:
@@ -170,7 +179,7 @@ class Emulation:
             if found != kind:
                 continue
             for slot in partition.slots:
-                whole = self.exchange.gather(flat[slot.offset : slot.stop].contiguous())
+                whole = self.exchange.gather(flat[slot.offset : slot.stop].clone())
                 if whole is not None:
                     values[slot.name] = whole[: slot.numel].view(slot.shape)
         return values

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optim.errors import OptimizerError
-from optim.exchange import LocalExchange
+from optim.exchange import ALIGNMENT, LocalExchange
 from optim.layout import Slot, plan_rounds
 
 
@@ -63,14 +63,16 @@ def test_plan_refuses_no_ranks():
         plan_rounds((), 0)
 
 
-def test_local_exchange_returns_copies_and_sends_nothing():
+def test_local_exchange_copies_nothing_that_is_aligned_and_sends_nothing():
     exchange = LocalExchange()
-    slot = Slot("w", (2, 3), 6, 0, 6)
-    (plan,) = plan_rounds((slot,), 1)
-    flat = torch.arange(6.0)
-    (whole,) = exchange.to_owner(flat, plan)
-    whole += 1
-    assert torch.equal(flat, torch.arange(6.0))
-    assert torch.equal(exchange.to_partitions([whole], plan, flat), torch.arange(6.0) + 1)
+    slots = (Slot("v", (2, 3), 6, 0, 6), Slot("w", (2, 2), 4, 6, 4))
+    (plan,) = plan_rounds(slots, 1)
+    flat, moved = torch.arange(10.0), torch.zeros(10)
+    first, second = exchange.to_owner(flat, plan)
+    assert first.data_ptr() == flat.data_ptr()
+    assert second.data_ptr() % ALIGNMENT == 0
+    assert torch.equal(second, torch.arange(6.0, 10.0).view(2, 2))
+    assert exchange.to_partitions([first + 1, second + 1], plan, moved) is moved
+    assert torch.equal(moved, flat + 1)
     assert torch.equal(exchange.gather(flat), flat)
     assert exchange.bytes_sent == 0

@@ -14,6 +14,7 @@ from data_shards.sources import digits
 from data_shards.write import write_shard_set
 from model.config import LipNeXtConfig
 from optim.config import OptimConfig
+from optim.errors import OptimizerError
 from pipeline import worker
 from pipeline.config import ClusterConfig, LossConfig, RunConfig, TrainConfig
 from pipeline.errors import PipelineError
@@ -128,7 +129,7 @@ class Outcome:
         error: message of the PipelineError that ended the run, or empty.
         start: state when training began; empty if it did not.
         before: state before the last step that was begun.
-        end: state at the end.
+        end: state at the end; empty if that was within an iteration.
         gradients: of the first step, as the optimizer got them: slices by name.
         residuals: of the masters at the end; empty after an error.
     """
@@ -184,7 +185,8 @@ def observed_run(job: worker.Job) -> Outcome:
         except PipelineError as error:
             outcome.error = str(error)
     for engine in engines:
-        outcome.end = local_state(engine)
+        with contextlib.suppress(OptimizerError):  # it ended within an iteration
+            outcome.end = local_state(engine)
         if not outcome.error:
             outcome.residuals = engine.optimizer.residuals()
     return outcome

@@ -22,8 +22,10 @@ from optim.reference import ReferenceManifoldAdam
 from optim.sharded import TENSOR_KINDS
 from pipeline import objective
 from pipeline.config import CheckpointConfig, TrainConfig
+from pipeline.events import Metrics
 from pipeline.losses import emma_loss
 from pipeline.worker import Job
+from pipeline.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
     observed_run,
@@ -54,6 +56,12 @@ def config(every_steps=0, **train):
     )
 
 
+def audited(every):
+    return dataclasses.replace(
+        config(), optim=dataclasses.replace(OPTIM, polar_every=0, audit_every=every)
+    )
+
+
 CASES = {
     "plain": config(),
     "again": config(),
@@ -71,6 +79,9 @@ CASES = {
         config(every_steps=1), optim=dataclasses.replace(OPTIM, euclidean_lr_factor=3.35e40)
     ),
     "artefacts cannot be written": config(every_steps=1),
+    "audited": audited(2),
+    "disturbed": audited(4),
+    "singular": audited(4),
 }
 
 
@@ -100,8 +111,27 @@ def poisoned_loss(rank, call, *, gradient):
         yield
 
 
+@contextlib.contextmanager
+def scaled_matrix(factor):
+    """Before step 6 every rank's slice of one matrix and of its slow copy is scaled."""
+    genuine = Zero3.step
+
+    def step(engine, *arguments, **options):
+        if engine.optimizer.scalar_state()["step"] == 5:
+            for kind, partition, flat in engine.optimizer.partitioned_state():
+                if kind in ("master", "slow") and partition.manifold is not None:
+                    slot = partition.slots[1]
+                    flat.data[slot.offset : slot.stop] *= factor
+        return genuine(engine, *arguments, **options)
+
+    with mock.patch.object(Zero3, "step", step):
+        yield
+
+
 def surroundings(name, rank):
     """What is bent while a case runs."""
+    if name in ("disturbed", "singular"):
+        return scaled_matrix(1.01 if name == "disturbed" else 0.0)
     if name.startswith("poisoned"):
         call = 2 * POISONED - 1 if "bf16" in name else POISONED
         return poisoned_loss(rank, call, gradient="value" not in name)
@@ -281,6 +311,43 @@ def test_without_artefact_there_is_no_checkpoint(outcomes, folder, name, cause):
         assert rank.end["scalar/step"] == 1
     assert not outcomes[name][0].kept
     assert not (folder / name / "checkpoints/step-00000001/commit.json").exists()
+
+
+def orthogonality(outcome):
+    """By step: residual_max, reprojections."""
+    return {
+        event.step: tuple(
+            event.values[f"orthogonality/{name}"] for name in ("residual_max", "reprojections")
+        )
+        for event in outcome.events
+        if isinstance(event, Metrics) and "orthogonality/residual_max" in event.values
+    }
+
+
+def test_orthogonality_is_recorded_at_its_interval(outcomes):
+    calm = orthogonality(outcomes["audited"][0])
+    assert list(calm) == [2, 4, 6, 8, 10, 12, 14]
+    assert all(residual < 1e-4 and count == 0 for residual, count in calm.values())
+    assert orthogonality(outcomes["plain"][0]) == {}
+
+
+def test_a_disturbed_matrix_is_found_repaired_and_counted(outcomes):
+    """X becomes 1.01 X, so the residual 0.0201 sqrt(20)."""
+    found = orthogonality(outcomes["disturbed"][0])
+    assert [count for _, count in found.values()] == [0, 1, 1]
+    assert found[8][0] == pytest.approx(0.0201 * math.sqrt(20), rel=1e-3)
+    assert found[12][0] < 1e-4
+    for rank in outcomes["disturbed"]:
+        assert rank.error == ""
+        assert rank.end["scalar/reprojections"] == 1
+        assert max(rank.residuals.values()) < 1e-4
+
+
+def test_a_singular_matrix_stops_all_ranks_by_name(outcomes):
+    for rank in outcomes["singular"]:
+        assert rank.error.startswith("step 8: parameter 'blocks.")
+        assert "does not converge: residual ||X^T X - I||_F 4.47 at the start" in rank.error
+    assert list(outcomes["singular"][0].losses) == [1, 2, 3, 4, 5, 6, 7]
 
 
 def reference_network(state):

@@ -1,0 +1,125 @@
+"""Time and memory of a shard set as large as ImageNet: `python benchmarks/index.py`.
+
+The set has 1.28 million rows and empty (sparse) shards: what is measured is the index, the order of
+an epoch and the start of a stream, not decoding.
+"""
+
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from data_shards.config import StreamConfig
+from data_shards.index import (
+    SCHEMA_VERSION,
+    Header,
+    Shard,
+    count_splits,
+    header_to_json,
+    load_index,
+    rows_to_parquet,
+)
+from data_shards.order import Cursor
+from data_shards.reading import Shares, SplitReader
+
+SAMPLES = 1_281_167
+SHARDS = 512
+SIZE = 110_000
+
+
+def make_set(folder: Path) -> None:
+    """Write header and rows of a large set, and files of the right sizes without content."""
+    shard = np.sort(np.arange(SAMPLES) % SHARDS)
+    first = np.concatenate([[True], np.diff(shard) > 0])
+    place = np.arange(SAMPLES) - np.maximum.accumulate(np.where(first, np.arange(SAMPLES), 0))
+    generator = np.random.Generator(np.random.Philox(0))
+    columns = {
+        "split": ["train"] * SAMPLES,
+        "validation": generator.random(SAMPLES) < 0.01,
+        "shard": shard,
+        "key": [f"n{i % 1000:08d}_{i:08d}" for i in range(SAMPLES)],
+        "offset": place * SIZE + 512,
+        "size": generator.integers(SIZE // 2, SIZE - 2048, SAMPLES),
+        "extension": ["jpeg"] * SAMPLES,
+        "xxh3_64": generator.integers(0, 2**63, SAMPLES, dtype=np.uint64),
+        "label": generator.integers(0, 1000, SAMPLES),
+    }
+    rows = rows_to_parquet(columns)
+    shards = []
+    for number, count in enumerate(np.bincount(shard).tolist()):
+        file = f"train-{number:05d}.tar"
+        size = count * SIZE + 10240
+        with (folder / file).open("wb") as tar:
+            tar.truncate(size)
+        shards.append(
+            Shard(
+                number=number, file=file, split="train", samples=count, size=size, sha256="0" * 64
+            )
+        )
+    header = Header(
+        schema_version=SCHEMA_VERSION,
+        name="large",
+        image_shape=(3, 224, 224),
+        train_shape=None,
+        num_classes=1000,
+        class_names=(),
+        splits=count_splits(np.ones(SAMPLES, bool), columns["validation"]),
+        shards=tuple(shards),
+        rows_sha256=hashlib.sha256(rows).hexdigest(),
+        generator={},
+    )
+    (folder / "index.parquet").write_bytes(rows)
+    (folder / "index.json").write_bytes(header_to_json(header))
+
+
+def resident_mib() -> float:
+    """Return the memory this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def peak_mib() -> float:
+    """Return the most memory this process ever held."""
+    lines = Path("/proc/self/status").read_text().splitlines()  # ru_maxrss is the parent's at first
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def main() -> None:
+    """Print one JSON line of seconds and MiB."""
+    with tempfile.TemporaryDirectory() as name:
+        make_set(Path(name))
+        # In a process of its own: making the set took more memory than reading it.
+        subprocess.run([sys.executable, __file__, name], check=True)
+
+
+def measure(folder: str) -> None:
+    """Load the set, order an epoch and read a first batch deep inside one."""
+    before = resident_mib()
+    begin = time.perf_counter()
+    index = load_index(folder)
+    figures = {"samples": SAMPLES, "load_s": time.perf_counter() - begin}
+    figures["load_mib"] = resident_mib() - before
+    cursor = Cursor(seed=1, epoch=7, position=SAMPLES * 9 // 10)
+    begin = time.perf_counter()
+    shares = Shares(len(index.select("train")), 1024, 3, 8)
+    reader = SplitReader(index, StreamConfig(crop="random-resized"), "train", shares, cursor)
+    next(reader.readings())
+    figures["first_reading_s"] = time.perf_counter() - begin
+    begin = time.perf_counter()
+    reader.order.permutation(8)
+    figures["next_epoch_s"] = time.perf_counter() - begin
+    figures["peak_mib"] = peak_mib() - before
+    print(json.dumps({k: round(v, 2) for k, v in figures.items()}))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        measure(sys.argv[1])
+    else:
+        main()
