@@ -7,10 +7,14 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: pretrain test test-slow lint ui clean
+.PHONY: pretrain pretrain-s3 test test-slow lint ui clean
 
 pretrain: $(VENV)/run.stamp
 	$(BIN)/python -m pipeline.pretrain digits
+
+# The same from object storage: a local S3-compatible server, ended with the run.
+pretrain-s3: $(VENV)/test.stamp
+	$(BIN)/python -m tests.pretrain_s3 digits
 
 ui: $(VENV)/run.stamp
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \

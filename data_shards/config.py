@@ -1,9 +1,12 @@
 """Options of the sample stream."""
 
+from typing import Literal
+
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 MIB = 1 << 20
+GIB = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -18,13 +21,29 @@ class StreamConfig:
     window is shuffled uniformly."""
     read_ahead_bytes: int = Field(default=256 * MIB, ge=1)
     """Bound on encoded and decoded bytes held ahead of the consumer, per rank."""
+    workers: int = Field(default=0, ge=0, le=256)
+    """Threads that decode and augment; 0 = the thread that assembles batches. The samples are the
+    same for every number."""
     cache_bytes: int = Field(default=64 * MIB, ge=0)
     """A split whose decoded images fit in this is decoded once and kept in memory; 0 = never."""
+    disk_cache: str = ""
+    """Local directory for blocks of remote shards, shared by the ranks of a node; "" = none."""
+    disk_cache_bytes: int = Field(default=16 * GIB, ge=1)
+    """Bound on the disk cache; the least recently used blocks go first."""
     damage_fraction: float = Field(default=0.001, ge=0.0, le=1.0)
     """Share of the samples seen that may be damaged before the run stops."""
     damage_allowance: int = Field(default=10, ge=0)
     """Damaged samples allowed on top of the share, so that an early one does not stop a run."""
+    crop: Literal["none", "random-resized"] = "none"
+    """Augmentation: cut a random part of each image and scale it to the set's image shape; needed
+    where the train images differ in shape."""
+    randaugment: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Augmentation: share of the images that RandAugment changes."""
     shift_pixels: int = Field(default=0, ge=0)
     """Augmentation: translate by up to this many pixels in each direction, zeros move in."""
     flip: bool = False
     """Augmentation: mirror half of the images left to right."""
+
+
+SAME_SAMPLES = ("read_ahead_bytes", "workers", "cache_bytes", "disk_cache", "disk_cache_bytes")
+"""Options that change how samples are read and never which ones: free when a run is resumed."""

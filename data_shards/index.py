@@ -8,6 +8,7 @@ written last: a directory without one is not a shard set.
 import dataclasses
 import hashlib
 import json
+import logging
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -21,7 +22,9 @@ from data_shards.decode import EXTENSIONS
 from data_shards.errors import ShardError
 from data_shards.store import Store
 
-SCHEMA_VERSION: Final = 1
+_logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION: Final = 2
 HEADER_FILE = "index.json"
 ROWS_FILE = "index.parquet"
 STORED_SPLITS = ("train", "test")
@@ -40,6 +43,7 @@ _COLUMNS = {
     "xxh3_64": pa.uint64(),
     "label": pa.int32(),
 }
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: multiplication spreads the bits
 _STRICT = ConfigDict(extra="forbid")
 
 
@@ -61,10 +65,13 @@ class Shard:
 class Header:
     """The content of `index.json`, apart from its digest."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: str
-    image_shape: tuple[int, int, int] | None
-    """(C, H, W) as stored, None if images differ in shape."""
+    image_shape: tuple[int, int, int]
+    """(C, H, W) that a network sees, and of every stored image of the test split."""
+    train_shape: tuple[int, int, int] | None
+    """(C, H, W) of every stored image of the train split: `image_shape`, or None where they differ
+    in shape and the stream crops them to `image_shape`."""
     num_classes: int = Field(ge=1)
     class_names: tuple[str, ...]
     splits: dict[SplitName, int]
@@ -107,14 +114,13 @@ class ShardIndex:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) as stored.
-
-        Raises:
-            ShardError: the images of this set differ in shape.
-        """
-        if self.header.image_shape is None:
-            raise ShardError(f"the images of shard set {self.store} differ in shape")
+        """(C, H, W) that a network sees, and of every stored image of the test split."""
         return self.header.image_shape
+
+    @property
+    def train_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of every stored image of the train split; None if they differ in shape."""
+        return self.header.train_shape
 
     @property
     def num_classes(self) -> int:
@@ -143,6 +149,10 @@ class ShardIndex:
         if not chosen.any():
             raise ShardError(f"split {split!r} of shard set {self.store} has no samples")
         return np.flatnonzero(chosen)
+
+    def stored_shape(self, split: str) -> tuple[int, int, int] | None:
+        """Return (C, H, W) of every stored image of a split; None if they differ in shape."""
+        return self.image_shape if split == "test" else self.train_shape
 
     def shards_of(self, split: str) -> list[Shard]:
         """Return the shards that hold samples of a split, in stored order."""
@@ -210,6 +220,8 @@ def load_header(store: Store) -> Header:
         version = fields["schema_version"]
     except FileNotFoundError as error:
         raise ShardError(f"no shard set at {store}: there is no {HEADER_FILE}") from error
+    except OSError as error:
+        raise ShardError(f"cannot read the index of a shard set: {error}") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ShardError(f"{store}/{HEADER_FILE} is not a shard set header: {error!r}") from error
     if version != SCHEMA_VERSION:
@@ -229,10 +241,14 @@ def load_header(store: Store) -> Header:
     return header
 
 
-def load_index(url: str | Store) -> ShardIndex:
+def load_index(url: str | Store, *, check_files: bool = True) -> ShardIndex:
     """Read the index of a shard set and check it against the files' sizes.
 
     Contents of shards are not read here: every sample is checked when it is.
+
+    Args:
+        url: Directory of the set.
+        check_files: Compare the sizes of the files; without it the index alone is checked.
 
     Raises:
         ShardError: missing, empty, changed or inconsistent set; the message has the URL, the
@@ -242,11 +258,20 @@ def load_index(url: str | Store) -> ShardIndex:
     header = load_header(store)
     if not header.shards:
         raise ShardError(f"shard set {store} is empty: its header lists no shards")
-    _check_files(store, header)
+    shape = header.train_shape
+    if shape is not None and shape != header.image_shape:
+        raise ShardError(
+            f"{store}/{HEADER_FILE} has train_shape {shape}, which is neither its image_shape "
+            f"{header.image_shape} nor null"
+        )
     try:
+        if check_files:
+            _check_files(store, header)
         data = store.read(ROWS_FILE)
     except FileNotFoundError as error:
         raise ShardError(f"shard set {store} has no {ROWS_FILE}") from error
+    except OSError as error:
+        raise ShardError(f"cannot read the index of a shard set: {error}") from error
     found = hashlib.sha256(data).hexdigest()
     if found != header.rows_sha256:
         raise ShardError(
@@ -269,25 +294,49 @@ def _header_dict(header: Header) -> dict[str, Any]:
 def _read_rows(store: Store, data: bytes) -> tuple[Rows, npt.NDArray[np.bytes_]]:
     # Not `read_table` of a Python file: its background clean-up can abort the interpreter's exit
     # (apache/arrow 34314, 33975).
-    table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
-    missing = set(_COLUMNS) - set(table.column_names)
+    file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+    missing = set(_COLUMNS) - set(file.schema_arrow.names)
     if missing:
         raise ShardError(f"{store}/{ROWS_FILE} lacks the columns {', '.join(sorted(missing))}")
+    if not file.metadata.num_rows:
+        raise ShardError(f"{store}/{ROWS_FILE} has no rows")
 
-    def text(name: str) -> npt.NDArray[np.bytes_]:
-        # Fixed-width bytes: a Python object per key would cost ten times as much.
-        return np.array(table.column(name).to_pylist(), dtype=np.bytes_)
+    def read(name: str) -> npt.NDArray[Any]:  # one by one: Arrow's copy is gone before the next
+        column = file.read(columns=[name], use_threads=False).column(0)
+        if column.null_count:
+            raise ShardError(f"{store}/{ROWS_FILE} has {column.null_count} empty cells in {name}")
+        if pa.types.is_string(column.type):
+            return _fixed_width(column.combine_chunks())
+        return np.array(column.to_numpy())  # a copy: the pool below can let go of its own
 
-    def numbers(name: str) -> npt.NDArray[Any]:
-        return np.asarray(table.column(name).to_numpy())
+    columns = {field.name: read(field.name) for field in dataclasses.fields(Rows)}
+    splits = read("split")
+    pa.default_memory_pool().release_unused()  # it would keep twice the size of the columns
+    return Rows(**columns), splits
 
-    plain = ("shard", "offset", "size", "xxh3_64", "label", "validation")
-    columns = {name: numbers(name) for name in plain}
-    return Rows(**columns, extension=text("extension"), key=text("key")), text("split")
+
+def _fixed_width(texts: Any) -> npt.NDArray[np.bytes_]:
+    """Return an Arrow string array as NumPy bytes; a Python object per key would cost ten times."""
+    first, count = texts.offset, len(texts)
+    ends = np.frombuffer(texts.buffers()[1], dtype=np.int32)[first : first + count + 1]
+    data = np.frombuffer(texts.buffers()[2] or b"", dtype=np.uint8)
+    lengths = np.diff(ends)
+    width = max(1, int(lengths.max(initial=1)))
+    if (lengths == width).all():
+        whole = data[ends[0] : ends[-1]].copy()
+    else:
+        whole = np.zeros(count * width, dtype=np.uint8)
+        # Byte j of the data goes to its text's place plus its distance from the text's beginning.
+        shift = np.repeat(np.arange(count, dtype=np.int64) * width - ends[:-1], lengths)
+        whole[np.arange(ends[0], ends[-1]) + shift] = data[ends[0] : ends[-1]]
+    return whole.view(f"S{width}")
 
 
 def _check_files(store: Store, header: Header) -> None:
     sizes = store.sizes()
+    listed = {shard.file for shard in header.shards}
+    if extra := sorted(name for name in sizes if name.endswith(".tar") and name not in listed):
+        _logger.warning("%s: %s not listed in the index, not read", store, ", ".join(extra))
     for number, shard in enumerate(header.shards):
         if shard.number != number:
             raise ShardError(f"{store}/{shard.file} is number {shard.number} at place {number}")
@@ -302,8 +351,10 @@ def _check_files(store: Store, header: Header) -> None:
 
 def _check_rows(store: Store, header: Header, rows: Rows, splits: npt.NDArray[np.bytes_]) -> None:
     numbers = np.arange(len(header.shards))
-    if len(rows) == 0 or not np.isin(rows.shard, numbers).all() or (np.diff(rows.shard) < 0).any():
-        raise ShardError(f"{store}/{ROWS_FILE} has no rows or shard numbers out of order")
+    if not np.isin(rows.shard, numbers).all() or (np.diff(rows.shard) < 0).any():
+        raise ShardError(f"{store}/{ROWS_FILE} has shard numbers out of order")
+    if (key := _repeated(rows.key)) is not None:
+        raise ShardError(f"{store}/{ROWS_FILE} has the key {key.decode()!r} more than once")
     counts = np.bincount(rows.shard, minlength=len(numbers))
     for shard, count in zip(header.shards, counts, strict=True):
         if count != shard.samples:
@@ -314,12 +365,14 @@ def _check_rows(store: Store, header: Header, rows: Rows, splits: npt.NDArray[np
     limits = np.array([shard.size for shard in header.shards])[rows.shard]
     shard_splits = np.array([shard.split for shard in header.shards], dtype=np.bytes_)
     allowed = np.array(EXTENSIONS, dtype=np.bytes_)
+    ends = np.zeros(len(rows), dtype=np.int64)  # of the sample before, in the same shard
+    ends[1:] = np.where(np.diff(rows.shard) == 0, (rows.offset + rows.size)[:-1], 0)
     checks = (
         ("label", rows.label, (rows.label < 0) | (rows.label >= header.num_classes),
          f"in [0, {header.num_classes})"),
-        ("offset", rows.offset, rows.offset < 0, "at least 0"),
         ("size", rows.size, (rows.size < 0) | (rows.offset + rows.size > limits),
          "inside its shard"),
+        ("offset", rows.offset, rows.offset < ends, "behind the sample before it"),
         ("extension", rows.extension, ~np.isin(rows.extension, allowed),
          f"one of {', '.join(EXTENSIONS)}"),
         ("split", splits, splits != shard_splits[rows.shard], "the split of its shard"),
@@ -336,6 +389,23 @@ def _check_rows(store: Store, header: Header, rows: Rows, splits: npt.NDArray[np
     found = count_splits(splits == b"train", rows.validation)
     if found != header.splits:
         raise ShardError(f"shard set {store} has splits {found}, the header states {header.splits}")
+
+
+def _repeated(keys: npt.NDArray[np.bytes_]) -> bytes | None:
+    """Return a key that occurs more than once."""
+    # Sorting 64-bit hashes takes a tenth of the time that sorting the keys would.
+    width = keys.itemsize
+    words = np.zeros((len(keys), -(-width // 8) * 8), dtype=np.uint8)
+    words[:, :width] = keys.view(np.uint8).reshape(len(keys), width)
+    hashes = np.zeros(len(keys), dtype=np.uint64)
+    for column in words.view(np.uint64).T:
+        hashes = (hashes ^ column) * _ODD
+        hashes ^= hashes >> np.uint64(29)
+    hashes.sort()
+    if (hashes[1:] != hashes[:-1]).all():
+        return None
+    found, counts = np.unique(keys, return_counts=True)
+    return bytes(found[counts > 1][0]) if (counts > 1).any() else None
 
 
 def count_splits(

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from data_shards.errors import ShardError
-from data_shards.philox import philox_words, unit_interval
+from data_shards.philox import WORDS_PER_COUNTER, philox_words, unit_interval
 
 # Purposes of random words that share the key (seed, epoch).
-_SHARDS, _ROTATION, _WINDOW, AUGMENT, REPLACE = range(5)
+_SHARDS, _ROTATION, _WINDOW, AUGMENT, REPLACE, CROP, RANDAUGMENT = range(7)
 _SCHEMA = 1
 
 
@@ -164,20 +164,25 @@ class EpochOrder:
 
     def _permute(self, epoch: int) -> npt.NDArray[np.int64]:
         sequence = self.sequence(epoch)
-        rows = -(-self.samples // 4)
-        words = philox_words(self.seed, epoch, purpose=_WINDOW, count=rows).ravel()
-        jitter = unit_interval(words[: self.samples]) * self.window
         out = np.empty_like(sequence)
         begin = 0
         for lane in range(self.lanes):
             end = begin + len(out[lane :: self.lanes])
-            keys = jitter[begin:end]
+            keys = self._jitter(epoch, begin, end)
             if end - begin > self.window:  # a shorter lane is shuffled uniformly
-                keys = keys + np.arange(end - begin)
+                keys += np.arange(end - begin)
             out[lane :: self.lanes] = sequence[begin:end][np.argsort(keys, kind="stable")]
             begin = end
         out.flags.writeable = False
         return out
+
+    def _jitter(self, epoch: int, begin: int, end: int) -> npt.NDArray[np.float64]:
+        """Return window * U for places [begin, end) of the sequence."""
+        first = begin // WORDS_PER_COUNTER
+        count = -(-end // WORDS_PER_COUNTER) - first
+        words = philox_words(self.seed, epoch, purpose=_WINDOW, count=count, start=first).ravel()
+        begin, end = begin - first * WORDS_PER_COUNTER, end - first * WORDS_PER_COUNTER
+        return unit_interval(words[begin:end]) * self.window
 
 
 def position_words(

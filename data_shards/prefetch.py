@@ -1,18 +1,21 @@
 """Run an iterator ahead of its consumer in one thread, within a bound on bytes."""
 
 import collections
+import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+_JOIN_S = 5.0
 
 
 class Prefetcher(Generic[T]):
     """Items of an iterator, made ahead in a background thread.
 
-    An item waits for room before it is queued, so one more than fits may exist; one item is always
-    let through. An error of the iterator is raised by `get` after the items before it.
+    An item waits for room before it is queued, so one more than fits may exist. One item is always
+    let through; while it is larger than the bound, no other is made. An error of the iterator is raised by `get` after the items before it.
 
     Args:
         items: Made and iterated in the thread alone.
@@ -57,22 +60,35 @@ class Prefetcher(Generic[T]):
                 raise self._error
             raise StopIteration
 
+    def __iter__(self) -> Iterator[T]:
+        """Yield the items; ends when this is closed."""
+        with contextlib.suppress(StopIteration):
+            while True:
+                yield self.get()
+
     def close(self) -> None:
-        """End the thread and drop what it made; safe to call again."""
+        """End the thread and drop what it made; safe to call again.
+
+        A thread that waits for a store is left to end by itself.
+        """
         with self._changed:
             self._closed = True
             self._queue.clear()
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:  # the collector may call from there
-            self._thread.join()
+            self._thread.join(_JOIN_S)
 
     def _work(self) -> None:
         try:
             for item in self._items:
                 if not self._put(item):
                     break
+                del item  # not held while the next one is made
         except BaseException as error:  # surfaces in the consumer's thread
             self._error = error
+        finally:
+            if isinstance(self._items, Generator):
+                self._items.close()  # ends its threads
         with self._changed:
             self._finished = True
             self._changed.notify_all()
@@ -86,6 +102,8 @@ class Prefetcher(Generic[T]):
                 self._queue.append((item, size))
                 self._bytes += size
                 self._changed.notify_all()
+            while self._queue and not self._closed and self._bytes > self._max_bytes:
+                self._changed.wait()  # it is over the bound alone: no other is made beside it
             return not self._closed
 
     def _is_full(self, size: int) -> bool:

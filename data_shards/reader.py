@@ -1,7 +1,7 @@
 """Read, check and decode samples of a shard set by row number."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +9,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from data_shards import decode as codec
 from data_shards.config import MIB
-from data_shards.decode import decode_image
 from data_shards.errors import ShardError
 from data_shards.index import Shard, ShardIndex
 
@@ -20,6 +20,8 @@ MAX_GAP = MIB
 MAX_RANGE = 8 * MIB
 
 Encoded = Mapping[int, memoryview]
+ReadRanges = Callable[[Sequence[tuple[str, int, int]]], list[bytes]]
+"""Bytes [start, stop) of each (file, start, stop): of a store, or of a cache before one."""
 
 
 class DamagedSampleError(ShardError):
@@ -50,11 +52,23 @@ class _Range:
     rows: list[int]
 
 
-def fetch(index: ShardIndex, rows: Sequence[int] | npt.NDArray[np.int64]) -> Encoded:
+def fetch(
+    index: ShardIndex,
+    rows: Sequence[int] | npt.NDArray[np.int64],
+    *,
+    read_ranges: ReadRanges | None = None,
+    max_gap: int | None = None,
+) -> Encoded:
     """Read the encoded images of different rows, neighbours in a shard in one request.
 
-    Gaps of up to `MAX_GAP` are read through as long as all gaps together are not larger than the
-    images themselves, so at most twice their size is held.
+    Gaps of up to `max_gap` are read through as long as all gaps together are not larger than a
+    quarter of the images, or than four such gaps: what is held beside the images is bounded.
+
+    Args:
+        index: The shard set.
+        rows: What to read.
+        read_ranges: How to read; None = from the set's store.
+        max_gap: Bytes; None = `MAX_GAP`.
 
     Returns:
         Row number -> bytes, views into the ranges read; shorter than stated if the shard is.
@@ -62,9 +76,12 @@ def fetch(index: ShardIndex, rows: Sequence[int] | npt.NDArray[np.int64]) -> Enc
     Raises:
         ShardError: a shard cannot be read.
     """
-    ranges = _plan_ranges(index, np.asarray(rows, dtype=np.int64))
+    gap = MAX_GAP if max_gap is None else max_gap
+    ranges = _plan_ranges(index, np.asarray(rows, dtype=np.int64), gap)
     try:
-        blocks = index.store.read_ranges([(r.file, r.start, r.stop) for r in ranges])
+        blocks = (read_ranges or index.store.read_ranges)(
+            [(r.file, r.start, r.stop) for r in ranges]
+        )
     except OSError as error:
         files = ", ".join(sorted({r.file for r in ranges}))
         raise ShardError(f"cannot read {index.store} ({files}): {error}") from error
@@ -77,11 +94,19 @@ def fetch(index: ShardIndex, rows: Sequence[int] | npt.NDArray[np.int64]) -> Enc
     return encoded
 
 
-def decode(index: ShardIndex, row: int, data: memoryview) -> Tensor:
+def decode(
+    index: ShardIndex, row: int, data: memoryview, crop: npt.NDArray[np.uint64] | None = None
+) -> Tensor:
     """Check the digest of an encoded image and decode it.
 
+    Args:
+        index: The shard set.
+        row: Row of the image.
+        data: Its encoded bytes.
+        crop: Random words (4,) of a random-resized crop to the set's image shape; None = no crop.
+
     Returns:
-        uint8 (C, H, W), of the set's image shape.
+        uint8 (C, H, W): the set's image shape if cropped, else the shape stored for the split.
 
     Raises:
         DamagedSampleError: other bytes than were written, undecodable, or of another shape.
@@ -94,14 +119,19 @@ def decode(index: ShardIndex, row: int, data: memoryview) -> Tensor:
             f"{index.rows.size[row]} with {stated:016x}",
             "digest",
         )
+    extension = index.rows.extension[row].decode()
     try:
-        image = decode_image(bytes(data), index.rows.extension[row].decode())
+        if crop is None:
+            image = codec.decode_image(bytes(data), extension)
+        else:
+            image = codec.decode_crop(bytes(data), extension, index.image_shape[1:], crop)
     except ShardError as error:
         raise DamagedSampleError(f"{index.describe(row)}: {error}", "decode") from error
-    if tuple(image.shape) != index.image_shape:
+    split = index.shards[index.rows.shard[row]].split
+    shape = index.image_shape if crop is not None else index.stored_shape(split)
+    if shape is not None and tuple(image.shape) != shape:
         raise DamagedSampleError(
-            f"{index.describe(row)}: shape {tuple(image.shape)}, the set has {index.image_shape}",
-            "shape",
+            f"{index.describe(row)}: shape {tuple(image.shape)}, the set has {shape}", "shape"
         )
     return image
 
@@ -123,6 +153,11 @@ def read_shard(
     """
     if batch_size < 1:
         raise ShardError(f"batch size {batch_size} is not at least 1")
+    if index.stored_shape(shard.split) is None:
+        raise ShardError(
+            f"split {split or shard.split!r} of shard set {index.store} holds images of different "
+            "shapes: only the test split is stored at network size"
+        )
     rows = np.flatnonzero(index.rows.shard == shard.number)
     if split is not None:
         rows = np.intersect1d(rows, index.select(split))
@@ -136,16 +171,16 @@ def read_shard(
         )
 
 
-def _plan_ranges(index: ShardIndex, rows: npt.NDArray[np.int64]) -> list[_Range]:
+def _plan_ranges(index: ShardIndex, rows: npt.NDArray[np.int64], max_gap: int) -> list[_Range]:
     rows = np.sort(rows)  # rows are in the order (shard, offset)
-    gap_budget = int(index.rows.size[rows].sum())
+    gap_budget = max(int(index.rows.size[rows].sum()) // 4, 4 * max_gap)
     ranges: list[_Range] = []
     columns = (index.rows.shard[rows], index.rows.offset[rows], index.rows.size[rows])
     for row, shard, start, size in zip(rows.tolist(), *(c.tolist() for c in columns), strict=True):
         last = ranges[-1] if ranges else None
         if last is not None and last.shard == shard:
             gap = start - last.stop
-            if gap <= min(MAX_GAP, gap_budget) and start + size - last.start <= MAX_RANGE:
+            if gap <= min(max_gap, gap_budget) and start + size - last.start <= MAX_RANGE:
                 gap_budget -= gap
                 last.stop = start + size
                 last.rows.append(row)

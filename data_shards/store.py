@@ -4,33 +4,30 @@ The only file of the project that imports fsspec.
 """
 
 import contextlib
+import functools
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
+from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
 from data_shards.errors import ShardError
+from data_shards.ranges import IN_FLIGHT, chunks_of, read_ranges
+from data_shards.retry import RetryCount, patiently
+
+T = TypeVar("T")
 
 _TEMPORARY = ".tmp"
-# S3: a stalled body must not hold a run for the default 60 s; checksums that stores other than AWS
-# lack are not asked for; a cached listing would hide what other processes wrote.
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {
-        "use_listings_cache": False,
-        "config_kwargs": {
-            "read_timeout": 10,
-            "connect_timeout": 5,
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-        },
-    },
-    "file": {"auto_mkdir": True},
-}
+_IN_PROCESS = ("file", "memory")  # no network: nothing to retry
+_PIECE = 8 << 20  # a whole object is read in ranges of this, side by side
+_KINDS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
+          PermissionError, TimeoutError)  # fmt: skip
+_STALL_S = 10  # not the client's default of 60: a stalled body must not hold all ranks that long
 
 
 class Store:
@@ -39,12 +36,20 @@ class Store:
     A path without a scheme is a local directory. The filesystem object is made on first use in each
     process, so a store survives fork and pickling. `str(store)` leaves out credentials and query:
     messages use it, `url` is for opening.
+
+    Reads, listings and whole writes of remote stores wait out 5xx, time-outs, resets and short
+    bodies; `retries` counts the repetitions. Settings of a store (endpoint, profile, anonymous
+    access, time-outs) come from its own environment variables and files and from fsspec's.
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
         text = os.fspath(url)
         if not text:
             raise ShardError("a store needs a URL or a path, got an empty text")
+        if "::" in text:
+            raise ShardError(
+                f"a URL of several filesystems is not opened: {text.split('://')[0]!r}"
+            )
         scheme = text.split("://", 1)[0] if "://" in text else "file"
         if scheme in ("file", "local"):
             text = f"file://{LocalFileSystem._strip_protocol(os.path.expanduser(text))}"
@@ -54,8 +59,14 @@ class Store:
         self.url: str = text
         self._scheme = scheme
         self._pid = -1
-        self._filesystem: Any = None
+        self._filesystems: dict[bool, Any] = {}
         self._root = ""
+        self._count = RetryCount()
+
+    @property
+    def retries(self) -> int:
+        """Requests of this object that were repeated after a fault of the store."""
+        return self._count.value
 
     def __str__(self) -> str:
         if self._scheme == "file":
@@ -76,7 +87,10 @@ class Store:
         return Store, (self.url,)
 
     def open(self, name: str, mode: str = "rb") -> BinaryIO:
-        """Open one object as a binary stream; missing local directories are made for writing."""
+        """Open one object as a binary stream; missing local directories are made for writing.
+
+        Streams of remote stores have the few retries of their client, which are not counted.
+        """
         return cast(BinaryIO, self._fs().open(self._path(name), mode))
 
     def read(self, name: str) -> bytes:
@@ -84,8 +98,13 @@ class Store:
 
         Raises:
             FileNotFoundError: there is no such object.
+            OSError: it cannot be read.
         """
-        return cast(bytes, self._fs().cat_file(self._path(name)))
+        if self._scheme in _IN_PROCESS:
+            return cast(bytes, self._fs().cat_file(self._path(name)))
+        size = self.size(name)
+        starts = range(0, size, _PIECE)
+        return b"".join(self.read_ranges([(name, s, min(s + _PIECE, size)) for s in starts]))
 
     def write(self, name: str, data: bytes) -> None:
         """Replace one object.
@@ -95,7 +114,7 @@ class Store:
         """
         local = self.local_path()
         if local is None:
-            self._fs().pipe_file(self._path(name), data)
+            self._call(lambda: self._fs(streams=True).pipe_file(self._path(name), data))
             return
         target = Path(self._path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,14 +139,29 @@ class Store:
 
         Raises:
             FileNotFoundError: an object does not exist.
+            OSError: it cannot be read.
         """
-        paths, starts, stops = zip(*ranges, strict=True) if ranges else ((), (), ())
-        paths = tuple(self._path(name) for name in paths)
-        return list(self._fs().cat_ranges(list(paths), list(starts), list(stops), on_error="raise"))
+        wanted = [(self._path(name), start, stop) for name, start, stop in ranges]
+        filesystem = self._fs()
+        if not filesystem.async_impl:
+            return [self._call(functools.partial(filesystem.cat_file, *w)) for w in wanted]
+        with self._clear_errors():
+            return cast(
+                list[bytes],
+                sync(
+                    filesystem.loop,
+                    read_ranges,
+                    chunks_of(filesystem),
+                    wanted,
+                    describe=self._describe,
+                    count=self._count,
+                    stall_s=_stall_s(self._scheme),
+                ),
+            )
 
     def exists(self, name: str = "") -> bool:
         """Tell whether the object (or directory) exists."""
-        return bool(self._fs().exists(self._path(name)))
+        return bool(self._call(lambda: self._fs().exists(self._path(name))))
 
     def size(self, name: str) -> int:
         """Return the size of one object in bytes.
@@ -135,7 +169,7 @@ class Store:
         Raises:
             FileNotFoundError: there is no such object.
         """
-        return int(self._fs().size(self._path(name)))
+        return int(self._call(lambda: self._fs().size(self._path(name))))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Return name and size in bytes of every object directly under `prefix`: one listing.
@@ -144,7 +178,7 @@ class Store:
         """
         path = self._path(prefix)
         try:
-            entries = self._fs().ls(path, detail=True)
+            entries = self._call(lambda: self._fs().ls(path, detail=True))
         except (FileNotFoundError, NotADirectoryError):
             return {}
         found = {}
@@ -152,7 +186,8 @@ class Store:
             name = entry["name"].rstrip("/").rpartition("/")[2]
             is_self = entry["name"].strip("/") == path.strip("/")
             if not is_self and not (name.startswith(".") and name.endswith(_TEMPORARY)):
-                found[f"{prefix.rstrip('/')}/{name}".lstrip("/")] = int(entry["size"] or 0)
+                size = 0 if entry["type"] == "directory" else int(entry["size"] or 0)
+                found[f"{prefix.rstrip('/')}/{name}".lstrip("/")] = size
         return found
 
     def ls(self, prefix: str = "") -> list[str]:
@@ -162,7 +197,7 @@ class Store:
     def remove(self, name: str, *, recursive: bool = False) -> None:
         """Remove an object, or with `recursive` a whole prefix; a missing one is no error."""
         with contextlib.suppress(FileNotFoundError):
-            self._fs().rm(self._path(name), recursive=recursive)
+            self._call(lambda: self._fs().rm(self._path(name), recursive=recursive))
 
     def child(self, *parts: str) -> "Store":
         """Return the store of a directory below this one."""
@@ -182,12 +217,50 @@ class Store:
             return LocalFileSystem(), str(self.local_path())
         return PyFileSystem(FSSpecHandler(self._fs())), self._path("")
 
-    def _fs(self) -> Any:
+    def _fs(self, *, streams: bool = False) -> Any:
+        """Return the filesystem object of this process; for `streams` one that retries by itself.
+
+        Raises:
+            ShardError: fsspec does not know the scheme, or its package is not installed.
+        """
         if self._pid != os.getpid():
-            options = _OPTIONS.get(self._scheme, {})
-            self._filesystem, self._root = fsspec.core.url_to_fs(self.url, **options)
+            self._filesystems.clear()
             self._pid = os.getpid()
-        return self._filesystem
+        if streams not in self._filesystems:
+            options = _options(self._scheme, streams=streams)
+            try:
+                filesystem, self._root = fsspec.core.url_to_fs(self.url, **options)
+            except (ImportError, ValueError) as error:
+                raise ShardError(f"cannot open {self._describe(error)}") from None
+            if self._scheme == "s3" and not streams:
+                filesystem.retries = 1  # every repetition is ours, and counted
+            self._filesystems[streams] = filesystem
+        return self._filesystems[streams]
+
+    def _call(self, operation: Callable[[], T]) -> T:
+        if self._scheme in _IN_PROCESS:
+            return operation()
+        with self._clear_errors():
+            return patiently(operation, self._describe, self._count)
+
+    @contextlib.contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        """Turn a client's own errors into OSError, and keep what the URL hides out of messages."""
+        try:
+            yield
+        except (ShardError, TypeError, AssertionError):
+            raise
+        except Exception as error:
+            kind = next((k for k in _KINDS if isinstance(error, k)), OSError)
+            raise kind(self._describe(error)) from None
+
+    def _describe(self, error: Exception) -> str:
+        """Return what went wrong where, without what the URL hides."""
+        parts = urlsplit(self.url)
+        text = f"{self}: {type(error).__name__}: {error}"
+        for secret in (parts.netloc.rpartition("@")[0], parts.query, parts.password):
+            text = text.replace(secret, "***") if secret else text
+        return text
 
     def _path(self, name: str) -> str:
         _check_name(name, self)
@@ -198,6 +271,42 @@ class Store:
 def _check_name(name: str, store: Store) -> None:
     if name.startswith("/") or ".." in name.split("/"):
         raise ShardError(f"name {name!r} would leave the store {store}")
+
+
+def _options(scheme: str, *, streams: bool) -> dict[str, Any]:
+    """Return the options of a filesystem; what fsspec's own configuration says wins."""
+    if scheme == "file":
+        return {"auto_mkdir": True}
+    if scheme != "s3":
+        return {}
+    configured = fsspec.config.conf.get("s3", {})
+    endpoint = configured.get("endpoint_url") or os.environ.get(
+        "AWS_ENDPOINT_URL_S3", os.environ.get("AWS_ENDPOINT_URL")
+    )
+    config: dict[str, Any] = {
+        "read_timeout": _STALL_S,
+        "connect_timeout": 5,
+        "max_pool_connections": IN_FLIGHT,
+        # Checksums that stores other than AWS lack are not asked for.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+    }
+    if endpoint:
+        config["s3"] = {"addressing_style": "path"}  # other stores have no host name per bucket
+    if not streams:
+        config["retries"] = {"mode": "standard", "total_max_attempts": 1}
+    # A cached listing would hide what other processes wrote. The endpoint also separates the
+    # filesystem objects that fsspec keeps.
+    options = {"use_listings_cache": False, **configured}
+    if endpoint:
+        options["endpoint_url"] = endpoint
+    return {**options, "config_kwargs": {**config, **configured.get("config_kwargs", {})}}
+
+
+def _stall_s(scheme: str) -> float:
+    return float(
+        _options(scheme, streams=False).get("config_kwargs", {}).get("read_timeout", _STALL_S)
+    )
 
 
 def _sync_directory(directory: Path) -> None:

@@ -1,12 +1,11 @@
 """Recount and re-hash a shard set: `python -m data_shards.verify URL`.
 
-Lists every disagreement between index and shards; exit status 1 if there is one.
+Lists every disagreement between index and shards; exit status 1 if there is one. With `--repair`
+the index is made anew from the shards, if those are intact.
 """
 
-import hashlib
-import io
+import functools
 import sys
-import tarfile
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -14,71 +13,144 @@ import numpy as np
 import tyro
 import xxhash
 
+from data_shards.decode import decode_image
 from data_shards.errors import ShardError
 from data_shards.index import Shard, ShardIndex, load_index
-from data_shards.reader import DamagedSampleError, decode
+from data_shards.pool import Advance, run_tasks, usable_cpus
+from data_shards.progress import Bar
+from data_shards.repair import repair
+from data_shards.shard_file import HashedFile, StoredSample, read_shard_file
+from data_shards.store import Store
+
+_LISTED = 20  # disagreements of one shard
+_SMALL_SET = 20_000  # images; one process is done before others have started
 
 
-def verify(index: ShardIndex) -> Iterator[str]:
-    """Read every shard whole and yield one line per disagreement with the index."""
+def verify(
+    index: ShardIndex, *, decode: bool = True, workers: int = 1, progress: bool = False
+) -> Iterator[str]:
+    """Read every shard whole, in blocks, and yield one line per disagreement with the index.
+
+    Args:
+        index: The set; files may be missing.
+        decode: Decode every image too. Without it an image is what was written, which the writer
+            decoded.
+        workers: Processes; 1 = this one.
+        progress: Show a bar on standard error.
+    """
+    sizes = index.store.sizes()
     listed = {shard.file for shard in index.shards}
-    for name in index.store.ls():
-        if name.endswith(".tar") and name not in listed:
+    for name in sorted(set(sizes) - listed):
+        if name.endswith(".tar"):
             yield f"{index.store}/{name}: not listed in the index"
+    for name in sorted(listed - set(sizes)):
+        yield f"{index.store}/{name}: listed in the index and absent"
     keys, counts = np.unique(index.rows.key, return_counts=True)
     for key in keys[counts > 1]:
-        yield f"{index.store}: key {key.decode()!r} occurs more than once"
-    for shard in index.shards:
-        for problem in _verify_shard(index, shard):
-            yield f"{index.store}/{shard.file}: {problem}"
+        yield f"{index.store}: key {key.decode()!r} occurs more than once in the index"
+    present = [shard for shard in index.shards if shard.file in sizes]
+    tasks = [(index.part(shard.split, shard), shard, sizes[shard.file]) for shard in present]
+    total = sum(shard.samples for shard in present)
+    task = functools.partial(_verify_shard, decode)
+    with Bar("verifying", total, shown=progress) as bar:
+        for place, problems in run_tasks(task, tasks, workers, bar):
+            name = f"{index.store}/{present[place].file}"
+            yield from (f"{name}: {problem}" for problem in problems[:_LISTED])
+            if len(problems) > _LISTED:
+                yield f"{name}: and {len(problems) - _LISTED} more"
 
 
-def _verify_shard(index: ShardIndex, shard: Shard) -> Iterator[str]:
-    data = index.store.read(shard.file)
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != shard.sha256:
-        yield f"sha256 {digest}, the index states {shard.sha256}"
-    members = {}
+def _verify_shard(decode: bool, task: tuple[ShardIndex, Shard, int], advance: Advance) -> list[str]:
+    """Compare one shard with its rows."""
+    index, shard, size = task
+    problems = []
+    if size != shard.size:
+        problems.append(f"{size} bytes, the index states {shard.size}")
+    file = HashedFile(index.store, shard.file, size)
+    missing = {key.decode(): row for row, key in enumerate(index.rows.key)}
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            members = {member.name: member for member in tar}
-    except tarfile.TarError as error:
-        yield f"not a readable tar: {error}"
-    rows = np.flatnonzero(index.rows.shard == shard.number)
-    if len(members) != 2 * len(rows):
-        yield f"{len(members)} members, the index states {2 * len(rows)}"
-    for row in rows.tolist():
-        key, label = index.rows.key[row].decode(), int(index.rows.label[row])
-        start, size = int(index.rows.offset[row]), int(index.rows.size[row])
-        image = members.get(f"{key}.{index.rows.extension[row].decode()}")
-        if image is None or (image.offset_data, image.size) != (start, size):
-            yield f"key {key!r}: no image of {size} bytes at offset {start}"
+        for found in read_shard_file(file, size, shard.file):
+            if isinstance(found, str):
+                problems.append(found)
+                continue
+            row = missing.pop(found.key, None)
+            problems += _compare(index, row, found, decode)
+            advance(1, len(found.data))
+        digest = file.hexdigest()
+    except ShardError as error:
+        problems.append(str(error))
+        digest = _digest_of_rest(file)
+    if missing:
+        problems.append(
+            f"{len(missing)} of the {len(index.rows)} samples of the index are not there, the "
+            f"first is {min(missing, key=lambda key: missing[key])!r}"
+        )
+    if digest != shard.sha256:
+        problems.insert(0, f"sha256 {digest}, the index states {shard.sha256}")
+        others = [other.file for other in index.shards if other.sha256 == digest]
+        if others:
+            problems.insert(1, f"these are the bytes of {others[0]}: shards were swapped or copied")
+    return problems
+
+
+def _digest_of_rest(file: HashedFile) -> str:
+    try:
+        return file.hexdigest()
+    except ShardError:
+        return "unknown"
+
+
+def _compare(
+    index: ShardIndex, row: int | None, found: StoredSample, decode: bool
+) -> Iterator[str]:
+    key = f"key {found.key!r}"
+    if row is None:
+        yield f"{key} is not in the index, or occurs more than once"
+        return
+    rows = index.rows
+    checks = (
+        ("offset", found.offset, int(rows.offset[row])),
+        ("size", len(found.data), int(rows.size[row])),
+        ("extension", found.extension, rows.extension[row].decode()),
+        ("label", found.label, int(rows.label[row])),
+        ("xxh3_64", xxhash.xxh3_64_intdigest(found.data), int(rows.xxh3_64[row])),
+    )
+    differing = [check for check in checks if check[1] != check[2]]
+    for name, value, stated in differing:
+        yield f"{key}: {name} {value!r} in the shard, {stated!r} in the index"
+    if decode and not differing:
         try:
-            _check_image(index, row, data[start : start + size])
-        except DamagedSampleError as error:
-            yield str(error)
-        text = members.get(f"{key}.cls")
-        found = data[text.offset_data : text.offset_data + text.size] if text else None
-        if found != str(label).encode():
-            yield f"key {key!r}: label {found!r} in the shard, {label} in the index"
+            shape = tuple(decode_image(found.data, found.extension).shape)
+        except ShardError as error:
+            yield f"{key}: {error}"
+            return
+        stated_shape = index.stored_shape(index.shards[rows.shard[row]].split)
+        if stated_shape is not None and shape != stated_shape:
+            yield f"{key}: shape {shape}, the set has {stated_shape}"
 
 
-def _check_image(index: ShardIndex, row: int, data: bytes) -> None:
-    if index.header.image_shape is not None:
-        decode(index, row, memoryview(data))
-    elif xxhash.xxh3_64_intdigest(data) != int(index.rows.xxh3_64[row]):
-        raise DamagedSampleError(f"{index.describe(row)}: another xxh3_64", "digest")
-
-
-def _run(url: Annotated[str, tyro.conf.Positional]) -> None:
+def _run(
+    url: Annotated[str, tyro.conf.Positional],
+    decode: bool = True,
+    repair: bool = False,
+    workers: int | None = None,
+) -> None:
     """Recount and re-hash a shard set.
 
     Args:
         url: Directory of the set, any fsspec URL.
+        decode: Decode every image too.
+        repair: Write the index anew from the shards; refused if one of them is damaged.
+        workers: Processes; None = one per usable CPU, one for small sets.
     """
-    index = load_index(url)
+    if repair:
+        _repair(url, workers or usable_cpus())
+        return
+    index = load_index(url, check_files=False)
+    if workers is None:
+        workers = usable_cpus() if len(index.rows) > _SMALL_SET else 1
     problems = 0
-    for problem in verify(index):
+    for problem in verify(index, decode=decode, workers=workers, progress=True):
         problems += 1
         sys.stdout.write(problem + "\n")
     if problems:
@@ -89,11 +161,28 @@ def _run(url: Annotated[str, tyro.conf.Positional]) -> None:
     )
 
 
+def _repair(url: str, workers: int) -> None:
+    store = Store(url)
+    result = repair(store, workers=workers, progress=True)
+    for line in (*result.notes, *result.problems):
+        sys.stdout.write(f"{store}{line}\n")
+    if result.index is None:
+        sys.exit(
+            f"error: {len(result.problems)} faults in the shards of {store}; the index was not "
+            "touched. Restore or remove these shards and repair again"
+        )
+    counts = ", ".join(f"{count} {split}" for split, count in result.index.header.splits.items())
+    sys.stdout.write(
+        f"{store}: index written: {counts} samples in {len(result.index.shards)} shards, digest "
+        f"{result.index.digest}\n"
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the entry; exit status 1 on a disagreement or an unreadable set."""
     try:
         tyro.cli(_run, args=arguments, prog="data_shards.verify")
-    except ShardError as error:
+    except (ShardError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,228 +1,229 @@
-"""Write a shard set: `python -m data_shards.write digits --out URL`.
+"""Write a shard set: `python -m data_shards.write imagenet --source DIR --out URL`.
 
-The bytes depend on the source alone, so two processes that write the same set to one place at the
-same time replace files by identical ones, and whoever writes the header last changes nothing.
+Every source is a local path or any fsspec URL. A run that was stopped goes on where it was when the
+same command is given again.
 """
 
-import hashlib
-import io
+import dataclasses
+import json
 import sys
-import tarfile
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
-import numpy as np
-import numpy.typing as npt
 import tyro
-import xxhash
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
+from data_shards.config import MIB
 from data_shards.errors import ShardError
-from data_shards.index import (
-    HEADER_FILE,
-    ROWS_FILE,
-    SCHEMA_VERSION,
-    STORED_SPLITS,
-    Header,
-    Shard,
-    ShardIndex,
-    count_splits,
-    header_to_json,
-    load_header,
-    load_index,
-    rows_to_parquet,
+from data_shards.index import HEADER_FILE
+from data_shards.plan import WriteOptions
+from data_shards.pool import usable_cpus
+from data_shards.report import REPORT_FILE, summary
+from data_shards.sources import (
+    Source,
+    cifar10,
+    cifar100,
+    digits,
+    imagefolder,
+    imagenet,
+    mnist,
+    synthetic,
+    tiny_imagenet,
 )
-from data_shards.philox import philox_words
-from data_shards.sources import Source, digits, synthetic
+from data_shards.sources.convert import Recipe
 from data_shards.store import Store
+from data_shards.writer import write_shard_set
 
-MIN_SHARDS = 4  # an evaluation has at least four parts to run side by side
-_SHUFFLE = 100  # purpose of the words that shuffle the stored order
-_BLOCK = tarfile.BLOCKSIZE
-_Columns = dict[str, list[Any]]
+__all__ = ["main", "write_shard_set"]
 
-
-def write_shard_set(
-    source: Source,
-    out_url: str,
-    *,
-    samples_per_shard: int = 1000,
-    progress: bool = False,
-) -> ShardIndex:
-    """Write all images of a source as tar shards with an index, the header last.
-
-    Each split has at least four shards, of sizes that differ by at most one sample, in an order
-    shuffled once for all.
-
-    Args:
-        source: The images.
-        out_url: Directory of the set.
-        samples_per_shard: Most samples in one shard.
-        progress: Show a bar on standard error.
-
-    Returns:
-        The index, loaded from what was written. If the same set is there already, nothing is
-        written.
-
-    Raises:
-        ShardError: a different set is there, or a split has fewer samples than shards.
-    """
-    store = Store(out_url)
-    present = load_header(store) if store.exists(HEADER_FILE) else None
-    plan = list(_plan_shards(source, samples_per_shard))
-    columns: _Columns = {}
-    shards = []
-    console = Console(stderr=True)
-    bar = track(plan, f"writing {source.name}", console=console, disable=not progress)
-    for number, (file, split, members) in enumerate(bar):
-        data = _build_tar(source, members, number, split, columns)
-        sizes = {"samples": len(members), "size": len(data)}
-        digest = hashlib.sha256(data).hexdigest()
-        shards.append(Shard(number=number, file=file, split=split, sha256=digest, **sizes))
-        if present is None:
-            store.write(file, data)
-    rows = rows_to_parquet(columns)
-    header = _header(source, tuple(shards), rows, samples_per_shard)
-    if present is None:
-        store.write(ROWS_FILE, rows)
-        store.write(HEADER_FILE, header_to_json(header))
-    elif present.digest() != header.digest():
-        raise ShardError(
-            f"{store} already holds another shard set, {present.name!r} with digest "
-            f"{present.digest()}; the new one, {header.name!r}, has {header.digest()}. "
-            "Choose another URL or remove it first"
-        )
-    return load_index(store)
+_INTERRUPTED = 130
+_SMALL_SET = 20_000  # images; one process is done before others have started
 
 
-def _plan_shards(
-    source: Source, samples_per_shard: int
-) -> Iterator[tuple[str, Any, npt.NDArray[np.int64]]]:
-    if samples_per_shard < 1:
-        raise ShardError(f"samples per shard {samples_per_shard} is not at least 1")
-    for split in STORED_SPLITS:
-        members = np.flatnonzero(source.test == (split == "test"))
-        if len(members) < MIN_SHARDS:
-            raise ShardError(
-                f"split {split!r} of {source.name!r} has {len(members)} samples, fewer than the "
-                f"{MIN_SHARDS} shards of a split"
-            )
-        words = philox_words(0, 0, purpose=_SHUFFLE, count=len(source.labels))[members, 0]
-        members = members[np.argsort(words, kind="stable")]
-        count = max(MIN_SHARDS, -(-len(members) // samples_per_shard))
-        for number, part in enumerate(np.array_split(members, count)):
-            yield f"{split}-{number:05d}.tar", split, part
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where and how a set is written."""
+
+    out: str
+    """Directory of the set, any fsspec URL."""
+    samples_per_shard: int | None = None
+    """Most samples in one shard; None = as many as fit --shard-mib."""
+    shard_mib: int = 256
+    """Largest target size of a shard in MiB; small sets have smaller shards."""
+    drop_duplicates: bool = False
+    """Leave out images whose bytes occurred before (reads the source twice)."""
+    workers: int | None = None
+    """Processes that write; None = one per usable CPU, one for small sets."""
 
 
-def _build_tar(
-    source: Source, members: npt.NDArray[np.int64], number: int, split: str, columns: _Columns
-) -> bytes:
-    """Return the bytes of one tar and append the rows of its samples."""
-    tar = io.BytesIO()
-    for i in members.tolist():
-        image = source.encode(i)
-        key = f"{i:08d}"
-        row = {
-            "split": split,
-            "validation": bool(source.validation[i]),
-            "shard": number,
-            "key": key,
-            "offset": _add_member(tar, f"{key}.{source.extension}", image),
-            "size": len(image),
-            "extension": source.extension,
-            "xxh3_64": xxhash.xxh3_64_intdigest(image),
-            "label": int(source.labels[i]),
-        }
-        _add_member(tar, f"{key}.cls", str(row["label"]).encode())
-        for name, value in row.items():
-            columns.setdefault(name, []).append(value)
-    tar.write(bytes(2 * _BLOCK))
-    tar.write(bytes(-tar.tell() % tarfile.RECORDSIZE))
-    return tar.getvalue()
+_Flat = Annotated[Output, tyro.conf.arg(name="")]
 
 
-def _add_member(tar: io.BytesIO, name: str, body: bytes) -> int:
-    """Append one tar member with fixed owner and time; return the offset of its body."""
-    info = tarfile.TarInfo(name)
-    info.size = len(body)
-    info.mode = 0o444
-    tar.write(info.tobuf(tarfile.USTAR_FORMAT))
-    offset = tar.tell()
-    tar.write(body)
-    tar.write(bytes(-len(body) % _BLOCK))
-    return offset
-
-
-def _header(
-    source: Source, shards: tuple[Shard, ...], rows: bytes, samples_per_shard: int
-) -> Header:
-    return Header(
-        schema_version=SCHEMA_VERSION,
-        name=source.name,
-        image_shape=source.image_shape,
-        num_classes=len(source.class_names),
-        class_names=source.class_names,
-        splits=count_splits(~source.test, source.validation),
-        shards=shards,
-        rows_sha256=hashlib.sha256(rows).hexdigest(),
-        generator={**source.parameters, "samples_per_shard": samples_per_shard},
-    )
-
-
-def _write(source: Source, out: str, samples_per_shard: int) -> None:
-    store = Store(out)
+def _write(source: Source, output: Output) -> None:
+    store = Store(output.out)
     there = store.exists(HEADER_FILE)
-    index = write_shard_set(source, out, samples_per_shard=samples_per_shard, progress=True)
+    options = WriteOptions(
+        samples_per_shard=output.samples_per_shard,
+        shard_bytes=output.shard_mib * MIB,
+        drop_duplicates=output.drop_duplicates,
+    )
+    workers = output.workers
+    if workers is None:
+        workers = usable_cpus() if len(source.labels) > _SMALL_SET else 1
+    index = write_shard_set(source, output.out, options=options, workers=workers, progress=True)
     counts = ", ".join(f"{count} {split}" for split, count in index.header.splits.items())
     what = "already there, unchanged" if there else "written"
     sys.stdout.write(
         f"{store}: {what}: {counts} samples in {len(index.shards)} shards, digest {index.digest}\n"
     )
+    if store.exists(REPORT_FILE):
+        report = json.loads(store.read(REPORT_FILE))
+        sys.stdout.write(f"{store}/{REPORT_FILE}: {summary(report)}\n")
 
 
-def _write_digits(out: str, samples_per_shard: int = 1000) -> None:
+def _write_imagenet(
+    source: str,
+    output: _Flat,
+    test_size: int = 224,
+    long_side: int | None = None,
+    jpeg_quality: int = 90,
+) -> None:
+    """Write ImageNet-1k from the official archives; the val images are the test split.
+
+    Args:
+        source: Folder of ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and
+            ILSVRC2012_devkit_t12.tar.gz.
+        output: Where and how.
+        test_size: Test images are stored at this height and width, losslessly: short side to
+            256/224 of it, then the centre.
+        long_side: Reduce train images with a longer side to it; None = keep all bytes.
+        jpeg_quality: Of reduced train images.
+    """
+    recipe = Recipe(channels=3, size=test_size, long_side=long_side, quality=jpeg_quality)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("reading the headers of the archives", total=None)
+        found = imagenet(source, recipe, advance=lambda n: progress.update(task, advance=n))
+        progress.update(task, total=1, completed=1)
+    _write(found, output)
+
+
+def _write_imagefolder(
+    source: str,
+    output: _Flat,
+    test_size: int = 224,
+    long_side: int | None = None,
+    jpeg_quality: int = 90,
+    channels: int = 3,
+    uniform: bool = False,
+    name: str | None = None,
+) -> None:
+    """Write a tree train/CLASS/*, val/CLASS/* (or test/CLASS/*) of JPEG, PNG and WebP files.
+
+    Args:
+        source: Root of the tree.
+        output: Where and how.
+        test_size: Test images are stored at this height and width, losslessly: short side to
+            256/224 of it, then the centre.
+        long_side: Reduce train images with a longer side to it; None = keep all bytes.
+        jpeg_quality: Of reduced train images.
+        channels: 3 = colour (grey images become RGB), 1 = grey.
+        uniform: All images have height and width --test-size already; nothing is resized.
+        name: Name of the set; None = that of the root.
+    """
+    recipe = Recipe(
+        channels=channels,
+        size=test_size,
+        uniform=uniform,
+        long_side=long_side,
+        quality=jpeg_quality,
+    )
+    _write(imagefolder(source, recipe, name=name), output)
+
+
+def _write_tiny_imagenet(source: str, output: _Flat) -> None:
+    """Write Tiny-ImageNet, 3x64x64, 200 classes, from tiny-imagenet-200.zip.
+
+    Args:
+        source: The archive or its folder.
+        output: Where and how.
+    """
+    _write(tiny_imagenet(source), output)
+
+
+def _write_cifar10(source: str, output: _Flat) -> None:
+    """Write CIFAR-10, 3x32x32, from cifar-10-binary.tar.gz.
+
+    Args:
+        source: The archive or its folder.
+        output: Where and how.
+    """
+    _write(cifar10(source), output)
+
+
+def _write_cifar100(source: str, output: _Flat) -> None:
+    """Write CIFAR-100 with fine labels, 3x32x32, from cifar-100-binary.tar.gz.
+
+    Args:
+        source: The archive or its folder.
+        output: Where and how.
+    """
+    _write(cifar100(source), output)
+
+
+def _write_mnist(source: str, output: _Flat) -> None:
+    """Write MNIST, 1x28x28, from the four idx files.
+
+    Args:
+        source: Folder of train-images-idx3-ubyte.gz and the three others.
+        output: Where and how.
+    """
+    _write(mnist(source), output)
+
+
+def _write_digits(output: _Flat) -> None:
     """Write the 1,797 handwritten digits of scikit-learn, 1x8x8, 10 classes.
 
     Args:
-        out: Directory of the set, any fsspec URL.
-        samples_per_shard: Most samples in one shard.
+        output: Where and how.
     """
-    _write(digits(), out, samples_per_shard)
+    _write(digits(), output)
 
 
 def _write_synthetic(
-    out: str,
-    classes: int = 10,
-    size: int = 32,
-    samples: int = 2000,
-    seed: int = 0,
-    samples_per_shard: int = 1000,
+    output: _Flat, classes: int = 10, size: int = 32, samples: int = 2000, seed: int = 0
 ) -> None:
     """Write procedural RGB images.
 
     Args:
-        out: Directory of the set, any fsspec URL.
+        output: Where and how.
         classes: Number of classes.
         size: Height and width in pixels.
         samples: Number of images, train and test together.
         seed: Key of all images.
-        samples_per_shard: Most samples in one shard.
     """
-    source = synthetic(classes=classes, size=size, samples=samples, seed=seed)
-    _write(source, out, samples_per_shard)
+    _write(synthetic(classes=classes, size=size, samples=samples, seed=seed), output)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the entry; one line on standard error and exit status 1 on a refused request."""
     entries: dict[str, Callable[..., Any]] = {
+        "imagenet": _write_imagenet,
+        "imagefolder": _write_imagefolder,
+        "tiny-imagenet": _write_tiny_imagenet,
+        "cifar10": _write_cifar10,
+        "cifar100": _write_cifar100,
+        "mnist": _write_mnist,
         "digits": _write_digits,
         "synthetic": _write_synthetic,
     }
     try:
         tyro.extras.subcommand_cli_from_dict(entries, args=arguments, prog="data_shards.write")
-    except ShardError as error:
+    except (ShardError, OSError) as error:  # OSError: a full disk, a store that is not there
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; finished shards are kept for the next run\n")
+        sys.exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
-from data_shards.config import StreamConfig
+from data_shards.config import SAME_SAMPLES, StreamConfig
 from model.config import NetworkConfig
 from optim.config import OptimConfig
 from pipeline.errors import PipelineError
@@ -30,6 +30,9 @@ class DataConfig:
     """`fit` leaves the validation part of the training split out."""
     test_split: Literal["test", "validation"] = "test"
     """Split on which every kept checkpoint is certified."""
+    unindexed_samples: int = Field(default=0, ge=0)
+    """Samples per epoch of a set without an index, which stock WebDataset then draws at random:
+    no exact order, no exact resume, no certification. 0: the set has an index."""
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
     """How samples are read."""
 
@@ -212,7 +215,12 @@ class RunConfig:
 
 MATHEMATICS = ("model", "data", "optim", "loss", "train")
 """Parts that must not change when a run is resumed."""
-_FREE_ON_RESUME = {"train.stop_after", "train.log_every", "data.shards"}
+_FREE_ON_RESUME = {
+    "train.stop_after",
+    "train.log_every",
+    "data.shards",
+    *(f"data.stream.{name}" for name in SAME_SAMPLES),
+}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from data_shards.index import ShardIndex, load_index
 from data_shards.sources import digits, synthetic
 from data_shards.store import Store
 from data_shards.write import write_shard_set
@@ -19,6 +18,7 @@ from pipeline.checkpoint import newest_checkpoint
 from pipeline.config import RunConfig, changed_mathematics, flatten
 from pipeline.errors import PipelineError
 from pipeline.plan import make_plan
+from pipeline.samples import Samples, open_samples
 from pipeline.worker import Job
 from pipeline.zero3 import require_precision
 
@@ -33,7 +33,7 @@ class Prepared:
     Attributes:
         job: what the ranks get.
         run: store of the run folder.
-        index: the shard set.
+        samples: the shard set.
         mlflow: resolved MLflow store.
         experiment: resolved MLflow experiment.
         spool: local folder of the metrics spool.
@@ -41,7 +41,7 @@ class Prepared:
 
     job: Job
     run: Store
-    index: ShardIndex
+    samples: Samples
     mlflow: str
     experiment: str
     spool: Path
@@ -64,10 +64,8 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
         require_precision(config.train.precision)
     storage = storage_root(config)
     shards = _shards(config, storage)
-    index = load_index(shards.url)
-    index.require(config.model.input_shape, config.model.num_classes)
-    samples = len(index.select(config.data.train_split))
-    make_plan(config, samples=samples, world_size=world_size)
+    samples = open_samples(config, shards.url)
+    make_plan(config, samples=samples.per_epoch, world_size=world_size)
     name = config.name or (_newest_run(config, storage) if config.resume else _new_name(config))
     run = storage.child(name)
     config = dataclasses.replace(config, name=name)
@@ -76,16 +74,16 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
         "run": name,
         "preset": config.preset,
         "shards_url": shards.url,
-        "shards_digest": index.digest,
+        "shards_digest": samples.digest,
         "code": code_version(),
     }
     job = Job(config=config, run_url=run.url, shards_url=shards.url, context=context)
     return Prepared(
         job=job,
         run=run,
-        index=index,
+        samples=samples,
         mlflow=config.mlflow or _embedded_mlflow(storage),
-        experiment=config.experiment or index.header.name,
+        experiment=config.experiment or samples.name,
         spool=(run.local_path() or Path.home() / ".cache/certified-pretrain" / name) / "tracking",
     )
 

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable
 
+from data_shards.config import StreamConfig
 from model.presets import network_preset
 from optim.config import OptimConfig
 from pipeline.config import (
@@ -46,11 +47,14 @@ def synthetic() -> RunConfig:
     )
 
 
-def _published(name: str, *, epochs: float, batch: int, eps_end: float, workers: int) -> RunConfig:
+def _published(
+    name: str, *, epochs: float, batch: int, eps_end: float, workers: int, stream: StreamConfig
+) -> RunConfig:
     """LiResNet++ recipe (section 2.3 of its paper) with the manifold optimizer."""
     return RunConfig(
         preset=name,
         model=network_preset(name),
+        data=DataConfig(stream=stream),
         optim=OptimConfig(lr=1e-3),
         loss=LossConfig(eps=36 / 255, eps_start=0.1, eps_end=eps_end, eps_ramp=0.5),
         train=TrainConfig(
@@ -67,29 +71,39 @@ def _published(name: str, *, epochs: float, batch: int, eps_end: float, workers:
     )
 
 
+def _small_images(name: str, *, shift_pixels: int) -> RunConfig:
+    stream = StreamConfig(shift_pixels=shift_pixels, flip=True, randaugment=0.5, workers=4)
+    return _published(name, epochs=800, batch=256, eps_end=3.0, workers=8, stream=stream)
+
+
 def cifar10_l32w1024() -> RunConfig:
     """64M parameters."""
-    return _published("cifar10-L32W1024", epochs=800, batch=256, eps_end=3.0, workers=8)
+    return _small_images("cifar10-L32W1024", shift_pixels=4)
 
 
 def cifar10_l32w2048() -> RunConfig:
     """256M parameters."""
-    return _published("cifar10-L32W2048", epochs=800, batch=256, eps_end=3.0, workers=8)
+    return _small_images("cifar10-L32W2048", shift_pixels=4)
 
 
 def tiny_imagenet_l32w2048() -> RunConfig:
     """256M parameters, 64x64 images, 200 classes."""
-    return _published("tiny-imagenet-L32W2048", epochs=800, batch=256, eps_end=3.0, workers=8)
+    return _small_images("tiny-imagenet-L32W2048", shift_pixels=8)
+
+
+def _imagenet(name: str, *, workers: int) -> RunConfig:
+    stream = StreamConfig(crop="random-resized", flip=True, randaugment=1.0, workers=6)
+    return _published(name, epochs=400, batch=1024, eps_end=2.0, workers=workers, stream=stream)
 
 
 def imagenet_l32w4096() -> RunConfig:
     """1B parameters."""
-    return _published("imagenet-L32W4096", epochs=400, batch=1024, eps_end=2.0, workers=8)
+    return _imagenet("imagenet-L32W4096", workers=8)
 
 
 def imagenet_2b() -> RunConfig:
     """2B parameters."""
-    return _published("imagenet-2B", epochs=400, batch=1024, eps_end=2.0, workers=16)
+    return _imagenet("imagenet-2B", workers=16)
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {

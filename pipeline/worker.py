@@ -4,16 +4,16 @@ import dataclasses
 import warnings
 from typing import Any
 
-from data_shards.index import load_index
 from data_shards.order import Cursor
+from data_shards.quarantine import Quarantine
 from data_shards.store import Store
-from data_shards.stream import SampleStream
 from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.config import RunConfig
 from pipeline.events import Emit, Kept, Started
 from pipeline.export import export_artifact
 from pipeline.plan import Plan, make_plan
 from pipeline.ranks import World, join_world
+from pipeline.samples import open_samples
 from pipeline.trainer import Progress, Trainer
 from pipeline.zero3 import Zero3, require_precision
 
@@ -55,10 +55,8 @@ def run_rank(job: Job, emit: Emit) -> None:
 
 def _train(job: Job, world: World, emit: Emit) -> None:
     config = job.config
-    index = load_index(job.shards_url)
-    index.require(config.model.input_shape, config.model.num_classes)
-    samples = len(index.select(config.data.train_split))
-    plan = make_plan(config, samples=samples, world_size=world.size)
+    samples = open_samples(config, job.shards_url)
+    plan = make_plan(config, samples=samples.per_epoch, world_size=world.size)
     engine = Zero3(world=world, config=config, micro_batch=plan.micro_batch)
     run = Store(job.run_url)
     progress = _starting_point(config, world, engine, run)
@@ -85,15 +83,8 @@ def _train(job: Job, world: World, emit: Emit) -> None:
                 )
             )
 
-    with SampleStream(
-        index,
-        config.data.stream,
-        split=config.data.train_split,
-        global_batch=config.train.global_batch,
-        rank=world.rank,
-        world_size=world.size,
-        cursor=progress.cursor,
-    ) as stream:
+    name = f"damaged/step-{progress.step:08d}-rank-{world.rank:05d}.jsonl"
+    with samples.stream(config, world, progress.cursor, Quarantine(run, name)) as stream:
         Trainer(
             world=world,
             config=config,

@@ -8,6 +8,8 @@ from data_shards.index import load_index
 from data_shards.sources import digits, synthetic
 from data_shards.store import Store
 from data_shards.write import write_shard_set
+from tests.faulty_proxy import FaultyProxy
+from tests.object_store import s3_clients, s3_server, upload
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +57,23 @@ def damage():
         return load_index(str(path))
 
     return flip
+
+
+@pytest.fixture(scope="session")
+def s3_address():
+    """host:port of an S3-compatible server with one bucket."""
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def proxy(s3_address):
+    """A proxy before the server, to which the S3 clients of this process are led."""
+    with FaultyProxy(s3_address) as proxy, s3_clients(proxy.url):
+        yield proxy
+
+
+@pytest.fixture
+def s3_set(proxy, synthetic_set):
+    """URL of the small synthetic set on S3."""
+    return upload(synthetic_set)

@@ -90,7 +90,7 @@ def test_changed_header(digits_set, copy_of):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"schema_version": 9}, "schema version 9, this program reads 1"),
+        ({"schema_version": 9}, "schema version 9, this program reads 2"),
         ({"shards": []}, "is empty"),
         ({"surprise": 1}, "not a shard set header"),
         ({"num_classes": 5}, r"sample '\d+' of shard .*/train-\d+\.tar has label [5-9], which is "

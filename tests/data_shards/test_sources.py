@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,13 @@ from sklearn.svm import SVC
 from data_shards.decode import decode_image
 from data_shards.errors import ShardError
 from data_shards.sources import digits, synthetic
+from data_shards.sources.base import VALIDATION, hold_out
+from data_shards.sources.convert import image_extension
 
 
 def decoded(source):
-    return torch.stack(
-        [decode_image(source.encode(i), source.extension) for i in range(len(source.labels))]
-    ).numpy()
+    encoded = [source.encode(i) for i in range(len(source.labels))]
+    return torch.stack([decode_image(data, image_extension(data)) for data in encoded]).numpy()
 
 
 def test_digits_are_the_pixels_of_scikit_learn():
@@ -43,6 +46,24 @@ def test_splits_are_fixed():
     assert np.flatnonzero(source.validation)[:6].tolist() == [6, 10, 14, 15, 17, 18]
 
 
+def test_no_more_than_ten_thousand_are_held_out():
+    labels = np.arange(120_000) % 7
+    among = labels != 3
+    held = hold_out(labels, among, VALIDATION)
+    assert held.sum() == 10_000
+    assert not held[~among].any()
+    counts = np.bincount(labels[held], minlength=7)
+    assert counts[3] == 0
+    assert counts[[0, 1, 2, 4, 5, 6]].max() - counts[[0, 1, 2, 4, 5, 6]].min() <= 1
+
+
+@pytest.mark.parametrize("source", [digits(), synthetic(samples=30, classes=3)])
+def test_sources_travel_to_other_processes(source):
+    again = pickle.loads(pickle.dumps(source))
+    assert again.encode(17) == source.encode(17)
+    assert again.load([3, 5]) == [source.encode(3), source.encode(5)]
+
+
 def test_synthetic_depends_on_its_parameters_alone():
     first, again, other = (synthetic(samples=40, seed=seed) for seed in (1, 1, 2))
     assert [first.encode(i) for i in range(40)] == [again.encode(i) for i in range(40)]
@@ -53,7 +74,7 @@ def test_synthetic_depends_on_its_parameters_alone():
 @pytest.mark.parametrize(("classes", "size"), [(2, 8), (37, 24), (1000, 16)])
 def test_synthetic_of_any_size(classes, size):
     source = synthetic(classes=classes, size=size, samples=2 * classes)
-    image = decode_image(source.encode(classes - 1), source.extension)
+    image = decode_image(source.encode(classes - 1), "jpg")
     assert image.shape == (3, size, size)
     assert np.bincount(source.labels).tolist() == [2] * classes
 

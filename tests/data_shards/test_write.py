@@ -1,15 +1,26 @@
+import dataclasses
 import gc
+import json
 import multiprocessing
+import os
+import re
+import subprocess
+import sys
 import tarfile
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 
-from data_shards import write
+from data_shards import write, writer
 from data_shards.errors import ShardError
 from data_shards.index import load_index
+from data_shards.plan import WriteOptions, plan_shards
 from data_shards.sources import digits, synthetic
-from data_shards.verify import main as verify_main
+from data_shards.sources.convert import Recipe
+from data_shards.store import Store
 from data_shards.verify import verify
 from data_shards.write import write_shard_set
 
@@ -42,7 +53,7 @@ def test_same_input_gives_the_same_bytes(tmp_path):
     for name in "ab":
         write_shard_set(small(), str(tmp_path / name), samples_per_shard=5)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(names) == 10 + 4 + 2
+    assert len(names) == 10 + 4 + 3
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -67,7 +78,7 @@ def test_interrupted_write_is_not_a_set(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(write, "header_to_json", interrupted)
+        patch.setattr(writer, "header_to_json", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write_shard_set(small(), str(tmp_path))
     with pytest.raises(ShardError, match=r"no shard set at .* no index\.json"):
@@ -93,8 +104,191 @@ def test_two_processes_write_the_same_set(tmp_path):
 def test_too_few_samples(tmp_path):
     with pytest.raises(ShardError, match="split 'test' of 'synthetic' has 2 samples"):
         write_shard_set(small(samples=6), str(tmp_path))
-    with pytest.raises(ShardError, match="samples per shard 0"):
+    with pytest.raises(ShardError, match="samples per shard 0 is not at least 1"):
         write_shard_set(small(), str(tmp_path), samples_per_shard=0)
+    with pytest.raises(ShardError, match="shards of 512 bytes are not in"):
+        WriteOptions(shard_bytes=512)
+    with pytest.raises(ShardError, match="0 workers"):
+        write_shard_set(small(), str(tmp_path), workers=0)
+
+
+def test_number_of_shards_follows_their_size():
+    def counts(total, **options):
+        """Shards of train and test for `total` images of 64 KiB, a fifth of them test."""
+        source = dataclasses.replace(
+            small(samples=total), load=lambda numbers: [bytes(1 << 16)] * len(numbers)
+        )
+        kept = np.ones(total, dtype=bool)
+        plans = list(plan_shards(source, WriteOptions(**options), kept))
+        assert sorted(np.concatenate([p.members for p in plans]).tolist()) == list(range(total))
+        return [sum(p.split == split for p in plans) for split in ("train", "test")]
+
+    assert counts(200) == [4, 4]
+    assert counts(1000) == [13, 4]
+    assert counts(20_000) == [16, 16]
+    assert counts(20_000, shard_bytes=32 << 20) == [32, 16]
+    assert counts(20_000, samples_per_shard=1000) == [16, 4]
+
+
+@pytest.mark.parametrize("number", range(19))
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_stop_at_any_write_changes_nothing(number, torn, tmp_path, monkeypatch):
+    source = small(samples=30)
+    whole = write_shard_set(source, str(tmp_path / "whole"))
+    plain, writes = Store.write, []
+
+    def stopping(self, name, data):
+        writes.append(name)
+        if len(writes) == number + 1:
+            if torn and name.endswith((".tar", ".parquet")):
+                plain(self, name, data[: len(data) // 2])  # what stores without renaming leave
+            raise KeyboardInterrupt
+        plain(self, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            write_shard_set(source, str(tmp_path / "stopped"))
+    done = sum(name.startswith(".progress") for name in writes[:-1])
+    writes.clear()
+    monkeypatch.setattr(Store, "write", lambda *a: (writes.append(a[1]), plain(*a)))
+    assert write_shard_set(source, str(tmp_path / "stopped")).digest == whole.digest
+    assert sum(name.endswith(".tar") for name in writes) == 8 - done
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "stopped" / path.name).read_bytes() == path.read_bytes()
+    assert sorted(os.listdir(tmp_path / "stopped")) == sorted(os.listdir(tmp_path / "whole"))
+
+
+def test_a_failed_write_leaves_what_is_finished_and_refuses_another_source(tmp_path, monkeypatch):
+    def full(self, name, data):
+        if name == "test-00001.tar":
+            raise OSError(28, "No space left on device")
+        plain(self, name, data)
+
+    plain = Store.write
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_shard_set(small(), str(tmp_path))
+    with pytest.raises(ShardError, match="holds an unfinished set"):
+        write_shard_set(small(seed=1), str(tmp_path))
+    assert list(verify(write_shard_set(small(), str(tmp_path)))) == []
+
+
+def test_files_of_something_else_are_not_mixed_in(tmp_path):
+    (tmp_path / "train-00077.tar").write_bytes(b"")
+    with pytest.raises(ShardError, match=r"1 tar files that are not of this set.*train-00077"):
+        write_shard_set(small(), str(tmp_path))
+
+
+def test_two_workers_write_what_one_does(tmp_path):
+    one = write_shard_set(small(), str(tmp_path / "one"))
+    two = write_shard_set(small(), str(tmp_path / "two"), workers=2)
+    assert one.digest == two.digest
+    for path in (tmp_path / "one").iterdir():
+        assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_killed_writers_go_on(tmp_path):
+    """kill -9 of the main process at several moments; its workers end with it."""
+    source = {"samples": "2000", "size": "32", "classes": "5", "samples-per-shard": "100"}
+    out = tmp_path / "set"
+    options = [part for name, value in source.items() for part in (f"--{name}", value)]
+    command = [sys.executable, "-m", "data_shards.write", "synthetic", "--out", str(out), *options]
+    for finished in (1, 9):
+        process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(list(out.glob(".progress/*/*.parquet"))) < finished:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        workers = children_of(process.pid)
+        process.kill()
+        process.wait()
+        while any(Path(f"/proc/{worker}").exists() for worker in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert not (out / "index.json").exists()
+    write.main(command[3:])
+    whole = write_shard_set(
+        synthetic(samples=2000, size=32, classes=5), str(tmp_path / "whole"), samples_per_shard=100
+    )
+    assert load_index(str(out)).digest == whole.digest
+    assert list(verify(load_index(str(out)))) == []
+
+
+def children_of(pid):
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
+def die(numbers):
+    os._exit(3)
+
+
+def test_a_worker_that_dies_is_an_error(tmp_path):
+    source = dataclasses.replace(small(), load=die)
+    options = WriteOptions(samples_per_shard=20)
+    with pytest.raises(ShardError, match="a worker process died"):
+        write_shard_set(source, str(tmp_path), options=options, workers=2)
+
+
+def damaged_source(bad, **fields):
+    """Synthetic images of which some are given as they must not be."""
+    source = small(**fields)
+
+    def load(numbers):
+        return [bad.get(i, data) for i, data in zip(numbers, source.load(numbers), strict=True)]
+
+    return dataclasses.replace(source, load=load, convert=Recipe(channels=3, size=8, uniform=True))
+
+
+def test_undecodable_images_are_left_out_and_listed(tmp_path):
+    fine = small().encode(5)
+    bad = {4: b"", 5: fine[: len(fine) // 2], 21: b"GIF89a", 40: synthetic(size=9).encode(0)}
+    index = write_shard_set(damaged_source(bad), str(tmp_path))
+    assert sorted(int(key) for key in index.rows.key) == sorted(set(range(60)) - set(bad))
+    assert sum(index.header.splits[part] for part in ("train", "test")) == 56
+    report = json.loads((tmp_path / "report.json").read_bytes())
+    assert (report["images"], report["stored"]) == (60, 56)
+    assert report["undecodable"]["causes"] == {"decode": 1, "empty": 1, "format": 1, "shape": 1}
+    assert [entry["key"] for entry in report["undecodable"]["first"]] == [
+        "00000004", "00000005", "00000021", "00000040",
+    ]  # fmt: skip
+    assert list(verify(index)) == []
+
+
+def test_a_source_of_which_little_can_be_decoded_is_refused(tmp_path):
+    bad = dict.fromkeys(range(59), b"no image")
+    with pytest.raises(ShardError, match=r"images of train-0000\d.tar cannot be stored.*6e6f20"):
+        write_shard_set(damaged_source(bad), str(tmp_path), samples_per_shard=60)
+    with pytest.raises(ShardError, match="none of 48 images"):
+        write_shard_set(damaged_source(dict.fromkeys(range(60), b"")), str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_duplicates(dropped, tmp_path):
+    source = small()
+    train, test = (np.flatnonzero(source.test == part).tolist() for part in (False, True))
+    a, b, c, d = train[0], train[7], train[9], test[2]
+    same = {b: source.encode(a), c: source.encode(d), test[3]: source.encode(d)}
+    options = WriteOptions(drop_duplicates=dropped)
+    index = write_shard_set(damaged_source(same), str(tmp_path), options=options)
+    report = json.loads((tmp_path / "report.json").read_bytes())["duplicates"]
+    assert (report["count"], report["dropped"]) == (3, dropped)
+    pairs = {entry["name"]: entry["same_as"] for entry in report["first"]}
+    assert pairs == {str(b): str(a), str(c): str(d), str(test[3]): str(d)}
+    assert len(index.rows) == 60 - 3 * dropped
+    keys = {int(key) for key in index.rows.key}
+    assert keys == set(range(60)) - (set(same) if dropped else set())
+
+
+def test_progress_shows_rates(tmp_path, capsys):
+    write_shard_set(small(), str(tmp_path), progress=True)
+    shown = capsys.readouterr().err
+    assert re.search(r"60/60 images.*images/s, .* MB/s", shown, re.DOTALL)
 
 
 # webdataset leaves local shards open until they are collected.
@@ -123,55 +317,18 @@ def test_entry(tmp_path, capsys):
     digest = load_index(url).digest
     line = capsys.readouterr().out
     assert line.startswith(f"{url}: written: 38 fit, 12 test, 48 train, 10 validation samples")
-    assert line.endswith(f"digest {digest}\n")
+    assert f"digest {digest}\n" in line
+    assert line.endswith("report.json: 0 undecodable, 0 duplicates kept, 0 other files\n")
     write.main(arguments)
     assert "already there, unchanged" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"error: .* already holds another shard set"):
         write.main([*arguments, "--seed", "1"])
-
-
-def test_verify_entry(synthetic_set, copy_of, capsys):
-    verify_main([str(synthetic_set)])
-    assert "120 samples in 9 shards agree" in capsys.readouterr().out
-    path = copy_of(synthetic_set)
-    (path / "train-00077.tar").write_bytes(b"")
-    with pytest.raises(SystemExit, match="error: 1 disagreements"):
-        verify_main([str(path)])
-    assert "train-00077.tar: not listed" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="error: no shard set at"):
-        verify_main([str(path / "nowhere")])
-
-
-def test_verify_names_what_differs(digits_set, copy_of, damage):
-    index = damage(copy_of(digits_set), [5])
-    problems = list(verify(index))
-    assert len(problems) == 2
-    assert "train-00000.tar: sha256" in problems[0]
-    assert index.rows.key[5].decode() in problems[1]
-
-
-def test_verify_finds_a_changed_label(digits_set, copy_of):
-    path = copy_of(digits_set)
-    file = path / "test-00000.tar"
-    data = bytearray(file.read_bytes())
-    with tarfile.open(file) as tar:
-        member = tar.getmembers()[1]
-    data[member.offset_data] ^= 1
-    file.write_bytes(data)
-    problems = list(verify(load_index(str(path))))
-    assert any("label" in problem for problem in problems)
-
-
-def test_verify_finds_an_early_end(digits_set, copy_of):
-    path = copy_of(digits_set)
-    file = path / "test-00000.tar"
-    data = bytearray(file.read_bytes())
-    with tarfile.open(file) as tar:
-        member = tar.getmembers()[40]
-    data[member.offset : member.offset + 512] = bytes(512)  # stock readers stop here silently
-    file.write_bytes(data)
-    problems = list(verify(load_index(str(path))))
-    assert any("40 members, the index states 180" in problem for problem in problems)
+    (tmp_path / "file").write_bytes(b"")
+    arguments[2] = str(tmp_path / "file" / "below")
+    with pytest.raises(SystemExit, match=r"error: .*Not a directory"):
+        write.main(arguments)
+    with pytest.raises(SystemExit, match=r"error: .* has no ILSVRC2012_img_train\.tar"):
+        write.main(["imagenet", "--source", str(tmp_path), "--out", str(tmp_path / "b")])
 
 
 def test_digits_digest_does_not_depend_on_the_place(digits_set, memory_store):

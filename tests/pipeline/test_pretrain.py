@@ -9,8 +9,10 @@ import pipeline.launch
 import pipeline.zero3
 from data_shards.sources import digits, synthetic
 from data_shards.write import write_shard_set
+from pipeline.config import changed_mathematics
 from pipeline.prepare import prepare
 from pipeline.pretrain import main, parse
+from tests.data_shards.test_index import rewrite_header
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +144,42 @@ def test_run_folder_is_opened_once_and_resumed_only_unchanged(tmp_path, shards):
         prepare(parse([*base, "--resume"]), world_size=2)
 
 
+def test_a_set_without_an_index_is_trained_and_never_certified(refusal, tmp_path, shards):
+    bare = shutil.copytree(shards, tmp_path / "bare")
+    (bare / "index.json").unlink()
+    assert "no shard set at" in refusal(data=bare)
+    asked = ["--data.unindexed-samples", "1437"]
+    assert "never certified; give --checkpoint.no-evaluate" in refusal(*asked, data=bare)
+    base = ["digits", "--storage", str(tmp_path), "--data.shards", str(bare), *asked]
+    prepared = prepare(parse([*base, "--checkpoint.no-evaluate"]), world_size=2)
+    assert (prepared.samples.per_epoch, prepared.experiment) == (1437, "unindexed")
+    assert prepared.job.context["shards_digest"] == ""
+
+
+def test_raw_images_need_a_crop_and_certify_on_the_test_split(refusal, tmp_path, shards):
+    raw = shutil.copytree(shards, tmp_path / "raw")
+    rewrite_header(raw, train_shape=None)
+    assert "(1, 8, 8): give crop=random-resized" in refusal(data=raw)
+    crop = ["--data.stream.crop", "random-resized"]
+    validation = ["--data.train-split", "fit", "--data.test-split", "validation"]
+    text = refusal(*crop, *validation, data=raw)
+    assert "only the test split is stored at network size" in text
+    base = ["digits", "--storage", str(tmp_path), "--data.shards", str(raw)]
+    assert prepare(parse([*base, *crop]), world_size=2).samples.per_epoch == 1437
+
+
+def test_how_samples_are_read_may_change_on_resume():
+    base = parse(["digits"])
+    other = parse(["digits", "--data.stream.workers", "3", "--data.stream.disk-cache", "x"])
+    assert changed_mathematics(base, other) == []
+    assert changed_mathematics(base, parse(["digits", "--data.stream.flip"]))
+
+
 def test_generated_shards_are_written_on_first_use(tmp_path):
     config = parse(["digits", "--storage", str(tmp_path)])
     first = prepare(config, world_size=1)
     assert (tmp_path / "data" / "digits" / "index.json").exists()
-    assert first.index.header.splits["test"] == 360
+    assert first.samples.index.header.splits["test"] == 360
 
 
 def test_help_names_every_preset(capsys):

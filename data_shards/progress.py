@@ -1,0 +1,52 @@
+"""A progress bar on standard error: images, images/s, MB/s, time left."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Bar:
+    """Counts images and bytes; as a context manager it is drawn, unless `shown` is false.
+
+    Args:
+        label: What is done.
+        total: Images in all.
+        shown: Draw the bar.
+        done: Images that earlier runs did; they do not count as throughput.
+    """
+
+    def __init__(self, label: str, total: int, *, shown: bool, done: int = 0) -> None:
+        self._images = self._bytes = 0
+        self._start = time.monotonic()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} images"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+        )
+        self._task = self._progress.add_task(label, total=total, completed=done, rate="")
+
+    def __enter__(self) -> "Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, images: int, size: int) -> None:
+        """Count images and their bytes."""
+        self._images += images
+        self._bytes += size
+        seconds = max(time.monotonic() - self._start, 1e-3)
+        rate = f"{self._images / seconds:.0f} images/s, {self._bytes / seconds / 1e6:.1f} MB/s"
+        self._progress.update(self._task, advance=images, rate=rate)

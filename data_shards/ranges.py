@@ -1,0 +1,124 @@
+"""Byte ranges of objects, many in flight, each resumed where its connection broke."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from data_shards.retry import Describe, Patience, RetryCount
+
+IN_FLIGHT = 32
+"""Requests under way at the same time, per process."""
+_CHUNK = 1 << 18
+# A connection slower than this is dropped: another one may lead to a healthy server.
+_SLOWEST = 1 << 18  # bytes per second
+
+Chunks = Callable[[str, int, int], AsyncIterator[bytes]]
+"""(path, start, stop) -> the bytes [start, stop) of an object in pieces, fewer at its end."""
+
+
+async def read_ranges(
+    chunks: Chunks,
+    ranges: Sequence[tuple[str, int, int]],
+    *,
+    describe: Describe,
+    count: RetryCount,
+    stall_s: float,
+) -> list[bytes]:
+    """Return bytes [start, stop) of each (path, start, stop); fewer where an object ends.
+
+    Args:
+        chunks: How a store delivers one range.
+        ranges: What to read.
+        describe: Returns an error as a text for the log.
+        count: Where repetitions are counted.
+        stall_s: Seconds that a connection may take beyond the slowest rate.
+
+    Raises:
+        Exception: the last error of a range that could not be read.
+    """
+    slots = asyncio.Semaphore(IN_FLIGHT)
+
+    async def read(path: str, start: int, stop: int) -> bytes:
+        async with slots:
+            patience = Patience(describe, count)
+            return await _read_range(chunks, path, start, stop, patience, count, stall_s)
+
+    tasks = [asyncio.ensure_future(read(*wanted)) for wanted in ranges]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _read_range(
+    chunks: Chunks,
+    path: str,
+    start: int,
+    stop: int,
+    patience: Patience,
+    count: RetryCount,
+    stall_s: float,
+) -> bytes:
+    """Read one range; what arrived before a fault is kept, the rest is asked for again."""
+    parts: list[bytes] = []
+    begin = start
+    while begin < stop:
+        seen = len(parts)
+        try:
+            limit = stall_s + (stop - begin) / _SLOWEST
+            await asyncio.wait_for(_collect(chunks(path, begin, stop), parts), limit)
+            if len(parts) == seen:
+                break  # the object ends here
+        except Exception as error:
+            failure: Exception | None = error
+        else:
+            failure = None
+        arrived = sum(map(len, parts[seen:]))
+        begin += arrived
+        if arrived:
+            patience.progress()
+        if failure is not None:
+            await asyncio.sleep(patience.pause(failure))
+        elif begin < stop:
+            count.add()  # a body that ended early without an error
+    data = parts[0] if len(parts) == 1 else b"".join(parts)
+    return data[: stop - start]
+
+
+async def _collect(pieces: AsyncIterator[bytes], parts: list[bytes]) -> None:
+    async for piece in pieces:
+        if piece:
+            parts.append(piece)  # noqa: PERF401 - one by one: an error loses nothing that came
+
+
+def chunks_of(filesystem: Any) -> Chunks:
+    """Return how an asynchronous fsspec filesystem delivers a range."""
+
+    async def from_s3(path: str, start: int, stop: int) -> AsyncIterator[bytes]:
+        bucket, key, version = filesystem.split_path(path)
+        options = {"VersionId": version} if version else {}
+        try:
+            response = await filesystem._call_s3(
+                "get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **options
+            )
+        except OSError as error:
+            if _status(error) == 416:
+                return
+            raise
+        body = response["Body"]
+        try:
+            while piece := await body.read(_CHUNK):
+                yield piece
+        finally:
+            body.close()
+
+    async def from_any(path: str, start: int, stop: int) -> AsyncIterator[bytes]:
+        yield await filesystem._cat_file(path, start=start, end=stop)
+
+    return from_s3 if hasattr(filesystem, "_call_s3") else from_any
+
+
+def _status(error: OSError) -> int:
+    response = getattr(error.__cause__, "response", None) or {}
+    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

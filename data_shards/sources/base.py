@@ -1,0 +1,118 @@
+"""What a source of images is, and the parts that all of them hold out."""
+
+import dataclasses
+import io
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from data_shards.errors import ShardError
+from data_shards.philox import philox_words
+
+TEST, VALIDATION = 200, 201  # purposes of the words that choose the parts
+_HELD_OUT = 0.2
+_MOST_HELD_OUT = 10_000
+_SPLIT_SEED = 0
+
+
+def keep(data: bytes, test: bool) -> bytes:
+    """Return the bytes as they are: a source whose images are made to be stored."""
+    return data
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Images to be written as shards; picklable, because several processes write.
+
+    Labels, splits and the bytes of every image depend on `parameters` and on the archives alone.
+    """
+
+    name: str
+    """Name of the set."""
+    image_shape: tuple[int, int, int]
+    """(C, H, W) that a network sees; every stored test image has it."""
+    class_names: tuple[str, ...]
+    """One name per class."""
+    labels: npt.NDArray[np.int64]
+    """Label of every image."""
+    test: npt.NDArray[np.bool_]
+    """True for images of the test split; the others are the train split."""
+    validation: npt.NDArray[np.bool_]
+    """True for the train images that "validation" holds and "fit" lacks."""
+    load: Callable[[Sequence[int]], list[bytes]]
+    """Numbers of images -> their bytes in the archive; several at once, as requests overlap."""
+    parameters: Mapping[str, Any]
+    """What identifies the content, for the header."""
+    convert: Callable[[bytes, bool], bytes] = keep
+    """(bytes in the archive, is of the test split) -> bytes to store, or UndecodableError."""
+    uniform: bool = True
+    """All train images have the image shape too; otherwise they differ and a stream crops them."""
+    sizes: npt.NDArray[np.int64] | None = None
+    """Bytes of every image in the archive, where known without reading."""
+    names: npt.NDArray[np.bytes_] | None = None
+    """Name of every image in the archive, for the report."""
+    other_files: int = 0
+    """Files of the archive that are no images of the set and were left aside."""
+
+    def encode(self, number: int) -> bytes:
+        """Return the bytes that are stored for one image.
+
+        Raises:
+            ShardError: it cannot be read or decoded.
+        """
+        return self.convert(self.load([number])[0], bool(self.test[number]))
+
+    def describe(self, number: int) -> str:
+        """Return the name of an image in the archive."""
+        return str(number) if self.names is None else self.names[number].decode()
+
+
+def encode_png(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """Return a PNG of uint8 pixels (H, W) or (H, W, 3)."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def hold_out(
+    labels: npt.NDArray[np.int64], among: npt.NDArray[np.bool_], purpose: int
+) -> npt.NDArray[np.bool_]:
+    """Flag a fifth of the samples in `among`, rounded up in all and at most 10,000.
+
+    Classes get their shares by largest remainder; the members of a class by their random words,
+    which depend on the number of a sample alone.
+
+    Args:
+        labels: Label of every sample.
+        among: The samples to choose from.
+        purpose: Separates the choice of `TEST` from that of `VALIDATION`.
+    """
+    counts = np.bincount(labels[among])
+    total = min(int(np.ceil(counts.sum() * _HELD_OUT)), _MOST_HELD_OUT)
+    # Not total / sum: rounding must not depend on the limit where that does not bind.
+    share = _HELD_OUT if total < _MOST_HELD_OUT else total / counts.sum()
+    quotas = np.floor(counts * share).astype(int)
+    remainders = counts * share - quotas
+    quotas[np.argsort(-remainders, kind="stable")[: total - quotas.sum()]] += 1
+    words = philox_words(_SPLIT_SEED, 0, purpose=purpose, count=len(labels))[:, 0]
+    held_out = np.zeros(len(labels), dtype=bool)
+    members = np.flatnonzero(among)
+    members = members[np.lexsort((words[members], labels[members]))]
+    starts = np.cumsum(counts) - counts
+    rank = np.arange(len(members)) - starts[labels[members]]
+    held_out[members[rank < quotas[labels[members]]]] = True
+    return held_out
+
+
+def checksum(data: bytes, stated: int, what: str) -> None:
+    """Compare the CRC-32 of some bytes.
+
+    Raises:
+        ShardError: another one than stated.
+    """
+    if zlib.crc32(data) != stated:
+        raise ShardError(f"{what}: CRC-32 {zlib.crc32(data):08x}, the archive states {stated:08x}")

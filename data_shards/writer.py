@@ -1,0 +1,323 @@
+"""Write a source as a shard set: in parallel, resumable, with the same bytes every time.
+
+The bytes depend on the source and the options alone, so two processes that write the same set to
+one place at the same time replace files by identical ones, and whoever writes the header last
+changes nothing. The order of writing is shard, its fragment under `.progress/`, and when all are
+there the rows, the report and the header; a run that was killed goes on from the fragments.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from data_shards.errors import ShardError
+from data_shards.fragment import SOURCE_HASH, Fragment
+from data_shards.index import (
+    HEADER_FILE,
+    ROWS_FILE,
+    SCHEMA_VERSION,
+    Header,
+    Shard,
+    ShardIndex,
+    count_splits,
+    header_to_json,
+    load_header,
+    load_index,
+    rows_to_parquet,
+)
+from data_shards.plan import ShardPlan, WriteOptions, identity, plan_shards, progress_key
+from data_shards.pool import Advance, run_tasks
+from data_shards.progress import Bar
+from data_shards.report import REPORT_FILE, duplicates_of, report, report_to_json
+from data_shards.sources.base import Source
+from data_shards.sources.convert import UndecodableError, image_extension
+from data_shards.store import Store
+from data_shards.tar import add_end, add_member
+
+PROGRESS = ".progress"
+_AT_ONCE = 64  # images loaded together: enough to overlap requests, some megabytes
+_HASHED_AT_ONCE = 1 << 14  # images per task of the search for duplicates
+_UNDECODABLE_SHARE = 0.1  # of a shard; more is not damage of single files
+_UNDECODABLE_ALLOWANCE = 10
+
+
+def write_shard_set(
+    source: Source,
+    out_url: str,
+    *,
+    samples_per_shard: int | None = None,
+    options: WriteOptions | None = None,
+    workers: int = 1,
+    progress: bool = False,
+) -> ShardIndex:
+    """Write all images of a source as tar shards with an index, the header last.
+
+    Args:
+        source: The images.
+        out_url: Directory of the set.
+        samples_per_shard: Short for options with this field.
+        options: How to cut the set; None = defaults.
+        workers: Processes; 1 = this one.
+        progress: Show a bar on standard error.
+
+    Returns:
+        The index, loaded from what was written. If the same set is there already, nothing is
+        written.
+
+    Raises:
+        ShardError: a different set is there, a split has fewer samples than shards, or images
+            cannot be read.
+    """
+    store = Store(out_url)
+    options = options or WriteOptions(samples_per_shard=samples_per_shard)
+    run = _Run(source, store, options, workers, progress)
+    if store.exists(HEADER_FILE):
+        run.refuse_other_set()
+    else:
+        run.write()
+    # Another process that writes the same set may be at work in there; what it leaves is harmless.
+    with contextlib.suppress(OSError):
+        store.remove(PROGRESS, recursive=True)
+    return load_index(store)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One call of the writer."""
+
+    source: Source
+    store: Store
+    options: WriteOptions
+    workers: int
+    shown: bool
+
+    @functools.cached_property
+    def identity(self) -> str:
+        return identity(self.source, self.options)
+
+    @functools.cached_property
+    def folder(self) -> str:
+        return f"{PROGRESS}/{progress_key(self.identity)}"
+
+    def refuse_other_set(self) -> None:
+        present = load_header(self.store)
+        if present.generator.get("plan") != self.identity:
+            raise ShardError(
+                f"{self.store} already holds another shard set, {present.name!r} with digest "
+                f"{present.digest()}; {self.source.name!r} as asked for is not the same. "
+                "Choose another URL or remove it first"
+            )
+
+    def write(self) -> None:
+        self._refuse_other_progress()
+        kept = np.ones(len(self.source.labels), dtype=bool)
+        duplicates = (np.zeros(0, dtype=np.int64),) * 2
+        if self.options.drop_duplicates:
+            duplicates = self._find_duplicates()
+            kept[duplicates[0]] = False
+        plans = list(plan_shards(self.source, self.options, kept))
+        self._refuse_strays(plans)
+        fragments = self._write_shards(plans)
+        if not self.options.drop_duplicates:
+            columns = pa.concat_tables([f.rows.select(["key", SOURCE_HASH]) for f in fragments])
+            numbers = np.array([int(key) for key in columns["key"].to_pylist()], dtype=np.int64)
+            hashes = columns[SOURCE_HASH].to_numpy()
+            duplicates = duplicates_of(hashes, numbers, self.source.test[numbers])
+        self._finish(plans, fragments, duplicates)
+
+    def _refuse_other_progress(self) -> None:
+        others = [name for name in self.store.ls(PROGRESS) if name != self.folder]
+        if others:
+            raise ShardError(
+                f"{self.store} holds an unfinished set ({others[0]}) of another source, of other "
+                "options or of other encoders. Choose another URL or remove it first"
+            )
+
+    def _refuse_strays(self, plans: Sequence[ShardPlan]) -> None:
+        tars = {name for name in self.store.ls() if name.endswith(".tar")}
+        strays = sorted(tars - {plan.file for plan in plans})
+        if strays:
+            raise ShardError(
+                f"{self.store} holds {len(strays)} tar files that are not of this set, the first "
+                f"is {strays[0]}. Choose another URL or remove them first"
+            )
+
+    def _write_shards(self, plans: Sequence[ShardPlan]) -> list[Fragment]:
+        """Write the shards that are missing; return the fragments of all, in order."""
+        found = self._fragments(plans)
+        missing = [plan for plan in plans if plan.file not in found]
+        done = sum(len(plan.members) for plan in plans if plan.file in found)
+        total = sum(len(plan.members) for plan in plans)
+        task = functools.partial(_write_shard, self.source, self.store, self.folder)
+        with Bar(f"writing {self.source.name}", total, shown=self.shown, done=done) as bar:
+            for place, data in run_tasks(task, missing, self.workers, bar):
+                found[missing[place].file] = Fragment.from_bytes(data)
+        return [found[plan.file] for plan in plans]
+
+    def _fragments(self, plans: Sequence[ShardPlan]) -> dict[str, Fragment]:
+        """Return what earlier runs finished: fragments whose shard is there."""
+        names = set(self.store.ls(self.folder))
+        sizes = self.store.sizes()
+        found = {}
+        for plan in plans:
+            name = f"{self.folder}/{plan.file}.parquet"
+            if name not in names:
+                continue
+            # Another process that writes the same set may have finished and tidied up, and not
+            # every store writes an object in one go: a fragment that is not there is made again.
+            with contextlib.suppress(FileNotFoundError, ShardError):
+                fragment = Fragment.from_bytes(self.store.read(name))
+                if sizes.get(plan.file) == fragment.size:
+                    found[plan.file] = fragment
+        return found
+
+    def _find_duplicates(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        numbers = np.arange(len(self.source.labels))
+        parts = np.array_split(numbers, -(-len(numbers) // _HASHED_AT_ONCE))
+        task = functools.partial(_hash_images, self.source, self.store, self.folder)
+        hashes = np.zeros(len(numbers), dtype=np.uint64)
+        with Bar("looking for duplicates", len(numbers), shown=self.shown) as bar:
+            for place, found in run_tasks(task, parts, self.workers, bar):
+                hashes[parts[place]] = found
+        return duplicates_of(hashes, numbers, self.source.test)
+
+    def _finish(
+        self,
+        plans: Sequence[ShardPlan],
+        fragments: Sequence[Fragment],
+        duplicates: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
+    ) -> None:
+        tables, shards = [], []
+        for number, (plan, fragment) in enumerate(zip(plans, fragments, strict=True)):
+            count = len(fragment.rows)
+            shard_column = pa.array(np.full(count, number, dtype=np.int32))
+            tables.append(fragment.rows.append_column("shard", shard_column))
+            sizes: dict[str, int] = {"samples": count, "size": fragment.size}
+            shards.append(
+                Shard(number=number, file=plan.file, split=plan.split, sha256=fragment.sha256,
+                      **sizes)
+            )  # fmt: skip
+        table = pa.concat_tables(tables)
+        rows = rows_to_parquet({name: table[name] for name in table.column_names})
+        source = self.source
+        header = Header(
+            schema_version=SCHEMA_VERSION,
+            name=source.name,
+            image_shape=source.image_shape,
+            train_shape=source.image_shape if source.uniform else None,
+            num_classes=len(source.class_names),
+            class_names=source.class_names,
+            splits=count_splits(
+                np.asarray(table["split"].to_numpy() == "train"), table["validation"].to_numpy()
+            ),
+            shards=tuple(shards),
+            rows_sha256=hashlib.sha256(rows).hexdigest(),
+            generator={
+                **source.parameters,
+                **dataclasses.asdict(self.options),
+                "plan": self.identity,
+            },
+        )
+        left_out = [entry for fragment in fragments for entry in fragment.left_out]
+        dropped = self.options.drop_duplicates
+        content = report(source, len(table), left_out, duplicates, dropped)
+        self.store.write(ROWS_FILE, rows)
+        self.store.write(REPORT_FILE, report_to_json(content))
+        self.store.write(HEADER_FILE, header_to_json(header))
+
+
+def _write_shard(
+    source: Source, store: Store, folder: str, plan: ShardPlan, advance: Advance
+) -> bytes:
+    """Build one tar, write it and its fragment; return the fragment."""
+    tar = io.BytesIO()
+    rows: list[dict[str, Any]] = []
+    left_out: list[tuple[int, str, str]] = []
+    for numbers in _batches(plan.members):
+        for number, data in zip(numbers, source.load(numbers), strict=True):
+            try:
+                rows.append(_add_sample(tar, source, plan.split, number, data))
+            except UndecodableError as error:
+                left_out.append((number, error.cause, str(error)))
+            advance(1, len(data))
+        _check_left_out(source, plan, left_out, final=False)
+    _check_left_out(source, plan, left_out, final=not rows)
+    add_end(tar)
+    body = tar.getvalue()
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    kinds = {"label": pa.int32(), "xxh3_64": pa.uint64(), SOURCE_HASH: pa.uint64()}
+    arrays = {name: pa.array(values, kinds.get(name)) for name, values in columns.items()}
+    digest = hashlib.sha256(body).hexdigest()
+    fragment = Fragment(pa.table(arrays), len(body), digest, left_out).to_bytes()
+    store.write(plan.file, body)
+    store.write(f"{folder}/{plan.file}.parquet", fragment)
+    return fragment
+
+
+def _add_sample(
+    tar: io.BytesIO, source: Source, split: str, number: int, data: bytes
+) -> dict[str, Any]:
+    """Append image and label to a tar; return the row of the sample."""
+    image = source.convert(data, bool(source.test[number]))
+    key, extension, label = f"{number:08d}", image_extension(image), int(source.labels[number])
+    offset = add_member(tar, f"{key}.{extension}", image)
+    add_member(tar, f"{key}.cls", str(label).encode())
+    return {
+        "split": split,
+        "validation": bool(source.validation[number]),
+        "key": key,
+        "offset": offset,
+        "size": len(image),
+        "extension": extension,
+        "xxh3_64": xxhash.xxh3_64_intdigest(image),
+        "label": label,
+        SOURCE_HASH: xxhash.xxh3_64_intdigest(data),
+    }
+
+
+def _check_left_out(
+    source: Source, plan: ShardPlan, left_out: list[tuple[int, str, str]], *, final: bool
+) -> None:
+    """Stop early where most images cannot be stored; `final`: the shard has none at all."""
+    limit = _UNDECODABLE_ALLOWANCE + _UNDECODABLE_SHARE * len(plan.members)
+    if final or len(left_out) > limit:
+        number, _, message = left_out[0]
+        raise ShardError(
+            f"{len(left_out)} of {len(plan.members)} images of {plan.file} cannot be stored, more "
+            f"than damage of single files explains; the first is {source.describe(number)}: "
+            f"{message}"
+        )
+
+
+def _hash_images(
+    source: Source, store: Store, folder: str, numbers: npt.NDArray[np.int64], advance: Advance
+) -> npt.NDArray[np.uint64]:
+    """Return xxh3_64 of the bytes of some images in the archive; kept for a run that goes on."""
+    name = f"{folder}/hashes-{numbers[0]:08d}.bin"
+    with contextlib.suppress(FileNotFoundError):
+        kept = store.read(name)
+        if len(kept) == 8 * len(numbers):
+            advance(len(numbers), 0)
+            return np.frombuffer(kept, dtype="<u8").astype(np.uint64)
+    hashes = []
+    for batch in _batches(numbers):
+        for data in source.load(batch):
+            hashes.append(xxhash.xxh3_64_intdigest(data))
+            advance(1, len(data))
+    found = np.array(hashes, dtype=np.uint64)
+    store.write(name, found.astype("<u8").tobytes())
+    return found
+
+
+def _batches(numbers: npt.NDArray[np.int64]) -> Iterator[list[int]]:
+    for begin in range(0, len(numbers), _AT_ONCE):
+        yield numbers[begin : begin + _AT_ONCE].tolist()

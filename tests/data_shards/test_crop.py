@@ -1,0 +1,108 @@
+"""Sets whose train images differ in shape: cropped by the stream, tested at network size."""
+
+import dataclasses
+import functools
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_shards import decode
+from data_shards.config import StreamConfig
+from data_shards.errors import ShardError
+from data_shards.index import load_index
+from data_shards.order import Cursor
+from data_shards.reader import read_shard
+from data_shards.sources import synthetic
+from data_shards.stream import SampleStream
+from data_shards.writer import write_shard_set
+from tests.data_shards.test_index import rewrite_header
+
+CROP = StreamConfig(crop="random-resized", flip=True, lanes=2, window=8)
+SIZES = ((24, 30), (40, 17), (16, 16), (33, 33))
+
+
+def images_of_many_sizes(plain, numbers):
+    """Train images of another size each; test images as they are."""
+    out = []
+    for number, data in zip(numbers, plain(numbers), strict=True):
+        image = Image.open(io.BytesIO(data))
+        buffer = io.BytesIO()
+        image.resize(SIZES[number % 4]).save(buffer, "JPEG", quality=95)
+        out.append(buffer.getvalue())
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("raw")
+    source = synthetic(samples=120, size=16, classes=4)
+    load = functools.partial(images_of_many_sizes, source.load)
+    write_shard_set(dataclasses.replace(source, load=load), str(path), samples_per_shard=20)
+    rewrite_header(path, train_shape=None)
+    return path
+
+
+def take(folder, count=12, config=CROP, split="train", **fields):
+    arguments = {"global_batch": 16, "cursor": Cursor(seed=3), "split": split, **fields}
+    with SampleStream(load_index(str(folder)), config, **arguments) as stream:
+        return [next(stream) for _ in range(count)]
+
+
+def pixels(batches):
+    return torch.cat([batch.images for batch in batches])
+
+
+def test_every_image_comes_at_network_size_and_differently_each_epoch(folder):
+    batches = take(folder)
+    rows = np.concatenate([batch.rows for batch in batches])
+    images = pixels(batches)
+    assert images.shape == (192, 3, 16, 16)
+    assert images.dtype == torch.uint8
+    first = dict(zip(rows[:96], images[:96], strict=True))
+    again = dict(zip(rows[96:], images[96:], strict=True))
+    assert len(first) == 96
+    assert sum(torch.equal(first[row], again[row]) for row in first) < 5
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_crops_depend_on_seed_epoch_and_position_alone(folder, workers):
+    expected = pixels(take(folder))
+    config = dataclasses.replace(CROP, workers=workers, read_ahead_bytes=60_000)
+    assert torch.equal(pixels(take(folder, config=config)), expected)
+    halves = [take(folder, config=config, rank=rank, world_size=2) for rank in (0, 1)]
+    joined = [torch.cat([a.images, b.images]) for a, b in zip(*halves, strict=True)]
+    assert torch.equal(torch.cat(joined), expected)
+    resumed = take(folder, 5, cursor=Cursor(seed=3).advance(7 * 16, 96))
+    assert torch.equal(pixels(resumed), expected[7 * 16 :])
+    other = take(folder, cursor=Cursor(seed=4))
+    assert not torch.equal(pixels(other), expected)
+
+
+def test_a_crop_is_asked_for_and_only_where_it_belongs(folder, synthetic_set):
+    with pytest.raises(ShardError, match=r"differ in shape and a network sees .* crop=random-resi"):
+        take(folder, config=StreamConfig())
+    with pytest.raises(ShardError, match="never cropped: crop=none"):
+        take(folder, split="test")
+    assert take(synthetic_set, 1)[0].images.shape == (16, 3, 16, 16)  # augmentation alone
+
+
+def test_raw_splits_are_not_read_for_certificates(folder):
+    index = load_index(str(folder))
+    with pytest.raises(ShardError, match="only the test split is stored at network size"):
+        next(read_shard(index, index.shards_of("validation")[0], 8, split="validation"))
+
+
+def test_cropped_images_are_never_kept(folder, monkeypatch):
+    decoded = []
+    original = decode.decode_crop
+
+    def spy(*arguments):
+        decoded.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(decode, "decode_crop", spy)
+    take(folder, 12)
+    assert len(decoded) >= 192

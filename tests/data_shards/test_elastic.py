@@ -1,0 +1,157 @@
+"""Exactly once per epoch, in one global order, whatever the ranks, workers and interruptions."""
+
+import uuid
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_shards.config import StreamConfig
+from data_shards.index import load_index
+from data_shards.order import Cursor
+from data_shards.sources import synthetic
+from data_shards.store import Store
+from data_shards.stream import SampleStream
+from data_shards.write import write_shard_set
+from tests.faulty_proxy import Weather
+from tests.harness import run_ranks
+from tests.object_store import s3_clients
+
+BATCH = 96
+WORLDS = (1, 2, 3, 4, 8)
+WORKERS = (0, 1, 2, 3, 4)
+SAMPLES = 250
+STEPS = -(-5 * SAMPLES // (2 * BATCH))  # two and a half epochs
+CONFIG = {"lanes": 3, "window": 32, "cache_bytes": 0, "shift_pixels": 1, "flip": True}
+
+
+@pytest.fixture(scope="module")
+def index():
+    store = Store(f"memory://elastic-{uuid.uuid4().hex}")
+    yield write_shard_set(
+        synthetic(samples=313, size=8, classes=4), store.url, samples_per_shard=37
+    )
+    store.remove("", recursive=True)
+
+
+def train(index, world, workers, cursor, steps, **fields):
+    """What all ranks together see: keys by step, a checksum of the pixels, and the last cursor."""
+    config = StreamConfig(**{**CONFIG, **fields}, workers=workers)
+    streams = [
+        SampleStream(
+            index,
+            config,
+            split="train",
+            global_batch=BATCH,
+            cursor=cursor,
+            rank=rank,
+            world_size=world,
+        )
+        for rank in range(world)
+    ]
+    try:
+        seen = []
+        for _ in range(steps):
+            batches = [next(stream) for stream in streams]
+            (cursor,) = {batch.cursor_after for batch in batches}
+            images = torch.cat([batch.images for batch in batches])
+            rows = np.concatenate([batch.rows for batch in batches])
+            seen.append((index.rows.key[rows].tolist(), hash(images.numpy().tobytes())))
+        return seen, cursor
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(index):
+    return train(index, 1, 0, Cursor(seed=5), STEPS)[0]
+
+
+def test_every_sample_once_per_epoch(index, undisturbed):
+    keys = [key for step, _ in undisturbed for key in step]
+    train_keys = sorted(index.rows.key[index.select("train")].tolist())
+    assert len(train_keys) == SAMPLES
+    assert sorted(keys[:SAMPLES]) == sorted(keys[SAMPLES : 2 * SAMPLES]) == train_keys
+    rest = keys[2 * SAMPLES :]
+    assert len(rest) >= SAMPLES // 2 - BATCH
+    assert len(set(rest)) == len(rest)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_stop_and_every_new_world_size_give_one_sequence(index, undisturbed, world):
+    # What happens before a stop and after it are independent but for the cursor: all pairs of old
+    # and new world sizes are covered by every prefix and every rest.
+    for stop in range(STEPS + 1):
+        workers = WORKERS[(stop + world) % len(WORKERS)]
+        before, cursor = train(index, world, workers, Cursor(seed=5), stop)
+        assert before == undisturbed[:stop]
+        assert cursor == Cursor(seed=5).advance(stop * BATCH, SAMPLES)
+        saved = Cursor.from_json(cursor.to_json())
+        assert train(index, world, workers, saved, STEPS - stop)[0] == undisturbed[stop:]
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.integers(0, 2**64 - 1),
+    st.lists(
+        st.tuples(st.sampled_from(WORLDS), st.sampled_from(WORKERS), st.integers(1, 4)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([{}, {"cache_bytes": 1 << 20}, {"read_ahead_bytes": 150_000}]),
+)
+def test_any_history_of_interruptions_gives_one_sequence(index, seed, history, fields):
+    cursor = Cursor(seed=seed, epoch=1, position=17)
+    total = sum(steps for _, _, steps in history)
+    expected, _ = train(index, 1, 0, cursor, total)
+    seen = []
+    for world, workers, steps in history:
+        part, cursor = train(index, world, workers, cursor, steps, **fields)
+        seen += part
+    assert seen == expected
+
+
+def read_on_s3(rank, world_size, endpoint, url, cursor, steps, folder):
+    with s3_clients(endpoint):
+        index = load_index(url)
+        config = StreamConfig(cache_bytes=0, workers=rank % 3, disk_cache=folder)
+        with SampleStream(
+            index,
+            config,
+            split="train",
+            global_batch=BATCH,
+            rank=rank,
+            world_size=world_size,
+            cursor=Cursor.from_json(cursor),
+        ) as stream:
+            rows = [next(stream).rows for _ in range(steps)]
+            keys = [index.rows.key[part].tolist() for part in rows]
+            return keys, stream.cursor.to_json(), stream.retries
+
+
+@pytest.mark.distributed
+def test_processes_on_s3_in_bad_weather(proxy, s3_set, small_keys, tmp_path):
+    proxy.weather = Weather(unavailable=0.1, reset=0.1, reset_at=500)
+    cursor, seen, retries = Cursor(seed=5).to_json(), [], 0
+    for world, steps in ((3, 1), (2, 2)):  # three epochs of one batch
+        place = str(tmp_path / "cache")
+        ranks = run_ranks(read_on_s3, world, proxy.url, s3_set, cursor, steps, place)
+        seen += [[key for keys, _, _ in ranks for key in keys[step]] for step in range(steps)]
+        (cursor,) = {after for _, after, _ in ranks}
+        retries += sum(count for _, _, count in ranks)
+    assert seen == small_keys
+    assert retries > 0
+
+
+@pytest.fixture
+def small_keys(synthetic_set):
+    """Keys of the small set in the order of one undisturbed process."""
+    index = load_index(str(synthetic_set))
+    config = StreamConfig(cache_bytes=0)
+    with SampleStream(
+        index, config, split="train", global_batch=BATCH, cursor=Cursor(seed=5)
+    ) as stream:
+        return [index.rows.key[next(stream).rows].tolist() for _ in range(3)]

@@ -1,0 +1,170 @@
+"""The store against a real S3-compatible server, in all weathers."""
+
+import logging
+import os
+
+import fsspec
+import numpy as np
+import pytest
+
+from data_shards import ranges, retry
+from data_shards.errors import ShardError
+from data_shards.index import load_index
+from data_shards.reader import fetch
+from data_shards.store import Store
+from tests.faulty_proxy import FaultyProxy, Weather
+from tests.object_store import BUCKET, KEY, SECRET, s3_clients
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(retry, "LONGEST_PAUSE_S", 0.2)
+
+
+def configure(monkeypatch, **options):
+    monkeypatch.setitem(fsspec.config.conf, "s3", options)
+
+
+@pytest.fixture
+def large(proxy):
+    """An object of 300 KB and its bytes."""
+    store = Store(f"s3://{BUCKET}/large")
+    data = np.random.Generator(np.random.Philox(0)).bytes(300_000)
+    store.write("object", data)
+    proxy.seen.clear()
+    return store, data
+
+
+def test_round_trip(proxy):
+    store = Store(f"s3://{BUCKET}/round/trip")
+    store.write("a/one", b"0123456789")
+    store.write("two", b"xyz")
+    assert store.read("a/one") == b"0123456789"
+    assert store.ls() == ["a", "two"]
+    assert store.sizes("a") == {"a/one": 10}
+    assert store.read_ranges([("two", 1, 3), ("a/one", 8, 99), ("two", 3, 5)]) == [
+        b"yz",
+        b"89",
+        b"",
+    ]
+    assert not store.exists("three")
+    with pytest.raises(FileNotFoundError, match=r"s3://bucket/round/trip: .*three"):
+        store.read("three")
+    store.remove("a", recursive=True)
+    assert store.ls() == ["two"]
+
+
+WEATHERS = {
+    "a storm of 503": Weather(unavailable=0.4),
+    "resets": Weather(reset=0.5, reset_at=2000),
+    "short bodies": Weather(short=0.5),
+    "stalls": Weather(stall=0.3, stall_s=30),
+    "a trickle": Weather(trickle=0.3, trickle_rate=500),
+}
+
+
+@pytest.mark.parametrize("name", WEATHERS)
+def test_every_byte_arrives_in_bad_weather(name, proxy, s3_set, small_rows, monkeypatch):
+    configure(monkeypatch, config_kwargs={"read_timeout": 0.3})
+    monkeypatch.setattr(ranges, "_SLOWEST", 1 << 16)
+    proxy.weather = WEATHERS[name]
+    index = load_index(s3_set)
+    assert index.digest == small_rows[0]
+    for rows in np.array_split(np.arange(120), 6):
+        encoded = fetch(index, rows, max_gap=0)
+        assert {row: bytes(encoded[row]) for row in rows} == {r: small_rows[1][r] for r in rows}
+    faults = sum(
+        proxy.seen[fault] for fault in ("unavailable", "reset", "stall", "trickle", "short")
+    )
+    assert faults > 5
+    assert 0 < index.store.retries <= 2 * faults
+
+
+@pytest.fixture(scope="session")
+def small_rows(synthetic_set):
+    """Digest of the small set, and the encoded bytes of all its rows."""
+    index = load_index(str(synthetic_set))
+    encoded = fetch(index, np.arange(120))
+    return index.digest, {row: bytes(data) for row, data in encoded.items()}
+
+
+def test_every_connection_is_reset_after_k_bytes(proxy, large):
+    # Without going on in the middle this would never end.
+    store, data = large
+    proxy.weather = Weather(reset=1.0, reset_at=40_000)
+    assert store.read_range("object", 0, len(data)) == data
+    assert store.retries == 7
+    assert proxy.seen["requests"] == 8
+
+
+def test_many_requests_are_under_way_together(proxy, large):
+    store, data = large
+    proxy.weather = Weather(latency_s=0.1)
+    wanted = [("object", 1000 * i, 1000 * i + 500) for i in range(100)]
+    assert store.read_ranges(wanted) == [data[start:stop] for _, start, stop in wanted]
+    assert 16 <= proxy.most_at_once <= ranges.IN_FLIGHT
+
+
+def test_patience_ends_with_a_clear_error(proxy, s3_set, monkeypatch):
+    monkeypatch.setattr(retry, "PATIENCE_S", 0.5)
+    proxy.weather = Weather(unavailable=1.0)
+    with pytest.raises(ShardError, match=r"index of a shard set: s3://bucket/\w+: OSError: .*S"):
+        load_index(s3_set)
+    proxy.weather = Weather()
+    index = load_index(s3_set)
+    proxy.weather = Weather(unavailable=1.0)
+    with pytest.raises(ShardError, match=r"cannot read s3://bucket/\w+ \(test-00000.tar\)"):
+        fetch(index, index.select("test")[:3])
+
+
+def test_what_stays_is_not_asked_again(proxy):
+    store = Store("s3://no-such-bucket/set")
+    with pytest.raises(ShardError, match="no shard set at s3://no-such-bucket/set"):
+        load_index(store)
+    assert store.retries == 0
+
+
+def test_settings_come_from_the_standard_places(s3_address, proxy, s3_set, monkeypatch, tmp_path):
+    url = proxy.url
+    profiles = tmp_path / "credentials"
+    profiles.write_text(f"[team]\naws_access_key_id={KEY}\naws_secret_access_key={SECRET}\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    configure(monkeypatch, endpoint_url=url)
+    with pytest.raises(ShardError, match="Unable to locate credentials"):
+        load_index(s3_set)
+    configure(monkeypatch, endpoint_url=url, anon=True)
+    assert load_index(s3_set).digest
+    # A host name: the bucket must stay in the path.
+    configure(monkeypatch, endpoint_url=url.replace("127.0.0.1", "localhost"), profile="team")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profiles))
+    assert load_index(s3_set).digest
+
+
+def test_credentials_are_never_seen(proxy, s3_set, caplog, monkeypatch):
+    proxy.weather = Weather(unavailable=0.5)
+    with caplog.at_level(logging.DEBUG, logger="data_shards"):
+        index = load_index(s3_set)
+        monkeypatch.setattr(retry, "PATIENCE_S", 0.3)
+        proxy.weather = Weather(unavailable=1.0)
+        with pytest.raises(ShardError) as failure:
+            fetch(index, [0, 1])
+    assert "trying again" in caplog.text
+    seen = f"{caplog.text}{failure.value}{index!r}{index.store!r}"
+    for secret in (KEY, SECRET):
+        assert os.environ["AWS_SECRET_ACCESS_KEY"] == SECRET
+        assert secret not in seen
+
+
+def test_what_a_url_hides_is_not_shown(s3_address):
+    with FaultyProxy(s3_address) as proxy:
+        store = Store(f"{proxy.url}/{BUCKET}/absent?token=hidden-word")
+        with pytest.raises(OSError, match=r"/bucket/absent") as failure:
+            store.read("index.json")
+        assert "hidden-word" not in str(failure.value)
+
+
+def test_two_servers_in_one_process(s3_address, proxy, s3_set):
+    with FaultyProxy(s3_address) as other, s3_clients(other.url):
+        assert load_index(s3_set).digest
+        assert other.seen["requests"] > 3

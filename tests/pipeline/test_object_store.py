@@ -1,0 +1,109 @@
+"""Training from a real S3-compatible server behind a proxy that fails in every way it can."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_shards.sources import digits
+from data_shards.writer import write_shard_set
+from tests.faulty_proxy import FAULTS, FaultyProxy, Weather
+from tests.object_store import BUCKET, KEY, SECRET, s3_clients, s3_environment, s3_server, upload
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = (
+    ("cluster.launcher", "local"),
+    ("train.epochs", "1"),
+    ("train.global-batch", "48"),
+    ("train.warmup-epochs", "0"),
+    ("model.width", "24"),
+    ("model.depth", "1"),
+    ("data.stream.cache-bytes", "0"),  # read, not remembered
+    ("data.stream.read-ahead-bytes", "100000"),
+    ("data.stream.workers", "2"),
+)
+
+
+def pretrain(storage, shards, environment, *options):
+    """Run the entry as a person would; returns its output and the metrics by step."""
+    settings = [part for name, value in SETTINGS for part in (f"--{name}", value)]
+    command = [sys.executable, "-m", "pipeline.pretrain", "digits", *settings]
+    done = subprocess.run(
+        [*command, "--data.shards", shards, "--storage", str(storage), "--name", "run", *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stdout
+    spool = (storage / "run/tracking/spool.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in spool]
+    return done.stdout, {r["step"]: r["values"] for r in records if r["kind"] == "metrics"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shards")
+    write_shard_set(digits(), str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    storage = tmp_path_factory.mktemp("undisturbed")
+    return pretrain(storage, str(folder), {}, "--checkpoint.no-evaluate")[1]
+
+
+WEATHERS = {
+    "503, resets and short bodies": Weather(unavailable=0.2, reset=0.15, reset_at=300, short=0.1),
+    "stalls and trickles": Weather(stall=0.02, stall_s=30, trickle=0.02, trickle_rate=20),
+}
+
+
+@pytest.mark.parametrize("name", WEATHERS)
+def test_the_same_losses_in_bad_weather(name, folder, undisturbed, tmp_path):
+    with s3_server() as address, FaultyProxy(address, seed=1) as proxy:
+        with s3_clients(proxy.url):
+            shards = upload(folder)
+        proxy.weather, requests = WEATHERS[name], proxy.seen["requests"]
+        impatient = {"FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": 0.5}})}
+        environment = s3_environment(proxy.url, **impatient)
+        output, metrics = pretrain(tmp_path / "runs", shards, environment)
+        faults = sum(proxy.seen[fault] for fault in FAULTS)
+        assert proxy.seen["requests"] - requests > 100
+    losses = {step: values["train/loss"] for step, values in metrics.items()}
+    assert losses == {step: values["train/loss"] for step, values in undisturbed.items()}
+    assert len(losses) == 30
+    last = metrics[max(metrics)]
+    assert 5 < last["data/retries"] <= 2 * faults
+    assert last["data/damaged"] == 0
+    assert last["data/wait_s"] >= 0
+    assert "cra_nominal" in output  # certified from the same store
+    written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    texts = [output.encode(), *(path.read_bytes() for path in written)]
+    assert len(texts) > 5
+    for secret in (KEY, SECRET):
+        assert not any(secret.encode() in text for text in texts)
+
+
+def test_a_wrong_endpoint_is_refused_in_one_line(tmp_path):
+    environment = s3_environment("http://127.0.0.1:9")  # nobody listens
+    code = (
+        "import sys\nfrom data_shards import retry\nretry.PATIENCE_S = 1\n"
+        "from pipeline.pretrain import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "digits", "--cluster.launcher", "local",
+         "--storage", str(tmp_path), "--data.shards", f"s3://{BUCKET}/set"],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout.startswith("refused: ")
+    assert done.stdout.count("\n") == 1
+    assert "cannot read the index of a shard set: s3://bucket/set" in done.stdout
+    assert SECRET not in done.stdout + done.stderr
