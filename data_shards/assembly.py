@@ -21,6 +21,7 @@ from data_shards.errors import ShardError
 from data_shards.index import ShardIndex
 from data_shards.order import AUGMENT, CROP, RANDAUGMENT, REPLACE, Cursor, position_words
 from data_shards.philox import unit_interval
+from data_shards.randaugment import randaugment
 from data_shards.reader import DamagedSampleError, Encoded, decode
 from data_shards.reading import Part, Plan, Reading, SplitReader
 
@@ -243,8 +244,6 @@ def randaugmented(image: Tensor, words: Words, share: float) -> Tensor:
         words: Random words of the image, (4,).
         share: Share of the images that are changed.
     """
-    from data_shards.randaugment import randaugment
-
     return randaugment(image, words) if unit_interval(words[3:])[0] < share else image
 
 

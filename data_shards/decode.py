@@ -1,19 +1,33 @@
-"""Encoded image bytes to uint8 tensors, for an allow-list of formats."""
+"""Encoded image bytes to uint8 tensors, for an allow-list of formats.
+
+The content decides the format: ImageNet has a PNG and CMYK files among its `.JPEG` names. Pixels
+are taken as stored: EXIF orientation is not applied, as everywhere in the field. Palettes become
+RGB, alpha is dropped and CMYK is converted as Pillow does; 16-bit images are refused.
+"""
 
 import io
+import re
+import struct
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
 
+from data_shards.augment import RATIO, SCALE, Box, random_crop_box
 from data_shards.errors import ShardError
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 MAX_PIXELS = 1 << 25
-_PILLOW_FORMATS = {"png": "PNG", "webp": "WEBP"}
 _JPEG_COLOURS = {"Gray": "GRAY", "YCbCr": "RGB", "RGB": "RGB"}
+# Pillow's mode -> the modes it goes through. RGBA first: a palette may have transparent entries.
+_CONVERSIONS = {
+    "L": (), "RGB": (), "1": ("L",), "LA": ("L",), "P": ("RGBA", "RGB"), "PA": ("RGBA", "RGB"),
+    "RGBA": ("RGB",), "RGBX": ("RGB",), "CMYK": ("RGB",), "YCbCr": ("RGB",),
+}  # fmt: skip
 _PILLOW_FAILURES = (
     OSError,
     ValueError,
@@ -21,6 +35,29 @@ _PILLOW_FAILURES = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+# Every pixel was decoded, and bytes were left over.
+_LEFT_OVER = re.compile("extraneous bytes before marker")
+_MARGIN = 8
+_BASELINE = (0xC0, 0xC1)
+_PNG_DEPTH = 24  # place of the bits per channel in a PNG file
+
+Pixels = npt.NDArray[np.uint8]
+"""(H, W, C), C = 1 or 3."""
+
+
+class _Header(NamedTuple):
+    height: int
+    width: int
+    colours: str
+
+
+def image_format(data: bytes) -> str:
+    """Return what the first bytes say: "JPEG", "PNG", "WEBP", or "" for anything else."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
 
 
 def decode_image(data: bytes, extension: str) -> Tensor:
@@ -28,46 +65,158 @@ def decode_image(data: bytes, extension: str) -> Tensor:
 
     Args:
         data: The encoded image.
-        extension: One of `EXTENSIONS`; it must match the content.
+        extension: One of `EXTENSIONS`; the content may be in the format of another one.
 
     Returns:
         uint8 tensor (C, H, W): C = 1 for greyscale, 3 for RGB. Grey is never copied to three
-        channels: that would multiply l2 distances.
+        channels here: that would multiply l2 distances.
 
     Raises:
-        ShardError: a format outside the list, damaged bytes, another colour mode, or more than
+        ShardError: a format outside the list, damaged bytes, 16 bits per channel, or more than
             `MAX_PIXELS` pixels.
     """
-    if extension in _PILLOW_FORMATS:
-        pixels = _decode_pillow(data, _PILLOW_FORMATS[extension])
-    elif extension in EXTENSIONS:
-        pixels = _decode_jpeg(data)
+    kind = _format(data, extension)
+    header = _jpeg_header(data) if kind == "JPEG" else None
+    if header is None:
+        pixels = _decode_pillow(data, kind)
     else:
-        raise ShardError(f"image extension {extension!r} is not one of {', '.join(EXTENSIONS)}")
+        pixels = _decode_jpeg(data, header, header.height, factor=1)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def _decode_jpeg(data: bytes) -> np.ndarray:
+def decode_crop(
+    data: bytes,
+    extension: str,
+    size: tuple[int, int],
+    words: npt.NDArray[np.uint64],
+    *,
+    channels: int = 3,
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
+) -> Tensor:
+    """Decode a random part of an image, scaled to one size: `random_crop_box`, then bilinear.
+
+    Scaling is antialiased. A JPEG is decoded down to the last row of the part alone, and at 1/2,
+    1/4 or 1/8 of its size where the part still has the pixels asked for.
+
+    Args:
+        data: The encoded image.
+        extension: One of `EXTENSIONS`; the content may be in the format of another one.
+        size: Height and width to return.
+        words: Random words, (4,).
+        channels: 3: grey becomes RGB with equal channels, for sets of mixed images; 1: colour is
+            refused.
+        scale: Smallest and largest part of the area.
+        ratio: Smallest and largest width / height.
+
+    Returns:
+        uint8 (channels, *size), not always contiguous.
+
+    Raises:
+        ShardError: as in `decode_image`, or colour where one channel is asked for.
+    """
+    kind = _format(data, extension)
+    header = _jpeg_header(data) if kind == "JPEG" else None
+    if header is None:
+        whole = _decode_pillow(data, kind)
+        height, width, _ = whole.shape
+        box = random_crop_box(height, width, words, scale=scale, ratio=ratio)
+        pixels = whole[box.top : box.bottom, box.left : box.right]
+    else:
+        box = random_crop_box(header.height, header.width, words, scale=scale, ratio=ratio)
+        pixels = _decode_jpeg_part(data, header, box, size)
+    found = pixels.shape[2]
+    if found != channels and (found, channels) != (1, 3):
+        raise ShardError(f"image of {found} channels where {channels} is asked for")
+    # Channels last, with the strides of a batch: another layout takes half as long again.
+    batch = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
+    scaled = torch.nn.functional.interpolate(batch, size=size, mode="bilinear", antialias=True)[0]
+    return scaled.expand(channels, *size)
+
+
+def _format(data: bytes, extension: str) -> str:
+    if extension not in EXTENSIONS:
+        raise ShardError(f"image extension {extension!r} is not one of {', '.join(EXTENSIONS)}")
+    kind = image_format(data)
+    if not kind:
+        raise ShardError(
+            f"damaged .{extension} image of {len(data)} bytes: it begins with {data[:8].hex()!r}, "
+            "like no PNG, JPEG or WebP"
+        )
+    return kind
+
+
+def _jpeg_header(data: bytes) -> _Header | None:
+    """Return what simplejpeg can decode; None for CMYK, YCCK and what else Pillow may know."""
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError as error:
-        raise ShardError(f"damaged JPEG of {len(data)} bytes: {error}") from error
-    _check_size(width, height)
+    except ValueError:
+        return None
     if colours not in _JPEG_COLOURS:
-        raise ShardError(f"JPEG colours {colours} are not greyscale or RGB")
+        return None
+    _check_size(width, height)
+    return _Header(height, width, _JPEG_COLOURS[colours])
+
+
+def _decode_jpeg_part(data: bytes, header: _Header, box: Box, size: tuple[int, int]) -> Pixels:
+    fits = min((box.bottom - box.top) // size[0], (box.right - box.left) // size[1])
+    factor = next((f for f in (8, 4, 2) if f <= fits), 1)
+    # Rows below are never looked at; a margin lets chroma be interpolated as in the whole image.
+    pixels = _decode_jpeg(data, header, min(header.height, box.bottom + _MARGIN), factor)
+    top, bottom, left, right = (round(edge / factor) for edge in box)
+    return pixels[top:bottom, left:right]
+
+
+def _decode_jpeg(data: bytes, header: _Header, rows: int, factor: int) -> Pixels:
+    """Decode the first `rows` rows or more, at 1 / factor of the size."""
+    place = _height_place(data) if rows < header.height else None
+    source: bytes | bytearray = data
+    if place is None:
+        rows = header.height
+    else:
+        source = bytearray(data)
+        source[place : place + 2] = struct.pack(">H", rows)
+    height, width = -(-rows // factor), -(-header.width // factor)
+    pixels = np.empty((height, width, 1 if header.colours == "GRAY" else 3), dtype=np.uint8)
     try:
-        return simplejpeg.decode_jpeg(data, colorspace=_JPEG_COLOURS[colours])
+        simplejpeg.decode_jpeg(
+            source, colorspace=header.colours, min_height=height, min_width=width, buffer=pixels
+        )
     except ValueError as error:
-        raise ShardError(f"damaged JPEG of {len(data)} bytes: {error}") from error
+        # The first complaint is the one reported, so with this one all of these rows are good.
+        if not _LEFT_OVER.search(str(error)):
+            raise ShardError(f"damaged JPEG of {len(data)} bytes: {error}") from error
+    return pixels
 
 
-def _decode_pillow(data: bytes, kind: str) -> np.ndarray:
+def _height_place(data: bytes) -> int | None:
+    """Return where a JPEG states its height; None if its rows are not coded one after another."""
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker in _BASELINE:
+            return place + 5
+        if marker == 0xFF:  # a fill byte
+            place += 1
+        elif 0xC0 <= marker < 0xD0 and marker not in (0xC4, 0xC8, 0xCC):
+            return None  # progressive, lossless or arithmetic
+        else:
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
+
+
+def _decode_pillow(data: bytes, kind: str) -> Pixels:
+    if kind == "PNG" and data[_PNG_DEPTH : _PNG_DEPTH + 1] == b"\x10":
+        raise ShardError(f"PNG of {len(data)} bytes has 16 bits per channel, 8 are possible")
     try:
         with Image.open(io.BytesIO(data), formats=[kind]) as image:
             _check_size(*image.size)
-            if image.mode not in ("L", "RGB"):
-                raise ShardError(f"{kind} colour mode {image.mode} is not L or RGB")
-            pixels = np.array(image)
+            if image.mode not in _CONVERSIONS:
+                raise ShardError(f"{kind} colour mode {image.mode} is not greyscale or RGB")
+            plain: Image.Image = image
+            for mode in _CONVERSIONS[image.mode]:
+                plain = plain.convert(mode)
+            pixels = np.array(plain)
     except ShardError:
         raise
     except _PILLOW_FAILURES as error:

@@ -15,7 +15,8 @@ class Prefetcher(Generic[T]):
     """Items of an iterator, made ahead in a background thread.
 
     An item waits for room before it is queued, so one more than fits may exist. One item is always
-    let through; while it is larger than the bound, no other is made. An error of the iterator is raised by `get` after the items before it.
+    let through; while it is larger than the bound, no other is made. An error of the iterator is
+    raised by `get` after the items before it.
 
     Args:
         items: Made and iterated in the thread alone.

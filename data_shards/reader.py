@@ -124,7 +124,10 @@ def decode(
         if crop is None:
             image = codec.decode_image(bytes(data), extension)
         else:
-            image = codec.decode_crop(bytes(data), extension, index.image_shape[1:], crop)
+            channels, height, width = index.image_shape
+            image = codec.decode_crop(
+                bytes(data), extension, (height, width), crop, channels=channels
+            )
     except ShardError as error:
         raise DamagedSampleError(f"{index.describe(row)}: {error}", "decode") from error
     split = index.shards[index.rows.shard[row]].split

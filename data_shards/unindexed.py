@@ -229,7 +229,8 @@ class _Producer:
         if self._config.crop == "none":
             image = codec.decode_image(data, extensions[0])
         else:
-            image = codec.decode_crop(data, extensions[0], self._shape[1:], crop)
+            channels, height, width = self._shape
+            image = codec.decode_crop(data, extensions[0], (height, width), crop, channels=channels)
         if tuple(image.shape) != self._shape:
             raise ShardError(f"image of shape {tuple(image.shape)}, the network sees {self._shape}")
         if self._config.randaugment:

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-_PIECE = 1 << 16
+_PIECE = 1 << 18
 _Answer = tuple[int, list[tuple[str, str]], bytes]
 
 

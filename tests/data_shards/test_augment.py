@@ -1,7 +1,9 @@
 import numpy as np
+import pytest
 import torch
 
-from data_shards.augment import augment_batch
+from data_shards.augment import augment_batch, random_crop_box
+from data_shards.errors import ShardError
 
 
 def words(*rows):
@@ -42,3 +44,50 @@ def test_every_shift_is_a_plain_translation():
             source = source.flip(2)
             left = 4 - left
         assert torch.equal(out[i], source[:, top : top + 6, left : left + 7])
+
+
+def test_crop_boxes_are_uniform_in_area_shape_and_place():
+    drawn = np.random.Generator(np.random.Philox(2)).integers(0, 2**64, (4000, 4), dtype=np.uint64)
+    boxes = np.array([random_crop_box(375, 500, row, scale=(0.08, 0.4)) for row in drawn])
+    top, bottom, left, right = boxes.T
+    rows, columns = bottom - top, right - left  # all of these fit
+    area = rows * columns / (375 * 500)
+    shape = np.log(columns / rows) / np.log(4 / 3)
+    for values in (
+        (area - 0.08) / 0.32,
+        (shape + 1) / 2,
+        top / (375 - rows),
+        left / (500 - columns),
+    ):
+        assert -0.02 < values.min() < 0.02  # sides are whole pixels
+        assert 0.98 < values.max() < 1.02
+        assert np.abs(np.quantile(values, [0.25, 0.5, 0.75]) - [0.25, 0.5, 0.75]).max() < 0.03
+
+
+def test_crop_boxes_stay_inside():
+    drawn = np.random.Generator(np.random.Philox(2)).integers(0, 2**64, (500, 4), dtype=np.uint64)
+    for height, width in ((375, 500), (500, 375), (30, 30), (7, 3)):
+        top, bottom, left, right = np.array([random_crop_box(height, width, w) for w in drawn]).T
+        assert (top >= 0).all()
+        assert (top < bottom).all()
+        assert (bottom <= height).all()
+        assert (left >= 0).all()
+        assert (left < right).all()
+        assert (right <= width).all()
+
+
+def test_crop_box_of_an_image_that_no_box_fits_is_its_centre():
+    drawn = np.random.Generator(np.random.Philox(2)).integers(0, 2**64, (50, 4), dtype=np.uint64)
+    wide = {random_crop_box(10, 1000, row, scale=(0.5, 1.0)) for row in drawn}
+    assert wide == {(0, 10, 493, 506)}  # 13 = 10 * 4/3 columns
+    tall = {random_crop_box(1000, 10, row, scale=(0.5, 1.0)) for row in drawn}
+    assert tall == {(493, 506, 0, 10)}
+    assert random_crop_box(1, 1, drawn[0]) == (0, 1, 0, 1)
+    whole = {random_crop_box(30, 40, row, scale=(1, 1), ratio=(1, 4 / 3)) for row in drawn}
+    assert (0, 30, 0, 40) in whole
+
+
+def test_impossible_crops_are_refused():
+    for options in ({"scale": (0, 1)}, {"scale": (0.5, 0.4)}, {"ratio": (0, 1)}):
+        with pytest.raises(ShardError, match="is not possible"):
+            random_crop_box(9, 9, words([1] * 4)[0], **options)

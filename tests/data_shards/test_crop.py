@@ -99,10 +99,25 @@ def test_cropped_images_are_never_kept(folder, monkeypatch):
     decoded = []
     original = decode.decode_crop
 
-    def spy(*arguments):
+    def spy(*arguments, **options):
         decoded.append(1)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(decode, "decode_crop", spy)
     take(folder, 12)
     assert len(decoded) >= 192
+
+
+def test_randaugment_changes_a_share_of_the_images(folder):
+    plain = pixels(take(folder))
+    some, all_ = (
+        pixels(take(folder, config=dataclasses.replace(CROP, randaugment=share)))
+        for share in (0.5, 1.0)
+    )
+    changed = [not torch.equal(a, b) for a, b in zip(some, plain, strict=True)]
+    assert 0.3 < np.mean(changed) < 0.7
+    # Those that both change are changed in the same way.
+    for number, is_changed in enumerate(changed):
+        assert not is_changed or torch.equal(some[number], all_[number])
+    threads = dataclasses.replace(CROP, randaugment=1.0, workers=3)
+    assert torch.equal(pixels(take(folder, config=threads)), all_)

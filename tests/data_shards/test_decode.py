@@ -2,20 +2,38 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 
 from data_shards import decode
-from data_shards.decode import decode_image
+from data_shards.augment import random_crop_box
+from data_shards.decode import decode_crop, decode_image
 from data_shards.errors import ShardError
 
 GREY = (np.arange(48).reshape(6, 8) * 5).astype(np.uint8)
 COLOUR = np.stack([GREY, 255 - GREY, GREY // 2], axis=2)
+NOISE = np.asarray(
+    Image.fromarray(
+        np.random.Generator(np.random.Philox(1)).integers(0, 256, (22, 31, 3), dtype=np.uint8)
+    ).resize((187, 141), Image.Resampling.BICUBIC)
+)
 
 
 def encoded(pixels, kind, **options):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def cmyk_jpeg(pixels, *, ycck=False):
+    """A JPEG as Adobe's programs write it: inverted inks, marked in an APP14 segment."""
+    inks = Image.fromarray(pixels).convert("CMYK")
+    if ycck:
+        inverted = 255 - np.array(inks)
+        return simplejpeg.encode_jpeg(inverted, 98, colorspace="CMYK", colorsubsampling="444")
+    buffer = io.BytesIO()
+    inks.save(buffer, "JPEG", quality=98)
     return buffer.getvalue()
 
 
@@ -45,11 +63,13 @@ def test_other_extensions_are_refused(extension):
         decode_image(encoded(GREY, "png"), extension)
 
 
-def test_content_must_match_the_extension():
-    with pytest.raises(ShardError, match="damaged PNG"):
+def test_the_content_decides_the_format():
+    data = encoded(COLOUR, "png")
+    assert torch.equal(decode_image(data, "jpeg"), decode_image(data, "png"))
+    jpeg = encoded(COLOUR, "jpeg")
+    assert torch.equal(decode_image(jpeg, "png"), decode_image(jpeg, "jpg"))
+    with pytest.raises(ShardError, match=r"begins with '47494638.*', like no PNG, JPEG or WebP"):
         decode_image(encoded(GREY, "gif"), "png")
-    with pytest.raises(ShardError, match="damaged JPEG"):
-        decode_image(encoded(GREY, "png"), "jpg")
 
 
 @pytest.mark.parametrize(("kind", "extension"), [("png", "png"), ("jpeg", "jpg"), ("webp", "webp")])
@@ -61,19 +81,145 @@ def test_truncated(kind, extension):
         decode_image(b"", extension)
 
 
-@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "1", "I;16"])
-def test_other_modes_are_refused(mode):
+@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "1"])
+def test_other_png_modes_become_grey_or_rgb(mode):
+    """What a mode states without its alpha; a palette is only another way to write RGB."""
+    image = Image.fromarray(COLOUR).convert("RGBA" if mode == "P" else mode)
+    expected = np.array(image.convert("L" if mode in ("LA", "1") else "RGB"))
+    if mode == "P":
+        image = image.convert("P", palette=Image.Palette.ADAPTIVE, colors=256)
+        image.info["transparency"] = bytes(range(48))
+        expected = np.array(image.convert("RGBA").convert("RGB"))
+    elif mode != "1":
+        image.putalpha(7)
     buffer = io.BytesIO()
-    Image.new(mode, (4, 4)).save(buffer, "png")
-    with pytest.raises(ShardError, match="not L or RGB"):
-        decode_image(buffer.getvalue(), "png")
+    image.save(buffer, "png")
+    found = decode_image(buffer.getvalue(), "png").permute(1, 2, 0).numpy()
+    assert np.array_equal(found, expected.reshape(found.shape))
 
 
-def test_cmyk_jpeg_is_refused():
-    buffer = io.BytesIO()
-    Image.new("CMYK", (8, 8)).save(buffer, "jpeg")
-    with pytest.raises(ShardError, match="not greyscale or RGB"):
-        decode_image(buffer.getvalue(), "jpg")
+def test_16_bits_are_refused():
+    grey, colour = (
+        encoded(np.full((4, 4), 999, np.uint16), "png"),
+        bytearray(encoded(COLOUR, "png")),
+    )
+    colour[24] = 16  # the depth in the header
+    for data in (grey, bytes(colour)):
+        with pytest.raises(ShardError, match="16 bits per channel"):
+            decode_image(data, "png")
+
+
+@pytest.mark.parametrize("space", ["CMYK", "YCCK"])
+def test_cmyk_jpeg_is_decoded_as_by_pillow(space):
+    """Adobe's files are inverted; a white image that comes out black would show it."""
+    flat = np.full((16, 16, 3), (255, 200, 40), np.uint8)
+    data = cmyk_jpeg(flat, ycck=space == "YCCK")
+    assert simplejpeg.decode_jpeg_header(data)[2] == space
+    found = decode_image(data, "jpg").permute(1, 2, 0).numpy().astype(int)
+    assert np.array_equal(found, np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert np.abs(found - flat).max() <= 4
+
+
+def test_exif_orientation_is_not_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    plain = decode_image(encoded(NOISE, "jpeg"), "jpg")
+    assert torch.equal(decode_image(encoded(NOISE, "jpeg", exif=exif), "jpg"), plain)
+    cmyk = Image.fromarray(NOISE).convert("CMYK")  # the route through Pillow
+    for image, extension in ((cmyk, "jpeg"), (Image.fromarray(NOISE), "png")):
+        data = [io.BytesIO(), io.BytesIO()]
+        image.save(data[0], extension)
+        image.save(data[1], extension, exif=exif)
+        first, second = (decode_image(d.getvalue(), "jpg") for d in data)
+        assert first.shape == (3, *NOISE.shape[:2])
+        assert torch.equal(first, second)
+
+
+def test_bytes_left_over_are_no_damage():
+    data = encoded(NOISE, "jpeg")
+    padded = data[:-2] + b"\0" * 40 + data[-2:]
+    assert torch.equal(decode_image(padded, "jpg"), decode_image(data, "jpg"))
+
+
+def crop_of_the_whole(data, words, size):
+    """Decode all, cut, scale: what `decode_crop` must equal."""
+    whole = decode_image(data, "jpg")
+    box = random_crop_box(*whole.shape[1:], words)
+    part = whole[None, :, box.top : box.bottom, box.left : box.right]
+    part = torch.nn.functional.interpolate(part, size=size, mode="bilinear", antialias=True)[0]
+    return part.expand(3, *size)
+
+
+def drawn(count):
+    return np.random.Generator(np.random.Philox(5)).integers(0, 2**64, (count, 4), dtype=np.uint64)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 90, "subsampling": "4:2:0"},
+        {"quality": 90, "subsampling": "4:2:2"},
+        {"quality": 99, "subsampling": "4:4:4"},
+        {"progressive": True},
+        {"restart_marker_rows": 1},
+        {"optimize": True, "comment": b"\xff\xc0 no header"},
+    ],
+)
+def test_rows_that_are_not_decoded_change_nothing(options):
+    for pixels in (NOISE, NOISE[:, :, 0]):
+        data = encoded(pixels, "jpeg", **options)
+        for words in drawn(40):
+            found = decode_crop(data, "jpg", (96, 100), words)
+            assert found.shape == (3, 96, 100)
+            assert torch.equal(found, crop_of_the_whole(data, words, (96, 100)))
+
+
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(monkeypatch):
+    smooth = Image.fromarray(NOISE[::24, ::24]).resize((900, 700), Image.Resampling.BICUBIC)
+    data = encoded(np.asarray(smooth), "jpeg", quality=95)
+    shapes = set()
+    original = simplejpeg.decode_jpeg
+
+    def spy(*arguments, buffer, **options):
+        shapes.add(buffer.shape[1])
+        return original(*arguments, buffer=buffer, **options)
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", spy)
+    pairs = [
+        (decode_crop(data, "jpg", (64, 64), words), crop_of_the_whole(data, words, (64, 64)))
+        for words in drawn(60)
+    ]
+    assert shapes == {900, 450, 225, 113}
+    differences = [(a.float() - b.float()).abs().mean() for a, b in pairs]
+    assert max(differences) < 4  # of 255; at most half a pixel of the smaller image is lost
+
+
+def test_crop_of_other_formats_equals_the_crop_of_their_pixels():
+    for data in (encoded(NOISE, "png"), encoded(NOISE[:, :, 1], "png"), cmyk_jpeg(NOISE)):
+        for words in drawn(10):
+            found = decode_crop(data, "jpeg", (96, 100), words)
+            assert torch.equal(found, crop_of_the_whole(data, words, (96, 100)))
+
+
+def test_channels_of_a_crop():
+    words = drawn(1)[0]
+    grey = encoded(NOISE[:, :, 0], "jpeg")
+    assert torch.equal(*decode_crop(grey, "jpg", (9, 9), words)[:2])
+    assert decode_crop(grey, "jpg", (9, 9), words, channels=1).shape == (1, 9, 9)
+    with pytest.raises(ShardError, match="image of 3 channels where 1 is asked for"):
+        decode_crop(encoded(NOISE, "jpeg"), "jpg", (9, 9), words, channels=1)
+
+
+def test_damage_down_to_the_last_row_of_a_crop_is_found():
+    data = encoded(NOISE, "jpeg", quality=90)
+    for words in drawn(40):
+        with pytest.raises(ShardError, match="damaged JPEG"):
+            decode_crop(data[:-300], "jpg", (96, 100), words)
+        bottom = random_crop_box(*NOISE.shape[:2], words).bottom
+        # Ends early, and says so: nothing below the crop is looked at.
+        ended = data[: len(data) * bottom // NOISE.shape[0] // 2] + b"\xff\xd9"
+        with pytest.raises(ShardError, match="damaged JPEG"):
+            decode_crop(ended, "jpg", (96, 100), words)
 
 
 @pytest.mark.parametrize(("kind", "extension"), [("png", "png"), ("jpeg", "jpg")])
