@@ -19,9 +19,9 @@ import tyro
 from benchmarks.report import Row, write_result
 from jobs.evaluate_cra import evaluate
 from jobs.records import EvaluationSummary
-from model.config import parameter_count
+from model.build import parameter_count
 from model.lipschitz import matrix_bound
-from model.presets import network_preset
+from pipeline.presets import run_preset
 
 _ORDER = 4096
 _PRODUCTS = 4  # Gram matrix and three squarings
@@ -74,7 +74,7 @@ def bound_rows(order: int, device: str, rate: float) -> list[Row]:
     product = min(seconds(lambda: double @ double) for _ in range(3))
     bound = min(seconds(lambda: matrix_bound(x, "x")) for _ in range(2))
     measured = 2 * order**3 / product
-    config = network_preset(_LARGE)
+    config = run_preset(_LARGE).model
     matrices = 2 * config.depth + 1
     bounds = matrices * _PRODUCTS * 2 * config.width**3
     tokens = math.prod(config.grid)

@@ -130,6 +130,40 @@ class Store:
             raise
         _sync_directory(target.parent)
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Write one object unless it exists; of several writers at the same time one gets True.
+
+        `data` should be the writer's own: by it a writer knows the object for its own when the
+        answer to its request was lost and the repeated request is refused.
+
+        On local files by a hard link to a finished file, on object stores by a conditional put
+        (`If-None-Match: *`). A store that ignores the condition tells everyone True: whoever relies
+        on it tries it once, with a name of its own.
+        """
+        if self.local_path() is not None:
+            draft = f"{name}.{uuid.uuid4().hex}{_TEMPORARY}"
+            self.write(draft, data)
+            try:
+                os.link(self._path(draft), self._path(name))
+            except FileExistsError:
+                return False
+            finally:
+                self.remove(draft)
+            return True
+        try:
+            self._call(lambda: self._fs().pipe_file(self._path(name), data, mode="create"))
+        except FileExistsError:
+            return self.retries > 0 and self.read(name) == data
+        return True
+
+    def modified(self, name: str) -> float:
+        """Return when one object was last written, seconds since the epoch by the store's clock.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        return float(self._call(lambda: self._fs().modified(self._path(name))).timestamp())
+
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         """Return bytes [start, stop) of one object; fewer if the object ends earlier."""
         return self.read_ranges([(name, start, stop)])[0]

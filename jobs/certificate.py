@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from data_shards.index import ShardIndex
 from jobs.records import ColumnScores
-from model.artifact import ArtifactInfo
+from model.artifact import ArtifactInfo, head_rule
 from model.contract import LipschitzBound
 from model.lipschitz import MatrixBound
 
@@ -59,7 +59,7 @@ def certificate(
         "layers": [asdict(matrix) for matrix in matrices],
         "parts": dict(bound.parts),
         "network_bound": bound.value,
-        "head": {"kind": info.network.head, "largest_factor": largest_factor},
+        "head": {"kind": head_rule(info.network), "largest_factor": largest_factor},
         "observed_lipschitz": observed_lipschitz,
         "columns": {name: _column(scores) for name, scores in columns.items()},
         "samples_sha256": samples_sha256,

@@ -1,9 +1,9 @@
-"""Shard tasks on Ray, or in this process: the only Ray import of the jobs."""
+"""Tasks and jobs on Ray, or tasks in this process: the only Ray import of the jobs."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,14 +16,16 @@ class TaskLostError(RuntimeError):
 
 
 def map_inline(
-    fn: Callable[[Item], Result], items: Sequence[Item], on_done: Callable[[], object] | None = None
+    fn: Callable[[Item], Result],
+    items: Sequence[Item],
+    on_done: Callable[[Result], object] | None = None,
 ) -> list[Result]:
     """Apply `fn` to every item in this process (Ray is not imported)."""
     results = []
     for item in items:
         results.append(fn(item))
         if on_done:
-            on_done()
+            on_done(results[-1])
     return results
 
 
@@ -34,7 +36,8 @@ def map_shards(
     max_in_flight: int,
     max_retries: int = 2,
     num_gpus: float = 0.0,
-    on_done: Callable[[], object] | None = None,
+    placement: Mapping[str, str] | None = None,
+    on_done: Callable[[Result], object] | None = None,
 ) -> list[Result]:
     """Apply `fn` to every item as Ray tasks of one CPU each.
 
@@ -47,7 +50,8 @@ def map_shards(
         max_in_flight: tasks under way at the same time.
         max_retries: how often a task is started again after its worker died.
         num_gpus: GPUs, or a fraction of one, per task.
-        on_done: called in this thread whenever a task has ended.
+        placement: labels of the nodes that may run the tasks, as Ray writes label selectors.
+        on_done: called in this thread with the result of every task that has ended.
 
     Returns:
         The results in the order of the items.
@@ -58,7 +62,11 @@ def map_shards(
     """
     with session() as ray:
         task = ray.remote(fn).options(
-            num_cpus=1, num_gpus=num_gpus, max_retries=max_retries, name=fn.__name__
+            num_cpus=1,
+            num_gpus=num_gpus,
+            max_retries=max_retries,
+            label_selector=dict(placement or {}),
+            name=fn.__name__,
         )
         results: list[Any] = [None] * len(items)
         waiting = list(enumerate(items))[::-1]
@@ -72,7 +80,7 @@ def map_shards(
                 index = running.pop(done)
                 results[index] = _result(ray, done, index, max_retries)
                 if on_done:
-                    on_done()
+                    on_done(results[index])
         finally:
             for reference in running:  # only after an error
                 ray.cancel(reference, force=True)
@@ -88,6 +96,21 @@ def _result(ray: Any, reference: Any, index: int, max_retries: int) -> Any:
         raise TaskLostError(
             f"task {index} lost its worker {max_retries + 1} times: {type(error).__name__}"
         ) from None
+
+
+def job_client(address: str) -> Any:
+    """Client of the job service of a Ray cluster.
+
+    Args:
+        address: http(s) address of its dashboard.
+
+    Raises:
+        ConnectionError: nobody answers there.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient(address)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from jobs.certificate import certificate, to_json
 from jobs.cluster import map_inline, map_shards, session
 from jobs.config import EvaluationConfig, eps_value
 from jobs.figure import bounds_png, cra_png, radius_histogram_png
+from jobs.progress import PROGRESS, Counting, OnProgress
 from jobs.records import (
     COLUMNS,
     AttackScores,
@@ -44,7 +45,6 @@ from model.rounding import PROGRAMS
 
 CERTIFICATE, SAMPLES, SUMMARY = "certificate.json", "samples.parquet", "summary.json"
 FIGURE, HISTOGRAM, LAYERS = "cra.png", "radius.png", "bounds.png"
-OnProgress = Callable[[int, int], object]
 Run = Callable[[Sequence[Any]], list[Any]]
 
 
@@ -121,8 +121,10 @@ def compute(
     out.write(CERTIFICATE, to_json(body))
     out.write(FIGURE, cra_png(summary))
     out.write(HISTOGRAM, radius_histogram_png(summary, **_certified_radii(found.records)))
-    out.write(LAYERS, bounds_png(summary))
+    if summary.layers:
+        out.write(LAYERS, bounds_png(summary))
     out.write(SUMMARY, summary.to_json())  # last: it says that the others are complete
+    out.remove(PROGRESS)
     return summary
 
 
@@ -139,7 +141,8 @@ def _find(
     bounding = matrix_tasks(artifact, info)
     passes = 1 if config.attack == "none" else 2
     total = len(bounding) + passes * len(index.shards_of(config.split))
-    with _runner(config, total, on_progress) as run:
+    counting = Counting(output(config), total, config.eps, on_progress)
+    with _runner(config, counting.add) as run:
         matrices = [matrix for part in run(bounding) for matrix in part]
         tasks = shard_tasks(
             artifact,
@@ -172,13 +175,15 @@ def artifact_info(url: str) -> ArtifactInfo:
         raise EvaluationError(f"no artefact at {store}: there is no artifact.json") from error
 
 
-def _fitting_index(config: EvaluationConfig, info: ArtifactInfo) -> ShardIndex:
+def _fitting_index(
+    config: EvaluationConfig, info: ArtifactInfo, load: Callable[[str], ShardIndex] = load_index
+) -> ShardIndex:
     url = config.shards or info.context.get("shards_url")
     if not url:
         raise EvaluationError(
             f"artefact {config.artifact} does not say which shard set it belongs to: give --shards"
         )
-    index = load_index(url)
+    index = load(url)
     index.require(info.native_input_shape, info.network.num_classes)
     diameter = math.sqrt(math.prod(info.native_input_shape))
     for ratio in config.eps:
@@ -205,6 +210,21 @@ def output(config: EvaluationConfig) -> Store:
     return Store(config.artifact).child("evaluation", config.split)
 
 
+def evaluation_key(config: EvaluationConfig, load: Callable[[str], ShardIndex] = load_index) -> str:
+    """Identify the result of an evaluation that need not have been made.
+
+    Args:
+        config: the evaluation.
+        load: opens the index of a shard set; one that remembers saves time.
+
+    Raises:
+        EvaluationError, ModelError, ShardError: as `compute`.
+        FileNotFoundError: the shard set is not there.
+    """
+    info = artifact_info(config.artifact)
+    return _eval_key(config, info, _fitting_index(config, info, load))
+
+
 def _eval_key(config: EvaluationConfig, info: ArtifactInfo, index: ShardIndex) -> str:
     """Identify the result: everything that may change a number, and nothing else."""
     parts = {
@@ -229,15 +249,8 @@ def _device(config: EvaluationConfig) -> str:
 
 
 @contextmanager
-def _runner(config: EvaluationConfig, total: int, on_progress: OnProgress | None) -> Iterator[Run]:
+def _runner(config: EvaluationConfig, on_done: Callable[[Any], object]) -> Iterator[Run]:
     """Yield what runs a list of tasks and returns their results in order."""
-    done = 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if on_progress:
-            on_progress(done, total)
 
     def on_ray(tasks: Sequence[Any]) -> list[Any]:
         return map_shards(
@@ -246,7 +259,8 @@ def _runner(config: EvaluationConfig, total: int, on_progress: OnProgress | None
             max_in_flight=config.max_in_flight,
             max_retries=config.max_retries,
             num_gpus=config.num_gpus,
-            on_done=advance,
+            placement=config.placement,
+            on_done=on_done,
         )
 
     if config.launcher == "ray":
@@ -254,7 +268,7 @@ def _runner(config: EvaluationConfig, total: int, on_progress: OnProgress | None
             yield on_ray
         return
     try:
-        yield lambda tasks: map_inline(run_task, tasks, on_done=advance)
+        yield lambda tasks: map_inline(run_task, tasks, on_done)
     finally:
         forget()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Annotated, Literal
 
@@ -57,6 +58,9 @@ class EvaluationConfig:
     """How often a task whose worker died is started again."""
     num_gpus: Annotated[float, pydantic.Field(ge=0)] = 0.0
     """GPUs (or a fraction of one) that each Ray task asks for; a task also asks for one CPU."""
+    placement: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Labels of the nodes that may run the tasks, as pairs of Ray's label selectors: `role evaluation`
+    or `role !training`. Default: any node, also beside a training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the forward pass; auto: cuda where the task sees one."""
     record: bool = True

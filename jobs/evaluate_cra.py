@@ -17,7 +17,6 @@ from typing import Any
 import tyro
 from pydantic import TypeAdapter
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from data_shards.errors import ShardError
 from jobs.compute import (
@@ -26,13 +25,13 @@ from jobs.compute import (
     HISTOGRAM,
     LAYERS,
     SUMMARY,
-    OnProgress,
     artifact_info,
     compute,
     output,
 )
 from jobs.config import EvaluationConfig
-from jobs.console import report
+from jobs.console import following, report
+from jobs.progress import OnProgress
 from jobs.records import EvaluationError, EvaluationSummary
 from model.errors import ModelError
 from pipeline.tracking import EvaluationRecord, RunReference, log_evaluation, ui_command
@@ -61,7 +60,7 @@ def evaluate(
         step: training step of the artefact; default: what its context says, else 0.
         model_id: LoggedModel of the artefact; default: found by digest.
         log: receives the record, e.g. `Tracker.log_evaluation`; default: `config.tracking`.
-        on_progress: called with (tasks done, tasks) in this thread.
+        on_progress: called in this thread whenever a task has ended.
 
     Raises:
         EvaluationError: artefact and shard set do not fit each other, or records are missing.
@@ -91,6 +90,7 @@ def record(
     """Hand the result to `log`, or record it in `config.tracking` and return the run."""
     context = artifact_info(config.artifact).context
     out = output(config)
+    files = [FIGURE, HISTOGRAM, CERTIFICATE, SUMMARY] + [LAYERS] * bool(summary.layers)
     row = EvaluationRecord(
         eval_key=summary.eval_key,
         artifact_url=summary.artifact_url,
@@ -110,9 +110,7 @@ def record(
             "attack": config.attack,
             "deployed": config.deployed,
         },
-        artifacts={
-            name: out.read(name) for name in (FIGURE, HISTOGRAM, LAYERS, CERTIFICATE, SUMMARY)
-        },
+        artifacts={name: out.read(name) for name in files},
         step=summary.step,
         train_run_id=train_run_id or context.get("train_run_id"),
         model_id=model_id,
@@ -123,25 +121,24 @@ def record(
     return None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the job; returns 0, 2 for bad input or 1 for a failure."""
+def main(
+    arguments: list[str] | None = None, *, before_record: Callable[[], object] | None = None
+) -> int:
+    """Run the job; returns 0, 2 for bad input or 1 for a failure.
+
+    Args:
+        arguments: the command line.
+        before_record: called when the result is written and before MLflow hears of it.
+    """
     console = Console(highlight=False, markup=False)
     errors = Console(stderr=True, highlight=False, markup=False)
     try:
         config = tyro.cli(EvaluationConfig, args=arguments, prog="jobs.evaluate_cra")
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=errors, transient=True) as progress:
-            bar = progress.add_task("shards", total=None)
-            summary = compute(
-                config,
-                on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
-            )
+        with following(errors) as on_progress:
+            summary = compute(config, on_progress=on_progress)
         report(console, config, summary)
+        if before_record:
+            before_record()
         run = record(config, summary) if config.record else None
         if run is not None:
             command, path = ui_command(config.tracking.uri, run)

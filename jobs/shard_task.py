@@ -19,8 +19,9 @@ from jobs.records import COLUMNS, ColumnRecords, EvaluationError, ShardRecords
 from model.artifact import Artifact, ArtifactInfo, parameter_shapes, read_artifact, read_tensors
 from model.build import build_network
 from model.certificates import Certificates, ProvedCertifier, certify, image_norms
+from model.config import NetworkConfig
 from model.contract import CertifiedNetwork
-from model.lipschitz import MatrixBound, matrix_bound, tensor_digest
+from model.lipschitz import MatrixBound, tensor_digest
 from model.observed import observed_lipschitz
 from model.rounding import FLOAT32, FLOAT64, PROGRAMS
 
@@ -42,12 +43,17 @@ class MatrixTask:
     """Bound the norms of some matrices of the artefact; reads nothing else."""
 
     artifact: ArtifactTask
+    network: NetworkConfig
     names: tuple[str, ...]
 
     def run(self) -> list[MatrixBound]:
         """Return the bounds in the order of the names."""
         tensors = read_tensors(Store(self.artifact.url).open, self.names)
-        return [matrix_bound(tensor.to(self.artifact.device), name) for name, tensor in tensors]
+        with torch.device("meta"):
+            network = build_network(self.network)
+        return [
+            network.bound_matrix(name, tensor.to(self.artifact.device)) for name, tensor in tensors
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +144,11 @@ def matrix_tasks(artifact: ArtifactTask, info: ArtifactInfo) -> list[MatrixTask]
             elements = 0
         groups[-1].append(name)
         elements += size
-    return [MatrixTask(artifact=artifact, names=tuple(group)) for group in groups if group]
+    return [
+        MatrixTask(artifact=artifact, network=info.network, names=tuple(group))
+        for group in groups
+        if group
+    ]
 
 
 def shard_tasks(

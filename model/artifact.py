@@ -1,6 +1,6 @@
 """Model artefact: fp32 weights and a JSON description; where training and evaluation meet.
 
-weights.safetensors   every parameter, float32
+weights.safetensors   every parameter and stored statistic, float32
 artifact.json         ArtifactInfo; written last, so an artefact without it is incomplete
 """
 
@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from model.build import build_network
+from model.build import AnyNetwork, build_network
 from model.config import NetworkConfig
 from model.contract import CertifiedNetwork
 from model.errors import ModelError
@@ -38,7 +38,7 @@ class ArtifactInfo:
 
     schema_version: int
     """Version of this layout."""
-    network: NetworkConfig
+    network: AnyNetwork
     """Configuration from which the network is built."""
     norm: Literal["l2", "linf"]
     """Norm in which the network is Lipschitz."""
@@ -71,8 +71,18 @@ class Artifact:
 
 
 def parameter_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all parameters, in the order in which an artefact stores them."""
+    """Names and shapes of all parameters."""
     return {name: tuple(p.shape) for name, p in _on_meta(config).named_parameters()}
+
+
+def head_rule(config: NetworkConfig) -> str:
+    """How margins become radii in this network, see CertifiedNetwork.head_rule."""
+    return _on_meta(config).head_rule
+
+
+def _stored_tensors(network: CertifiedNetwork) -> dict[str, Tensor]:
+    """Parameters and statistics, in the order in which an artefact stores them by default."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 def write_artifact(
@@ -88,15 +98,15 @@ def write_artifact(
     Args:
         open_binary: opens a file of the artefact's folder.
         network_config: the network.
-        tensors: all parameters, any floating type and device; stored in float32.
+        tensors: all parameters and buffers, any floating type and device; stored in float32.
         context: JSON values that say where the weights come from.
-        order: names in the order in which the tensors arrive; default that of parameter_shapes.
+        order: names in the order in which the tensors arrive; default: parameters, then buffers.
 
     Raises:
         ModelError: a tensor is missing, surplus, out of order, of a wrong shape or not finite.
     """
     network = _on_meta(network_config)
-    parameters = dict(network.named_parameters())
+    parameters = _stored_tensors(network)
     residuals: dict[str, float] = {}
 
     def stored() -> Iterator[tuple[str, Tensor]]:
@@ -225,7 +235,7 @@ def _load(network: CertifiedNetwork, stream: IO[bytes]) -> str:
     """Fill the network from the file; returns the sha256 of all its bytes."""
     hashing = _HashingReader(stream)
     ranges, _ = read_header(hashing)  # type: ignore[arg-type]
-    parameters = dict(network.named_parameters())
+    parameters = _stored_tensors(network)
     stored = {name: (r.shape, r.dtype) for name, r in ranges.items()}
     expected = {name: (tuple(p.shape), torch.float32) for name, p in parameters.items()}
     if stored != expected:

@@ -1,4 +1,4 @@
-"""Configurations of the certified networks."""
+"""What every network configuration has, and LipNeXt's."""
 
 from typing import Literal
 
@@ -7,18 +7,34 @@ from pydantic.dataclasses import dataclass
 
 from model.errors import ModelError
 
+# The messages of the families name the values, so pydantic need not repeat the whole input.
+STRICT = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
-# The messages below name the values, so pydantic need not repeat the whole input.
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", hide_input_in_errors=True))
-class LipNeXtConfig:
-    """LipNeXt (arXiv 2601.18513): 1-Lipschitz in l2, convolution free, orthogonal matrices only."""
 
-    kind: Literal["lipnext"] = "lipnext"
-    """Family of the network."""
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NetworkConfig:
+    """What all families have in common; each derives its own configuration from it."""
+
+    kind: str
+    """Family of the network, a name of `model.build.FAMILIES`."""
     input_shape: tuple[int, int, int]
     """Channels, height and width of an image exactly as its source has it."""
     num_classes: int
     """Number of classes."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no family can be built for."""
+        if self.num_classes < 2:
+            raise ModelError(f"num_classes={self.num_classes} must be at least 2")
+        if min(self.input_shape) < 1:
+            raise ModelError(f"input_shape={self.input_shape} must have positive sides")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LipNeXtConfig(NetworkConfig):
+    """LipNeXt (arXiv 2601.18513): 1-Lipschitz in l2, convolution free, orthogonal matrices only."""
+
+    kind: Literal["lipnext"] = "lipnext"
     patch: int
     """Side of the square patches that the stem turns into channels."""
     width: int
@@ -42,13 +58,11 @@ class LipNeXtConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built, or would not be 1-Lipschitz."""
+        super().__post_init__()
         channels, height, width = self.input_shape
-        for name in ("num_classes", "patch", "width", "depth"):
-            least = 2 if name == "num_classes" else 1
-            if getattr(self, name) < least:
-                raise ModelError(f"{name}={getattr(self, name)} must be at least {least}")
-        if min(self.input_shape) < 1:
-            raise ModelError(f"input_shape={self.input_shape} must have positive sides")
+        for name in ("patch", "width", "depth"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"{name}={getattr(self, name)} must be at least 1")
         if height % self.patch or width % self.patch:
             raise ModelError(f"patch={self.patch} does not divide the image of {height}x{width}")
         if self.width < self.stem_channels:
@@ -88,13 +102,3 @@ class LipNeXtConfig:
     def absolute_channels(self) -> int:
         """Channels under the absolute value."""
         return round(self.beta * self.width)
-
-
-NetworkConfig = LipNeXtConfig
-
-
-def parameter_count(config: NetworkConfig) -> int:
-    """Trained values of the network that `config` describes, in closed form."""
-    c, (height, width) = config.width, config.grid
-    block = 2 * c * c + c + (height * width if config.position else 0)
-    return c * c + config.depth * block + (c + 1) * config.num_classes

@@ -2,12 +2,13 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from model.centering import Centering
 from model.errors import ModelError
 from model.initial import initial_value
 from model.lipschitz import Matrices, MatrixBound, matrix_bound
@@ -56,7 +57,11 @@ class CertifiedNetwork(nn.Module, ABC):
 
     @abstractmethod
     def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, and the Lipschitz constants of their differences in the features.
+        """Logits, and the nominal Lipschitz constants of their differences in the pixels.
+
+        Nominal: as published code would state them, layers taken as what they are built to be and
+        norms as estimated by power iteration. Training and the nominal column use them; what is
+        proved comes from `lipschitz_upper_bound` and `margin_factor_bounds`.
 
         Args:
             images: see `features`.
@@ -85,6 +90,11 @@ class CertifiedNetwork(nn.Module, ABC):
             ModelError: a weight is not finite.
         """
 
+    @property
+    def head_rule(self) -> str:
+        """How margins become radii, by name; for linear heads their kind, `unit` or `linear`."""
+        return str(self.get_submodule("head").kind)
+
     @abstractmethod
     def margin_factor_bounds(self) -> Tensor:
         """Proved upper bounds of the exact margin factors, float64 (K, K), diagonal 0.
@@ -112,11 +122,59 @@ class CertifiedNetwork(nn.Module, ABC):
             Bounds, float64 (B,); infinite where nothing can be said.
         """
 
+    def bound_matrix(self, name: str, stored: Tensor) -> MatrixBound:
+        """Bounds of one of the `bounded_matrices`; also a network on the meta device can say.
+
+        Args:
+            name: name of the parameter.
+            stored: its value.
+
+        Raises:
+            ModelError: an entry is not finite.
+        """
+        return matrix_bound(stored, name)
+
     @torch.no_grad()
     def matrix_bounds(self) -> dict[str, MatrixBound]:
         """Bounds of all `bounded_matrices`, one after another."""
         names = self.bounded_matrices
-        return {name: matrix_bound(self.get_parameter(name), name) for name in names}
+        return {name: self.bound_matrix(name, self.get_parameter(name)) for name in names}
+
+    def begin_step(self, *, step: int, progress: float, seed: int) -> None:
+        """Get ready for a training step; all ranks call it with the same values.
+
+        What changes while training, or is random, is a function of these three alone, so that a
+        resumed run continues exactly.
+
+        Args:
+            step: 0-based optimizer step.
+            progress: share of the run that is done, in [0, 1).
+            seed: seed of the run.
+        """
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Set the stored means of all centred layers to averages of batch means.
+
+        Args:
+            batches: images, see `features`; every layer sees them centred by its batch means.
+
+        Raises:
+            ModelError: no batch.
+        """
+        layers = [module for module in self.modules() if isinstance(module, Centering)]
+        for layer in layers:
+            layer.begin()
+        seen = 0
+        try:
+            for images in batches:
+                self.features(images)
+                seen += 1
+        finally:
+            for layer in layers:
+                layer.end()
+        if not seen:
+            raise ModelError("no image to calibrate the centred layers with")
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, K) of images (B, *input_shape); see logits_and_margin_factors."""

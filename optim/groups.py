@@ -24,7 +24,7 @@ def parameter_groups(
         `params`, `names`, `lr`, `manifold` (None in the Euclidean group).
 
     Raises:
-        OptimizerError: A declared parameter is no square matrix, or none is declared.
+        OptimizerError: A declared parameter is no square matrix.
     """
     split: dict[Manifold | None, list[tuple[str, Tensor]]] = {}
     for name, parameter in named_parameters:
@@ -37,10 +37,6 @@ def parameter_groups(
             except OptimizerError as error:
                 raise OptimizerError(f"parameter {name!r}: {error}") from error
         split.setdefault(manifold, []).append((name, parameter))
-    if not any(manifold is not None for manifold in split):
-        raise OptimizerError(
-            "no trainable parameter declares a manifold: manifold Adam would have nothing to do"
-        )
     ordered = sorted(split, key=lambda manifold: manifold is None)
     return [
         {

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
 from data_shards.config import SAME_SAMPLES, StreamConfig
-from model.config import NetworkConfig
+from model.build import AnyNetwork
 from optim.config import OptimConfig
 from pipeline.errors import PipelineError
 
@@ -39,10 +39,12 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class LossConfig:
-    """EMMA loss and its radius ramp (LiResNet++, arXiv 2310.02513)."""
+    """The loss and the ramp of its radius (LiResNet++, arXiv 2310.02513)."""
 
+    kind: Literal["emma"] = "emma"
+    """`emma`: cross-entropy of margins less what the radius can cost (arXiv 2310.02513)."""
     eps: float = Field(default=36 / 255, gt=0)
-    """Reference radius, l2 in pixels of [0, 1]."""
+    """Reference radius, in the network's norm and pixels of [0, 1]."""
     eps_start: float = Field(default=0.1, ge=0)
     """Multiple of eps at the first step."""
     eps_end: float = Field(default=3.0, gt=0)
@@ -77,6 +79,8 @@ class TrainConfig:
     """Recompute each block in the backward pass."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights and of the order of the samples."""
+    calibration_samples: int = Field(default=2048, ge=1)
+    """Training samples over which an exported network's centred layers take their means."""
     log_every: int = Field(default=1, ge=1)
     """Steps between two metric records; metrics leave the device only then."""
     stop_after: int = Field(default=0, ge=0)
@@ -105,6 +109,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always has one. 0: only the last."""
     evaluate: bool = True
     """Certify every kept checkpoint in downstream tasks."""
+    evaluate_eps: tuple[str, ...] = ("36/255", "72/255", "108/255", "255/255")
+    """Radii of the table, in the network's norm, as ratios of pixels in [0, 1]."""
     evaluate_tasks: int = Field(default=2, ge=1)
     """Evaluation tasks under way at the same time."""
     evaluate_gpus: float = Field(default=0.0, ge=0)
@@ -138,7 +144,7 @@ class RunConfig:
 
     preset: str
     """Name of the preset it started from."""
-    model: NetworkConfig
+    model: AnyNetwork
     """The network."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """The samples."""

@@ -104,6 +104,7 @@ def _evaluations(prepared: Prepared, tracker: Tracker) -> Evaluations:
     settings: dict[str, Any] = {
         "shards": prepared.job.shards_url,
         "split": config.data.test_split,
+        "eps": config.checkpoint.evaluate_eps,
         "launcher": config.cluster.launcher,
         "max_in_flight": config.checkpoint.evaluate_tasks,
         "num_gpus": config.checkpoint.evaluate_gpus,

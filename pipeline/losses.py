@@ -1,8 +1,13 @@
 """Training losses on margins. Tensors: y_BK logits, d_KK margin factors, t_B labels."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from pipeline.config import LossConfig
+from pipeline.schedules import Moment
 
 _SHIFT_FLOOR = 0.01  # share of the shift a rival keeps once it beats the label (arXiv 2310.02513)
 _DIVISION_FLOOR = 1e-8
@@ -30,3 +35,16 @@ def emma_loss(y_BK: Tensor, d_KK: Tensor, t_B: Tensor, eps: Tensor | float, scal
     with torch.no_grad():
         s_BK = (-r_BK / shift_BK.clamp_min(_DIVISION_FLOOR)).clamp(_SHIFT_FLOOR, 1.0)
     return F.cross_entropy(scale * (r_BK + s_BK * shift_BK), t_B)
+
+
+def _emma(y_BK: Tensor, d_KK: Tensor, t_B: Tensor, now: Moment, config: LossConfig) -> Tensor:
+    return emma_loss(y_BK, d_KK, t_B, now.eps, config.scale)
+
+
+Loss = Callable[[Tensor, Tensor, Tensor, Moment, LossConfig], Tensor]
+"""(logits, margin factors, labels, moment, settings) -> mean loss."""
+
+LOSSES: dict[str, Loss] = {
+    "emma": _emma,
+}
+"""By `LossConfig.kind`."""

@@ -4,44 +4,45 @@ import torch
 from torch import Tensor, nn
 
 from model.contract import CertifiedNetwork
-from pipeline.losses import emma_loss
+from pipeline.config import LossConfig
+from pipeline.losses import LOSSES
+from pipeline.schedules import Moment
 
 STATISTICS = ("loss", "clean", "certified", "samples")
 """Order of the sums that Objective returns."""
 
 
 class Objective(nn.Module):
-    """Network and EMMA loss in one forward pass.
+    """Network and loss in one forward pass.
 
     The margin factors of the head exist only inside the forward pass under ZeRO-3, so the loss and
     the training statistics are computed here. The mean over the micro-batch is the loss.
     """
 
-    def __init__(self, network: CertifiedNetwork, *, scale: float, report_eps: float) -> None:
+    def __init__(self, network: CertifiedNetwork, loss: LossConfig) -> None:
         super().__init__()
         self.network = network
-        self.scale = scale
-        self.report_eps = report_eps
+        self.loss = loss
 
-    def forward(self, images: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, now: Moment) -> tuple[Tensor, Tensor]:
         """Loss and statistics of one micro-batch.
 
         Args:
             images: uint8, shape (B, C, H, W).
             labels: int64, shape (B,).
-            eps: training radius, l2 in pixels of [0, 1].
+            now: training radius and progress of the run.
 
         Returns:
             The mean loss (scalar) and float32 sums over the micro-batch in the order STATISTICS;
-            `certified` counts samples whose margin exceeds report_eps times the factor of the head.
+            `certified` counts samples whose margin exceeds the factor times the reference radius.
         """
         pixels = images.to(torch.float32) / 255
         logits, factors = self.network.logits_and_margin_factors(pixels)
-        loss = emma_loss(logits, factors, labels, eps, self.scale)
+        loss = LOSSES[self.loss.kind](logits, factors, labels, now, self.loss)
         with torch.no_grad():
             label_logit = logits.gather(1, labels[:, None])
             rivals = logits.scatter(1, labels[:, None], -torch.inf)
-            raised = rivals + self.report_eps * factors[labels]
+            raised = rivals + self.loss.eps * factors[labels]
             clean = label_logit > rivals.amax(1, keepdim=True)
             certified = label_logit > raised.amax(1, keepdim=True)
             count = torch.tensor(float(len(labels)), device=loss.device)

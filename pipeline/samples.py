@@ -1,6 +1,9 @@
 """The samples of a run: what the driver checks before it starts and what every rank streams."""
 
 import dataclasses
+from collections.abc import Iterator
+
+from torch import Tensor
 
 from data_shards.index import ShardIndex, load_index
 from data_shards.order import Cursor
@@ -9,6 +12,7 @@ from data_shards.stream import SampleStream, require_crop
 from data_shards.unindexed import UnindexedStream
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
+from pipeline.export import statistics
 from pipeline.ranks import World
 
 
@@ -35,6 +39,25 @@ class Samples:
     def digest(self) -> str:
         """Digest that covers every byte of the set; empty where nothing is known about it."""
         return self.index.digest if self.index else ""
+
+    def calibration(self, config: RunConfig) -> Iterator[Tensor]:
+        """Batches of the first training samples of the run, uint8 (B, C, H, W).
+
+        The same for every number of ranks.
+        """
+        if self.index is None:
+            raise PipelineError("a set without an index has no first samples")
+        batch = config.train.global_batch
+        samples = min(config.train.calibration_samples, self.per_epoch)
+        with SampleStream(
+            self.index,
+            config.data.stream,
+            split=config.data.train_split,
+            global_batch=batch,
+            cursor=Cursor(seed=config.train.seed),
+        ) as stream:
+            for _ in range(max(1, samples // batch)):
+                yield next(stream).images
 
     def stream(
         self, config: RunConfig, world: World, cursor: Cursor, quarantine: Quarantine
@@ -79,6 +102,11 @@ def open_samples(config: RunConfig, url: str) -> Samples:
             raise PipelineError(
                 "data.unindexed_samples: a set without an index is never certified; give "
                 "--checkpoint.no-evaluate"
+            )
+        if statistics(config.model):
+            raise PipelineError(
+                f"data.unindexed_samples: a {config.model.kind} network takes the means of its "
+                "layers from the first training samples; a set without an index has none"
             )
         return Samples(url, None, config.data.unindexed_samples)
     index = load_index(url)

@@ -1,6 +1,21 @@
 """Schedules: step -> learning-rate factor, training radius. Pure functions of integers."""
 
+import dataclasses
 import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """Where a run stands when it takes a step; the same on all ranks."""
+
+    step: int
+    """0-based optimizer step."""
+    progress: float
+    """step / steps of the whole run."""
+    lr_factor: float
+    """Multiple of the peak learning rates."""
+    eps: float
+    """Training radius, in the network's norm and pixels of [0, 1]."""
 
 
 def learning_rate_factor(step: int, *, total: int, warmup: int, floor: float) -> float:

@@ -20,15 +20,13 @@ from pipeline.events import Emit, Metrics
 from pipeline.objective import STATISTICS
 from pipeline.plan import Plan
 from pipeline.ranks import World
-from pipeline.schedules import learning_rate_factor, training_radius
+from pipeline.schedules import Moment, learning_rate_factor, training_radius
 
 
 class Engine(Protocol):
     """What the loop needs of the partitioned network."""
 
-    def step(
-        self, micro_batches: Iterator[tuple[Tensor, Tensor]], *, lr_factor: float, eps: float
-    ) -> Tensor:
+    def step(self, micro_batches: Iterator[tuple[Tensor, Tensor]], now: Moment) -> Tensor:
         """One optimizer step; returns the sums of Objective."""
         ...
 
@@ -82,22 +80,22 @@ class Trainer:
         while self.progress.step < self._plan.last_step:
             batch = next(batches)
             step = self.progress.step
-            lr_factor, eps = self._schedules(step)
+            now = self._moment(step)
             micro_batches = zip(
                 batch.images.split(self._plan.micro_batch),
                 batch.labels.split(self._plan.micro_batch),
                 strict=True,
             )
             try:
-                self._sums += self._engine.step(micro_batches, lr_factor=lr_factor, eps=eps)
+                self._sums += self._engine.step(micro_batches, now)
             except (PipelineError, OptimizerError) as error:
                 raise PipelineError(f"step {step + 1}: {error}") from error
             self.progress = Progress(step + 1, batch.cursor_after)
-            self._record(lr_factor, eps)
+            self._record(now)
             if self._plan.keeps(self.progress.step):
                 self._keep(self.progress)
 
-    def _schedules(self, step: int) -> tuple[float, float]:
+    def _moment(self, step: int) -> Moment:
         train, loss, total = self._config.train, self._config.loss, self._plan.total_steps
         lr_factor = learning_rate_factor(
             step, total=total, warmup=self._plan.warmup_steps, floor=train.lr_floor
@@ -110,9 +108,9 @@ class Trainer:
             end=loss.eps_end,
             ramp=loss.eps_ramp,
         )
-        return lr_factor, eps
+        return Moment(step, step / total, lr_factor, eps)
 
-    def _record(self, lr_factor: float, eps: float) -> None:
+    def _record(self, now: Moment) -> None:
         """Every `log_every` steps: sum the statistics over the ranks, check and emit them."""
         step = self.progress.step
         if step % self._config.train.log_every and step != self._plan.last_step:
@@ -127,16 +125,17 @@ class Trainer:
         if not math.isfinite(loss_sum):
             raise PipelineError(
                 f"the loss is not finite at step {step} (global batch "
-                f"{self._config.train.global_batch}, lr factor {lr_factor:.3g}, eps {eps:.4f})"
+                f"{self._config.train.global_batch}, lr factor {now.lr_factor:.3g}, "
+                f"eps {now.eps:.4f})"
             )
-        now = time.perf_counter()
+        clock = time.perf_counter()
         values = {
             "train/loss": loss_sum / samples,
             "train/clean": clean / samples,
             "train/certified": certified / samples,
-            "train/eps": eps,
-            "train/lr": self._config.optim.lr * lr_factor,
-            "train/images_per_s": samples / max(now - self._since, 1e-9),
+            "train/eps": now.eps,
+            "train/lr": self._config.optim.lr * now.lr_factor,
+            "train/images_per_s": samples / max(clock - self._since, 1e-9),
             "train/epoch": float(self.progress.cursor.epoch),
             # Of all ranks since they started; the seconds since the last record, per rank.
             "data/retries": retries,
@@ -144,6 +143,6 @@ class Trainer:
             "data/wait_s": waited / self._world.size,
             **self._engine.audit_metrics(),
         }
-        self._since = now
+        self._since = clock
         if self._world.rank == 0:
             self._emit(Metrics(step, values, int(time.time() * 1000)))

@@ -69,7 +69,12 @@ def _train(job: Job, world: World, emit: Emit) -> None:
         context = {**job.context, "step": progress.step}
         # First: a run that dies in between must not resume past a step that has no artefact.
         info = export_artifact(
-            artifact, world=world, engine=engine, network=config.model, context=context
+            artifact,
+            world=world,
+            engine=engine,
+            network=config.model,
+            context=context,
+            calibration=lambda: samples.calibration(config),
         )
         save_checkpoint(checkpoint, world=world, engine=engine, progress=progress, config=config)
         if info is not None:

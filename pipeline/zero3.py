@@ -22,6 +22,7 @@ from pipeline.config import RunConfig, TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.objective import Objective
 from pipeline.ranks import World
+from pipeline.schedules import Moment
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -167,7 +168,7 @@ class Zero3:
         with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
             network = build_network(model)
         network.checkpoint_blocks = train.activation_checkpointing
-        objective = Objective(network, scale=config.loss.scale, report_eps=config.loss.eps)
+        objective = Objective(network, config.loss)
         named: list[tuple[str, Any]] = list(network.named_parameters())
         _check_working_type(named, train.precision)
         groups = parameter_groups(named, config.optim)
@@ -176,6 +177,8 @@ class Zero3:
             model=objective, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
         self._device = world.device
+        self._network = network
+        self._seed = train.seed
         self._initial = {name: p.initial for name, p in named}
         self._base_lr = [group["lr"] for group in self.optimizer.param_groups]
         exchange = ProcessGroupExchange(named[0][1].ds_process_group)
@@ -193,20 +196,18 @@ class Zero3:
 
         self.optimizer.initialise(value)
 
-    def accumulate(self, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+    def accumulate(self, images: Tensor, labels: Tensor, now: Moment) -> Tensor:
         """Forward and backward pass of one micro-batch; returns the sums of Objective."""
         loss, sums = self._engine(
             images.to(self._device, non_blocking=True),
             labels.to(self._device, non_blocking=True),
-            eps,
+            now,
         )
         self._engine.backward(loss)
         self._engine.step()
         return sums
 
-    def step(
-        self, micro_batches: Iterable[tuple[Tensor, Tensor]], *, lr_factor: float, eps: float
-    ) -> Tensor:
+    def step(self, micro_batches: Iterable[tuple[Tensor, Tensor]], now: Moment) -> Tensor:
         """One optimizer step over this rank's micro-batches.
 
         Returns:
@@ -216,8 +217,9 @@ class Zero3:
             PipelineError: the step was skipped because a gradient was not finite on some rank.
         """
         for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
-            group["lr"] = base * lr_factor
-        sums = torch.stack([self.accumulate(x, t, eps) for x, t in micro_batches]).sum(0)
+            group["lr"] = base * now.lr_factor
+        self._network.begin_step(step=now.step, progress=now.progress, seed=self._seed)
+        sums = torch.stack([self.accumulate(x, t, now) for x, t in micro_batches]).sum(0)
         if not self._engine.was_step_applied():
             raise PipelineError(
                 "the gradient is not finite on at least one rank; nothing was updated"

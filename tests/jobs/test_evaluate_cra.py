@@ -31,9 +31,14 @@ def samples_of(fields):
 def test_the_result_agrees_with_the_network_applied_to_every_test_image(fields, network):
     calls = []
     threads = torch.get_num_threads()
-    summary = evaluate(fields, on_progress=lambda *call: calls.append(call))
+    summary = evaluate(fields, on_progress=calls.append)
     assert torch.get_num_threads() == threads
-    assert calls == [(i, 5) for i in range(1, 6)]  # the matrices and four shards
+    # The matrices and four shards.
+    assert [(call.done, call.total) for call in calls] == [(i, 5) for i in range(1, 6)]
+    assert calls[0].clean is None
+    assert calls[-1].samples == summary.samples
+    assert calls[-1].cra_sound == summary.columns["sound"].cra
+    assert not Store(fields["out"]).exists("progress.json")
     source = synthetic(classes=4, size=8, samples=100, seed=1)
     table = samples_of(fields)
     chosen = np.array([int(key) for key in table["key"].to_pylist()])

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from model.attack import apgd, margins
-from model.build import build_network
+from model.build import build_network, parameter_count
 from model.certificates import certify
-from model.config import parameter_count
 from model.errors import ModelError
 from model.observed import observed_lipschitz, refute
 from model.rounding import FLOAT32, FLOAT64

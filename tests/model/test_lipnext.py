@@ -4,12 +4,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from model.build import build_network
-from model.config import LipNeXtConfig, parameter_count
+from model.build import build_network, parameter_count
+from model.config import LipNeXtConfig
 from model.errors import ModelError
 from model.initial import initial_value
-from model.presets import NETWORK_PRESETS, network_preset
 from optim.manifolds import ORTHOGONAL, manifold_of
+from pipeline.presets import run_preset
+from pipeline.presets.lipnext import PRESETS
 from tests.model.small_networks import tiny_config, trained_like
 
 COUNTS = {
@@ -23,19 +24,13 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORK_PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_preset_has_the_stated_number_of_parameters(name):
-    config = network_preset(name)
+    config = run_preset(name).model
     with torch.device("meta"):
         network = build_network(config)
     assert all(p.is_meta for p in network.parameters())
-    assert sum(p.numel() for p in network.parameters()) == COUNTS[name]
     assert parameter_count(config) == COUNTS[name]
-
-
-def test_unknown_preset_names_the_known_ones():
-    with pytest.raises(ModelError, match=r"did you mean cifar10-L32W1024\?.*known: digits"):
-        network_preset("cifar10-l32w1024")
 
 
 @pytest.mark.parametrize(

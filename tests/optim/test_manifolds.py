@@ -219,5 +219,8 @@ def test_groups_read_the_shape_of_a_partitioned_parameter():
 def test_groups_refuse():
     with pytest.raises(OptimizerError, match=r"'w0': an orthogonal .* got shape \(3, 4\)"):
         parameter_groups(named((3, 4)), OptimConfig())
-    with pytest.raises(OptimizerError, match="no trainable parameter declares a manifold"):
-        parameter_groups([("b", nn.Parameter(torch.empty(2)))], OptimConfig())
+
+
+def test_groups_of_a_network_without_matrices():
+    [group] = parameter_groups([("b", nn.Parameter(torch.empty(2)))], OptimConfig())
+    assert (group["names"], group["manifold"]) == (["b"], None)

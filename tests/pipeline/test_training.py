@@ -20,7 +20,7 @@ from optim.groups import parameter_groups
 from optim.manifolds import ORTHOGONAL, manifold_of
 from optim.reference import ReferenceManifoldAdam
 from optim.sharded import TENSOR_KINDS
-from pipeline import objective
+from pipeline import losses
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.events import Metrics
 from pipeline.losses import emma_loss
@@ -107,7 +107,7 @@ def poisoned_loss(rank, call, *, gradient):
             return value
         return value * math.nan if gradient else value + math.nan
 
-    with mock.patch.object(objective, "emma_loss", loss):
+    with mock.patch.object(losses, "emma_loss", loss):
         yield
 
 

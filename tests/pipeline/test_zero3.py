@@ -11,6 +11,7 @@ from optim.groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from pipeline.config import TrainConfig, ZeroConfig
 from pipeline.losses import emma_loss
+from pipeline.schedules import Moment
 from pipeline.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import batches, rank_world, small_run
@@ -54,7 +55,7 @@ def train_partitioned(rank, world_size, names):
             for images, labels in batches(STEPS, BATCH):
                 mine = slice(rank * share, (rank + 1) * share)
                 parts = zip(images[mine].split(micro), labels[mine].split(micro), strict=True)
-                engine.step(parts, lr_factor=1.0, eps=36 / 255)
+                engine.step(parts, Moment(0, 0.0, 1.0, 36 / 255))
             slices = {}
             for partition in engine.partitions:
                 for slot in partition.slots:

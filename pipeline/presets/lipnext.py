@@ -1,10 +1,10 @@
-"""Named runs as functions; the command line changes values, never structure."""
+"""LipNeXt: digits, generated images and the networks of its paper (arXiv 2601.18513)."""
 
-import difflib
+import dataclasses
 from collections.abc import Callable
 
 from data_shards.config import StreamConfig
-from model.presets import network_preset
+from model.config import LipNeXtConfig
 from optim.config import OptimConfig
 from pipeline.config import (
     CheckpointConfig,
@@ -14,7 +14,6 @@ from pipeline.config import (
     RunConfig,
     TrainConfig,
 )
-from pipeline.errors import PipelineError
 
 
 def digits() -> RunConfig:
@@ -24,7 +23,9 @@ def digits() -> RunConfig:
     """
     return RunConfig(
         preset="digits",
-        model=network_preset("digits"),
+        model=LipNeXtConfig(
+            input_shape=(1, 8, 8), num_classes=10, patch=2, width=192, depth=4, alpha=1 / 8
+        ),
         data=DataConfig(source="digits"),
         optim=OptimConfig(lr=5e-3, betas=(0.9, 0.99), lookahead_factor=0.8),
         # The full radius from the first step: in a short run the ramp costs accuracy.
@@ -38,7 +39,7 @@ def synthetic() -> RunConfig:
     """Procedural JPEG images, 32x32, ten classes."""
     return RunConfig(
         preset="synthetic",
-        model=network_preset("synthetic"),
+        model=LipNeXtConfig(input_shape=(3, 32, 32), num_classes=10, patch=4, width=64, depth=4),
         data=DataConfig(source="synthetic"),
         optim=OptimConfig(lr=1e-2, betas=(0.9, 0.99), lookahead_factor=0.8),
         loss=LossConfig(eps=36 / 255, eps_start=1.0, eps_end=1.0, scale=10.0),
@@ -47,13 +48,29 @@ def synthetic() -> RunConfig:
     )
 
 
+_CIFAR10 = LipNeXtConfig(input_shape=(3, 32, 32), num_classes=10, patch=2, width=1024, depth=32)
+_TINY_IMAGENET = LipNeXtConfig(
+    input_shape=(3, 64, 64), num_classes=200, patch=4, width=2048, depth=32
+)
+_IMAGENET = LipNeXtConfig(
+    input_shape=(3, 224, 224), num_classes=1000, patch=14, width=4096, depth=32
+)
+
+
 def _published(
-    name: str, *, epochs: float, batch: int, eps_end: float, workers: int, stream: StreamConfig
+    name: str,
+    model: LipNeXtConfig,
+    *,
+    epochs: float,
+    batch: int,
+    eps_end: float,
+    workers: int,
+    stream: StreamConfig,
 ) -> RunConfig:
     """LiResNet++ recipe (section 2.3 of its paper) with the manifold optimizer."""
     return RunConfig(
         preset=name,
-        model=network_preset(name),
+        model=model,
         data=DataConfig(stream=stream),
         optim=OptimConfig(lr=1e-3),
         loss=LossConfig(eps=36 / 255, eps_start=0.1, eps_end=eps_end, eps_ramp=0.5),
@@ -71,39 +88,42 @@ def _published(
     )
 
 
-def _small_images(name: str, *, shift_pixels: int) -> RunConfig:
+def _small_images(name: str, model: LipNeXtConfig, *, shift_pixels: int) -> RunConfig:
     stream = StreamConfig(shift_pixels=shift_pixels, flip=True, randaugment=0.5, workers=4)
-    return _published(name, epochs=800, batch=256, eps_end=3.0, workers=8, stream=stream)
+    return _published(name, model, epochs=800, batch=256, eps_end=3.0, workers=8, stream=stream)
 
 
 def cifar10_l32w1024() -> RunConfig:
     """64M parameters."""
-    return _small_images("cifar10-L32W1024", shift_pixels=4)
+    return _small_images("cifar10-L32W1024", _CIFAR10, shift_pixels=4)
 
 
 def cifar10_l32w2048() -> RunConfig:
     """256M parameters."""
-    return _small_images("cifar10-L32W2048", shift_pixels=4)
+    model = dataclasses.replace(_CIFAR10, width=2048)
+    return _small_images("cifar10-L32W2048", model, shift_pixels=4)
 
 
 def tiny_imagenet_l32w2048() -> RunConfig:
     """256M parameters, 64x64 images, 200 classes."""
-    return _small_images("tiny-imagenet-L32W2048", shift_pixels=8)
+    return _small_images("tiny-imagenet-L32W2048", _TINY_IMAGENET, shift_pixels=8)
 
 
-def _imagenet(name: str, *, workers: int) -> RunConfig:
+def _imagenet(name: str, model: LipNeXtConfig, *, workers: int) -> RunConfig:
     stream = StreamConfig(crop="random-resized", flip=True, randaugment=1.0, workers=6)
-    return _published(name, epochs=400, batch=1024, eps_end=2.0, workers=workers, stream=stream)
+    return _published(
+        name, model, epochs=400, batch=1024, eps_end=2.0, workers=workers, stream=stream
+    )
 
 
 def imagenet_l32w4096() -> RunConfig:
     """1B parameters."""
-    return _imagenet("imagenet-L32W4096", workers=8)
+    return _imagenet("imagenet-L32W4096", _IMAGENET, workers=8)
 
 
 def imagenet_2b() -> RunConfig:
-    """2B parameters."""
-    return _imagenet("imagenet-2B", workers=16)
+    """2B parameters; the depth is inferred from the size."""
+    return _imagenet("imagenet-2B", dataclasses.replace(_IMAGENET, depth=64), workers=16)
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
@@ -115,16 +135,3 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "imagenet-L32W4096": imagenet_l32w4096,
     "imagenet-2B": imagenet_2b,
 }
-
-
-def run_preset(name: str) -> RunConfig:
-    """Configuration of a named run.
-
-    Raises:
-        PipelineError: no preset has this name.
-    """
-    if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise PipelineError(f"unknown preset {name!r}{hint}; presets: {', '.join(PRESETS)}")
-    return PRESETS[name]()
