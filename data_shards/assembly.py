@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_shards.augment import augment_batch
+from data_shards.augment import Words, place
 from data_shards.config import MIB, StreamConfig
 from data_shards.errors import ShardError
 from data_shards.index import ShardIndex
@@ -28,7 +28,6 @@ from data_shards.reading import Part, Plan, Reading, SplitReader
 _logger = logging.getLogger(__name__)
 
 _MAX_REPLACEMENTS = 16
-Words = npt.NDArray[np.uint64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ class _Draft:
 
         self.crop = words(CROP, config.crop != "none")
         self.randaugment = words(RANDAUGMENT, config.randaugment > 0)
-        self.augment = words(AUGMENT, bool(config.shift_pixels or config.flip))
+        self.augment = position_words(seed, plan.spans, purpose=AUGMENT)
 
 
 class Assembler:
@@ -117,9 +116,11 @@ class Assembler:
                         draft = None
 
     def _copied(self, draft: _Draft, part: Part) -> bool:
-        """Fill slots at once from images that were decoded before; False if some were not."""
+        """Fill slots at once from images decoded before, if all were and none is augmented."""
         decoded, samples = self._reader.decoded, draft.samples[part.start : part.stop]
-        if decoded is None or draft.randaugment is not None or not decoded.have(samples):
+        config = self._config
+        augmented = config.randaugment > 0 or config.shift_pixels > 0 or config.flip
+        if decoded is None or augmented or not decoded.have(samples):
             return False
         draft.images[part.start : part.stop] = decoded.images[torch.from_numpy(samples)]
         return True
@@ -131,8 +132,13 @@ class Assembler:
             sample = int(draft.samples[slot])
             image = self._image(draft, slot, sample, encoded)
             if isinstance(image, Tensor):
-                # Not torch's copy, which would start threads of its own in every thread here.
-                draft.images.numpy()[slot] = image.numpy()
+                place(
+                    draft.images.numpy()[slot],
+                    image.numpy(),
+                    draft.augment[slot],
+                    shift_pixels=self._config.shift_pixels,
+                    flip=self._config.flip,
+                )
                 return
             draft.damaged[slot].append((int(rows[sample]), image))
             words = position_words(order.seed, draft.plan.spans, purpose=REPLACE, attempt=attempt)
@@ -177,7 +183,7 @@ class Assembler:
             return decode(self._index, row, self._reader.read_again(row, damaged=True), crop)
 
     def _finish(self, draft: _Draft) -> Batch:
-        config, rows, spans = self._config, self._reader.rows, draft.plan.spans
+        rows, spans = self._reader.rows, draft.plan.spans
         per_epoch = len(rows)
         spread = [np.arange(s.start, s.stop) + s.epoch * per_epoch for s in spans]
         positions = np.concatenate(spread)
@@ -187,13 +193,8 @@ class Assembler:
             for row, error in found
         )
         self._count_damage(len(draft.samples), len(damaged))
-        images = draft.images
-        if draft.augment is not None:
-            images = augment_batch(
-                images, draft.augment, shift_pixels=config.shift_pixels, flip=config.flip
-            )
         return Batch(
-            images=images,
+            images=draft.images,
             labels=torch.from_numpy(self._index.rows.label[rows[draft.samples]].astype(np.int64)),
             rows=rows[draft.samples],
             positions=positions,

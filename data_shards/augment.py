@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from data_shards.errors import ShardError
 from data_shards.philox import philox_words, unit_interval
@@ -19,6 +17,9 @@ from data_shards.philox import philox_words, unit_interval
 SCALE = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
 _TRIES = 10
+
+Words = npt.NDArray[np.uint64]
+"""Random 64-bit words."""
 
 
 class Box(NamedTuple):
@@ -33,7 +34,7 @@ class Box(NamedTuple):
 def random_crop_box(
     height: int,
     width: int,
-    words: npt.NDArray[np.uint64],
+    words: Words,
     *,
     scale: tuple[float, float] = SCALE,
     ratio: tuple[float, float] = RATIO,
@@ -73,43 +74,45 @@ def random_crop_box(
     return Box(top, top + rows, left, left + columns)
 
 
-def _tries(words: npt.NDArray[np.uint64]) -> Iterator[list[float]]:
+def _tries(words: Words) -> Iterator[list[float]]:
     """Yield four uniform numbers per try; the words themselves are enough for most images."""
     yield unit_interval(words[:4]).tolist()
     more = philox_words(int(words[0]), int(words[1]), purpose=0, count=_TRIES - 1)
     yield from unit_interval(more).tolist()
 
 
-def augment_batch(
-    images: Tensor, words: npt.NDArray[np.uint64], *, shift_pixels: int, flip: bool
-) -> Tensor:
-    """Translate each image by up to `shift_pixels` per direction and mirror half of them.
+def place(
+    slot: npt.NDArray[np.uint8],
+    image: npt.NDArray[np.uint8],
+    words: Words,
+    *,
+    shift_pixels: int,
+    flip: bool,
+) -> None:
+    """Copy an image into its slot of a batch, translated and mirrored as its random words say.
 
     Args:
-        images: uint8 (B, C, H, W).
-        words: Random words (B, 4): vertical shift, horizontal shift, mirror, spare.
-        shift_pixels: Largest shift in pixels; zeros move in. 0 = none.
-        flip: Mirror left to right where the lowest bit of the third word is set.
-
-    Returns:
-        uint8 (B, C, H, W); the input itself when both are off.
+        slot: Overwritten, (C, H, W).
+        image: (C, H, W).
+        words: Random words (4,): vertical shift, horizontal shift, mirror, spare.
+        shift_pixels: Largest shift per direction in pixels; zeros move in. 0 = none.
+        flip: Mirror left to right, after the shift, where the lowest bit of the third word is set.
     """
-    if not shift_pixels and not flip:
-        return images
-    batch, channels, height, width = images.shape
-    choices = np.uint64(2 * shift_pixels + 1)
-    # A source coordinate in the padded image: padding + own coordinate - shift.
-    offsets = torch.from_numpy((words[:, :2] % choices).astype(np.int64))
-    columns = torch.arange(width).expand(batch, width)
-    if flip:
-        mirrored = torch.from_numpy((words[:, 2] & np.uint64(1)).astype(bool))
-        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    rows = torch.arange(height)[None, :] + offsets[:, :1]
-    columns = columns + offsets[:, 1:]
-    padded = torch.nn.functional.pad(images, (shift_pixels,) * 4)
-    return padded[
-        torch.arange(batch)[:, None, None, None],
-        torch.arange(channels)[None, :, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    ]
+    # NumPy, not torch: a copy of torch would start threads of its own in every thread that decodes.
+    if flip and int(words[2]) & 1:
+        slot = slot[:, :, ::-1]
+    if not shift_pixels:
+        slot[:] = image
+        return
+    down, right = (int(word) % (2 * shift_pixels + 1) - shift_pixels for word in words[:2])
+    slot[:] = 0
+    to_rows, rows = _overlap(down, image.shape[1])
+    to_columns, columns = _overlap(right, image.shape[2])
+    slot[:, to_rows, to_columns] = image[:, rows, columns]
+
+
+def _overlap(offset: int, size: int) -> tuple[slice, slice]:
+    """Return the places i of [0, size) that have i + offset in it too, and those places."""
+    low = min(size, max(0, -offset))
+    high = max(low, size - max(0, offset))
+    return slice(low, high), slice(low + offset, high + offset)

@@ -93,6 +93,20 @@ class Store:
         """
         return cast(BinaryIO, self._fs().open(self._path(name), mode))
 
+    @contextlib.contextmanager
+    def durable(self, name: str) -> Iterator[BinaryIO]:
+        """Open one object for writing; after the block its bytes are on the disk or in the store.
+
+        A block that fails may leave a part of them.
+        """
+        with self.open(name, "wb") as stream:
+            yield stream
+            if self.local_path() is not None:
+                stream.flush()
+                os.fsync(stream.fileno())
+        if self.local_path() is not None:
+            _sync_directory(Path(self._path(name)).parent)
+
     def read(self, name: str) -> bytes:
         """Return a whole object.
 
@@ -232,6 +246,12 @@ class Store:
         """Remove an object, or with `recursive` a whole prefix; a missing one is no error."""
         with contextlib.suppress(FileNotFoundError):
             self._call(lambda: self._fs().rm(self._path(name), recursive=recursive))
+
+    def remove_drafts(self) -> None:
+        """Remove what writers left that died while they wrote here; object stores keep nothing."""
+        local = self.local_path()
+        for draft in local.glob(f".*{_TEMPORARY}") if local else ():
+            draft.unlink(missing_ok=True)
 
     def child(self, *parts: str) -> "Store":
         """Return the store of a directory below this one."""

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from data_shards import decode as codec
-from data_shards.assembly import Batch, Words, randaugmented
-from data_shards.augment import augment_batch
+from data_shards.assembly import Batch, randaugmented
+from data_shards.augment import Words, place
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
 from data_shards.order import AUGMENT, CROP, RANDAUGMENT, Cursor, Span, position_words
@@ -182,16 +182,19 @@ class _Producer:
                 position_words(cursor.seed, spans, purpose=purpose) for purpose in (CROP, AUGMENT)
             )
             drawn = position_words(cursor.seed, spans, purpose=RANDAUGMENT)
-            pairs = [self._next(crop[slot], drawn[slot]) for slot in range(count)]
-            images = augment_batch(
-                torch.stack([image for image, _ in pairs]),
-                words,
-                shift_pixels=config.shift_pixels,
-                flip=config.flip,
-            )
+            images = torch.empty((count, *self._shape), dtype=torch.uint8)
+            labels = torch.empty(count, dtype=torch.int64)
+            for slot in range(count):
+                image, labels[slot] = self._next(crop[slot], drawn[slot])
+                place(
+                    images[slot].numpy(),
+                    image.numpy(),
+                    words[slot],
+                    shift_pixels=config.shift_pixels,
+                    flip=config.flip,
+                )
             cursor = cursor.advance(global_batch, per_epoch)
             unknown = np.full(count, -1, dtype=np.int64)
-            labels = torch.tensor([label for _, label in pairs])
             yield Batch(images, labels, unknown, unknown, cursor)
 
     def _next(self, crop: Words, drawn: Words) -> tuple[Tensor, int]:

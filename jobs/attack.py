@@ -184,7 +184,8 @@ class _BatchAttack:
         centres = self.images[attacked]
         self._refute(attacked.nonzero().squeeze(1), centres, self._classes(centres))
         # A radius may be infinite; no two images are further apart than this.
-        eps = self.radius.clamp(max=math.sqrt(self.images[0].numel()))
+        diameter = math.sqrt(self.images[0].numel()) if self.single.norm == "l2" else 1.0
+        eps = self.radius.clamp(max=diameter)
         self._attack("radius", self.prediction, eps, attacked, clip=False)
         return int(attacked.sum())
 

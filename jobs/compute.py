@@ -36,8 +36,7 @@ from jobs.records import (
     scores,
 )
 from jobs.shard_task import ArtifactTask, exact_program, forget, matrix_tasks, shard_tasks
-from model.artifact import ArtifactInfo, read_info
-from model.build import build_network
+from model.artifact import ArtifactInfo, read_info, read_without_parameters
 from model.contract import LipschitzBound
 from model.lipschitz import MatrixBound
 from model.observed import refute
@@ -73,6 +72,7 @@ def compute(
 ) -> EvaluationSummary:
     """Evaluate an artefact and write the result; see `jobs.evaluate_cra.evaluate`."""
     info = artifact_info(config.artifact)
+    config = config.for_norm(info.norm)
     index = _fitting_index(config, info)
     out = output(config)
     key = _eval_key(config, info, index)
@@ -153,8 +153,8 @@ def _find(
             deployed=config.deployed,
         )
         records = merge(run(tasks), {task.shard.file: task.keys for task in tasks})
-        bound = _bound(info, matrices, records)
-        columns = {name: _scores(name, records, config, bound) for name in COLUMNS}
+        bound = _bound(config, info, matrices, records)
+        columns = {name: _scores(name, records, config, bound, info.norm) for name in COLUMNS}
         attack = None
         if config.attack != "none":
             attack = merge_attack(run(attack_tasks(config, tasks, records)), columns["sound"].cra)
@@ -185,7 +185,7 @@ def _fitting_index(
         )
     index = load(url)
     index.require(info.native_input_shape, info.network.num_classes)
-    diameter = math.sqrt(math.prod(info.native_input_shape))
+    diameter = math.sqrt(math.prod(info.native_input_shape)) if info.norm == "l2" else 1.0
     for ratio in config.eps:
         if eps_value(ratio) > diameter:
             raise EvaluationError(
@@ -222,6 +222,7 @@ def evaluation_key(config: EvaluationConfig, load: Callable[[str], ShardIndex] =
         FileNotFoundError: the shard set is not there.
     """
     info = artifact_info(config.artifact)
+    config = config.for_norm(info.norm)
     return _eval_key(config, info, _fitting_index(config, info, load))
 
 
@@ -280,18 +281,24 @@ def run_task(task: Any) -> Any:
 
 
 def _bound(
-    info: ArtifactInfo, matrices: Sequence[MatrixBound], records: Sequence[ShardRecords]
+    config: EvaluationConfig,
+    info: ArtifactInfo,
+    matrices: Sequence[MatrixBound],
+    records: Sequence[ShardRecords],
 ) -> LipschitzBound:
     """The proved bound, after what was observed did not refute it."""
-    with torch.device("meta"):
-        network = build_network(info.network)
+    network = read_without_parameters(Store(config.artifact).open, info)
     bound = network.lipschitz_upper_bound({matrix.name: matrix for matrix in matrices})
     refute(bound, _observed(records))
     return bound
 
 
 def _scores(
-    name: str, records: Sequence[ShardRecords], config: EvaluationConfig, bound: LipschitzBound
+    name: str,
+    records: Sequence[ShardRecords],
+    config: EvaluationConfig,
+    bound: LipschitzBound,
+    norm: str,
 ) -> ColumnScores:
     program = {"nominal": "float32", "sound": "float64", "deployed": config.deployed}[name]
     return scores(
@@ -301,6 +308,7 @@ def _scores(
         program=program,
         lipschitz=1.0 if name == "nominal" else bound.value,
         unit_roundoff=PROGRAMS[program].activation,
+        norm=norm,
     )
 
 

@@ -11,10 +11,14 @@ import pydantic
 from pipeline.tracking import TrackingConfig
 
 _RATIO = re.compile(r"(\d+)/([1-9]\d*)")
+_USUAL = {
+    "l2": ("36/255", "72/255", "108/255", "255/255"),
+    "linf": ("2/255", "8/255", "16/255", "25/255"),
+}
 
 
 def eps_value(ratio: str) -> float:
-    """Return the l2 radius of a ratio such as ``36/255``, pixels in [0, 1].
+    """Return the radius of a ratio such as ``36/255``, pixels in [0, 1].
 
     Raises:
         ValueError: if the text is not a positive ratio of two integers.
@@ -40,8 +44,9 @@ class EvaluationConfig:
     artefact's files."""
     split: str = "test"
     """Split of the index to evaluate."""
-    eps: tuple[str, ...] = ("36/255", "72/255", "108/255", "255/255")
-    """Radii of the table, as ratios (l2, pixels in [0, 1])."""
+    eps: tuple[str, ...] = ()
+    """Radii of the table in the network's norm, as ratios of pixels in [0, 1]; empty: 36/255,
+    72/255, 108/255 and 255/255 in l2, 2/255, 8/255, 16/255 and 25/255 in l-infinity."""
     deployed: Literal["float32", "bfloat16"] = "float32"
     """Program that serves the model: the arithmetic of the column cra_deployed."""
     attack: Literal["none", "quick", "standard"] = "none"
@@ -59,8 +64,8 @@ class EvaluationConfig:
     num_gpus: Annotated[float, pydantic.Field(ge=0)] = 0.0
     """GPUs (or a fraction of one) that each Ray task asks for; a task also asks for one CPU."""
     placement: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Labels of the nodes that may run the tasks, as pairs of Ray's label selectors: `role evaluation`
-    or `role !training`. Default: any node, also beside a training."""
+    """Labels of the nodes that may run the tasks, as pairs of Ray's label selectors:
+    `role evaluation` or `role !training`. Default: any node, also beside a training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the forward pass; auto: cuda where the task sees one."""
     record: bool = True
@@ -71,10 +76,12 @@ class EvaluationConfig:
     @pydantic.field_validator("eps")
     @classmethod
     def _ratios(cls, eps: tuple[str, ...]) -> tuple[str, ...]:
-        if not eps:
-            raise ValueError("eps is empty: name at least one ratio such as 36/255")
         for ratio in eps:
             eps_value(ratio)
         if len(set(eps)) < len(eps):
             raise ValueError(f"eps {eps} names a ratio twice")
         return eps
+
+    def for_norm(self, norm: str) -> EvaluationConfig:
+        """Return the config with the usual radii of a norm, where none are named."""
+        return self if self.eps else dataclasses.replace(self, eps=_USUAL[norm])

@@ -55,7 +55,7 @@ def report(console: Console, config: EvaluationConfig, summary: EvaluationSummar
     if summary.attack:
         table.add_column(f"under attack\n{summary.attack.suite}", justify="right")
     table.add_row("clean", *(f"{column.clean:.2%}" for column in summary.columns.values()))
-    for ratio in config.eps:
+    for ratio in summary.columns["sound"].cra:
         cells = [
             "vacuous" if column.vacuous else f"{column.cra[ratio]:.2%}"
             for column in summary.columns.values()

@@ -16,7 +16,11 @@ import pyarrow.parquet as pq
 from jobs.config import eps_value
 
 COLUMNS = ("nominal", "sound", "deployed")
-CURVE_EPS = tuple(i / 100 for i in range(151))
+CURVE_EPS = {
+    "l2": tuple(i / 100 for i in range(151)),
+    "linf": tuple(i / 510 for i in range(256)),
+}
+"""Grid of the curves by norm, in pixels of [0, 1]; half a grey level apart in l-infinity."""
 _STORED = ("prediction", "rival", "margin", "radius")
 
 
@@ -262,6 +266,7 @@ def scores(
     program: str,
     lipschitz: float,
     unit_roundoff: float,
+    norm: str = "l2",
 ) -> ColumnScores:
     """Return the summary of one column.
 
@@ -274,6 +279,7 @@ def scores(
         program: see ColumnScores.
         lipschitz: see ColumnScores.
         unit_roundoff: see ColumnScores.
+        norm: norm of the radii; says where the curve is sampled.
     """
     correct = label == column.prediction
     certified = np.where(correct, column.radius, 0.0)
@@ -290,7 +296,7 @@ def scores(
         vacuous=bool(has_margin.any() and not (column.radius[has_margin] > 0).any()),
         largest_error=_finite(column.error.max()),
         largest_error_ball=_finite(column.error_ball.max()),
-        curve=tuple((at, float(np.mean(certified > at))) for at in CURVE_EPS),
+        curve=tuple((at, float(np.mean(certified > at))) for at in CURVE_EPS[norm]),
     )
 
 

@@ -108,21 +108,26 @@ class ShardTask:
     def _certify(self, pixels: Tensor, labels: Tensor) -> dict[str, Certificates]:
         """Certificates of a batch by column."""
         device = self.artifact.device
-        classes, norms = labels.to(device), image_norms(pixels).to(device)
+        classes, norms = labels.to(device), self._norms(pixels).to(device)
         single, factors = _evaluate(self.artifact, pixels, FLOAT32.name)
-        double, _ = _evaluate(self.artifact, pixels, FLOAT64.name)
+        double, slopes = _evaluate(self.artifact, pixels, FLOAT64.name)
         serving = single
         if self.deployed != FLOAT32.name:
             serving, _ = _evaluate(self.artifact, pixels, self.deployed)
 
         def proved(program: str, logits: Tensor) -> Certificates:
-            return self._certifier(program).certify(logits, norms, classes)
+            return self._certifier(program).certify(logits, norms, classes, slopes)
+
+        bends = self._certifier(FLOAT64.name).curvature
 
         return {
-            "nominal": certify(single, factors, classes, lipschitz=1.0),
+            "nominal": certify(single, factors, classes, lipschitz=1.0, curvature=bends),
             "sound": proved(FLOAT64.name, double),
             "deployed": proved(self.deployed, serving),
         }
+
+    def _norms(self, pixels: Tensor) -> Tensor:
+        return image_norms(pixels, load(self.artifact).network.norm)
 
     def _observed(self, pixels: Tensor) -> float:
         network = in_program(self.artifact, FLOAT64.name)
@@ -229,11 +234,11 @@ def forget() -> None:
 
 @torch.no_grad()
 def _evaluate(task: ArtifactTask, pixels: Tensor, program: str) -> tuple[Tensor, Tensor]:
-    """Logits and factors of uint8 images (B, C, H, W) in one program."""
+    """Logits and slopes of uint8 images (B, C, H, W) in one program."""
     wide = torch.promote_types(PROGRAMS[program].dtype, torch.float32)
     with torch.autocast(torch.device(task.device).type, enabled=False):
         images = pixels.to(task.device).to(wide) / 255
-        return in_program(task, program).logits_and_margin_factors(images)
+        return in_program(task, program).logits_and_slopes(images)
 
 
 def _records(batches: Sequence[Certificates]) -> ColumnRecords:

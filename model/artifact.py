@@ -207,6 +207,20 @@ def read_tensors(open_binary: OpenBinary, names: Sequence[str]) -> Iterator[tupl
             yield name, tensor_of(stream.read(r.stop - r.start), r.dtype, r.shape)
 
 
+def read_without_parameters(open_binary: OpenBinary, info: ArtifactInfo) -> CertifiedNetwork:
+    """The network on the meta device, with its stored statistics: enough to compose bounds.
+
+    Raises:
+        ModelError: see read_tensors.
+    """
+    network = _on_meta(info.network)
+    names = [name for name, _ in network.named_buffers()]
+    if names:
+        statistics = dict(read_tensors(open_binary, names))
+        network.load_state_dict(statistics, strict=False, assign=True)
+    return network
+
+
 @torch.no_grad()
 def read_artifact(open_binary: OpenBinary, *, device: torch.device | str | None = None) -> Artifact:
     """Read an artefact and check every digest, name and shape.

@@ -6,10 +6,15 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from pydantic import BeforeValidator, SerializeAsAny, TypeAdapter
 
+from model.aol import Aol, AolConfig
 from model.config import LipNeXtConfig, NetworkConfig
 from model.contract import CertifiedNetwork
 from model.errors import ModelError
+from model.groupsort import GroupSort, GroupSortConfig
 from model.lipnext import LipNeXt
+from model.sll import Sll, SllConfig
+from model.soc import LipConvnet, SocConfig
+from model.sortnet import SortNet, SortNetConfig
 
 
 class Family(NamedTuple):
@@ -21,6 +26,11 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
     "lipnext": Family(LipNeXtConfig, LipNeXt),
+    "sortnet": Family(SortNetConfig, SortNet),
+    "groupsort": Family(GroupSortConfig, GroupSort),
+    "sll": Family(SllConfig, Sll),
+    "soc": Family(SocConfig, LipConvnet),
+    "aol": Family(AolConfig, Aol),
 }
 
 

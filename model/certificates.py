@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,39 +20,26 @@ _DOWN = 1 - 2.0**-50
 """Factor below 1 that outweighs eight roundings of float64."""
 
 
-class MarginGeometry(Protocol):
-    """How far the features must move until a margin is used up."""
+def feature_radius(margins: Tensor, slopes: Tensor, curvature: Tensor) -> Tensor:
+    """How far the features can move before a margin m is used up: m = s r + c r^2 / 2.
 
-    def feature_radius(self, margins: Tensor, prediction: Tensor) -> Tensor:
-        """Distances in feature space, non-decreasing in the margins.
+    Linear heads have constant slopes and no curvature; so have networks whose logits are each
+    1-Lipschitz in l-infinity (slope 2).
 
-        Args:
-            margins: logit of the prediction minus each logit, less what rounding may have done,
-                shape (B, K). Where it is not positive the result must not be positive.
-            prediction: class of each sample, shape (B,).
+    Args:
+        margins: m, less what rounding may have done; any shape.
+        slopes: s >= 0: how fast m falls at the image.
+        curvature: c >= 0: how fast s can grow.
 
-        Returns:
-            shape (B, K); the entry of the prediction itself is infinite.
-        """
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearMargins:
-    """Each difference of logits is Lipschitz in the features with a constant of its own.
-
-    Linear heads in l2 (factor ||v_i - v_j||), and networks whose logits are each 1-Lipschitz in
-    l-infinity (factor 2).
+    Returns:
+        r of the same shape; not positive where m is not; infinite for m > 0 where s = c = 0.
     """
-
-    factors: Tensor
-    """Lipschitz constants of the differences, shape (K, K)."""
-
-    def feature_radius(self, margins: Tensor, prediction: Tensor) -> Tensor:
-        """Margin / factor; a factor of 0 does not limit a positive margin, a tie has radius 0."""
-        rates = self.factors[prediction]
-        free = torch.where(margins > 0, torch.inf, 0.0)
-        radii = torch.where(rates > 0, margins / rates, free)
-        return radii.scatter(1, prediction[:, None], torch.inf)
+    # 2 m / (s + sqrt(s^2 + 2 c m)): no difference, no square that vanishes.
+    least = torch.finfo(slopes.dtype).tiny ** 0.5 * 2.0**10
+    bent = (slopes.clamp(min=least).square() + 2 * curvature * margins.clamp(min=0)).sqrt()
+    rates = torch.where(curvature > 0, (slopes + bent) / 2, slopes)
+    free = torch.where(margins > 0, torch.inf, 0.0)
+    return torch.where(rates > 0, margins / rates, free)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,22 +62,33 @@ class Certificates:
     """Largest error of a margin on the ball that was subtracted; 0 in the nominal column."""
 
 
-def certify(logits: Tensor, factors: Tensor, labels: Tensor, *, lipschitz: float) -> Certificates:
-    """Nominal certificates: r = min over j != pred of (y_pred - y_j) / (lipschitz * factor).
+def certify(
+    logits: Tensor,
+    slopes: Tensor,
+    labels: Tensor,
+    *,
+    lipschitz: float,
+    curvature: Tensor | None = None,
+) -> Certificates:
+    """Nominal certificates: the smallest radius over all classes j != pred.
 
     Args:
         logits: shape (B, K).
-        factors: Lipschitz constants of logit differences in the features, shape (K, K).
+        slopes: how fast differences of logits fall at the image, (B, K, K), or everywhere, (K, K).
         labels: true classes, shape (B,), integers.
-        lipschitz: Lipschitz constant of the features in the pixels; 1 for the nominal column.
+        lipschitz: Lipschitz constant in the pixels of what the slopes are stated in; 1 for the
+            nominal column.
+        curvature: how fast slopes can grow, (K, K); None: not at all.
 
     Raises:
         ModelError: shapes that do not match, a value that is not finite, a label out of range.
     """
-    _check(logits, factors, labels, lipschitz)
+    if curvature is None:
+        curvature = slopes.new_zeros(logits.shape[-1:] * 2)
+    _check(logits, slopes, curvature, labels, lipschitz)
     prediction = logits.argmax(1)
     margins = logits.gather(1, prediction[:, None]) - logits
-    radii = LinearMargins(factors).feature_radius(margins, prediction) / lipschitz
+    radii = _Geometry(prediction, slopes, curvature.to(slopes), lipschitz).radii(margins)
     none = torch.zeros_like(margins[:, 0])
     return _certificates(logits, margins, prediction, labels, radii, (none, none))
 
@@ -120,33 +118,45 @@ class ProvedCertifier:
         """Proved margin factors, float64 (K, K)."""
         return self.network.margin_factor_bounds()
 
-    def certify(self, logits: Tensor, norms: Tensor, labels: Tensor) -> Certificates:
+    @functools.cached_property
+    def curvature(self) -> Tensor:
+        """Proved curvature of the margins, float64 (K, K)."""
+        return self.network.curvature_bounds()
+
+    def certify(
+        self, logits: Tensor, norms: Tensor, labels: Tensor, slopes: Tensor | None = None
+    ) -> Certificates:
         """Certificates of a batch.
 
         Args:
             logits: what the program returned, shape (B, K).
-            norms: upper bounds of the l2 norms of the images, shape (B,).
+            norms: upper bounds of the norms of the images, shape (B,).
             labels: true classes, shape (B,), integers.
+            slopes: of `logits_and_slopes` in float64; a network with a linear head needs none.
 
         Raises:
-            ModelError: see `certify`.
+            ModelError: see `certify`; or the head is curved and there are no slopes.
         """
         logits, norms = logits.double(), norms.double()
-        _check(logits, self.factors, labels, self.lipschitz)
+        proved = self._slopes(slopes, norms)
+        _check(logits, proved, self.curvature, labels, self.lipschitz)
         prediction = logits.argmax(1)
         margins = logits.gather(1, prediction[:, None]) - logits
-        geometry = LinearMargins(self.factors)
-
-        def radii(left: Tensor) -> Tensor:
-            return geometry.feature_radius(left, prediction) / self.lipschitz
-
+        geometry = _Geometry(prediction, proved, self.curvature, self.lipschitz)
         # No certificate can be larger than the one without error terms: that bounds the ball.
-        outer = radii(margins).amin(1)
+        outer = geometry.radii(margins).amin(1)
         error = self._error(norms)
         error_ball = self._error((norms + outer) * (1 + 2.0**-50))
         left = margins * _DOWN - error[:, None] - error_ball[:, None]
-        proved = radii(left) * _DOWN
-        return _certificates(logits, margins, prediction, labels, proved, (error, error_ball))
+        found = geometry.radii(left) * _DOWN
+        return _certificates(logits, margins, prediction, labels, found, (error, error_ball))
+
+    def _slopes(self, slopes: Tensor | None, norms: Tensor) -> Tensor:
+        if slopes is not None and slopes.ndim == 3:
+            return self.network.slope_bounds(slopes.double(), norms, matrices=self.matrices)
+        if bool(self.curvature.any()):
+            raise ModelError("the head is curved: its certificate needs the slopes at the images")
+        return self.factors
 
     def _error(self, norms: Tensor) -> Tensor:
         return self.network.margin_error(
@@ -157,17 +167,20 @@ class ProvedCertifier:
         )
 
 
-def image_norms(pixels: Tensor) -> Tensor:
-    """Upper bounds of the l2 norms of 8-bit images, in pixels of [0, 1], float64 (B,).
+def image_norms(pixels: Tensor, norm: Literal["l2", "linf"] = "l2") -> Tensor:
+    """Upper bounds of the norms of 8-bit images, in pixels of [0, 1], float64 (B,).
 
     Args:
         pixels: uint8 (B, C, H, W).
+        norm: norm of the network; that in l2 also bounds that in l-infinity.
 
     Raises:
         ModelError: another type.
     """
     if pixels.dtype != torch.uint8:
         raise ModelError(f"images of type {pixels.dtype}; the norm is exact for uint8 only")
+    if norm == "linf":
+        return pixels.flatten(1).amax(1).double() / 255 * (1 + 2.0**-50)
     squares = pixels.flatten(1).long().square().sum(1)
     return squares.double().sqrt() / 255 * (1 + 2.0**-50)
 
@@ -189,7 +202,7 @@ def cra(radius: Tensor, correct: Tensor, eps: float) -> float:
     Args:
         radius: shape (N,).
         correct: bool, shape (N,).
-        eps: l2 radius in pixels of [0, 1].
+        eps: radius in the norm of the radii, pixels of [0, 1].
 
     Raises:
         ModelError: no samples, shapes that differ, or an eps that is not a radius.
@@ -202,6 +215,23 @@ def cra(radius: Tensor, correct: Tensor, eps: float) -> float:
     if not 0 <= eps < math.inf:
         raise ModelError(f"eps={eps} must be finite and not negative")
     return float((correct & (radius > eps)).double().mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Geometry:
+    """What turns the margins of some predictions into radii."""
+
+    prediction: Tensor
+    slopes: Tensor
+    curvature: Tensor
+    lipschitz: float
+
+    def radii(self, margins: Tensor) -> Tensor:
+        """Radii (B, K) of margins (B, K); infinite for the prediction itself."""
+        own, slopes = self.prediction, self.slopes
+        slopes = slopes[own] if slopes.ndim == 2 else slopes[torch.arange(len(own)), own]
+        found = feature_radius(margins, slopes, self.curvature[own]) / self.lipschitz
+        return found.scatter(1, own[:, None], torch.inf)
 
 
 def _certificates(
@@ -221,18 +251,24 @@ def _certificates(
     return Certificates(prediction, prediction == labels, rival, margin, radius, *errors)
 
 
-def _check(logits: Tensor, factors: Tensor, labels: Tensor, lipschitz: float) -> None:
-    if logits.ndim != 2 or logits.shape[1] < 2 or factors.shape != (logits.shape[1],) * 2:
+def _check(
+    logits: Tensor, slopes: Tensor, curvature: Tensor, labels: Tensor, lipschitz: float
+) -> None:
+    table = (*logits.shape[:1], *logits.shape[1:] * 2)  # (B, K, K)
+    if logits.ndim != 2 or logits.shape[1] < 2 or slopes.shape not in {table, table[1:]}:
         raise ModelError(
-            f"logits of shape {tuple(logits.shape)} and factors of shape {tuple(factors.shape)}; "
-            "expected (B, K) and (K, K) with K >= 2"
+            f"logits of shape {tuple(logits.shape)} and factors of shape {tuple(slopes.shape)}; "
+            "expected (B, K) and (K, K) or (B, K, K) with K >= 2"
         )
+    if curvature.shape != table[1:]:
+        raise ModelError(f"curvature of shape {tuple(curvature.shape)}; expected {table[1:]}")
     if not 0 < lipschitz < math.inf:
         raise ModelError(f"lipschitz={lipschitz} must be finite and positive")
     if not bool(logits.isfinite().all()):
         raise ModelError("logits hold values that are not finite")
-    if not bool((factors.isfinite() & (factors >= 0)).all()):
-        raise ModelError("margin factors must be finite and not negative")
+    for name, values in (("margin factors", slopes), ("curvatures", curvature)):
+        if not bool((values.isfinite() & (values >= 0)).all()):
+            raise ModelError(f"{name} must be finite and not negative")
     if labels.shape != logits.shape[:1]:
         raise ModelError(f"labels of shape {tuple(labels.shape)} for {len(logits)} samples")
     if bool(((labels < 0) | (labels >= logits.shape[1])).any()):

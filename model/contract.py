@@ -73,6 +73,36 @@ class CertifiedNetwork(nn.Module, ABC):
             ModelError: see `features`.
         """
 
+    def logits_and_rates(self, images: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Logits, and how fast the margins of the labels can fall: what training looks at.
+
+        Within the radius `eps` the margin of label t over class j falls by at most `eps` times its
+        rate, nominally. The margin factor for most networks; where the head is curved, the slope at
+        the image and half of eps times the curvature.
+
+        Args:
+            images: see `features`.
+            labels: int64 (B,).
+            eps: training radius, in the network's norm and pixels of [0, 1].
+
+        Returns:
+            Logits and rates, both (B, K), float32 or wider and differentiable.
+        """
+        logits, factors = self.logits_and_margin_factors(images)
+        return logits, factors[labels]
+
+    def logits_and_slopes(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and how fast their differences fall at the image: what certificates begin with.
+
+        Args:
+            images: see `features`.
+
+        Returns:
+            Logits (B, K); margin factors (K, K) or, for a curved head, slopes at each image
+            (B, K, K), in the features.
+        """
+        return self.logits_and_margin_factors(images)
+
     @property
     @abstractmethod
     def bounded_matrices(self) -> tuple[str, ...]:
@@ -102,6 +132,29 @@ class CertifiedNetwork(nn.Module, ABC):
         Raises:
             ModelError: the head has a row that cannot be normalised.
         """
+
+    def slope_bounds(self, slopes: Tensor, norms: Tensor, *, matrices: Matrices) -> Tensor:
+        """Proved upper bounds of the exact slopes in the features at some images.
+
+        Args:
+            slopes: of `logits_and_slopes` in float64.
+            norms: bounds of the l2 norms of the images, float64 (B,).
+            matrices: bounds of all `bounded_matrices`.
+
+        Returns:
+            float64, of the shape of `slopes`; the margin factors where they are no slopes.
+        """
+        return self.margin_factor_bounds()
+
+    def curvature_bounds(self) -> Tensor:
+        """Proved bounds of how fast a slope can grow, per unit of distance in the features.
+
+        Returns:
+            float64 (K, K): c[i, j] such that the Hessian of y_i - y_j in the features is at least
+            -c[i, j] everywhere; 0 for linear heads.
+        """
+        device = next(self.parameters()).device
+        return torch.zeros(self.num_classes, self.num_classes, dtype=torch.float64, device=device)
 
     @abstractmethod
     def margin_error(

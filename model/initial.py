@@ -24,20 +24,99 @@ def _zeros(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.zeros(*shape, dtype=torch.float64)
 
 
-_KINDS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
+def _standard_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _xavier_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    fans = (shape[0] + shape[1]) * math.prod(shape[2:])
+    return _standard_normal(shape, generator) * math.sqrt(2 / fans)
+
+
+def _orthonormal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    value = _zeros(shape, generator)
+    centre = [side // 2 for side in shape[2:]]
+    rows, columns = shape[:2]
+    order = max(rows, columns)
+    corner = ORTHOGONAL.random((order, order), generator)[:rows, :columns]
+    value[(slice(None), slice(None), *centre)] = corner
+    return value
+
+
+def _dirac(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    value = _zeros(shape, generator)
+    centre = [side // 2 for side in shape[2:]]
+    value[(slice(None), slice(None), *centre)] = _identity(shape, generator)
+    return value
+
+
+def _passing(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    value = _standard_normal(shape, generator)
+    rows = torch.arange(shape[0])
+    value[rows, rows % shape[1]] = -10
+    return value
+
+
+def _selecting(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    value = _normal(shape, generator) * (0.1 / math.sqrt(shape[1]))
+    rows = torch.arange(shape[0])
+    turns = -(-shape[0] // shape[1])
+    order = torch.cat([torch.randperm(shape[1], generator=generator) for _ in range(turns)])
+    value[rows, order[: shape[0]]] += 1
+    return value
+
+
+def _filter(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return _standard_normal(shape, generator) / math.sqrt(shape[0])
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    value = torch.rand(*shape, generator=generator, dtype=torch.float64)
+    return (2 * value - 1) / math.sqrt(shape[-1])
+
+
+def _angle(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(*shape, generator=generator, dtype=torch.float64) * math.pi
+
+
+def _right_angle(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.full(shape, math.pi / 2, dtype=torch.float64)
+
+
+def _ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.ones(*shape, dtype=torch.float64)
+
+
+KINDS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "haar": ORTHOGONAL.random,
     "identity": _identity,
     "zeros": _zeros,
+    "ones": _ones,
     "normal": _normal,
+    "standard_normal": _standard_normal,
+    "passing": _passing,
+    "selecting": _selecting,
+    "xavier_normal": _xavier_normal,
+    "dirac": _dirac,
+    "orthonormal": _orthonormal,
+    "filter": _filter,
+    "uniform": _uniform,
+    "angle": _angle,
+    "right_angle": _right_angle,
 }
+"""Makers of initial values, by kind."""
 
 
 def initial_value(kind: str, shape: Sequence[int], *, seed: int, name: str) -> Tensor:
     """Initial value of one parameter.
 
     Args:
-        kind: `haar` (uniform on SO(n)), `identity`, `zeros`, or `normal` with variance
-            1/shape[-1], whose rows have about unit length.
+        kind: `haar` (uniform on SO(n)), `identity`, `zeros`, `normal` with variance 1/shape[-1],
+            whose rows have about unit length, `standard_normal`, `xavier_normal` (variance 2 by
+            the sum of fan-in and fan-out), and for weights (rows, columns, ...) with a kernel that
+            is zero around its centre `dirac` (the identity) and `orthonormal` (a Haar corner),
+            `filter` (variance 1/shape[0]), `uniform` (up to 1/sqrt(shape[-1]) on either side),
+            `angle` (uniform on [0, pi]) and `right_angle`.
         shape: shape of the whole parameter.
         seed: seed of the run.
         name: qualified name of the parameter; two parameters are independent.
@@ -48,13 +127,13 @@ def initial_value(kind: str, shape: Sequence[int], *, seed: int, name: str) -> T
     Raises:
         ModelError: unknown kind.
     """
-    if kind not in _KINDS:
-        raise ModelError(f"initial kind {kind!r} of {name}; known: {', '.join(_KINDS)}")
+    if kind not in KINDS:
+        raise ModelError(f"initial kind {kind!r} of {name}; known: {', '.join(KINDS)}")
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     # The caller may be inside torch.device("meta") or on a GPU: values are always made on the CPU.
     with torch.device("cpu"):
-        return _KINDS[kind](tuple(shape), generator)
+        return KINDS[kind](tuple(shape), generator)
 
 
 def set_initial(parameter: nn.Parameter, kind: str) -> nn.Parameter:

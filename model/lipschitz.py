@@ -77,6 +77,16 @@ def matrix_bound(matrix: Tensor, name: str) -> MatrixBound:
     )
 
 
+def norm_upper_bound(a: Tensor) -> float:
+    """Proved upper bound of ||A||, `upper` of matrix_bound alone.
+
+    Args:
+        a: shape (m, n), float64, finite.
+    """
+    scale = _scale(a)
+    return _scaled(_upper(_times_power(a, -scale)), scale)
+
+
 def tensor_digest(tensor: Tensor) -> str:
     """sha256 of the entries as little-endian float32 in row-major order."""
     values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()

@@ -41,8 +41,11 @@ class DataConfig:
 class LossConfig:
     """The loss and the ramp of its radius (LiResNet++, arXiv 2310.02513)."""
 
-    kind: Literal["emma"] = "emma"
-    """`emma`: cross-entropy of margins less what the radius can cost (arXiv 2310.02513)."""
+    kind: Literal["emma", "mixture", "offset"] = "emma"
+    """`emma`: cross-entropy of margins less what the radius can cost (arXiv 2310.02513); `mixture`:
+    share of samples not certified at the radius, as a clipped hinge, plus a cross-entropy whose
+    weight decays (arXiv 2210.01787); `offset`: cross-entropy after the logit of the label was lowered
+    (arXiv 2208.03160)."""
     eps: float = Field(default=36 / 255, gt=0)
     """Reference radius, in the network's norm and pixels of [0, 1]."""
     eps_start: float = Field(default=0.1, ge=0)
@@ -53,6 +56,16 @@ class LossConfig:
     """Share of the run over which the radius grows."""
     scale: float = Field(default=1.0, gt=0)
     """Inverse temperature of the cross-entropy; the certificate never sees it."""
+    offset: float = Field(default=2.0**0.5, ge=0)
+    """What `offset` lowers the logit of the label by."""
+    ce_start: float = Field(default=0.1, gt=0)
+    """Weight of the cross-entropy of `mixture` at first."""
+    ce_end: float = Field(default=1e-3, gt=0)
+    """The same at the end of its exponential decay."""
+    ce_from: float = Field(default=1 / 15, ge=0, lt=1)
+    """Share of the run after which the weight decays."""
+    ce_to: float = Field(default=29 / 30, gt=0, le=1)
+    """Share of the run after which the weight stays."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -69,8 +82,11 @@ class TrainConfig:
     """Type of the working weights; masters, moments and gradient sums stay in fp32."""
     loss_scale: float = Field(default=1024.0, gt=0)
     """Static loss scale of fp16."""
+    schedule: Literal["cosine", "triangular"] = "cosine"
+    """Learning rate: warm-up and cosine, or linear to its peak at 2/5 of the run, to 1/20 of it at
+    4/5 and to 0 (arXiv 2303.03169), without a warm-up of its own."""
     warmup_epochs: float = Field(default=2, ge=0)
-    """Linear warm-up of the learning rate."""
+    """Linear warm-up of the learning rate before the cosine."""
     lr_floor: float = Field(default=1e-5, ge=0, lt=1)
     """Smallest learning-rate factor of the cosine."""
     grad_clip: float = Field(default=0.0, ge=0)

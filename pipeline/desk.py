@@ -10,7 +10,7 @@ from rich.console import Console
 from data_shards.store import Store
 from pipeline.display import Display
 from pipeline.evaluation import Evaluations
-from pipeline.events import Event, Kept, Metrics, Started
+from pipeline.events import Event, Kept, Metrics, NotKept, Started
 from pipeline.prepare import Prepared
 from pipeline.tracker import Tracker
 from pipeline.tracking import TrackingConfig, ui_command
@@ -54,12 +54,18 @@ class Desk:
                 self._tracker.log_metrics(event.step, event.values, event.time_ms)
             case Kept():
                 self._keep(event)
+            case NotKept():
+                self._display.message(f"[red]not kept[/red] step {event.step}: {event.error}")
+                self._tracker.log_metrics(event.step, {"checkpoint/failed": 1.0})
 
     def _keep(self, event: Kept) -> None:
         self._display.message(
             f"[green]kept[/green] step {event.step}: {_where(event.checkpoint_url)}, artefact "
-            f"{event.digest[:12]}, orthogonality residual <= {event.residual:.1e}"
+            f"{event.digest[:12]}, orthogonality residual <= {event.residual:.1e}; training waited "
+            f"{event.stall_s:.2f} s"
         )
+        times = {"checkpoint/stall_s": event.stall_s, "checkpoint/write_s": event.seconds}
+        self._tracker.log_metrics(event.step, times)
         self._tracker.log_checkpoint(event.step, event.artifact_url, event.digest, wait_seconds=0)
         if self._evaluations is not None:
             self._evaluations.submit(event.artifact_url, event.step)

@@ -38,7 +38,19 @@ class Kept:
     artifact_url: str
     digest: str
     residual: float
+    stall_s: float
+    """Seconds that training waited."""
+    seconds: float
+    """Seconds that the writing took, beside training."""
 
 
-Event = Started | Metrics | Kept
+@dataclasses.dataclass(frozen=True)
+class NotKept:
+    """A checkpoint could not be written; the one before is still the newest."""
+
+    step: int
+    error: str
+
+
+Event = Started | Metrics | Kept | NotKept
 Emit = Callable[[Event], None]

@@ -1,59 +1,76 @@
-"""From the ranks' partitions to one model artefact, one parameter at a time."""
+"""From the ranks' partitions to one model artefact."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_shards.errors import ShardError
 from data_shards.store import Store
 from model.artifact import ArtifactInfo, write_artifact
 from model.build import build_network
 from model.config import NetworkConfig
-from model.errors import ModelError
 from pipeline.checkpoint import Partitioned
 from pipeline.ranks import World
 
 
-def export_artifact(
-    folder: Store,
-    *,
-    world: World,
-    engine: Partitioned,
-    network: NetworkConfig,
-    context: Mapping[str, Any],
-    calibration: Callable[[], Iterable[Tensor]],
-) -> ArtifactInfo | None:
-    """Write the averaged, float64-projected fp32 weights; training state is not touched.
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """The weights of an artefact on the host of rank 0."""
 
-    Rank 0 takes the stored means of centred layers, where a network has such, from the batches of
-    `calibration`: uint8 images (B, C, H, W).
+    network: NetworkConfig
+    """What they are the weights of."""
+    weights: dict[str, Tensor]
+    """Whole float32 parameters by name."""
 
-    Ranks: all call it together; returns the description on rank 0, None elsewhere.
+
+def take_export(engine: Partitioned, *, world: World, network: NetworkConfig) -> Export | None:
+    """The averaged, float64-projected fp32 weights; training state is not touched.
+
+    Ranks: all call it together; returns the weights on rank 0, None elsewhere.
 
     Raises:
-        PipelineError: rank 0 could not write, or a weight is not finite; raised on every rank.
+        OptimizerError: a matrix cannot be projected; raised on every rank.
+        PipelineError: a weight is not finite; raised on every rank.
     """
-    exported = engine.optimizer.export()
-    info, error = None, None
-    if world.rank == 0:
-        try:
-            info = write_artifact(
-                folder.open,
-                network_config=network,
-                tensors=_stored(exported, network, calibration),
-                order=[s.name for p in engine.optimizer.partitions for s in p.slots]
-                + statistics(network),
-                context=context,
-            )
-        except (OSError, ModelError, ShardError) as failure:
-            error = f"cannot write the artefact {folder.url}: {failure}"
-    # Every rank has to exhaust the iterator: its steps are collective.
-    for _ in exported:
-        pass
-    world.agree(error)
-    return info
+    weights = {
+        name: whole.detach().to("cpu", copy=True)
+        for name, whole in engine.optimizer.export()
+        if whole is not None
+    }
+    bad = [name for name, whole in weights.items() if not bool(whole.isfinite().all())]
+    world.agree(f"tensor {bad[0]} holds values that are not finite" if bad else None)
+    return Export(network, weights) if world.rank == 0 else None
+
+
+def write_export(
+    folder: Store,
+    export: Export,
+    *,
+    context: Mapping[str, Any],
+    calibration: Callable[[], Iterable[Tensor]],
+) -> ArtifactInfo:
+    """Write an artefact. Networks with centred layers get their stored means first.
+
+    Args:
+        folder: the artefact.
+        export: its weights.
+        context: facts about its origin.
+        calibration: batches of training images, uint8 (B, C, H, W).
+
+    Raises:
+        OSError: the store refused.
+        ShardError: the images cannot be read.
+    """
+    means = statistics(export.network)
+    return write_artifact(
+        folder.open,
+        network_config=export.network,
+        tensors=_with_means(export, calibration) if means else export.weights.items(),
+        order=[*export.weights, *means],
+        context=context,
+    )
 
 
 def statistics(config: NetworkConfig) -> list[str]:
@@ -62,20 +79,14 @@ def statistics(config: NetworkConfig) -> list[str]:
         return [name for name, _ in build_network(config).named_buffers()]
 
 
-def _stored(
-    exported: Iterable[tuple[str, Tensor | None]],
-    config: NetworkConfig,
-    calibration: Callable[[], Iterable[Tensor]],
+@torch.no_grad()
+def _with_means(
+    export: Export, calibration: Callable[[], Iterable[Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The exported parameters, then the means that a network with these parameters has."""
-    whole = ((name, value) for name, value in exported if value is not None)
-    if not statistics(config):
-        yield from whole
-        return
-    network = build_network(config).float().eval()
-    with torch.no_grad():
-        for name, value in whole:
-            network.get_parameter(name).copy_(value)
-            yield name, value
-        network.calibrate(images / 255 for images in calibration())
+    """The parameters, then the means that a network with these parameters has."""
+    network = build_network(export.network).float().eval()
+    for name, value in export.weights.items():
+        network.get_parameter(name).copy_(value)
+    network.calibrate(images / 255 for images in calibration())
+    yield from export.weights.items()
     yield from network.named_buffers()

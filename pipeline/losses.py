@@ -1,4 +1,4 @@
-"""Training losses on margins. Tensors: y_BK logits, d_KK margin factors, t_B labels."""
+"""Training losses on margins. Tensors: y_BK logits, d_BK rates of the margins, t_B labels."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config import LossConfig
-from pipeline.schedules import Moment
+from pipeline.schedules import Moment, exponential_decay
 
 _SHIFT_FLOOR = 0.01  # share of the shift a rival keeps once it beats the label (arXiv 2310.02513)
 _DIVISION_FLOOR = 1e-8
 
 
-def emma_loss(y_BK: Tensor, d_KK: Tensor, t_B: Tensor, eps: Tensor | float, scale: float) -> Tensor:
+def emma_loss(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, eps: Tensor | float, scale: float) -> Tensor:
     """Mean EMMA loss (efficient margin maximisation, arXiv 2310.02513).
 
     With r_k = y_k - y_t and d_k the Lipschitz constant of r_k, every rival is raised by
@@ -22,7 +22,8 @@ def emma_loss(y_BK: Tensor, d_KK: Tensor, t_B: Tensor, eps: Tensor | float, scal
 
     Args:
         y_BK: logits, float32 or wider, shape (B, K).
-        d_KK: margin factors, shape (K, K), zero diagonal.
+        d_BK: how fast the margin of the label over each class can fall (CertifiedNetwork.
+            logits_and_rates), shape (B, K), 0 for the label.
         t_B: labels, int64, shape (B,).
         eps: training radius, l2 in pixels of [0, 1], >= 0.
         scale: inverse temperature of the cross-entropy, > 0. The certificate never sees it.
@@ -31,20 +32,78 @@ def emma_loss(y_BK: Tensor, d_KK: Tensor, t_B: Tensor, eps: Tensor | float, scal
         Scalar tensor.
     """
     r_BK = y_BK - y_BK.gather(1, t_B[:, None])
-    shift_BK = eps * d_KK[t_B]
+    shift_BK = eps * d_BK
     with torch.no_grad():
         s_BK = (-r_BK / shift_BK.clamp_min(_DIVISION_FLOOR)).clamp(_SHIFT_FLOOR, 1.0)
     return F.cross_entropy(scale * (r_BK + s_BK * shift_BK), t_B)
 
 
-def _emma(y_BK: Tensor, d_KK: Tensor, t_B: Tensor, now: Moment, config: LossConfig) -> Tensor:
-    return emma_loss(y_BK, d_KK, t_B, now.eps, config.scale)
+def _emma(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: LossConfig) -> Tensor:
+    return emma_loss(y_BK, d_BK, t_B, now.eps, config.scale)
+
+
+def mixture_loss(
+    y_BK: Tensor, d_BK: Tensor, t_B: Tensor, eps: float, scale: float, weight: float
+) -> Tensor:
+    """Mean clipped hinge of certified margins, plus a weighted cross-entropy (arXiv 2210.01787).
+
+    mean_B max_k clip(1 + (y_k - y_t) / (eps d_k), 0, 1) counts, with a slope, the samples that are
+    not certified at eps; the cross-entropy moves those that are far from it.
+
+    Args:
+        y_BK: logits, float32 or wider, shape (B, K).
+        d_BK: see emma_loss; 2 for 1-Lipschitz logits in l-infinity.
+        t_B: labels, int64, shape (B,).
+        eps: training radius in the network's norm and pixels of [0, 1], > 0.
+        scale: inverse temperature of the cross-entropy, > 0; the paper trains it.
+        weight: weight of the cross-entropy, >= 0.
+
+    Returns:
+        Scalar tensor.
+    """
+    r_BK = y_BK - y_BK.gather(1, t_B[:, None])
+    hinge_BK = 1 + r_BK / (eps * d_BK).clamp_min(_DIVISION_FLOOR)
+    hinge_B = hinge_BK.scatter(1, t_B[:, None], 0.0).amax(1).clamp(0, 1)
+    return hinge_B.mean() + weight * F.cross_entropy(scale * y_BK, t_B)
+
+
+def _mixture(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: LossConfig) -> Tensor:
+    weight = exponential_decay(
+        now.progress,
+        start=config.ce_start,
+        end=config.ce_end,
+        begin=config.ce_from,
+        stop=config.ce_to,
+    )
+    return mixture_loss(y_BK, d_BK, t_B, now.eps, config.scale, weight)
+
+
+def offset_loss(y_BK: Tensor, t_B: Tensor, offset: float, scale: float) -> Tensor:
+    """Mean of CE(scale (y - offset onehot(t))) / scale: a margin of `offset` (arXiv 2208.03160).
+
+    Args:
+        y_BK: logits, shape (B, K).
+        t_B: labels, int64, shape (B,).
+        offset: what the logit of the label is lowered by, >= 0.
+        scale: inverse temperature, > 0.
+
+    Returns:
+        Scalar tensor.
+    """
+    lowered_BK = y_BK.scatter_add(1, t_B[:, None], y_BK.new_full((len(t_B), 1), -offset))
+    return F.cross_entropy(scale * lowered_BK, t_B) / scale
+
+
+def _offset(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: LossConfig) -> Tensor:
+    return offset_loss(y_BK, t_B, config.offset, config.scale)
 
 
 Loss = Callable[[Tensor, Tensor, Tensor, Moment, LossConfig], Tensor]
-"""(logits, margin factors, labels, moment, settings) -> mean loss."""
+"""(logits, rates, labels, moment, settings) -> mean loss."""
 
 LOSSES: dict[str, Loss] = {
     "emma": _emma,
+    "mixture": _mixture,
+    "offset": _offset,
 }
 """By `LossConfig.kind`."""

@@ -34,15 +34,15 @@ class Objective(nn.Module):
 
         Returns:
             The mean loss (scalar) and float32 sums over the micro-batch in the order STATISTICS;
-            `certified` counts samples whose margin exceeds the factor times the reference radius.
+            `certified` counts samples whose margins exceed their rates times the reference radius.
         """
         pixels = images.to(torch.float32) / 255
-        logits, factors = self.network.logits_and_margin_factors(pixels)
-        loss = LOSSES[self.loss.kind](logits, factors, labels, now, self.loss)
+        logits, rates = self.network.logits_and_rates(pixels, labels, now.eps)
+        loss = LOSSES[self.loss.kind](logits, rates, labels, now, self.loss)
         with torch.no_grad():
             label_logit = logits.gather(1, labels[:, None])
             rivals = logits.scatter(1, labels[:, None], -torch.inf)
-            raised = rivals + self.loss.eps * factors[labels]
+            raised = rivals + self.loss.eps * rates
             clean = label_logit > rivals.amax(1, keepdim=True)
             certified = label_logit > raised.amax(1, keepdim=True)
             count = torch.tensor(float(len(labels)), device=loss.device)

@@ -14,10 +14,10 @@ from pydantic import TypeAdapter
 from data_shards.sources import digits, synthetic
 from data_shards.store import Store
 from data_shards.write import write_shard_set
-from pipeline.checkpoint import newest_checkpoint
 from pipeline.config import RunConfig, changed_mathematics, flatten
 from pipeline.errors import PipelineError
 from pipeline.plan import make_plan
+from pipeline.restore import committed
 from pipeline.samples import Samples, open_samples
 from pipeline.worker import Job
 from pipeline.zero3 import require_precision
@@ -151,7 +151,7 @@ def _open_folder(config: RunConfig, run: Store) -> None:
         raise PipelineError(
             "--resume would change the mathematics of the run: " + "; ".join(changes)
         )
-    if newest_checkpoint(run.child("checkpoints")) is None:
+    if not committed(run.child("checkpoints")):
         raise PipelineError(f"--resume: {run.url} has no committed checkpoint")
 
 

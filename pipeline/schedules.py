@@ -33,6 +33,23 @@ def learning_rate_factor(step: int, *, total: int, warmup: int, floor: float) ->
     return max(floor, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def triangular_factor(step: int, *, total: int) -> float:
+    """Factor of the peak learning rate: 0, 1, 1/20 and 0 at 0, 2/5, 4/5 and all of the run.
+
+    Linear in between, taken in the middle of the step, so that it is never 0.
+
+    Args:
+        step: 0-based step, 0 <= step < total.
+        total: steps of the whole run.
+    """
+    progress = (step + 0.5) / total
+    if progress < 2 / 5:
+        return progress * 5 / 2
+    if progress < 4 / 5:
+        return 1 - (progress - 2 / 5) * 5 / 2 * 19 / 20
+    return (1 - progress) * 5 / 20
+
+
 def training_radius(
     step: int, *, total: int, eps: float, start: float, end: float, ramp: float
 ) -> float:
@@ -48,3 +65,19 @@ def training_radius(
     """
     progress = 1.0 if ramp == 0 else min(1.0, step / (ramp * total))
     return eps * (start + (end - start) * progress)
+
+
+def exponential_decay(
+    progress: float, *, start: float, end: float, begin: float, stop: float
+) -> float:
+    """`start` up to progress `begin`, then exponentially to `end` at `stop`, and that from there.
+
+    Args:
+        progress: share of the run that is done, in [0, 1).
+        start: first value, > 0.
+        end: last value, > 0.
+        begin: share of the run after which the value changes.
+        stop: share of the run after which it does not; > begin.
+    """
+    done = min(1.0, max(0.0, (progress - begin) / (stop - begin)))
+    return float(start * (end / start) ** done)

@@ -36,6 +36,7 @@ _ENVIRONMENT = {  # defaults; what the user has set wins
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -124,7 +125,7 @@ class Server:
     """Synchronous MLflow calls by explicit ids, each safe to repeat."""
 
     def __init__(self, config: TrackingConfig) -> None:
-        self._client = _connect(config.uri)
+        self._client = connect(config.uri)
         self._experiment_id = self._find_or_create_experiment(config)
 
     def start_run(
@@ -314,7 +315,7 @@ class Server:
         raise AssertionError("unreachable")
 
 
-def _connect(uri: str) -> Any:
+def connect(uri: str) -> Any:
     """Return a client of `uri`; one process at a time creates an sqlite schema."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -20,7 +20,7 @@ from pipeline.events import Emit, Metrics
 from pipeline.objective import STATISTICS
 from pipeline.plan import Plan
 from pipeline.ranks import World
-from pipeline.schedules import Moment, learning_rate_factor, training_radius
+from pipeline.schedules import Moment, learning_rate_factor, training_radius, triangular_factor
 
 
 class Engine(Protocol):
@@ -32,6 +32,18 @@ class Engine(Protocol):
 
     def audit_metrics(self) -> dict[str, float]:
         """Metrics of the audits since the last call; empty if there was none."""
+        ...
+
+
+class Keeper(Protocol):
+    """What the loop needs of the checkpoints."""
+
+    def keep(self, progress: "Progress") -> None:
+        """Begin to keep the state after a step."""
+        ...
+
+    def poll(self) -> None:
+        """Report what has been kept since the last call."""
         ...
 
 
@@ -60,7 +72,7 @@ class Trainer:
         stream: SampleStream | UnindexedStream,
         progress: Progress,
         emit: Emit,
-        keep: Callable[[Progress], None],
+        saver: Keeper,
     ) -> None:
         self._world = world
         self._config = config
@@ -69,7 +81,7 @@ class Trainer:
         self._stream = stream
         self.progress = progress
         self._emit = emit
-        self._keep = keep
+        self._saver = saver
         self._sums = torch.zeros(len(STATISTICS), device=world.device)
         self._since = time.perf_counter()
         self._waited = 0.0
@@ -93,13 +105,17 @@ class Trainer:
             self.progress = Progress(step + 1, batch.cursor_after)
             self._record(now)
             if self._plan.keeps(self.progress.step):
-                self._keep(self.progress)
+                self._saver.keep(self.progress)
+            self._saver.poll()
 
     def _moment(self, step: int) -> Moment:
         train, loss, total = self._config.train, self._config.loss, self._plan.total_steps
-        lr_factor = learning_rate_factor(
-            step, total=total, warmup=self._plan.warmup_steps, floor=train.lr_floor
-        )
+        if train.schedule == "triangular":
+            lr_factor = triangular_factor(step, total=total)
+        else:
+            lr_factor = learning_rate_factor(
+                step, total=total, warmup=self._plan.warmup_steps, floor=train.lr_floor
+            )
         eps = training_radius(
             step,
             total=total,

@@ -7,13 +7,13 @@ from typing import Any
 from data_shards.order import Cursor
 from data_shards.quarantine import Quarantine
 from data_shards.store import Store
-from pipeline.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from pipeline.config import RunConfig
-from pipeline.events import Emit, Kept, Started
-from pipeline.export import export_artifact
+from pipeline.events import Emit, Started
 from pipeline.plan import Plan, make_plan
 from pipeline.ranks import World, join_world
+from pipeline.restore import load_newest
 from pipeline.samples import open_samples
+from pipeline.saver import Saver
 from pipeline.trainer import Progress, Trainer
 from pipeline.zero3 import Zero3, require_precision
 
@@ -59,37 +59,25 @@ def _train(job: Job, world: World, emit: Emit) -> None:
     plan = make_plan(config, samples=samples.per_epoch, world_size=world.size)
     engine = Zero3(world=world, config=config, micro_batch=plan.micro_batch)
     run = Store(job.run_url)
-    progress = _starting_point(config, world, engine, run)
+    progress, damaged = load_newest(run.child("checkpoints"), world=world, engine=engine)
+    if progress is None:
+        engine.initialise(config.train.seed)
+        progress = Progress(0, Cursor(seed=config.train.seed))
     if world.rank == 0:
-        emit(_started(config, world, engine, plan, progress))
-
-    def keep(progress: Progress) -> None:
-        step = f"step-{progress.step:08d}"
-        checkpoint, artifact = run.child("checkpoints", step), run.child("artifacts", step)
-        context = {**job.context, "step": progress.step}
-        # First: a run that dies in between must not resume past a step that has no artefact.
-        info = export_artifact(
-            artifact,
+        emit(_started(config, world, engine, plan, progress, damaged))
+    quarantine = Quarantine(run, f"damaged/step-{progress.step:08d}-rank-{world.rank:05d}.jsonl")
+    with (
+        Saver(
+            run,
             world=world,
             engine=engine,
-            network=config.model,
-            context=context,
+            config=config,
+            context=job.context,
             calibration=lambda: samples.calibration(config),
-        )
-        save_checkpoint(checkpoint, world=world, engine=engine, progress=progress, config=config)
-        if info is not None:
-            emit(
-                Kept(
-                    step=progress.step,
-                    checkpoint_url=checkpoint.url,
-                    artifact_url=artifact.url,
-                    digest=info.digest,
-                    residual=info.largest_residual,
-                )
-            )
-
-    name = f"damaged/step-{progress.step:08d}-rank-{world.rank:05d}.jsonl"
-    with samples.stream(config, world, progress.cursor, Quarantine(run, name)) as stream:
+            emit=emit,
+        ) as saver,
+        samples.stream(config, world, progress.cursor, quarantine) as stream,
+    ):
         Trainer(
             world=world,
             config=config,
@@ -98,23 +86,18 @@ def _train(job: Job, world: World, emit: Emit) -> None:
             stream=stream,
             progress=progress,
             emit=emit,
-            keep=keep,
+            saver=saver,
         ).fit()
     world.barrier()
 
 
-def _starting_point(config: RunConfig, world: World, engine: Zero3, run: Store) -> Progress:
-    """The newest committed checkpoint of the run (resume, restart after a failure), or step 0."""
-    # One listing for all ranks: a store may show them different ones.
-    newest = world.share(newest_checkpoint(run.child("checkpoints")) if world.rank == 0 else None)
-    if newest is None:
-        engine.initialise(config.train.seed)
-        return Progress(0, Cursor(seed=config.train.seed))
-    return load_checkpoint(newest, world=world, engine=engine)
-
-
 def _started(
-    config: RunConfig, world: World, engine: Zero3, plan: Plan, progress: Progress
+    config: RunConfig,
+    world: World,
+    engine: Zero3,
+    plan: Plan,
+    progress: Progress,
+    damaged: list[str],
 ) -> Started:
     matrices = engine.optimizer.partitioned_matrices
     facts: dict[str, Any] = {
@@ -127,4 +110,6 @@ def _started(
     }
     if progress.step:
         facts["resumed"] = f"after step {progress.step}"
+    if damaged:
+        facts["damaged checkpoints passed over"] = "; ".join(damaged)
     return Started(facts, progress.step, plan.total_steps)

@@ -110,11 +110,26 @@ def test_samples_parquet_has_one_row_per_sample():
     assert table["sound_radius"].to_pylist() == [0.5, 0.1, 2.0, 1.25]
 
 
+def test_usual_radii_belong_to_the_norm():
+    config = EvaluationConfig(artifact="a")
+    assert config.for_norm("l2").eps == ("36/255", "72/255", "108/255", "255/255")
+    assert config.for_norm("linf").eps == ("2/255", "8/255", "16/255", "25/255")
+    assert EvaluationConfig(artifact="a", eps=("1/9",)).for_norm("linf").eps == ("1/9",)
+
+
+def test_the_curve_has_a_grid_that_fits_the_norm():
+    column = column_of([A], "sound")
+    facts = {"program": "float64", "lipschitz": 1.0, "unit_roundoff": 0.0}
+    found = scores(column, labels_of([A]), ("1/255",), norm="linf", **facts)
+    assert [eps for eps, _ in found.curve[:3]] == [0, 0.5 / 255, 1 / 255]
+    assert found.curve[-1][0] == 0.5
+
+
 def test_eps_value():
     assert eps_value("36/255") == 36 / 255
 
 
-@pytest.mark.parametrize("eps", [(), ("0.5",), ("0/255",), ("1/0",), ("-1/2",), ("1/2", "1/2")])
+@pytest.mark.parametrize("eps", [("0.5",), ("0/255",), ("1/0",), ("-1/2",), ("1/2", "1/2")])
 def test_config_refuses_eps_that_are_not_different_positive_ratios(eps):
     with pytest.raises(ValueError, match="eps"):
         EvaluationConfig(artifact="a", eps=eps)

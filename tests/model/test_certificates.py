@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model.certificates import STANDARD_EPS, LinearMargins, MarginGeometry, certify, cra
+from model.certificates import STANDARD_EPS, certify, cra, feature_radius
 from model.errors import ModelError
 from model.head import pairwise_distances
 
@@ -51,27 +51,42 @@ def test_ties_and_identical_rows():
     assert (int(found.rival[1]), float(found.margin[1])) == (2, 1.0)
 
 
-class Curved:
-    """Each margin has a gradient of norm 1 in the features and a curvature of at most m."""
+def test_radius_solves_the_quadratic_also_where_it_is_hardly_one():
+    generator = torch.Generator().manual_seed(0)
+    m, s, c = torch.rand(3, 200, generator=generator, dtype=torch.float64).exp2().sub(1) * 3
+    c[:50] *= 1e-14
+    r = feature_radius(m, s, c)
+    assert (r > 0).all()
+    assert ((s * r + c * r**2 / 2 - m).abs() <= 1e-14 * m.clamp(min=1)).all()
+    flat = feature_radius(m, s, torch.zeros_like(c))
+    assert torch.equal(flat, m / s)
+    assert (r < flat).all()
+    assert (feature_radius(-m, s, c) < 0).all()
+    zero = torch.zeros(3, dtype=torch.float64)
+    margins = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
+    assert feature_radius(margins, zero, zero).tolist() == [torch.inf, 0.0, 0.0]
+    steep = feature_radius(margins, zero, zero + 2.0)
+    assert float(steep[0]) == pytest.approx(1.0)
+    assert (steep[1:] <= 0).all()
 
-    m = 2.0
 
-    def feature_radius(self, margins, prediction):
-        radii = ((1 + 2 * self.m * margins.clamp(min=0)).sqrt() - 1) / self.m
-        return radii.scatter(1, prediction[:, None], torch.inf)
-
-
-def test_another_geometry_of_margins_fits_the_interface(generator):
-    """A head with curvature certifies less than its tangent, the same for small margins."""
-    margins = torch.tensor([[0.0, 1e-6, 4.0]], dtype=torch.float64)
-    prediction = torch.zeros(1).long()
-    flat: MarginGeometry = LinearMargins(torch.ones(3, 3).double())
-    curved: MarginGeometry = Curved()
-    straight, bent = (g.feature_radius(margins, prediction)[0] for g in (flat, curved))
-    assert straight[0] == bent[0] == torch.inf
-    assert float(bent[1]) == pytest.approx(float(straight[1]), rel=1e-4)
-    assert float(bent[2]) == pytest.approx(1.5615528)
-    assert bent[2] < straight[2]
+def test_slopes_of_each_image_and_curvature_enter_the_certificate():
+    """Class 2 of the second image: 1 = 1 r + 1 r^2 / 2."""
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 3.0, 2.0]], dtype=torch.float64)
+    slopes = torch.ones(2, 3, 3, dtype=torch.float64)
+    slopes[0] *= 2
+    curvature = torch.zeros(3, 3, dtype=torch.float64)
+    curvature[1, 2] = 1.0
+    labels = torch.tensor([0, 1])
+    found = certify(logits, slopes, labels, lipschitz=1.0, curvature=curvature)
+    assert found.rival.tolist() == [1, 2]
+    assert found.radius.tolist() == pytest.approx([1.0, 3**0.5 - 1])
+    halved = certify(logits, slopes, labels, lipschitz=2.0, curvature=curvature)
+    torch.testing.assert_close(halved.radius, found.radius / 2)
+    with pytest.raises(ModelError, match="curvatures must be finite"):
+        certify(logits, slopes, labels, lipschitz=1.0, curvature=-curvature)
+    with pytest.raises(ModelError, match=r"curvature of shape \(2, 3, 3\)"):
+        certify(logits, slopes, labels, lipschitz=1.0, curvature=slopes)
 
 
 def test_cra_is_strict_and_needs_correctness():
@@ -89,7 +104,7 @@ def test_cra_is_strict_and_needs_correctness():
         ({"logits": torch.tensor([[1.0, torch.nan]])}, "logits hold"),
         ({"logits": torch.tensor([[1.0, torch.inf]])}, "logits hold"),
         ({"logits": torch.zeros(1, 3)}, r"factors of shape \(2, 2\)"),
-        ({"factors": torch.full((2, 2), -1.0)}, "margin factors"),
+        ({"slopes": torch.full((2, 2), -1.0)}, "margin factors"),
         ({"labels": torch.tensor([2])}, r"outside of 0\.\.1"),
         ({"labels": torch.tensor([0, 1])}, r"labels of shape \(2,\)"),
         ({"lipschitz": float("nan")}, "lipschitz=nan"),
@@ -99,7 +114,7 @@ def test_cra_is_strict_and_needs_correctness():
 def test_certify_refuses(changes, message):
     settings = {
         "logits": torch.tensor([[1.0, 0.0]]),
-        "factors": torch.ones(2, 2).fill_diagonal_(0),
+        "slopes": torch.ones(2, 2).fill_diagonal_(0),
         "labels": torch.tensor([0]),
         "lipschitz": 1.0,
         **changes,

@@ -3,20 +3,48 @@
 import pytest
 import torch
 
+from model.aol import AolConfig
 from model.attack import apgd, margins
 from model.build import build_network, parameter_count
 from model.certificates import certify
 from model.errors import ModelError
+from model.groupsort import GroupSortConfig
+from model.initial import KINDS
 from model.observed import observed_lipschitz, refute
 from model.rounding import FLOAT32, FLOAT64
+from model.sll import SllConfig
+from model.soc import SocConfig
+from model.sortnet import SortNetConfig
 from optim.manifolds import manifold_of
 from tests.model.small_networks import tiny_config, trained_like
 
+SMALL = {"input_shape": (2, 4, 4), "num_classes": 3}
 NETWORKS = {
     "lipnext": tiny_config(),
     "lipnext_colour": tiny_config(input_shape=(3, 6, 4), width=24, num_classes=5, depth=3),
     "lipnext_linear": tiny_config(head="linear"),
     "lipnext_plain": tiny_config(position=False, initial="identity_m", beta=1.0, alpha=0.25),
+    "sll": SllConfig(**SMALL, channels=3, conv_layers=2, pool=2, dense_layers=2, dense_inner=10),
+    "cpl": SllConfig(
+        **SMALL, scaling="cpl", channels=3, conv_layers=1, pool=1, dense_layers=2, dense_inner=7
+    ),
+    "sortnet": SortNetConfig(**SMALL, width=16, depth=3, keep=0.7, top=4),
+    "linfdist": SortNetConfig(**SMALL, width=12, depth=2, passing=True),
+    "groupsort": GroupSortConfig(**SMALL, width=24, depth=2),
+    # More terms than usual: the bound of the test below is stricter than that of 15 terms.
+    "soc": SocConfig(**SMALL, depth=4, stages=2, width=4, terms=26),
+    "soc_angles": SocConfig(
+        **SMALL,
+        depth=4,
+        stages=2,
+        width=4,
+        terms=26,
+        activation="householder",
+        pooling="projection",
+        pointwise="manifold",
+    ),
+    "soc_mlp": SocConfig(**SMALL, depth=2, stages=2, width=4, terms=26, head="mlp", hidden=12),
+    "aol": AolConfig(**SMALL, patch=2, channels=6, conv_layers=2, kept_channels=3, dense_layers=2),
 }
 
 
@@ -57,7 +85,7 @@ def test_builds_on_the_meta_device_with_tags(config):
         network = build_network(config)
     assert sum(p.numel() for p in network.parameters()) == parameter_count(config)
     assert all(p.is_contiguous() for p in network.parameters())
-    assert all(p.initial in {"haar", "identity", "zeros", "normal"} for p in network.parameters())
+    assert all(p.initial in KINDS for p in network.parameters())
     for p in network.parameters():
         assert (manifold_of(p) is not None) == (p.initial in {"haar", "identity"})
 
@@ -83,7 +111,7 @@ def test_checkpointed_blocks_have_the_same_gradients(config, images):
             block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         network(images).square().sum().backward()
         gradients.append([p.grad for p in network.parameters()])
-        assert len(calls) == config.depth * (1 + checkpointed)
+        assert len(calls) == len(network.blocks) * (1 + checkpointed)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
@@ -91,9 +119,10 @@ def test_the_proof_holds_for_the_float32_program(config, images):
     """Bounds name every matrix once, no derivative refutes them, no logit errs by more than E."""
     stored = trained_like(config).float()
     matrices = stored.matrix_bounds()
-    assert set(matrices) == {n for n, p in stored.named_parameters() if manifold_of(p) is not None}
+    constrained = {n for n, p in stored.named_parameters() if manifold_of(p) is not None}
+    assert constrained <= set(matrices) == set(stored.bounded_matrices)
     assert stored.lipschitz_upper_bound() == stored.lipschitz_upper_bound(matrices)
-    exact = build_network(config).double()
+    exact = build_network(config).double().eval()
     exact.load_state_dict(stored.state_dict())
     refute(stored.lipschitz_upper_bound(), observed_lipschitz(exact, images))
     with torch.no_grad():
@@ -102,7 +131,8 @@ def test_the_proof_holds_for_the_float32_program(config, images):
     bounds = stored.margin_factor_bounds()
     assert (bounds >= factors - 1e-15).all()
     assert not bounds.diagonal().any()
-    norms = images.flatten(1).norm(dim=1) * (1 + 1e-12)
+    order = 2 if stored.norm == "l2" else torch.inf
+    norms = images.flatten(1).norm(p=order, dim=1) * (1 + 1e-12)
     largest = float(bounds.max())
     proved = stored.margin_error(norms, FLOAT32, matrices=matrices, largest_factor=largest)
     assert (abs(error[:, :, None] - error[:, None]).max((1, 2)) <= proved.numpy()).all()
@@ -133,6 +163,7 @@ def test_no_attack_succeeds_inside_the_certified_radius_and_some_beyond(config, 
             c.prediction,
             eps,
             loss=margins,
+            norm=network.norm,
             steps=20,
             restarts=2,
             generator=generator,

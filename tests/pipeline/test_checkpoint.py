@@ -9,10 +9,10 @@ import pytest
 
 from data_shards.store import Store
 from optim.config import OptimConfig
-from pipeline.checkpoint import load_checkpoint, newest_checkpoint
 from pipeline.config import CheckpointConfig, TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.events import Started
+from pipeline.restore import committed, load_checkpoint
 from pipeline.worker import Job
 from pipeline.zero3 import Zero3
 from tests.harness import run_ranks
@@ -160,15 +160,13 @@ def test_without_commit_a_checkpoint_does_not_exist(outcomes):
 
 def test_newest_is_the_highest_committed_step(tmp_path):
     store = Store(tmp_path)
-    assert newest_checkpoint(store) is None
-    assert newest_checkpoint(store.child("nothing")) is None
+    assert committed(store) == []
+    assert committed(store.child("nothing")) == []
     for step in (900, 1000, 11000):
         store.write(f"step-{step:08d}/rank-00000-of-00001.safetensors", b"")
         if step < 11000:
             store.write(f"step-{step:08d}/commit.json", b"{}")
-    newest = newest_checkpoint(store)
-    assert newest is not None
-    assert newest.url.endswith("step-00001000")
+    assert [folder.url[-5:] for folder in committed(store)] == ["01000", "00900"]
 
 
 # -- other numbers of ranks, and damage ------------------------------------------------------------
@@ -180,7 +178,13 @@ def go_on_elsewhere(rank, world_size, url, shards, damaged):
         refused = refusals(world, damaged) if damaged else {}
         broken = damaged.get("cut short")
         if broken:
-            refused["worker"] = observed_run(Job(config(), broken.rpartition("/c")[0], shards, {}))
+            run = Path(broken.rpartition("/c")[0])
+            refused["worker"] = observed_run(Job(config(), str(run), shards, {}))
+            if rank == 0:
+                for name in Path(run, "checkpoints").glob("*/rank-00000-*"):
+                    name.write_bytes(b"")
+            world.barrier()
+            refused["none sound"] = observed_run(Job(config(), str(run), shards, {}))
         return observed_run(Job(config(), url, shards, {})), refused
 
 
@@ -295,9 +299,23 @@ def test_the_engine_that_refused_still_loads(elsewhere):
     assert all(refused["sound"] == ("", False) for refused in elsewhere[3][1])
 
 
-def test_a_damaged_checkpoint_stops_the_worker(elsewhere):
-    """A committed one is not passed over in silence: no rank starts, no event is emitted."""
+def test_a_damaged_checkpoint_is_passed_over_aloud(outcomes, elsewhere):
+    """The one before is sound: the run goes on there and says what is wrong with the newest."""
+    whole = outcomes["whole fp32"][0]
+    again = elsewhere[3][1][0]["worker"]
+    assert again.error == ""
+    assert again.events[0].step == EARLIER
+    passed_over = again.events[0].facts["damaged checkpoints passed over"]
+    assert FILES[0] in passed_over
+    assert "bytes, committed were" in passed_over
+    for step, loss in again.losses.items():
+        assert loss == pytest.approx(whole.losses[step], rel=1e-3), step
+
+
+def test_without_any_sound_checkpoint_the_worker_stops(elsewhere):
     for refused in elsewhere[3][1]:
-        assert FILES[0] in refused["worker"].error
-        assert refused["worker"].events == []
-        assert refused["worker"].start == {}
+        assert "no checkpoint can be loaded" in refused["none sound"].error
+        assert f"step-{STOP:08d}" in refused["none sound"].error
+        assert f"step-{EARLIER:08d}" in refused["none sound"].error
+        assert refused["none sound"].events == []
+        assert refused["none sound"].start == {}

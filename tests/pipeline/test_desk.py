@@ -9,7 +9,7 @@ import pipeline.evaluation
 from pipeline.desk import Desk
 from pipeline.display import Display
 from pipeline.evaluation import Evaluations
-from pipeline.events import Kept, Metrics, Started
+from pipeline.events import Kept, Metrics, NotKept, Started
 
 VALUES = {
     "train/loss": 1.25,
@@ -27,8 +27,8 @@ class Recorder:
     def __init__(self):
         self.metrics, self.checkpoints = [], []
 
-    def log_metrics(self, step, values, timestamp_ms):
-        self.metrics.append((step, values["train/loss"], timestamp_ms))
+    def log_metrics(self, step, values, timestamp_ms=None):
+        self.metrics.append((step, values, timestamp_ms))
 
     def log_checkpoint(self, step, url, digest, wait_seconds):
         self.checkpoints.append((step, url, digest))
@@ -49,14 +49,30 @@ def test_person_sees_facts_progress_and_checkpoints(terminal):
     text, tracker = show(
         Started({"partitioned matrices": "9 of 9"}, 0, 10),
         Metrics(10, VALUES, 7),
-        Kept(10, "file:///runs/a/checkpoints/x", "file:///runs/a/artifacts/x", "d" * 64, 4e-7),
+        Kept(
+            10,
+            "file:///runs/a/checkpoints/x",
+            "file:///runs/a/artifacts/x",
+            "d" * 64,
+            4e-7,
+            0.25,
+            1.5,
+        ),
+        NotKept(20, "rank 1: no space left"),
         terminal=terminal,
     )
     for part in ("partitioned matrices: 9 of 9", "loss 1.2500", "clean 50.0%", "certified 25.0%"):
         assert part in text
     for part in ("lr 1.00e-03", "eps 0.100", "100 img/s", "/runs/a/checkpoints/x", "dddddddddddd"):
         assert part in text
-    assert tracker.metrics == [(10, 1.25, 7)]
+    assert "training waited 0.25 s" in text
+    assert "not kept step 20: rank 1: no space left" in text
+    stalls = {"checkpoint/stall_s": 0.25, "checkpoint/write_s": 1.5}
+    assert tracker.metrics == [
+        (10, VALUES, 7),
+        (10, stalls, None),
+        (20, {"checkpoint/failed": 1}, None),
+    ]
     assert tracker.checkpoints == [(10, "file:///runs/a/artifacts/x", "d" * 64)]
 
 

@@ -82,8 +82,8 @@ def train_plain(name: str, world_size: int) -> dict[str, torch.Tensor]:
         network.begin_step(step=step, progress=now.progress, seed=SEED)
         share = BATCH // world_size
         for part, t in zip(images.split(share), labels.split(share), strict=True):
-            logits, factors = network.logits_and_margin_factors(part / 255)
-            loss = LOSSES[config.loss.kind](logits, factors, t, now, config.loss)
+            logits, rates = network.logits_and_rates(part / 255, t, now.eps)
+            loss = LOSSES[config.loss.kind](logits, rates, t, now, config.loss)
             (loss / world_size).backward()
         if config.train.grad_clip:
             torch.nn.utils.clip_grad_norm_(network.parameters(), config.train.grad_clip)

@@ -20,14 +20,14 @@ FACTORS = torch.cdist(ROWS, ROWS)
 )
 def test_emma_equals_published_values(logits, expected):
     y = torch.tensor([logits], dtype=torch.float64)
-    loss = emma_loss(y, FACTORS, torch.tensor([0]), eps=0.5, scale=1.0)
+    loss = emma_loss(y, FACTORS[:1], torch.tensor([0]), eps=0.5, scale=1.0)
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_gradient_does_not_pass_through_the_shift():
     """A rival at a tie: d loss / d r of the tie is the softmax weight, not zero."""
     y = torch.tensor([[2.0, 1.9, -1.0]], dtype=torch.float64, requires_grad=True)
-    emma_loss(y, FACTORS, torch.tensor([0]), eps=0.5, scale=1.0).backward()
+    emma_loss(y, FACTORS[:1], torch.tensor([0]), eps=0.5, scale=1.0).backward()
     weights = torch.softmax(torch.tensor([0.0, 0.0, -2.0], dtype=torch.float64), 0)
     assert torch.allclose(y.grad[0, 1:], weights[1:])
 
@@ -37,7 +37,9 @@ def test_scale_multiplies_the_margins():
     label = torch.tensor([0])
     shifted = torch.tensor([[0.0, -2.292893, -2.0]], dtype=torch.float64)
     expected = torch.nn.functional.cross_entropy(7 * shifted, label)
-    assert emma_loss(y, FACTORS, label, 0.5, 7.0).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert emma_loss(y, FACTORS[label], label, 0.5, 7.0).item() == pytest.approx(
+        expected.item(), abs=1e-6
+    )
 
 
 def test_learning_rate_warms_up_then_falls_to_the_floor():

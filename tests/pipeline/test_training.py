@@ -22,7 +22,7 @@ from optim.reference import ReferenceManifoldAdam
 from optim.sharded import TENSOR_KINDS
 from pipeline import losses
 from pipeline.config import CheckpointConfig, TrainConfig
-from pipeline.events import Metrics
+from pipeline.events import Metrics, NotKept
 from pipeline.losses import emma_loss
 from pipeline.worker import Job
 from pipeline.zero3 import Zero3
@@ -199,8 +199,8 @@ def test_the_first_gradient_is_that_of_the_first_global_batch(outcomes, shards, 
         load_index(shards), case.data.stream, split="train", global_batch=BATCH, cursor=cursor
     ) as stream:
         batch = next(stream)
-    logits, factors = network.logits_and_margin_factors(batch.images / 255)
-    emma_loss(logits, factors, batch.labels, case.loss.eps, case.loss.scale).backward()
+    logits, rates = network.logits_and_rates(batch.images / 255, batch.labels, case.loss.eps)
+    emma_loss(logits, rates, batch.labels, case.loss.eps, case.loss.scale).backward()
     masters = start(outcomes, name)
     got = whole_state([rank.gradients for rank in outcomes[name]])
     for key, p in network.named_parameters():
@@ -298,19 +298,26 @@ def test_a_loss_that_is_not_finite_is_never_kept(outcomes):
     assert list(first.losses) == list(first.kept) == list(range(1, POISONED))
 
 
-@pytest.mark.parametrize(
-    ("name", "cause"),
-    [("absurd rate", "not finite"), ("artefacts cannot be written", "artifacts")],
-)
-def test_without_artefact_there_is_no_checkpoint(outcomes, folder, name, cause):
-    """Only rank 0 sees the error; all stop, and a restart would do the step again."""
-    for rank in outcomes[name]:
-        assert "rank 0: cannot write the artefact" in rank.error
-        assert cause in rank.error
-        assert f"{name}/artifacts/step-00000001" in rank.error
+def test_weights_that_are_not_finite_are_never_kept(outcomes, folder):
+    """Only rank 0 sees them; all stop, and a restart would do the step again."""
+    for rank in outcomes["absurd rate"]:
+        assert "rank 0: tensor" in rank.error
+        assert "not finite" in rank.error
         assert rank.end["scalar/step"] == 1
-    assert not outcomes[name][0].kept
-    assert not (folder / name / "checkpoints/step-00000001/commit.json").exists()
+    assert not outcomes["absurd rate"][0].kept
+    assert not (folder / "absurd rate/checkpoints").exists()
+
+
+def test_training_goes_on_when_nothing_can_be_kept(outcomes, folder):
+    """A full disk: each attempt is reported, the run fails at its end, no bit differs."""
+    name = "artefacts cannot be written"
+    first, second = outcomes[name]
+    assert [e.step for e in first.events if isinstance(e, NotKept)] == list(range(1, STEPS + 1))
+    assert first.losses == outcomes["plain"][0].losses
+    for rank in (first, second):
+        assert f"rank 0: step {STEPS} is not kept" in rank.error
+        assert "artifacts" in rank.error
+    assert not list((folder / name).glob("checkpoints/*/commit.json"))
 
 
 def orthogonality(outcome):

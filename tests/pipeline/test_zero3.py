@@ -84,8 +84,8 @@ def train_reference(config, monkeypatch):
         parameter_groups(network.named_parameters(), config.optim), config.optim
     )
     for images, labels in batches(STEPS, BATCH):
-        logits, factors = network.logits_and_margin_factors(images.double() / 255)
-        loss = emma_loss(logits, factors, labels, 36 / 255, config.loss.scale)
+        logits, rates = network.logits_and_rates(images.double() / 255, labels, 36 / 255)
+        loss = emma_loss(logits, rates, labels, 36 / 255, config.loss.scale)
         optimizer.zero_grad()
         loss.backward()
         if config.train.grad_clip:

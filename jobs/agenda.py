@@ -1,0 +1,138 @@
+"""What is to be evaluated: every checkpoint by every suite, and where each stands."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from data_shards.errors import ShardError
+from data_shards.index import ShardIndex, load_index
+from jobs.claims import Claim, Claims, Phase, State
+from jobs.compute import evaluation_key
+from jobs.config import EvaluationConfig
+from jobs.records import EvaluationError
+from jobs.schedule_config import ScheduleConfig
+from jobs.suites import SUITES
+from model.errors import ModelError
+from pipeline.tracking_watch import Checkpoint, Watch
+
+_KEY_CHARACTERS = 16
+_UNREADABLE = (EvaluationError, ShardError, ModelError, OSError)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint and one suite.
+
+    Attributes:
+        checkpoint: what is evaluated.
+        suite: by which suite.
+        phase: where it stands.
+        config: the evaluation; None if the artefact or its shard set cannot be read.
+        claim: the newest attempt, or the first one if there is none yet.
+        attempted: whether that attempt was made.
+        note: what a person should know.
+    """
+
+    checkpoint: Checkpoint
+    suite: str
+    phase: Phase
+    config: EvaluationConfig | None = None
+    claim: Claim | None = None
+    attempted: bool = False
+    note: str = ""
+
+    @property
+    def next(self) -> Claim:
+        """The attempt that is to be made.
+
+        Raises:
+            EvaluationError: the artefact or its shard set cannot be read.
+        """
+        if self.claim is None:
+            raise EvaluationError(self.note)
+        return self.claim.next if self.attempted else self.claim
+
+
+@dataclass(frozen=True)
+class _View:
+    """What one look found before it went through the checkpoints."""
+
+    states: Mapping[str, State]
+    recorded: set[tuple[str, str]]
+    load: Callable[[str], ShardIndex]
+
+
+class Agenda:
+    """Looks at the store and at the claims; decides nothing and changes nothing.
+
+    Args:
+        config: the schedule.
+        claims: the shared folder.
+        watch: view of the MLflow store.
+    """
+
+    def __init__(self, config: ScheduleConfig, claims: Claims, watch: Watch) -> None:
+        self._config = config
+        self._claims = claims
+        self._watch = watch
+        self._keys: dict[tuple[str, str], str] = {}
+        self._done: set[tuple[str, str]] = set()
+
+    def look(self, suites: Sequence[str]) -> list[Entry]:
+        """Return an entry for every checkpoint and suite, oldest checkpoint first.
+
+        What cannot be read is an entry too, with the reason, and is read again the next time.
+        """
+        checkpoints = self._watch.checkpoints()
+        if self._config.newest:
+            latest = {c.run_id or c.model_id: c for c in checkpoints}
+            checkpoints = [c for c in checkpoints if latest[c.run_id or c.model_id] is c]
+        pairs = [(c, s) for s in suites for c in checkpoints]
+        asked = [c for c, s in pairs if _name(c, s) not in self._done]
+        # Claims before records: what ends in between is then seen as recorded.
+        states = self._claims.states() if asked else {}
+        runs = {run for c in asked for run in (c.run_id, "")}
+        view = _View(states, self._watch.recorded(runs), lru_cache(maxsize=8)(load_index))
+        return [self._entry(checkpoint, suite, view) for checkpoint, suite in pairs]
+
+    def _entry(self, checkpoint: Checkpoint, suite: str, view: _View) -> Entry:
+        name = _name(checkpoint, suite)
+        if name in self._done:
+            return Entry(checkpoint, suite, Phase.DONE)
+        config = self._config.evaluation(suite, checkpoint)
+        try:
+            if name not in self._keys:
+                self._keys[name] = evaluation_key(config, view.load)
+        except _UNREADABLE as error:
+            return Entry(checkpoint, suite, Phase.FAILED, note=str(error))
+        key = self._keys[name]
+        first = Claim(claim_key(key, checkpoint.run_id), 1)
+        state = view.states.get(first.key)
+        entry = Entry(checkpoint, suite, Phase.OPEN, config, first)
+        if view.recorded & {(key, checkpoint.run_id), (key, "")}:
+            entry = replace(entry, phase=Phase.DONE)
+        elif state is not None:
+            note = "" if state.code is None else f"exit code {state.code}"
+            entry = replace(entry, phase=state.phase, claim=state.claim, attempted=True, note=note)
+        elif self._left_to_training(checkpoint, suite):
+            entry = replace(entry, phase=Phase.RUNNING, note="left to its training")
+        if entry.phase is Phase.DONE:
+            self._done.add(name)
+        return entry
+
+    def _left_to_training(self, checkpoint: Checkpoint, suite: str) -> bool:
+        age = time.time() - checkpoint.created_s
+        return checkpoint.training and not SUITES[suite] and age < self._config.patience_s
+
+
+def claim_key(eval_key: str, run_id: str) -> str:
+    """Name of the claims of one evaluation: two trainings may end in the same weights."""
+    return hashlib.sha256(f"{eval_key} {run_id}".encode()).hexdigest()[:_KEY_CHARACTERS]
+
+
+def _name(checkpoint: Checkpoint, suite: str) -> tuple[str, str]:
+    return checkpoint.model_id, suite

@@ -1,0 +1,159 @@
+"""A certificate as evidence: its files, its certified samples, and its verification."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_shards.store import Store
+from jobs.compute import CERTIFICATE, SAMPLES, SUMMARY
+from jobs.config import eps_value
+from jobs.gate_rule import Bits, Rule
+from jobs.records import EvaluationError, EvaluationSummary
+
+FILES = (CERTIFICATE, SAMPLES, SUMMARY)
+VERIFY_TIMEOUT_S = 6 * 3600.0
+
+
+class VerificationError(EvaluationError):
+    """The independent verifier refused a certificate; the message says why."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The files of one evaluation, held together by their digests.
+
+    Attributes:
+        files: bytes of `FILES`.
+        body: the content of certificate.json.
+        summary: says where artefact and shard set lie; no number of it is used.
+    """
+
+    files: Mapping[str, bytes]
+    body: Mapping[str, Any]
+    summary: EvaluationSummary
+
+    @classmethod
+    def of_files(cls, files: Mapping[str, bytes], place: object) -> Evidence:
+        """Check that the files belong together.
+
+        Raises:
+            EvaluationError: one is missing, damaged, or belongs to another certificate.
+        """
+        for name in FILES:
+            if name not in files:
+                raise EvaluationError(f"{place} has no {name}")
+        try:
+            body = json.loads(files[CERTIFICATE])
+            stated = body.pop("digest")
+            text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+            summary = EvaluationSummary.from_json(files[SUMMARY])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EvaluationError(f"{place} cannot be read: {error!r}") from error
+        checks = {
+            f"digest of {CERTIFICATE}": (stated, hashlib.sha256(text.encode()).hexdigest()),
+            f"sha256 of {SAMPLES}": (
+                body.get("samples_sha256"),
+                hashlib.sha256(files[SAMPLES]).hexdigest(),
+            ),
+            f"certificate digest in {SUMMARY}": (summary.certificate_digest, stated),
+        }
+        for what, (found, derived) in checks.items():
+            if found != derived:
+                raise EvaluationError(f"{place}: {what} is {found}, not {derived}")
+        return cls({name: files[name] for name in FILES}, {**body, "digest": stated}, summary)
+
+    @classmethod
+    def read(cls, url: str) -> Evidence:
+        """The evaluation whose files lie at a URL.
+
+        Raises:
+            EvaluationError: see `of_files`.
+        """
+        store = Store(url.removesuffix(f"/{CERTIFICATE}"))
+        try:
+            return cls.of_files({name: store.read(name) for name in FILES}, store)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise EvaluationError(f"no finished evaluation at {store}: {error}") from error
+
+    @property
+    def digest(self) -> str:
+        """Digest of the certificate."""
+        return str(self.body["digest"])
+
+    @property
+    def model_digest(self) -> str:
+        """Digest of the model artefact."""
+        return str(self.body["model"]["digest"])
+
+    def certified(self, rule: Rule) -> Bits:
+        """Whether each sample is classified correctly with a sound radius greater than eps.
+
+        Raises:
+            EvaluationError: the certificate is of another norm, or does not list eps.
+        """
+        norm, listed = self.body.get("norm"), self.body.get("eps", [])
+        if norm != rule.norm or rule.eps not in listed:
+            raise EvaluationError(
+                f"certificate {self.digest[:12]} states {norm} radii at {', '.join(listed)}; the "
+                f"rule compares {rule.metric}"
+            )
+        names = ("label", "sound_prediction", "sound_radius")
+        label, prediction, radius = (self._table[name].to_numpy() for name in names)
+        return np.asarray((prediction == label) & (radius > eps_value(rule.eps)), dtype=bool)
+
+    def same_samples(self, other: Evidence) -> bool:
+        """Whether both speak of the same images in the same order."""
+        identity = ["shard", "key", "pixels_sha256", "label"]
+        mine, theirs = self.body["shards"], other.body["shards"]
+        return mine == theirs and self._table.select(identity).equals(other._table.select(identity))
+
+    def verify(self, sample: int | None, seed: int) -> str:
+        """Run the independent verifier on exactly these bytes; all weights are derived again.
+
+        Args:
+            sample: how many samples are derived again; None for all.
+            seed: of the choice among them.
+
+        Returns:
+            The verifier's report.
+
+        Raises:
+            VerificationError: a disagreement, or an input that cannot be used.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            for name in (CERTIFICATE, SAMPLES):
+                Path(folder, name).write_bytes(self.files[name])
+            command = [sys.executable, "-m", "model.verify", folder]
+            command += ["--artifact", self.summary.artifact_url]
+            command += ["--shards", self.summary.shards_url]
+            if sample is not None:
+                command += ["--sample", str(sample), "--seed", str(seed)]
+            try:
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=VERIFY_TIMEOUT_S, check=False
+                )
+            except subprocess.TimeoutExpired as error:
+                raise VerificationError(
+                    f"verifying certificate {self.digest[:12]} took more than {error.timeout:g} s"
+                ) from error
+        if done.returncode != 0:
+            said = (done.stderr.strip() or f"exit status {done.returncode}").replace(folder, "")
+            raise VerificationError(f"certificate {self.digest[:12]} does not verify: {said}")
+        return done.stdout
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return pq.read_table(pa.BufferReader(self.files[SAMPLES]), use_threads=False)

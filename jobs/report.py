@@ -1,0 +1,188 @@
+"""One page that compares training runs by what is proved of them.
+
+    python -m jobs.report [RUN ...] [--tracking.uri URI] [--tracking.experiment NAME] [--out URL]
+
+Writes ``report.html``, which needs no network and no script, and ``report.md``. Every number comes
+from a certificate: an evaluation whose record in MLflow differs from it is listed and left out.
+"""
+
+from __future__ import annotations
+
+import base64
+import sys
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from typing import Annotated, Any
+
+import jinja2
+import pydantic
+import tyro
+from rich.console import Console
+from scipy.stats import binomtest
+
+from data_shards.errors import ShardError
+from data_shards.store import Store
+from jobs.report_data import Board, Entry, Report, collect
+from jobs.report_figure import color_of, cost_svg, curves_svg, time_unit
+from pipeline.tracking import RunReference, TrackingConfig, ui_command
+from pipeline.tracking_query import Reader, TrackedRun, TrackingError
+
+PAGE, TEXT = "report.html", "report.md"
+_NONE = "–"
+
+
+@pydantic.dataclasses.dataclass(
+    frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid")
+)
+class ReportConfig:
+    """Compare training runs by their certified robust accuracy, their cost and their settings."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Names or MLflow ids of training runs; none: all of the experiment."""
+    out: str = "report"
+    """URL of the folder for report.html and report.md."""
+    price: Annotated[float, pydantic.Field(gt=0)] | None = None
+    """Price of one device for one hour, in any currency: adds what each run cost."""
+    tracking: TrackingConfig = TrackingConfig(uri="sqlite:///runs/mlflow.db", experiment="")
+    """MLflow store; an empty experiment stands for all of them."""
+
+
+def render(report: Report, *, uri: str, now: datetime | None = None) -> dict[str, str]:
+    """Return the texts of report.html and report.md by name.
+
+    Args:
+        report: what they show.
+        uri: of the MLflow store, for links to the UI.
+        now: time of the report; default: the present.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jobs"),
+        autoescape=jinja2.select_autoescape(["html.j2"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(_FILTERS)
+    values: dict[str, Any] = {
+        "report": report,
+        "places": {reported.run.run_id: at for at, reported in enumerate(report.runs)},
+        "made": (now or datetime.now(timezone.utc)).strftime("%Y-%m-%d %H:%M UTC"),
+        "link": lambda run: _link(uri, run),
+        "ui": ui_command(uri, RunReference(report.runs[0].run.experiment_id, ""))[0],
+        "color": color_of,
+        "curves": lambda board: _image("svg+xml", curves_svg(board, _places(report, board))),
+        "costs": lambda board: _image("svg+xml", cost_svg(board, _places(report, board))),
+        "png": lambda data: _image("png", data),
+        "has_cost": any(reported.cost.seconds for reported in report.runs),
+        "priced": any(reported.cost.price for reported in report.runs),
+    }
+    names = (PAGE, TEXT)
+    return {name: environment.get_template(f"{name}.j2").render(values) for name in names}
+
+
+def interval(certified: int, samples: int) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of a share: what another test set of this size may show."""
+    found = binomtest(certified, samples).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
+
+
+def per_point(entry: Entry, ratio: str) -> float | None:
+    """Return the device seconds per percentage point of `cra_sound`; None without cost or points."""
+    seconds = entry.reported.cost.up_to(entry.chosen.summary.step)
+    cra = entry.chosen.summary.columns["sound"].cra.get(ratio)
+    return seconds / (100 * cra) if seconds and cra else None
+
+
+def per_further_point(entry: Entry, at: int, ratio: str) -> float | None:
+    """Return the device seconds per point since the checkpoint before; None if there was no gain."""
+    if at == 0:
+        return None
+    before, after = entry.by_step[at - 1].summary, entry.by_step[at].summary
+    start, end = (entry.reported.cost.up_to(s.step) for s in (before, after))
+    pair = [s.columns["sound"].cra.get(ratio) for s in (before, after)]
+    if start is None or end is None or None in pair:
+        return None
+    gain = 100 * (pair[1] - pair[0])  # type: ignore[operator]
+    return (end - start) / gain if gain > 0 else None
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time in the unit in which it reads well."""
+    if seconds is None:
+        return _NONE
+    scale, unit = time_unit(seconds)
+    return f"{seconds / scale:.3g} {unit}"
+
+
+def percent(value: float | None) -> str:
+    """Return a share in per cent."""
+    return _NONE if value is None else f"{value:.2%}"
+
+
+def number(value: float | None) -> str:
+    """Return a number with three digits."""
+    return _NONE if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def cell(text: object) -> str:
+    """Return a text that can stand in a cell of a Markdown table."""
+    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+
+_FILTERS: Mapping[str, Callable[..., object]] = {
+    "duration": duration,
+    "percent": percent,
+    "number": number,
+    "interval": interval,
+    "per_point": per_point,
+    "per_further_point": per_further_point,
+    "cell": cell,
+    "when": lambda ms: datetime.fromtimestamp(ms / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job; returns 0, 2 for bad input or 1 for a failure."""
+    console = Console(highlight=False, markup=False)
+    errors = Console(stderr=True, highlight=False, markup=False)
+    try:
+        config = tyro.cli(ReportConfig, args=arguments, prog="jobs.report")
+        reader = Reader(config.tracking)
+        report = collect(reader, config.runs, config.price)
+        out = Store(config.out)
+        for name, text in render(report, uri=config.tracking.uri).items():
+            out.write(name, text.encode())
+    except (TrackingError, ShardError) as error:
+        errors.print(f"error: {error}", soft_wrap=True)
+        return 2
+    except Exception as error:
+        errors.print(f"failed: {type(error).__name__}: {error}", soft_wrap=True)
+        return 1
+    counted = sum(len(reported.evaluations) for reported in report.runs)
+    console.print(f"{len(report.runs)} runs, {counted} evaluations", soft_wrap=True)
+    for left in report.left_out:
+        errors.print(f"left out: {left.name} of {left.train_run}: {left.reason}", soft_wrap=True)
+    where = out.local_path() or out
+    console.print(f"report: {where}/{PAGE}, {where}/{TEXT}", soft_wrap=True)
+    return 0
+
+
+def _places(report: Report, board: Board) -> list[int]:
+    order = [reported.run.run_id for reported in report.runs]
+    return [order.index(entry.reported.run.run_id) for entry in board.entries]
+
+
+def _image(kind: str, data: bytes) -> str:
+    """An image inside the page: identifiers in one SVG cannot meet those of another."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _link(uri: str, run: TrackedRun) -> str | None:
+    """Address of a run in the UI; None where the store has no server."""
+    if uri.startswith("sqlite:"):
+        return None
+    return uri + ui_command(uri, RunReference(run.experiment_id, run.run_id))[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

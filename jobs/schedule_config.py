@@ -1,0 +1,155 @@
+"""Configuration of the evaluation scheduler."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import pydantic
+
+from jobs.config import EvaluationConfig
+from jobs.suites import SUITES, suite_config
+from pipeline.tracking import TrackingConfig
+from pipeline.tracking_watch import Checkpoint
+
+_STRICT = pydantic.ConfigDict(extra="forbid")
+_Seconds = Annotated[float, pydantic.Field(gt=0)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TaskConfig:
+    """How a scheduled evaluation runs; nothing here changes a result."""
+
+    launcher: Literal["ray", "local"] = "ray"
+    """ray: tasks; local: in the process of the evaluation."""
+    max_in_flight: Annotated[int, pydantic.Field(gt=0)] = 2
+    """Ray tasks of one evaluation under way at the same time."""
+    num_gpus: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    """GPUs (or a fraction of one) of each task."""
+    placement: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Labels of the nodes that may run the tasks, e.g. `role !training`; see jobs.evaluate_cra."""
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ScheduleConfig:
+    """Evaluate the checkpoints of an MLflow store: when, which, and where."""
+
+    rules: tuple[str, ...] = ("standard@checkpoint",)
+    """SUITE@WHEN. Suites: quick, standard, sound+attack, full. When: `checkpoint` (as soon as there
+    is one), an interval such as `30m`, `6h`, `1d`, or a cron expression such as `0 3 * * *`."""
+    newest: bool = False
+    """Evaluate only the newest checkpoint of every training run."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow store; its experiment is the one that is watched."""
+    models: tuple[str, ...] = ()
+    """Registered models whose versions are watched as well."""
+    claims: str = ""
+    """URL of a folder that all schedulers of the store share. Default: `claims` beside an sqlite
+    store; an MLflow server needs one."""
+    address: str = ""
+    """Ray cluster (http://HOST:8265) that gets the evaluations as Ray jobs. Default: processes of
+    this machine."""
+    runtime_env: str = "{}"
+    """Runtime environment of the Ray jobs, as JSON."""
+    shards: str | None = None
+    """URL of the shard set; default: what each artefact was trained on."""
+    tasks: TaskConfig = TaskConfig()
+    """How an evaluation runs."""
+    parallel: Annotated[int, pydantic.Field(gt=0)] = 1
+    """Evaluations of this scheduler under way at the same time."""
+    attempts: Annotated[int, pydantic.Field(gt=0)] = 5
+    """How often an evaluation that fails or is killed is attempted; bad input is refused once."""
+    lease_s: _Seconds = 120.0
+    """Seconds without a sign of life after which an attempt is lost and made again."""
+    poll_s: _Seconds = 30.0
+    """Seconds between two looks for new checkpoints."""
+    patience_s: _Seconds = 3600.0
+    """Seconds for which the suite `quick` is left to a training in progress, which makes it too."""
+    timezone: str = "UTC"
+    """Time zone of cron expressions."""
+    once: bool = False
+    """Apply all rules now, wait for the evaluations and end: for cron of any kind."""
+    status: bool = False
+    """Print one page about what is evaluated, under way, waiting and failed."""
+    entry: str = "jobs.evaluate_cra:main"
+    """Function of an evaluation; as `jobs.evaluate_cra:main`."""
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> ScheduleConfig:
+        for suite in self.suites:
+            if suite not in SUITES:
+                raise ValueError(f"no evaluation suite {suite!r}; known: {', '.join(SUITES)}")
+        if "@" in urlsplit(self.tracking.uri).netloc:
+            raise ValueError(
+                "tracking.uri holds credentials, which would stand in the command of every "
+                "evaluation: give them in the environment (MLFLOW_TRACKING_USERNAME ...)"
+            )
+        if not self.claims and not self.tracking.uri.startswith("sqlite:"):
+            raise ValueError(
+                "an MLflow server needs --claims URL, a folder that all schedulers share, "
+                "e.g. s3://bucket/claims"
+            )
+        if not isinstance(json.loads(self.runtime_env), dict):
+            raise ValueError("runtime_env must be a JSON object")
+        return self
+
+    @property
+    def suites(self) -> tuple[str, ...]:
+        """Suites of the rules, in their order."""
+        return tuple(dict.fromkeys(rule.partition("@")[0] for rule in self.rules))
+
+    @property
+    def claims_url(self) -> str:
+        """Folder of the claims."""
+        if self.claims:
+            return self.claims
+        return str(Path(self.tracking.uri.removeprefix("sqlite:///")).parent / "claims")
+
+    def evaluation(self, suite: str, checkpoint: Checkpoint) -> EvaluationConfig:
+        """Return the evaluation of a checkpoint by a suite."""
+        return suite_config(
+            suite,
+            checkpoint.artifact_url,
+            shards=self.shards,
+            tracking=TrackingConfig(uri=self.tracking.uri, experiment=checkpoint.experiment),
+            **dataclasses.asdict(self.tasks),
+        )
+
+
+def arguments(config: EvaluationConfig) -> list[str]:
+    """Return the command line of `jobs.evaluate_cra` that says the same as a config."""
+    words = []
+    for name, value in _changed(config).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+        elif isinstance(value, dict):
+            words += [flag, *(word for pair in value.items() for word in pair)]
+        elif isinstance(value, tuple):
+            words += [flag, *value]
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+def _changed(config: EvaluationConfig) -> dict[str, Any]:
+    """Fields that differ from their defaults, nested ones with a dot."""
+    default = EvaluationConfig(artifact="")
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, usual = getattr(config, field.name), getattr(default, field.name)
+        if field.name == "tracking":
+            found |= {"tracking.uri": value.uri, "tracking.experiment": value.experiment}
+        elif value != usual:
+            found[field.name] = value
+    return found
+
+
+def log_folder() -> Path:
+    """Where evaluations that run on this machine write their output."""
+    cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    return Path(cache, "certified-pretrain", "schedule")

@@ -1,0 +1,85 @@
+"""One scheduled evaluation: `python -m jobs.scheduled --claim NAME ... -- EVALUATION ARGUMENTS`.
+
+Keeps its claim alive while it evaluates, records only while the claim holds, and says how it ended.
+The scheduler starts it; it goes on when the scheduler dies.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import tyro
+
+from jobs.claims import LOST_CODE, Claim, Claims, Holding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What an evaluation has to know of its schedule.
+
+    Attributes:
+        claims: URL of the folder of claims.
+        claim: name of the attempt.
+        lease_s: lease of a claim in seconds.
+        entry: function of the evaluation, module:function.
+    """
+
+    claims: str
+    claim: str
+    lease_s: float
+    entry: str
+
+
+def command(options: Options, evaluation: Sequence[str]) -> list[str]:
+    """Return the command of an evaluation, without the interpreter."""
+    flags = ("--claims", options.claims, "--claim", options.claim)
+    lease = ("--lease-s", repr(options.lease_s), "--entry", options.entry)
+    return ["-m", "jobs.scheduled", *flags, *lease, "--", *evaluation]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the evaluation; returns its exit code, 75 if the claim was lost."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    split = words.index("--") if "--" in words else len(words)
+    options = tyro.cli(Options, args=words[:split], prog="jobs.scheduled")
+    signal.signal(signal.SIGTERM, _stop)
+    claims, claim = Claims(options.claims, lease_s=options.lease_s), Claim.parse(options.claim)
+    holding = Holding(claims, claim, lease_s=options.lease_s, lost=_lost)
+    code = 1
+    try:
+        with holding():
+            code = _resolve(options.entry)(words[split + 1 :], before_record=holding.renew)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        claims.end(claim, code)
+    return code
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _lost(why: str) -> None:
+    """End at once: the thread that evaluates must not record anything any more."""
+    print(f"{why}: this attempt ends without a record", file=sys.stderr, flush=True)  # noqa: T201
+    os._exit(LOST_CODE)
+
+
+def _resolve(entry: str) -> Callable[..., Any]:
+    module, _, function = entry.partition(":")
+    resolved: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return resolved
+
+
+if __name__ == "__main__":
+    sys.exit(main())

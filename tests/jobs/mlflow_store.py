@@ -1,0 +1,59 @@
+"""An MLflow store with the checkpoints of a training run, as the trainer records them."""
+
+import json
+from pathlib import Path
+
+from jobs.compute import artifact_info, evaluation_key
+from jobs.schedule_config import ScheduleConfig
+from pipeline.tracking import Server, TrackingConfig, now_ms
+from pipeline.tracking_watch import Watch
+from tests.jobs.conftest import export
+
+
+class Store:
+    """Args: folder: place of mlflow.db, the artefacts and the claims; shards: their shard set."""
+
+    def __init__(self, folder, shards, status="FINISHED", **params):
+        self.folder, self.shards = Path(folder), shards
+        self.tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="set")
+        self.server = Server(self.tracking)
+        self.run_id = self.train("run", status, **params)
+
+    def train(self, name, status="FINISHED", **params):
+        run = self.server.start_run(name, None, name, params, {}, now_ms())
+        if status != "RUNNING":
+            self.server.finish_run(run.run_id, status, now_ms())
+        return run.run_id
+
+    def checkpoint(self, step, *, run_id=None):
+        """Export an artefact and record it; what the fake evaluation needs lies beside it."""
+        run_id = run_id or self.run_id
+        folder = self.folder / "artifacts" / f"{run_id[:6]}-step-{step}"
+        context = {"shards_url": self.shards, "step": step, "train_run_id": run_id}
+        url = Path(export(folder, **context)).as_uri()
+        digest = artifact_info(url).digest
+        # Weights are the same at every step here; the digest tells the models apart.
+        model_id = self.server.find_or_create_model(
+            run_id, step=step, artifact_url=url, digest=f"{digest[:8]}{step}", params={}
+        )
+        return url, digest, model_id
+
+    def fake_checkpoint(self, step, suite="standard"):
+        """A checkpoint whose evaluation by tests.jobs.fake_evaluation is one of its own."""
+        url, digest, model_id = self.checkpoint(step, run_id=self.train(f"run-{step}"))
+        (found,) = [c for c in self.watch().checkpoints() if c.model_id == model_id]
+        facts = {
+            "eval_key": evaluation_key(self.config().evaluation(suite, found)),
+            "digest": digest,
+            "run_id": found.run_id,
+            "model_id": model_id,
+        }
+        folder = Path(url.removeprefix("file://"))
+        (folder / "facts.json").write_text(json.dumps(facts))
+        return folder
+
+    def config(self, **changes):
+        return ScheduleConfig(**{"tracking": self.tracking, **changes})
+
+    def watch(self, **changes):
+        return Watch(self.tracking.uri, ("set",), **changes)

@@ -1,0 +1,238 @@
+"""The scheduler: rules, what is open, and one evaluation from the store to the record."""
+
+import json
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+import tyro
+from mlflow import MlflowClient
+from pydantic import ValidationError
+from rich.console import Console
+
+from jobs.agenda import Agenda
+from jobs.claims import Claim, Claims, Phase
+from jobs.config import EvaluationConfig
+from jobs.records import EvaluationError
+from jobs.schedule import Scheduler, _apply, _due_now, main, rules_by_time, trigger
+from jobs.schedule_config import ScheduleConfig, arguments
+from jobs.schedule_page import page
+from jobs.submit import submission_id
+from jobs.suites import SUITES, suite_config
+from pipeline.tracking import TrackingConfig
+from tests.jobs.mlflow_store import Store
+
+
+@pytest.fixture
+def store(tmp_path, shards):
+    return Store(tmp_path, shards)
+
+
+def agenda(store, **changes):
+    config = store.config(**changes)
+    claims = Claims(config.claims_url, lease_s=config.lease_s)
+    return Agenda(config, claims, store.watch(models=config.models)), claims, config
+
+
+class Recorder:
+    """A submitter that only remembers; evaluations end with the next exit code."""
+
+    def __init__(self, *codes):
+        self.codes, self.submitted = list(codes), []
+
+    def submit(self, claim, words, metadata):
+        self.submitted.append((claim, words, metadata))
+        return "nowhere"
+
+    def ended(self, claim):
+        return self.codes.pop(0) if self.codes else None
+
+    def close(self):
+        pass
+
+
+def test_rules_name_suites_and_times():
+    rules = ("quick@checkpoint", "standard", "full@0 3 * * *", "sound+attack@6h")
+    config = ScheduleConfig(rules=rules)
+    assert rules_by_time(config) == {
+        "checkpoint": ["quick", "standard"],
+        "0 3 * * *": ["full"],
+        "6h": ["sound+attack"],
+    }
+    now = datetime(2026, 11, 21, 12, tzinfo=timezone.utc)
+    due = trigger("0 3 * * *", config).get_next_fire_time(None, now)
+    assert due == datetime(2026, 11, 22, 3, tzinfo=timezone.utc)
+    with pytest.raises(EvaluationError, match=r"'often' is neither.*nor a cron"):
+        trigger("often", config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rules": ("nightly@6h",)}, "no evaluation suite 'nightly'; known: quick, standard"),
+        ({"tracking": TrackingConfig(uri="https://mlflow.example")}, "needs --claims URL"),
+        ({"tracking": TrackingConfig(uri="https://me:sesame@x")}, "credentials"),
+        ({"runtime_env": "[]"}, "runtime_env must be a JSON object"),
+    ],
+)
+def test_impossible_schedules_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        ScheduleConfig(**changes)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_command_says_what_the_suite_says(suite, tmp_path):
+    config = suite_config(
+        suite,
+        (tmp_path / "a").as_uri(),
+        shards="s3://bucket/set",
+        placement={"role": "!training"},
+        num_gpus=0.25,
+        tracking=TrackingConfig(uri="https://mlflow.example", experiment="two words"),
+    )
+    assert tyro.cli(EvaluationConfig, args=arguments(config)) == config
+
+
+def test_suites_differ_in_their_result_and_in_its_place(artifact):
+    configs = [suite_config(suite, artifact) for suite in SUITES]
+    assert len({config.out for config in configs}) == len(SUITES)
+    assert configs[0] == EvaluationConfig(artifact=artifact)  # what training makes
+    with pytest.raises(EvaluationError, match="no evaluation suite"):
+        suite_config("slow", artifact)
+
+
+def test_what_is_open_done_left_to_training_or_unreadable(store):
+    store.checkpoint(1)
+    busy = store.train("busy", "RUNNING", **{"checkpoint.evaluate": "True"})
+    store.checkpoint(2, run_id=busy)
+    gone = Path(store.checkpoint(3)[0].removeprefix("file://"))
+    (gone / "artifact.json").unlink()
+    look, claims, config = agenda(store, rules=("quick", "standard"))
+    entries = {(e.suite, e.checkpoint.step): e for e in look.look(config.suites)}
+    phases = {name: entry.phase for name, entry in entries.items()}
+    assert phases == {
+        ("quick", 1): Phase.OPEN,
+        ("quick", 2): Phase.RUNNING,
+        ("quick", 3): Phase.FAILED,
+        ("standard", 1): Phase.OPEN,
+        ("standard", 2): Phase.OPEN,
+        ("standard", 3): Phase.FAILED,
+    }
+    assert entries["quick", 2].note == "left to its training"
+    assert "no artefact" in entries["quick", 3].note
+    with pytest.raises(EvaluationError, match="no artefact"):
+        _ = entries["quick", 3].next
+
+    impatient = agenda(store, patience_s=1e-6)[0]
+    assert impatient.look(["quick"])[1].phase is Phase.OPEN
+
+    claims.take(entries["standard", 1].next, {"suite": "standard"})
+    assert {e.phase for e in look.look(["standard"])} == {Phase.RUNNING, Phase.OPEN, Phase.FAILED}
+    console = Console(record=True, width=200)
+    page(console, config, claims, look.look(config.suites))
+    text = console.export_text()
+    assert "standard of run step 1; claim" in text
+    assert "left to its training" in text
+    assert "no artefact at" in text
+
+
+def test_only_the_newest_checkpoint_of_each_run(store):
+    other = store.train("other")
+    for step in (1, 2, 3):
+        store.checkpoint(step)
+        store.checkpoint(10 * step, run_id=other)
+    found = agenda(store, newest=True)[0].look(["standard"])
+    assert sorted(entry.checkpoint.step for entry in found) == [3, 30]
+
+
+def test_versions_of_registered_models_are_watched(store):
+    _, _, model_id = store.checkpoint(5)
+    client = MlflowClient(store.tracking.uri)
+    client.create_registered_model("digits")
+    client.create_model_version("digits", f"models:/{model_id}", model_id=model_id)
+    config = store.config(models=("digits",), tracking=TrackingConfig(uri=store.tracking.uri))
+    watch = store.watch(models=config.models)
+    watch._experiments = ("another",)
+    claims = Claims(config.claims_url, lease_s=60)
+    (entry,) = Agenda(config, claims, watch).look(["standard"])
+    assert entry.checkpoint.model_id == model_id
+    assert entry.config.tracking.experiment == "set"
+
+
+def test_two_schedulers_share_the_work_and_keep_their_bounds(store):
+    for step in range(5):
+        store.checkpoint(step, run_id=store.train(f"run-{step}"))
+    submitters = [Recorder(), Recorder()]
+    schedulers = []
+    for submitter in submitters:
+        look, claims, config = agenda(store, parallel=2)
+        schedulers.append(Scheduler(config, claims, look, submitter))
+    for scheduler in schedulers:
+        scheduler.look(["standard"])
+    for scheduler in schedulers * 2:
+        scheduler.tick()
+    assert [len(s.submitted) for s in submitters] == [2, 2]
+    submitters[0].codes = [0, 1]
+    schedulers[0].tick()
+    claims = [claim for s in submitters for claim, _, _ in s.submitted]
+    assert len({claim.key for claim in claims}) == 5
+    assert schedulers[0].failures == 1
+    _, words, facts = submitters[0].submitted[0]
+    assert words[:2] == ["-m", "jobs.scheduled"]
+    assert facts["suite"] == "standard"
+    assert submission_id(Claim("ab", 2)) == "cra-ab-0002"
+
+
+def test_a_time_that_passed_without_a_scheduler_is_caught_up(store):
+    look, claims, config = agenda(store)
+    cron = "0 3 * * *"
+    assert _due_now("checkpoint", config, claims)
+    assert _due_now("1h", config, claims)
+    assert not _due_now(cron, config, claims)  # never applied: its time will come
+    _apply(Scheduler(config, claims, look, Recorder()), claims, cron, ["standard"])
+    assert not _due_now(cron, config, claims)
+    (mark,) = [name for name in claims.store.ls() if name.startswith("rule.")]
+    claims.store.write(mark, json.dumps({"at": time.time() - 86400}).encode())
+    assert _due_now(cron, config, claims)
+
+
+def test_a_store_that_does_not_answer_is_asked_again(store, monkeypatch, caplog):
+    store.checkpoint(1)
+    look, claims, config = agenda(store)
+    scheduler = Scheduler(config, claims, look, submitter := Recorder())
+    with monkeypatch.context() as patch:
+        patch.setattr(look._watch, "checkpoints", lambda: 1 / 0)
+        scheduler.look(["standard"])
+    assert "cannot look for checkpoints: ZeroDivisionError" in caplog.text
+    scheduler.look(["standard"])
+    scheduler.tick()
+    assert len(submitter.submitted) == 1
+
+
+def test_once_evaluates_records_and_then_has_nothing_to_do(store, capfd, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(store.folder / "cache"))
+    url, _, model_id = store.checkpoint(7)
+    flags = ["--tracking.uri", store.tracking.uri, "--tracking.experiment", "set"]
+    flags += ["--rules", "quick@checkpoint", "--tasks.launcher", "local"]
+    assert main([*flags, "--once"]) == 0
+    log = next((store.folder / "cache").rglob("*.log")).read_text()
+    assert "certified robust accuracy" in log
+    client = MlflowClient(store.tracking.uri)
+    experiment = client.get_experiment_by_name("set").experiment_id
+    (run,) = client.search_runs([experiment], "tags.stage = 'cra-eval'")
+    assert run.data.tags["model_id"] == model_id
+    assert run.data.tags["train_run_id"] == store.run_id
+    assert Path(url.removeprefix("file://"), "evaluation/test/summary.json").exists()
+    capfd.readouterr()
+    assert main([*flags, "--once"]) == 0
+    assert "attempt" not in capfd.readouterr().err
+    assert main([*flags, "--status"]) == 0
+    assert "│ quick │ 1           │ 0    │ 0       │ 0       │ 1    │ 0      │" in (
+        capfd.readouterr().out
+    )
+
+
+def test_bad_input_is_refused_by_the_command(capfd):
+    assert main(["--rules", "quick@now and then"]) == 2
+    assert "neither `checkpoint`" in capfd.readouterr().out
