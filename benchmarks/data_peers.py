@@ -1,8 +1,8 @@
 """Peers of `benchmarks.data`: `python -m benchmarks.data_peers webdataset|mosaicml|write ...`.
 
-Each runs alone in a process, under any interpreter that has torch, Pillow and the peer. Both are set
-up as their own introductions say, with two worker processes; images go through Pillow, as there.
-Batches are uint8 (B, 3, 224, 224).
+Each runs alone in a process, under any interpreter that has torch, Pillow and the peer. Both are
+set up as their own introductions say, with two worker processes; images go through Pillow, as
+there. Batches are uint8 (B, 3, 224, 224).
 """
 
 import json
@@ -21,7 +21,7 @@ from PIL import Image
 
 SIZE = 224
 WORKERS = 2
-SHUFFLE = 1000
+SHARDS, SHUFFLE = 100, 1000
 
 
 def crop(image: Image.Image) -> torch.Tensor:
@@ -47,7 +47,7 @@ def webdataset(urls: str, _: str, batch: int) -> Iterator[Any]:
     import webdataset as wds
 
     dataset = (
-        wds.WebDataset(urls.split(), shardshuffle=True)
+        wds.WebDataset(urls.split(), shardshuffle=SHARDS)
         .shuffle(SHUFFLE)
         .decode("pil")
         .to_tuple("jpg;jpeg", "cls")

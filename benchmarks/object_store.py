@@ -6,6 +6,7 @@ them, against one connection that reads shards one after the other. Server and p
 process of their own, on the same machine.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -50,6 +51,24 @@ with s3_server() as address, FaultyProxy(address, weather, remember=True) as pro
     print(address, proxy.url, flush=True)
     sys.stdin.read()
 """
+
+
+@contextlib.contextmanager
+def local_server(latency_s: float, rate: float) -> Iterator[tuple[int, str, str]]:
+    """Run server and proxy in a process; yields its id and the URLs of the two.
+
+    Args:
+        latency_s: Seconds before an answer of the proxy.
+        rate: Bytes per second and connection of the proxy.
+    """
+    command = [sys.executable, "-c", _SERVER, str(latency_s), str(rate)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        address, url = process.stdout.readline().split()
+        try:
+            yield process.pid, f"http://{address}", url
+        finally:
+            process.stdin.close()
 
 
 def make_set() -> None:
@@ -147,15 +166,11 @@ def main() -> None:
     """Run the server and record the table."""
     from tests.object_store import s3_environment
 
-    command = [sys.executable, "-c", _SERVER, str(LATENCY_S), str(RATE)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as server:
-        address, url = server.stdout.readline().split()
-        os.environ.update(s3_environment(f"http://{address}"))
+    with local_server(LATENCY_S, RATE) as (_, address, url):
+        os.environ.update(s3_environment(address))
         make_set()
         os.environ["AWS_ENDPOINT_URL"] = url
         results = list(measure())
-        server.stdin.close()
     slowest = results[0][1].mb_per_s
     write_result(
         "object_store",

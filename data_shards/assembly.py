@@ -64,20 +64,15 @@ class Batch:
 class _Draft:
     """A batch in the making."""
 
-    def __init__(
-        self, plan: Plan, shape: tuple[int, int, int], config: StreamConfig, seed: int
-    ) -> None:
+    def __init__(self, plan: Plan, shape: tuple[int, int, int], seed: int) -> None:
         self.plan = plan
         self.samples = plan.samples.copy()
         self.images = _empty((len(plan.samples), *shape))
         self.damaged: list[list[tuple[int, DamagedSampleError]]] = [[] for _ in plan.samples]
-
-        def words(purpose: int, needed: bool) -> Words | None:
-            return position_words(seed, plan.spans, purpose=purpose) if needed else None
-
-        self.crop = words(CROP, config.crop != "none")
-        self.randaugment = words(RANDAUGMENT, config.randaugment > 0)
-        self.augment = position_words(seed, plan.spans, purpose=AUGMENT)
+        self.crop, self.augment, self.randaugment = (
+            position_words(seed, plan.spans, purpose=purpose)
+            for purpose in (CROP, AUGMENT, RANDAUGMENT)
+        )
 
 
 class Assembler:
@@ -107,7 +102,7 @@ class Assembler:
             for reading in readings:
                 for part in reading.parts:
                     if draft is None:
-                        draft = _Draft(part.plan, shape, self._config, seed)
+                        draft = _Draft(part.plan, shape, seed)
                     if not self._copied(draft, part):
                         fill = functools.partial(self._fill, draft, reading.encoded)
                         each(fill, range(part.start, part.stop))
@@ -132,13 +127,8 @@ class Assembler:
             sample = int(draft.samples[slot])
             image = self._image(draft, slot, sample, encoded)
             if isinstance(image, Tensor):
-                place(
-                    draft.images.numpy()[slot],
-                    image.numpy(),
-                    draft.augment[slot],
-                    shift_pixels=self._config.shift_pixels,
-                    flip=self._config.flip,
-                )
+                moved, changed = draft.augment[slot], draft.randaugment[slot]
+                put(draft.images[slot], image, moved, changed, self._config)
                 return
             draft.damaged[slot].append((int(rows[sample]), image))
             words = position_words(order.seed, draft.plan.spans, purpose=REPLACE, attempt=attempt)
@@ -158,7 +148,7 @@ class Assembler:
             row = int(self._reader.rows[sample])
             if row in self._broken:
                 return self._broken[row]
-            crop = None if draft.crop is None else draft.crop[slot]
+            crop = None if self._config.crop == "none" else draft.crop[slot]
             try:
                 image = self._decode(row, encoded.get(row), crop)
             except DamagedSampleError as error:
@@ -167,8 +157,6 @@ class Assembler:
                 return error
             if decoded is not None:
                 decoded.put(sample, image)
-        if draft.randaugment is not None:
-            image = randaugmented(image, draft.randaugment[slot], self._config.randaugment)
         return image
 
     def _decode(self, row: int, data: memoryview | None, crop: Words | None) -> Tensor:
@@ -237,15 +225,19 @@ def _empty(shape: tuple[int, ...]) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(shape)
 
 
-def randaugmented(image: Tensor, words: Words, share: float) -> Tensor:
-    """Return the image, changed by RandAugment if its last random word says so.
+def put(slot: Tensor, image: Tensor, moved: Words, changed: Words, config: StreamConfig) -> None:
+    """Put an image into its slot of a batch: shifted, mirrored, then changed by RandAugment.
 
     Args:
+        slot: Overwritten, uint8 (C, H, W).
         image: uint8 (C, H, W).
-        words: Random words of the image, (4,).
-        share: Share of the images that are changed.
+        moved: Random words of shift and mirroring, (4,).
+        changed: Random words of RandAugment, (4,); the last one decides whether it is applied.
+        config: What is done, and to which share of the images.
     """
-    return randaugment(image, words) if unit_interval(words[3:])[0] < share else image
+    place(slot.numpy(), image.numpy(), moved, shift_pixels=config.shift_pixels, flip=config.flip)
+    if config.randaugment and unit_interval(changed[3:])[0] < config.randaugment:
+        slot.numpy()[:] = randaugment(slot, changed).numpy()
 
 
 @contextlib.contextmanager

@@ -164,10 +164,11 @@ class Store:
             finally:
                 self.remove(draft)
             return True
+        before = self.retries
         try:
             self._call(lambda: self._fs().pipe_file(self._path(name), data, mode="create"))
         except FileExistsError:
-            return self.retries > 0 and self.read(name) == data
+            return self.retries > before and self.read(name) == data
         return True
 
     def modified(self, name: str) -> float:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from data_shards import decode as codec
-from data_shards.assembly import Batch, randaugmented
-from data_shards.augment import Words, place
+from data_shards.assembly import Batch, put
+from data_shards.augment import Words
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
 from data_shards.order import AUGMENT, CROP, RANDAUGMENT, Cursor, Span, position_words
@@ -174,30 +174,23 @@ class _Producer:
         self, global_batch: int, world_size: int, per_epoch: int, cursor: Cursor, rank: int
     ) -> Iterator[Batch]:
         count = global_batch // world_size
-        config = self._config
         while True:
             start = cursor.position + rank * count
             spans = [Span(cursor.epoch, start, start + count)]  # keys of random words, no more
-            crop, words = (
-                position_words(cursor.seed, spans, purpose=purpose) for purpose in (CROP, AUGMENT)
+            crop, moved, changed = (
+                position_words(cursor.seed, spans, purpose=purpose)
+                for purpose in (CROP, AUGMENT, RANDAUGMENT)
             )
-            drawn = position_words(cursor.seed, spans, purpose=RANDAUGMENT)
             images = torch.empty((count, *self._shape), dtype=torch.uint8)
             labels = torch.empty(count, dtype=torch.int64)
             for slot in range(count):
-                image, labels[slot] = self._next(crop[slot], drawn[slot])
-                place(
-                    images[slot].numpy(),
-                    image.numpy(),
-                    words[slot],
-                    shift_pixels=config.shift_pixels,
-                    flip=config.flip,
-                )
+                image, labels[slot] = self._next(crop[slot])
+                put(images[slot], image, moved[slot], changed[slot], self._config)
             cursor = cursor.advance(global_batch, per_epoch)
             unknown = np.full(count, -1, dtype=np.int64)
             yield Batch(images, labels, unknown, unknown, cursor)
 
-    def _next(self, crop: Words, drawn: Words) -> tuple[Tensor, int]:
+    def _next(self, crop: Words) -> tuple[Tensor, int]:
         """Return the next sample that is whole; the others are counted, up to the budget."""
         while True:
             try:
@@ -206,7 +199,7 @@ class _Producer:
                 raise ShardError(f"cannot read {self._store}: {error}") from error
             self._seen += 1
             try:
-                return self._decode(sample, crop, drawn)
+                return self._decode(sample, crop)
             except ShardError as error:
                 self.damaged["sample"] += 1
                 where = f"{sample.get('__url__')} of {self._store}"
@@ -218,12 +211,7 @@ class _Producer:
                         f"damaged, more than the budget of {budget:g}"
                     ) from error
 
-    def _decode(
-        self,
-        sample: dict[str, Any],
-        crop: Words,
-        drawn: Words,
-    ) -> tuple[Tensor, int]:
+    def _decode(self, sample: dict[str, Any], crop: Words) -> tuple[Tensor, int]:
         extensions = [name for name in codec.EXTENSIONS if name in sample]
         text = sample.get(_LABEL, b"").decode(errors="replace")
         if not extensions or not text.isascii() or not text.isdigit() or int(text) >= self._classes:
@@ -236,6 +224,4 @@ class _Producer:
             image = codec.decode_crop(data, extensions[0], (height, width), crop, channels=channels)
         if tuple(image.shape) != self._shape:
             raise ShardError(f"image of shape {tuple(image.shape)}, the network sees {self._shape}")
-        if self._config.randaugment:
-            image = randaugmented(image, drawn, self._config.randaugment)
         return image, int(text)

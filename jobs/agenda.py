@@ -108,7 +108,7 @@ class Agenda:
             if name not in self._keys:
                 self._keys[name] = evaluation_key(config, view.load)
         except _UNREADABLE as error:
-            return Entry(checkpoint, suite, Phase.FAILED, note=str(error))
+            return Entry(checkpoint, suite, Phase.FAILED, note=f"{type(error).__name__}: {error}")
         key = self._keys[name]
         first = Claim(claim_key(key, checkpoint.run_id), 1)
         state = view.states.get(first.key)

@@ -80,7 +80,8 @@ def report(console: Console, config: EvaluationConfig, summary: EvaluationSummar
         f"--shards {summary.shards_url}",
         soft_wrap=True,
     )
-    console.print(f"figures:     {FIGURE}, {HISTOGRAM}, {LAYERS} beside it")
+    figures = [FIGURE, HISTOGRAM] + [LAYERS] * bool(summary.layers)
+    console.print(f"figures:     {', '.join(figures)} beside it")
 
 
 def _attack_line(attack: AttackScores) -> str:

@@ -113,8 +113,8 @@ def _status(model: Name, tracking: TrackingConfig) -> int:
     registry = Registry(tracking)
     rule = promotion.rule_of(registry, model)
     table = Table(title=f"{model}: {rule.metric}, alpha {rule.alpha:g}, gain >= {rule.min_gain:g}")
-    for column in ("version", "alias", "step", "data", rule.metric, "certificate", "decision"):
-        table.add_column(column, overflow="fold")
+    for column in ("version", "alias", "step", "data", "CRA", "certificate", "decision"):
+        table.add_column(column, no_wrap=True)
     for version in registry.versions(model):
         tags = version.tags
         share = tags.get(rule.metric)

@@ -9,6 +9,7 @@ from a certificate: an evaluation whose record in MLflow differs from it is list
 from __future__ import annotations
 
 import base64
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -87,14 +88,14 @@ def interval(certified: int, samples: int) -> tuple[float, float]:
 
 
 def per_point(entry: Entry, ratio: str) -> float | None:
-    """Return the device seconds per percentage point of `cra_sound`; None without cost or points."""
+    """Return the device seconds per percentage point of `cra_sound`; None if one is missing."""
     seconds = entry.reported.cost.up_to(entry.chosen.summary.step)
     cra = entry.chosen.summary.columns["sound"].cra.get(ratio)
     return seconds / (100 * cra) if seconds and cra else None
 
 
 def per_further_point(entry: Entry, at: int, ratio: str) -> float | None:
-    """Return the device seconds per point since the checkpoint before; None if there was no gain."""
+    """Return the device seconds per point since the checkpoint before; None without a gain."""
     if at == 0:
         return None
     before, after = entry.by_step[at - 1].summary, entry.by_step[at].summary
@@ -137,6 +138,7 @@ _FILTERS: Mapping[str, Callable[..., object]] = {
     "per_point": per_point,
     "per_further_point": per_further_point,
     "cell": cell,
+    "quoted": shlex.quote,
     "when": lambda ms: datetime.fromtimestamp(ms / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M"),
 }
 

@@ -115,9 +115,7 @@ def cost_of(
         steps.append(point.step)
         seconds.append(elapsed)
         last = point.step
-    return Cost(
-        devices, tuple(steps), tuple(seconds), images, _epoch_images(epoch, batch), price
-    )
+    return Cost(devices, tuple(steps), tuple(seconds), images, _epoch_images(epoch, batch), price)
 
 
 def _epoch_images(epoch: Sequence[Point], batch: int) -> float | None:

@@ -134,10 +134,16 @@ class Report:
     @cached_property
     def differences(self) -> dict[str, tuple[str | None, ...]]:
         """Settings in which the runs differ: one value per run, None where a run has no such."""
-        params = [reported.run.params for reported in self.runs]
-        names = sorted(set().union(*params) - NOT_SETTINGS)
-        table = {name: tuple(p.get(name) for p in params) for name in names}
-        return {name: values for name, values in table.items() if len(set(values)) > 1}
+        return differing_settings([reported.run.params for reported in self.runs])
+
+
+def differing_settings(
+    params: Sequence[Mapping[str, str]],
+) -> dict[str, tuple[str | None, ...]]:
+    """Return the settings in which runs differ: a value for each, None where a run has none."""
+    names = sorted(set().union(*params) - NOT_SETTINGS)
+    table = {name: tuple(p.get(name) for p in params) for name in names}
+    return {name: values for name, values in table.items() if len(set(values)) > 1}
 
 
 def collect(reader: Reader, names: Sequence[str], price: float | None) -> Report:

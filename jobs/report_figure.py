@@ -43,7 +43,9 @@ def curves_svg(board: Board, places: Sequence[int]) -> bytes:
     limit = _largest_eps(board)
     for place, entry in zip(places, board.entries, strict=True):
         summary, color = entry.chosen.summary, color_of(place)
-        eps, cra = (np.array(values) for values in zip(*summary.columns["sound"].curve, strict=True))
+        eps, cra = (
+            np.array(values) for values in zip(*summary.columns["sound"].curve, strict=True)
+        )
         label = f"{entry.reported.run.name}, step {summary.step}"
         axes.plot(eps, 100 * cra, color=color, linestyle=_style(place), linewidth=2, label=label)
         if summary.attack:
@@ -124,7 +126,9 @@ def _draw_band(axes: Axes, summary: EvaluationSummary, color: str, limit: float)
     grid = np.union1d(np.linspace(0.0, limit, 801), at)
     above = broken[np.searchsorted(at, grid, side="right") - 1]
     below = np.interp(grid, curve, proved, right=0.0)
-    axes.fill_between(grid, 100 * below, 100 * above, color=color, alpha=0.10, linewidth=0)
+    axes.fill_between(grid, 100 * below, 100 * above, color=color, alpha=0.07, linewidth=0)
+    edge = {"color": color, "linewidth": 0.9, "alpha": 0.7}
+    axes.step([*at, limit], 100 * broken[[*range(at.size), -1]], where="post", **edge)
     axes.plot(at[1:], 100 * broken[1:], "v", color=color, markersize=5, clip_on=False)
 
 
@@ -139,7 +143,7 @@ def _finish(figure: Figure, *panels: Axes) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=9,
+        handles, labels, loc="outside lower center", ncols=min(len(labels), 3), fontsize=9,
         frameon=False,
     )  # fmt: skip
 

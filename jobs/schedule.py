@@ -112,7 +112,7 @@ class Scheduler:
             self._open.pop(name, None)
             if entry.phase is Phase.OPEN:
                 self._open[name] = entry
-            elif entry.claim is None and name not in self._told:
+            elif entry.phase is Phase.FAILED and name not in self._told:
                 self._told.add(name)
                 logger.warning("%s: %s", entry.checkpoint.artifact_url, entry.note)
 

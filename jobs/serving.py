@@ -76,11 +76,12 @@ class SoundPredictor:
         Raises:
             ModelError: other shapes or types.
         """
-        norms = image_norms(pixels)
+        norms = image_norms(pixels, self._network.norm)
         with torch.autocast(self._device.type, enabled=False):
             images = pixels.to(self._device, torch.float64) / 255
-            logits, _ = self._network.logits_and_margin_factors(images)
-        return self._certifier.certify(logits, norms.to(self._device), logits.argmax(1))
+            logits, slopes = self._network.logits_and_slopes(images)
+        norms = norms.to(self._device)
+        return self._certifier.certify(logits, norms, logits.argmax(1), slopes)
 
 
 class CertifiedModel:

@@ -7,11 +7,13 @@ import torch
 from pydantic import BeforeValidator, SerializeAsAny, TypeAdapter
 
 from model.aol import Aol, AolConfig
+from model.bronet import BRONet, BRONetConfig
 from model.config import LipNeXtConfig, NetworkConfig
 from model.contract import CertifiedNetwork
 from model.errors import ModelError
 from model.groupsort import GroupSort, GroupSortConfig
 from model.lipnext import LipNeXt
+from model.liresnet import LiResNet, LiResNetConfig
 from model.sll import Sll, SllConfig
 from model.soc import LipConvnet, SocConfig
 from model.sortnet import SortNet, SortNetConfig
@@ -26,6 +28,8 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
     "lipnext": Family(LipNeXtConfig, LipNeXt),
+    "liresnet": Family(LiResNetConfig, LiResNet),
+    "bronet": Family(BRONetConfig, BRONet),
     "sortnet": Family(SortNetConfig, SortNet),
     "groupsort": Family(GroupSortConfig, GroupSort),
     "sll": Family(SllConfig, Sll),

@@ -21,8 +21,8 @@ _TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """A tile and its copy stay in a core's cache; a GPU needs more work for each launch."""
 _CHUNK = 8
 _SMALLEST_POWER = -64.0
-"""Terms below 2^-64 of the largest are raised to it: denormal numbers are slow, and a sum in float32
-or a gradient cannot tell."""
+"""Terms below 2^-64 of the largest are raised to it: denormal numbers are slow, and no sum in
+float32 can tell."""
 
 
 class Subsets(NamedTuple):
@@ -161,7 +161,7 @@ def distance(
     """
     wide, w = at_least_float32(x), at_least_float32(weight)
     part = Subsets(max(1, len(x))) if subsets is None else subsets
-    result: Tensor = _Distance.apply(wide, w.to(wide.dtype), part, reduction)  # type: ignore[no-untyped-call]
+    result: Tensor = _Distance.apply(wide, w.to(wide.dtype), part, reduction)
     return result
 
 

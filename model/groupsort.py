@@ -4,6 +4,7 @@ Rows of every matrix have an l1 norm of at most 1, so a layer is 1-Lipschitz in 
 sorting within groups of channels, in every norm.
 """
 
+import itertools
 import math
 from typing import Literal, cast
 
@@ -48,7 +49,7 @@ class GroupSortConfig(NetworkConfig):
 
 
 def bounded_rows(weight: Tensor) -> Tensor:
-    """w / max(1, ||w||_1) for every row of (O, n), in float32 or wider."""
+    """Rows w / max(1, ||w||_1) of a weight (O, n), in float32 or wider."""
     wide = at_least_float32(weight)
     return wide / wide.abs().sum(1, keepdim=True).clamp(min=1)
 
@@ -103,8 +104,7 @@ class GroupSort(CertifiedNetwork):
         self.sorted_channels = config.sorted_channels
         sizes = [math.prod(config.input_shape)] + [config.width] * (config.depth - 1)
         self.blocks = nn.ModuleList(
-            RowBoundedLinear(inputs, outputs)
-            for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True)
+            RowBoundedLinear(inputs, outputs) for inputs, outputs in itertools.pairwise(sizes)
         )
         self.head = RowBoundedHead(config.width, config.num_classes)
 

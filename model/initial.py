@@ -87,8 +87,20 @@ def _ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.ones(*shape, dtype=torch.float64)
 
 
+def _residual(shape: tuple[int, ...], generator: torch.Generator, side: int = 1) -> Tensor:
+    value = _standard_normal(shape, generator) / (side**2 * shape[0])
+    value[:, -1] = 1
+    return value
+
+
+def _residual_3x3(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return _residual(shape, generator, side=3)
+
+
 KINDS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "haar": ORTHOGONAL.random,
+    "residual": _residual,
+    "residual_3x3": _residual_3x3,
     "identity": _identity,
     "zeros": _zeros,
     "ones": _ones,
@@ -116,7 +128,10 @@ def initial_value(kind: str, shape: Sequence[int], *, seed: int, name: str) -> T
             the sum of fan-in and fan-out), and for weights (rows, columns, ...) with a kernel that
             is zero around its centre `dirac` (the identity) and `orthonormal` (a Haar corner),
             `filter` (variance 1/shape[0]), `uniform` (up to 1/sqrt(shape[-1]) on either side),
-            `angle` (uniform on [0, pi]) and `right_angle`.
+            `angle` (uniform on [0, pi]) and `right_angle`; `ones`; `residual` and `residual_3x3`
+            (deviation 1 / (kernel's size * rows), but gains of 1 in the last column); for layers in l-infinity
+            `passing` (standard normal, but -10 at column row mod n: |x_i + 10| is then the largest
+            distance of a row to points of moderate size) and `selecting` (each row one input).
         shape: shape of the whole parameter.
         seed: seed of the run.
         name: qualified name of the parameter; two parameters are independent.

@@ -107,7 +107,7 @@ class MLPHead(nn.Module):
 
     @torch.no_grad()
     def curvature_bounds(self) -> Tensor:
-        """c for all ordered pairs (i, j), proved, float64 (K, K), diagonal 0.
+        """Curvature c of all ordered pairs (i, j), proved, float64 (K, K), diagonal 0.
 
         The smallest of: ||W1||^2 max (a_-); the bounds of the two parts of
         a_- <= max(-W2[i], 0) + max(W2[j], 0); and, where that is affordable, of the pair itself.

@@ -69,7 +69,7 @@ class _Angled(nn.Module):
         when they are stored.
         """
         program = state.program
-        largest = float(self._angle(self.angle.double()).abs().max()) * SLACK
+        largest = float(self._angle(self.angle.detach().double()).abs().max()) * SLACK
         rounding = gamma(ELEMENTARY + 1, program.activation)
         error = math.sqrt(2) * (program.weight * largest + rounding) * SLACK
         return error if error <= 1 else math.inf
@@ -96,7 +96,7 @@ class Householder(_Angled):
         return torch.cat([a - twice * sine, b + twice * cosine], 1)
 
     def carry(self, state: Carried) -> None:
-        """n is off by `direction`; two products, a difference, a product and a difference round."""
+        """The normal is off by `direction`; products and differences round five times."""
         direction = self._direction_error(state)
         rounding = gamma(8, state.program.activation)
         self._round(state, 4 * (direction + rounding) * (1 + direction))

@@ -77,7 +77,7 @@ class RegularisedConvolution(nn.Module):
         """
         kernel = self._kernel(at_least_float32(self.weight))
         norm = self._estimate(kernel) if self.training else self.norm.to(kernel.dtype)
-        y = self._apply(x.to(kernel.dtype), kernel)
+        y = self._convolved(x.to(kernel.dtype), kernel)
         return y + at_least_float32(self.bias)[:, None, None], norm
 
     def _kernel(self, weight: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class RegularisedConvolution(nn.Module):
         """K itself."""
         return kernel
 
-    def _apply(self, x: Tensor, kernel: Tensor) -> Tensor:
+    def _convolved(self, x: Tensor, kernel: Tensor) -> Tensor:
         if self.training:
             return F.conv2d(x, kernel, stride=self.stride, padding=self.padding)
         return convolve(x, kernel, stride=self.stride, padding=self.padding)
@@ -165,8 +165,8 @@ class LinearResidual(RegularisedConvolution):
         one = torch.eye(self.outputs, dtype=kernel.dtype, device=kernel.device)
         return kernel + F.pad(one[:, :, None, None], (1, 1, 1, 1))
 
-    def _apply(self, x: Tensor, kernel: Tensor) -> Tensor:
-        centred: Tensor = self.centre(super()._apply(x, kernel))
+    def _convolved(self, x: Tensor, kernel: Tensor) -> Tensor:
+        centred: Tensor = self.centre(super()._convolved(x, kernel))
         return x + centred
 
     def _translation(self) -> float:

@@ -64,12 +64,11 @@ def norm_bound(v: Tensor) -> Tensor:
 def _powers(v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """G, G^2, G^4 ..., each divided by a power of two, and these."""
     powers, scales = [], []
-    g = gram(v)
-    for _ in range(_SQUARINGS[v.ndim] + 1):
+    for i in range(_SQUARINGS[v.ndim] + 1):
+        g = gram(powers[-1] if i else v)
         # A power of two: the scaling itself has no rounding error.
         scales.append(_power_of_two(g))
         powers.append(g / scales[-1])
-        g = gram(powers[-1])
     return powers, scales
 
 

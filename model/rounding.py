@@ -129,7 +129,14 @@ class Carried:
         self.note(self.computed)
 
     def multiply(
-        self, k: int, *, upper: float, absolute: float, bias: float = 0.0, roundings: int = 1
+        self,
+        k: int,
+        *,
+        upper: float,
+        absolute: float,
+        bias: float = 0.0,
+        copies: int = 1,
+        roundings: int = 1,
     ) -> None:
         """Apply a matrix A and add a bias, with dot products of k terms (k + 1 with the bias).
 
@@ -140,10 +147,11 @@ class Carried:
             upper: bound of ||A||.
             absolute: bound of || |A| ||.
             bias: norm of the bias over all tokens.
+            copies: how many rounded copies of weights an entry of A is made of.
             roundings: how often the result is rounded: a bias may be added to a stored product.
         """
         size = absolute * self.computed + bias
-        rounding = self.program.product(k, roundings=roundings) * size
+        rounding = self.program.product(k, copies=copies, roundings=roundings) * size
         self.error = upper * self.error + rounding
         self.norm = upper * self.norm + bias
         self.note(size)

@@ -64,7 +64,7 @@ def fast_series(x: Tensor, kernel: Tensor, terms: int) -> Tensor:
 
 
 def _horner(x: Tensor, kernel: Tensor, last: int, first: int) -> Tensor:
-    """x + J/first (x + J/(first+1) (... x + J/last x))."""
+    """Nested sum x + J/first (x + J/(first+1) (... x + J/last x))."""
     z = x
     for i in range(last, first - 1, -1):
         z = x + F.conv2d(z, kernel, padding=kernel.shape[-1] // 2) / i

@@ -175,6 +175,9 @@ class Residual(RescaledLayer):
     def carry(self, state: Carried) -> None:
         """See docs/families.md; everything is measured after scaling by T^-1/2."""
         program, known = state.program, self.rescaled(state.program)
+        if not math.isfinite(known.error):
+            state.error = torch.full_like(state.error, math.inf)
+            return
         bias = known.bias * math.sqrt(self.positions)
         size = state.computed
         # V x + b, then relu: exact, so the size is that of the exact value and its error.
@@ -234,6 +237,9 @@ class AlmostOrthogonal(RescaledLayer):
     def carry(self, state: Carried) -> None:
         """A product with a matrix of norm <= 1 whose entries err relatively."""
         program, known = state.program, self.rescaled(state.program)
+        if not math.isfinite(known.error):
+            state.error = torch.full_like(state.error, math.inf)
+            return
         bias = known.bias * math.sqrt(self.positions)
         # The root of 1 / T, the products with V and the stored copy of the result.
         entry = combined(known.error, *[program.wide] * 3, program.activation, program.weight)

@@ -41,7 +41,7 @@ class SocConfig(NetworkConfig):
     activation: Literal["maxmin", "householder"] = "maxmin"
     """`householder`: a learned reflection of each pair of channels; (min, max) at first."""
     pointwise: Literal["series", "manifold"] = "series"
-    """The 1 x 1 filters of the last stage: as all others, or orthogonal matrices on the manifold."""
+    """1 x 1 filters of the last stage: as all others, or orthogonal matrices on the manifold."""
     pooling: Literal["max", "projection"] = "max"
     """What halves the channels at the end of a stage; `projection`: distance to a learned cone."""
     train_terms: int = 6

@@ -5,9 +5,10 @@ coefficients of the sorted distances are not negative and sum to at most 1.
 """
 
 import hashlib
+import itertools
 import math
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -75,7 +76,7 @@ class SortNetConfig(NetworkConfig):
         return [math.prod(self.input_shape)] + [self.width] * (self.depth - 1) + [self.num_classes]
 
     def power(self, progress: float) -> float:
-        """p at a share of the run; infinite at its end."""
+        """Power p at a share of the run; infinite at its end."""
         if progress >= self.p_to:
             return math.inf
         grown = max(0.0, (progress - self.p_from) / (self.p_to - self.p_from))
@@ -112,21 +113,24 @@ class SampledCentering(Centering):
 
 
 class DistanceLayer(nn.Module):
-    """Sorted distances of the input to the rows of a weight; the last layer has no centring."""
+    """Sorted distances of the input to the rows of a weight, centred but in the last layer."""
 
     def __init__(
-        self, inputs: int, outputs: int, coefficients: tuple[float, ...], *, initial: str, last: bool
+        self,
+        inputs: int,
+        outputs: int,
+        coefficients: tuple[float, ...],
+        *,
+        initial: str,
+        centred: bool,
     ) -> None:
         super().__init__()
         self.ranked = RankedSum(coefficients)
         self.weight = set_initial(nn.Parameter(torch.empty(outputs, inputs)), initial)
-        self.centre = None if last else SampledCentering(outputs)
-        self.bias: nn.Parameter | None = None
-        if last:
-            self.bias = set_initial(nn.Parameter(torch.empty(outputs)), "zeros")
+        self.centre = SampledCentering(outputs) if centred else None
 
     def forward(self, x: Tensor, trained: Reduction | None, subsets: Subsets | None) -> Tensor:
-        """Outputs (B, O); of the last layer bias - distances, in float32 or wider.
+        """Outputs (B, O), or (B, kept outputs).
 
         Args:
             x: shape (B, n), or (B, kept inputs).
@@ -134,31 +138,48 @@ class DistanceLayer(nn.Module):
             subsets: inputs and outputs that take part; None: all.
         """
         y = distance(x, self.weight, trained or self.ranked, subsets)
-        if self.bias is not None:
-            return at_least_float32(self.bias) - y
-        assert self.centre is not None
-        return self.centre(y, subsets).to(self.weight.dtype)
+        return y if self.centre is None else self.centre(y, subsets).to(self.weight.dtype)
+
+    def carry(self, state: Carried) -> None:
+        """Carry bounds through the layer in evaluation; all norms are largest entries."""
+        state.translate(largest_entry(self.weight))
+        # A coefficient is rounded twice: from its exact value, and to the program's type.
+        terms = len(self.ranked.coefficients) + 2
+        state.multiply(terms, upper=1.0, absolute=1.0)
+        if self.centre is not None:
+            state.translate(largest_entry(self.centre.mean))
 
 
-class Temperature(nn.Module):
-    """Multiplies the logits by one trained number, which no certificate depends on.
+class ScaledHead(nn.Module):
+    """Logits s (b_k - x_k) of distances x_k; the trained number s changes no certificate.
 
-    Margins and factors grow alike; only a cross-entropy can tell.
+    Margins and factors grow alike with s: only a cross-entropy can tell.
     """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.weight = set_initial(nn.Parameter(torch.empty(1)), "ones")
+        self.bias = set_initial(nn.Parameter(torch.empty(num_classes)), "zeros")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, K) and factors (K, K) of values (B, K) that are 1-Lipschitz each."""
-        weight = at_least_float32(self.weight)
-        return x * weight, equal_factors(self.num_classes).to(x) * weight.abs()
+        """Logits (B, K) and factors (K, K), of values (B, K) that are 1-Lipschitz each."""
+        scale = at_least_float32(self.weight)
+        factors = equal_factors(x.shape[1]).to(x) * scale.abs()
+        return (at_least_float32(self.bias) - x) * scale, factors
+
+    @property
+    def scale(self) -> float:
+        """|s|, exactly."""
+        return float(self.weight.detach().double().abs())
+
+    def carry(self, state: Carried) -> None:
+        """Carry bounds through the head."""
+        state.translate(largest_entry(self.bias))
+        state.multiply(1, upper=self.scale, absolute=self.scale)
 
 
 class SortNet(CertifiedNetwork):
-    """Layers of sorted distances; a logit is the negative of a distance, times a temperature."""
+    """Layers of sorted distances; a logit falls with the distance to the row of its class."""
 
     norm = "linf"
 
@@ -169,18 +190,20 @@ class SortNet(CertifiedNetwork):
         self.config = config
         sizes = config.sizes()
         self.blocks = nn.ModuleList()
-        for i, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
             self.blocks.append(
                 DistanceLayer(
                     inputs,
                     outputs,
                     # Pixels are never left out in training, so their distances are not sorted.
                     config.coefficients() if i else (1.0,),
-                    initial="passing" if config.passing and inputs <= outputs else "standard_normal",
-                    last=i == config.depth - 1,
+                    initial="passing"
+                    if config.passing and inputs <= outputs
+                    else "standard_normal",
+                    centred=i < config.depth - 1,
                 )
             )
-        self.head = Temperature(config.num_classes)
+        self.head = ScaledHead(config.num_classes)
         self.begin_step(step=0, progress=0.0, seed=0)
 
     def begin_step(self, *, step: int, progress: float, seed: int) -> None:
@@ -208,7 +231,7 @@ class SortNet(CertifiedNetwork):
         return torch.stack(subsets).to(device)
 
     def features(self, images: Tensor) -> Tensor:
-        """The negative distances of the last layer, shape (B, K); see CertifiedNetwork."""
+        """The distances of the last layer, shape (B, K); see CertifiedNetwork."""
         self.check_images(images)
         x = centred_pixels(images, self.config.input_scale).flatten(1)
         trained = self._trained if self.training else None
@@ -232,7 +255,7 @@ class SortNet(CertifiedNetwork):
     @property
     def head_rule(self) -> str:
         """See CertifiedNetwork."""
-        return "temperature"
+        return "scaled"
 
     @property
     def bounded_matrices(self) -> tuple[str, ...]:
@@ -244,29 +267,22 @@ class SortNet(CertifiedNetwork):
         return LipschitzBound(self.config.input_scale, {"pixels": self.config.input_scale})
 
     def margin_factor_bounds(self) -> Tensor:
-        """Twice the temperature: both logits move by at most that; see CertifiedNetwork."""
+        """Twice the scale of the head for every pair; see CertifiedNetwork."""
         if not all(bool(tensor.isfinite().all()) for tensor in self.state_dict().values()):
             raise ModelError("the network holds values that are not finite")
-        return equal_factors(self.num_classes).to(self.head.weight.device) * self._temperature()
-
-    def _temperature(self) -> float:
-        return float(self.head.weight.double().abs())
+        return equal_factors(self.num_classes).to(self.head.weight.device) * self.head.scale
 
     @torch.no_grad()
     def margin_error(
         self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float
     ) -> Tensor:
         """See CertifiedNetwork; docs/families.md, SortNet."""
-        scale, top = self.config.input_scale, self.config.top
+        scale = self.config.input_scale
         state = Carried.images(norms, 1, program)
         state.multiply(2, upper=scale, absolute=scale)
         for block in self.blocks:
-            state.translate(largest_entry(block.weight))
-            # A coefficient is rounded twice: from its exact value, and to the program's type.
-            state.multiply(top + 2, upper=1.0, absolute=1.0)
-            state.translate(largest_entry(block.centre.mean if block.centre else block.bias))
-        temperature = self._temperature()
-        state.multiply(1, upper=temperature, absolute=temperature)
-        operations = 10 + len(self.blocks) * (3 * top + 12)
-        growth = max(1.0, scale) * max(1.0, temperature)
+            cast(DistanceLayer, block).carry(state)
+        self.head.carry(state)
+        operations = 10 + len(self.blocks) * (3 * self.config.top + 12)
+        growth = max(1.0, scale) * max(1.0, self.head.scale)
         return proved_error(state, 2 * state.error, operations, growth)

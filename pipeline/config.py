@@ -41,11 +41,11 @@ class DataConfig:
 class LossConfig:
     """The loss and the ramp of its radius (LiResNet++, arXiv 2310.02513)."""
 
-    kind: Literal["emma", "mixture", "offset"] = "emma"
+    kind: Literal["emma", "mixture", "offset", "certificate"] = "emma"
     """`emma`: cross-entropy of margins less what the radius can cost (arXiv 2310.02513); `mixture`:
     share of samples not certified at the radius, as a clipped hinge, plus a cross-entropy whose
-    weight decays (arXiv 2210.01787); `offset`: cross-entropy after the logit of the label was lowered
-    (arXiv 2208.03160)."""
+    weight decays (arXiv 2210.01787); `offset`: cross-entropy after the label's logit was lowered
+    (arXiv 2208.03160); `certificate`: cross-entropy less a multiple of the certified radius (arXiv 2108.04062)."""
     eps: float = Field(default=36 / 255, gt=0)
     """Reference radius, in the network's norm and pixels of [0, 1]."""
     eps_start: float = Field(default=0.1, ge=0)
@@ -57,7 +57,13 @@ class LossConfig:
     scale: float = Field(default=1.0, gt=0)
     """Inverse temperature of the cross-entropy; the certificate never sees it."""
     offset: float = Field(default=2.0**0.5, ge=0)
-    """What `offset` lowers the logit of the label by."""
+    """What `offset` and `logit_annealing` lower the logit of the label by."""
+    temperature: float = Field(default=0.75, gt=0)
+    """What `logit_annealing` divides logits by."""
+    exponent: float = Field(default=5.0, ge=0)
+    """Power of 1 - probability that weights the samples of `logit_annealing`."""
+    certificate_weight: float = Field(default=0.5, ge=0)
+    """What `certificate` takes off the loss per unit of radius."""
     ce_start: float = Field(default=0.1, gt=0)
     """Weight of the cross-entropy of `mixture` at first."""
     ce_end: float = Field(default=1e-3, gt=0)
@@ -91,6 +97,8 @@ class TrainConfig:
     """Smallest learning-rate factor of the cosine."""
     grad_clip: float = Field(default=0.0, ge=0)
     """Largest global norm of the ambient gradient; 0 switches clipping off."""
+    max_skipped: int = Field(default=3, ge=0)
+    """Steps in a row that may be skipped on all ranks because a loss or gradient is not finite."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -123,6 +131,14 @@ class CheckpointConfig:
 
     every_steps: int = Field(default=0, ge=0)
     """Steps between checkpoints; the last step always has one. 0: only the last."""
+    keep_last: int = Field(default=5, ge=0)
+    """Newest checkpoints that stay; 0: all. Artefacts, a fifth of their size, always stay."""
+    keep_every: int = Field(default=0, ge=0)
+    """A checkpoint whose step this divides stays, too; 0: none for that reason."""
+    keep_best: int = Field(default=1, ge=0)
+    """Checkpoints with the highest cra_sound at the first radius of the table stay, too."""
+    budget_gb: float = Field(default=0.0, ge=0)
+    """10^9 bytes that the checkpoints of the run may fill; 0: no limit. The newest always stays."""
     evaluate: bool = True
     """Certify every kept checkpoint in downstream tasks."""
     evaluate_eps: tuple[str, ...] = ("36/255", "72/255", "108/255", "255/255")
@@ -186,6 +202,9 @@ class RunConfig:
     """Name of the run. Empty: preset, date and time; with --resume the newest run of the preset."""
     resume: bool = False
     """Continue from the newest committed checkpoint of the run."""
+    start_or_resume: bool = False
+    """Continue the run of this --name if there is one, else start it: for jobs that are submitted
+    again by a machine."""
 
     def __post_init__(self) -> None:
         """Rules that involve two parts, and what must not be saved beside every checkpoint."""
@@ -199,6 +218,8 @@ class RunConfig:
                     f"{name} holds credentials, which would be saved with the configuration: "
                     "give them in the environment or in the store's own settings"
                 )
+        if self.start_or_resume and not self.name:
+            raise PipelineError("start_or_resume needs --name: else no run is the same one again")
         split = self.train.global_batch
         parts = self.train.accumulation
         if split % parts:
@@ -239,6 +260,7 @@ MATHEMATICS = ("model", "data", "optim", "loss", "train")
 """Parts that must not change when a run is resumed."""
 _FREE_ON_RESUME = {
     "train.stop_after",
+    "train.max_skipped",
     "train.log_every",
     "data.shards",
     *(f"data.stream.{name}" for name in SAME_SAMPLES),

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -10,8 +10,10 @@ from rich.console import Console
 from data_shards.store import Store
 from pipeline.display import Display
 from pipeline.evaluation import Evaluations
-from pipeline.events import Event, Kept, Metrics, NotKept, Started
+from pipeline.events import Event, Kept, Metrics, NotKept, Skipped, Started
 from pipeline.prepare import Prepared
+from pipeline.retention import Retention
+from pipeline.submission import submission_tags
 from pipeline.tracker import Tracker
 from pipeline.tracking import TrackingConfig, ui_command
 from pipeline.worker import Job
@@ -27,12 +29,20 @@ class Desk:
         display: what the person sees.
         tracker: the MLflow record.
         evaluations: certification of kept checkpoints; None leaves them uncertified.
+        after_kept: called when a checkpoint has been kept; must not wait.
     """
 
-    def __init__(self, display: Display, tracker: Tracker, evaluations: Evaluations | None) -> None:
+    def __init__(
+        self,
+        display: Display,
+        tracker: Tracker,
+        evaluations: Evaluations | None,
+        after_kept: Callable[[], object],
+    ) -> None:
         self._display = display
         self._tracker = tracker
         self._evaluations = evaluations
+        self._after_kept = after_kept
 
     def stamp(self, job: Job) -> Job:
         """The job with the id of its tracked run, so that artefacts lead back to it.
@@ -57,6 +67,10 @@ class Desk:
             case NotKept():
                 self._display.message(f"[red]not kept[/red] step {event.step}: {event.error}")
                 self._tracker.log_metrics(event.step, {"checkpoint/failed": 1.0})
+            case Skipped():
+                self._display.message(
+                    f"[yellow]skipped[/yellow] step {event.step}: a loss or gradient is not finite"
+                )
 
     def _keep(self, event: Kept) -> None:
         self._display.message(
@@ -66,9 +80,13 @@ class Desk:
         )
         times = {"checkpoint/stall_s": event.stall_s, "checkpoint/write_s": event.seconds}
         self._tracker.log_metrics(event.step, times)
-        self._tracker.log_checkpoint(event.step, event.artifact_url, event.digest, wait_seconds=0)
+        where = {"checkpoint_url": event.checkpoint_url}
+        self._tracker.log_checkpoint(
+            event.step, event.artifact_url, event.digest, where, wait_seconds=0
+        )
         if self._evaluations is not None:
             self._evaluations.submit(event.artifact_url, event.step)
+        self._after_kept()
 
 
 @contextlib.contextmanager
@@ -83,13 +101,14 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
         prepared.spool,
         run_name=config.name,
         params=prepared.params(),
-        tags={"preset": config.preset, "run_url": prepared.job.run_url},
+        tags={"preset": config.preset, "run_url": prepared.job.run_url, **submission_tags()},
     )
     evaluations = _evaluations(prepared, tracker) if config.checkpoint.evaluate else None
     display = Display(console)
+    retention = _retention(prepared, evaluations, display)
     status = "FAILED"
     try:
-        yield Desk(display, tracker, evaluations)
+        yield Desk(display, tracker, evaluations, retention.submit)
         display.close()
         summaries = _results(evaluations, console)
         status = "FINISHED"
@@ -99,10 +118,21 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
         raise
     finally:
         display.close()
+        tracker.finish(status)  # first: what follows may outlast the time that a stop leaves
         if evaluations is not None:
             evaluations.cancel()
-        tracker.finish(status)
+        retention.close()
         tracker.close(_CLOSE_S)
+
+
+def _retention(prepared: Prepared, evaluations: Evaluations | None, display: Display) -> Retention:
+    policy = prepared.job.config.checkpoint
+
+    def scores() -> dict[int, float]:
+        summaries = evaluations.finished() if evaluations else []
+        return {s.step: s.columns["sound"].cra[policy.evaluate_eps[0]] for s in summaries}
+
+    return Retention(prepared.run, policy, scores, display.message)
 
 
 def _evaluations(prepared: Prepared, tracker: Tracker) -> Evaluations:

@@ -76,6 +76,8 @@ class Display:
 
     def _summary(self, event: Metrics) -> str:
         mean = self._average
+        if "train/loss" not in mean:
+            return f"{event.values['train/skipped']:.0f} steps skipped"
         return (
             f"loss {mean['train/loss']:.4f}  clean {mean['train/clean']:.1%}  "
             f"certified {mean['train/certified']:.1%}  lr {event.values['train/lr']:.2e}  "

@@ -57,6 +57,11 @@ class Evaluations:
         """Evaluations that are not finished."""
         return sum(not future.done() for future in self._pending)
 
+    def finished(self) -> list[Any]:
+        """Summaries of the evaluations that have succeeded so far."""
+        done = [f for f in self._pending if f.done() and not f.cancelled() and not f.exception()]
+        return [future.result() for future in done]
+
     def results(self) -> list[Any]:
         """Wait for all evaluations; their summaries in the order of submission.
 

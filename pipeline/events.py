@@ -52,5 +52,12 @@ class NotKept:
     error: str
 
 
-Event = Started | Metrics | Kept | NotKept
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A loss or gradient was not finite on some rank, so no rank has taken this step."""
+
+    step: int
+
+
+Event = Started | Metrics | Kept | NotKept | Skipped
 Emit = Callable[[Event], None]

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +13,11 @@ from data_shards.store import Store
 from pipeline.config import ClusterConfig
 from pipeline.errors import REFUSALS, PipelineError
 from pipeline.events import Emit, Event
+from pipeline.interruption import Flag, Interruption
 from pipeline.worker import Job, run_rank
 
 _POLL_S = 0.2
+_ORDERS_S = 1.0
 _SPARE_CPUS = 3
 """Logical CPUs of a local Ray beyond the workers: two evaluation tasks and the controller."""
 
@@ -75,21 +78,48 @@ class _Post:
         self._actor.put_nowait.remote(event)
 
 
+class _Orders(Flag):
+    """Worker side of the driver's orders; preemption as Ray Train reports it."""
+
+    def __init__(self, orders: Any) -> None:
+        super().__init__()
+        threading.Thread(target=self._listen, args=(orders,), name="orders", daemon=True).start()
+
+    def _listen(self, orders: Any) -> None:
+        with contextlib.suppress(Exception):  # the queue has gone: so will this worker
+            while not orders.qsize():
+                time.sleep(_ORDERS_S)
+            self.raise_flag()
+
+    def preempted(self) -> bool:
+        """See Interruption."""
+        from ray.train import get_preemption_info
+
+        return get_preemption_info() is not None
+
+
 def _rank_entry(settings: dict[str, Any]) -> None:
     """Function that Ray Train runs on every rank."""
-    run_rank(settings["job"], settings["emit"])
+    run_rank(settings["job"], settings["emit"], _Orders(settings["orders"]))
 
 
 @contextlib.contextmanager
-def _pump(events: Any, handle: Emit) -> Iterator[None]:
-    """Hand the events of the queue to `handle` on a thread, in order, to the last one."""
+def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterator[None]:
+    """Hand the events of the queue to `handle` on a thread, in order, to the last one.
+
+    The same thread passes a request to stop on to the workers.
+    """
     done = threading.Event()
     failures: list[BaseException] = []
 
     def drain() -> None:
         try:
+            ordered = False
             while True:
                 final = done.is_set()
+                if stop.stop_requested() and not ordered:
+                    ordered = True
+                    orders.put_nowait("stop")
                 for event in events.get_nowait_batch(events.qsize()):
                     handle(event)
                 if final:
@@ -106,12 +136,15 @@ def _pump(events: Any, handle: Emit) -> Iterator[None]:
         done.set()
         thread.join()
         events.shutdown(force=True)
+        orders.shutdown(force=True)
     if failures:
         raise failures[0]
 
 
-def fit(job: Job, handle: Emit) -> None:
+def fit(job: Job, handle: Emit, stop: Interruption) -> None:
     """Train `job` on Ray Train workers; `handle` gets the events of rank 0 in this process.
+
+    Once `stop` is requested the workers keep a checkpoint and return.
 
     Raises:
         PipelineError: a rank refused its input; its message.
@@ -129,7 +162,7 @@ def fit(job: Job, handle: Emit) -> None:
 
     cluster = job.config.cluster
     use_gpu = _use_gpu(cluster)
-    events = Queue(actor_options={"num_cpus": 0})
+    events, orders = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
     resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
     run = Store(job.run_url)
     filesystem, path = run.arrow()
@@ -137,7 +170,7 @@ def fit(job: Job, handle: Emit) -> None:
     name = f"ray-{uuid.uuid4().hex[:8]}"
     trainer = TorchTrainer(
         _rank_entry,
-        train_loop_config={"job": job, "emit": _Post(events.actor)},
+        train_loop_config={"job": job, "emit": _Post(events.actor), "orders": orders},
         torch_config=TorchConfig(
             backend="nccl" if use_gpu else "gloo", timeout_s=cluster.collective_timeout_s
         ),
@@ -153,7 +186,7 @@ def fit(job: Job, handle: Emit) -> None:
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    with _pump(events, handle):
+    with _pump(events, handle, orders, stop):
         try:
             trainer.fit()
         except TrainingFailedError as error:

@@ -31,11 +31,16 @@ def emma_loss(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, eps: Tensor | float, scal
     Returns:
         Scalar tensor.
     """
+    return F.cross_entropy(scale * _shifted(y_BK, d_BK, t_B, eps), t_B)
+
+
+def _shifted(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, eps: Tensor | float) -> Tensor:
+    """Relative logits r_k + s_k eps d_k of emma_loss, shape (B, K)."""
     r_BK = y_BK - y_BK.gather(1, t_B[:, None])
     shift_BK = eps * d_BK
     with torch.no_grad():
         s_BK = (-r_BK / shift_BK.clamp_min(_DIVISION_FLOOR)).clamp(_SHIFT_FLOOR, 1.0)
-    return F.cross_entropy(scale * (r_BK + s_BK * shift_BK), t_B)
+    return r_BK + s_BK * shift_BK
 
 
 def _emma(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: LossConfig) -> Tensor:
@@ -94,8 +99,87 @@ def offset_loss(y_BK: Tensor, t_B: Tensor, offset: float, scale: float) -> Tenso
     return F.cross_entropy(scale * lowered_BK, t_B) / scale
 
 
+def logit_annealing_loss(
+    y_BK: Tensor,
+    d_BK: Tensor,
+    t_B: Tensor,
+    eps: Tensor | float,
+    scale: float,
+    *,
+    offset: float,
+    temperature: float,
+    exponent: float,
+) -> Tensor:
+    """Logit annealing after the shift of emma_loss (arXiv 2505.15174).
+
+    With z the shifted logits and l = CE((z - offset onehot(t)) / T, t), the mean of
+    T (1 - e^-l)^exponent l: samples whose margin exceeds the offset by far no longer count, so that
+    capacity goes where margins are small.
+
+    Args:
+        y_BK: logits, float32 or wider, shape (B, K).
+        d_BK: see emma_loss.
+        t_B: labels, int64, shape (B,).
+        eps: see emma_loss.
+        scale: what the shifted logits are multiplied by, > 0; 1 in the paper.
+        offset: what the logit of the label is lowered by, >= 0.
+        temperature: T > 0.
+        exponent: >= 0.
+
+    Returns:
+        Scalar tensor.
+    """
+    z_BK = scale * _shifted(y_BK, d_BK, t_B, eps)
+    lowered_BK = z_BK.scatter_add(1, t_B[:, None], z_BK.new_full((len(t_B), 1), -offset))
+    l_B = F.cross_entropy(lowered_BK / temperature, t_B, reduction="none")
+    return (temperature * (-torch.expm1(-l_B)).pow(exponent) * l_B).mean()
+
+
+def _annealing(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: LossConfig) -> Tensor:
+    return logit_annealing_loss(
+        y_BK,
+        d_BK,
+        t_B,
+        now.eps,
+        config.scale,
+        offset=config.offset,
+        temperature=config.temperature,
+        exponent=config.exponent,
+    )
+
+
 def _offset(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: LossConfig) -> Tensor:
     return offset_loss(y_BK, t_B, config.offset, config.scale)
+
+
+def certificate_loss(
+    y_BK: Tensor, d_BK: Tensor, t_B: Tensor, scale: float, weight: float
+) -> Tensor:
+    """Mean cross-entropy less `weight` times the certified radius (CR, arXiv 2108.04062).
+
+    The radius min_j (y_t - y_j) / d_j counts where it is positive, and is differentiated through
+    the logits and the rates.
+
+    Args:
+        y_BK: logits, float32 or wider, shape (B, K).
+        d_BK: see emma_loss.
+        t_B: labels, int64, shape (B,).
+        scale: inverse temperature of the cross-entropy, > 0.
+        weight: what one unit of radius is worth, >= 0.
+
+    Returns:
+        Scalar tensor.
+    """
+    margin_BK = y_BK.gather(1, t_B[:, None]) - y_BK
+    r_BK = margin_BK / d_BK.clamp_min(_DIVISION_FLOOR)
+    r_B = r_BK.scatter(1, t_B[:, None], torch.inf).amin(1)
+    return F.cross_entropy(scale * y_BK, t_B) - weight * r_B.relu().mean()
+
+
+def _certificate(
+    y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: LossConfig
+) -> Tensor:
+    return certificate_loss(y_BK, d_BK, t_B, config.scale, config.certificate_weight)
 
 
 Loss = Callable[[Tensor, Tensor, Tensor, Moment, LossConfig], Tensor]
@@ -103,7 +187,9 @@ Loss = Callable[[Tensor, Tensor, Tensor, Moment, LossConfig], Tensor]
 
 LOSSES: dict[str, Loss] = {
     "emma": _emma,
+    "logit_annealing": _annealing,
     "mixture": _mixture,
     "offset": _offset,
+    "certificate": _certificate,
 }
 """By `LossConfig.kind`."""

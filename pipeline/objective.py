@@ -39,6 +39,8 @@ class Objective(nn.Module):
         pixels = images.to(torch.float32) / 255
         logits, rates = self.network.logits_and_rates(pixels, labels, now.eps)
         loss = LOSSES[self.loss.kind](logits, rates, labels, now, self.loss)
+        # Exactly 1 for a finite loss; else every gradient is NaN too, which the engine notices.
+        loss = loss * (1 + 0 * loss.detach())
         with torch.no_grad():
             label_logit = logits.gather(1, labels[:, None])
             rivals = logits.scatter(1, labels[:, None], -torch.inf)

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import os
 import subprocess
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.plan import make_plan
 from pipeline.restore import committed
 from pipeline.samples import Samples, open_samples
+from pipeline.submission import is_ray_job, uploaded_code
 from pipeline.worker import Job
 from pipeline.zero3 import require_precision
 
@@ -66,10 +68,8 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
     shards = _shards(config, storage)
     samples = open_samples(config, shards.url)
     make_plan(config, samples=samples.per_epoch, world_size=world_size)
-    name = config.name or (_newest_run(config, storage) if config.resume else _new_name(config))
-    run = storage.child(name)
-    config = dataclasses.replace(config, name=name)
-    _open_folder(config, run)
+    config, run = _open_run(config, storage)
+    name = config.name
     context = {
         "run": name,
         "preset": config.preset,
@@ -92,7 +92,7 @@ def storage_root(config: RunConfig) -> Store:
     """Where runs and data live; never the throw-away working directory of a Ray job."""
     if config.storage:
         return Store(config.storage)
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+    if is_ray_job():
         return Store(str(Path.home() / "certified-pretrain"))
     return Store("runs")
 
@@ -134,14 +134,35 @@ def _newest_run(config: RunConfig, storage: Store) -> str:
     raise PipelineError(f"--resume: no run of preset {config.preset!r} under {storage.url}")
 
 
-def _open_folder(config: RunConfig, run: Store) -> None:
-    """Create the run folder, or check that an existing one may be continued with this config."""
+def _open_run(config: RunConfig, storage: Store) -> tuple[RunConfig, Store]:
+    """The configuration with its name and the run's folder, created or checked.
+
+    Of two processes that begin a run of the same name at the same time one is refused.
+    """
+    if config.name or config.resume:
+        named = dataclasses.replace(config, name=config.name or _newest_run(config, storage))
+        run = storage.child(named.name)
+        if run.exists(_RECORD) or config.resume or not _created(named, run):
+            _require_resumable(named, run)
+        return named, run
+    base = _new_name(config)
+    for number in itertools.count(1):  # a second one of the same second is numbered
+        named = dataclasses.replace(config, name=base if number == 1 else f"{base}-{number}")
+        run = storage.child(named.name)
+        if _created(named, run):
+            return named, run
+    raise AssertionError("unreachable")
+
+
+def _created(config: RunConfig, run: Store) -> bool:
+    return run.create(_RECORD, config.to_json().encode())
+
+
+def _require_resumable(config: RunConfig, run: Store) -> None:
+    """Check that an existing run may be continued with this config."""
     if not run.exists(_RECORD):
-        if config.resume:
-            raise PipelineError(f"--resume: there is no run {run.url}")
-        run.write(_RECORD, config.to_json().encode())
-        return
-    if not config.resume:
+        raise PipelineError(f"--resume: there is no run {run.url}")
+    if not (config.resume or config.start_or_resume):
         raise PipelineError(
             f"run {run.url} exists: give --resume to continue it, or another --name"
         )
@@ -151,12 +172,15 @@ def _open_folder(config: RunConfig, run: Store) -> None:
         raise PipelineError(
             "--resume would change the mathematics of the run: " + "; ".join(changes)
         )
-    if not committed(run.child("checkpoints")):
+    if config.resume and not committed(run.child("checkpoints")):
         raise PipelineError(f"--resume: {run.url} has no committed checkpoint")
 
 
 def code_version() -> dict[str, str]:
-    """Package version and, in a git checkout, the commit (with `+` when files are modified)."""
+    """Package version and, in a git checkout, the commit (with `+` when files are modified).
+
+    Of code that a Ray job brought with it, the digest of its files.
+    """
     version = {"package": importlib.metadata.version("certified-pretrain")}
     root = Path(__file__).resolve().parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]
@@ -164,5 +188,5 @@ def code_version() -> dict[str, str]:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
         version["commit"] = done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        version["commit"] = "unknown"
+        version["commit"] = uploaded_code(root) or "unknown"
     return version

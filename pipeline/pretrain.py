@@ -5,10 +5,8 @@ Parses, prepares, launches, shows. Exit codes: 0 done, 1 failed, 2 refused, 130 
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 import tyro
 from pydantic import ValidationError
@@ -18,12 +16,15 @@ from pipeline.config import RunConfig
 from pipeline.desk import desk_for
 from pipeline.errors import REFUSALS
 from pipeline.events import Emit, Event
+from pipeline.interruption import StopSignal
 from pipeline.prepare import prepare
 from pipeline.presets import PRESETS, run_preset
 from pipeline.ranks import join_world
 from pipeline.worker import run_rank
 
 _DEFAULT_PRESET = "digits"
+_SIGNALS = 128
+"""Exit codes above are those of signals."""
 
 
 def parse(arguments: Sequence[str]) -> RunConfig:
@@ -48,10 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the entry; returns the exit code."""
     console = Console()
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
-    signal.signal(signal.SIGTERM, _stop)
+    stop = StopSignal()
+    stop.install()
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
-        _run(config, console)
+        _run(config, console, stop)
     except (*REFUSALS, ValidationError) as error:
         console.print("[bold red]refused:[/bold red]", end=" ")
         console.print(_one_message(error), highlight=False, markup=False, soft_wrap=True)
@@ -59,11 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("interrupted")
         return 130
+    except SystemExit as stopped:
+        if not isinstance(stopped.code, int) or stopped.code <= _SIGNALS:
+            raise
+        console.print("stopped by a signal; --resume goes on after the newest checkpoint")
+        return stopped.code
     return 0
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def _one_message(error: Exception) -> str:
@@ -75,14 +78,14 @@ def _one_message(error: Exception) -> str:
     return str(error)
 
 
-def _run(config: RunConfig, console: Console) -> None:
+def _run(config: RunConfig, console: Console, stop: StopSignal) -> None:
     if config.cluster.launcher == "ray":
-        _run_on_ray(config, console)
+        _run_on_ray(config, console, stop)
     else:
-        _run_here(config, console)
+        _run_here(config, console, stop)
 
 
-def _run_on_ray(config: RunConfig, console: Console) -> None:
+def _run_on_ray(config: RunConfig, console: Console, stop: StopSignal) -> None:
     from pipeline.launch import fit, ray_session
 
     with console.status("preparing"):
@@ -90,11 +93,12 @@ def _run_on_ray(config: RunConfig, console: Console) -> None:
     with (
         ray_session(config.cluster),
         desk_for(prepared, console) as desk,
+        stop.deferred(),
     ):
-        fit(desk.stamp(prepared.job), desk.handle)
+        fit(desk.stamp(prepared.job), desk.handle, stop)
 
 
-def _run_here(config: RunConfig, console: Console) -> None:
+def _run_here(config: RunConfig, console: Console, stop: StopSignal) -> None:
     """Train in this process, or as one of torchrun's ranks: rank 0 prepares, shows and records."""
     with join_world(config.cluster) as world:
         job = None
@@ -109,7 +113,8 @@ def _run_here(config: RunConfig, console: Console) -> None:
                 except REFUSALS as refusal:
                     error = _one_message(refusal)
             world.agree(error)
-            run_rank(world.share(job), emit)
+            with stop.deferred():
+                run_rank(world.share(job), emit, stop)
 
 
 def _ignore(event: Event) -> None:

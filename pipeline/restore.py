@@ -1,5 +1,6 @@
 """Reading checkpoints back: which one, is it sound, and into any number of ranks."""
 
+import contextlib
 import hashlib
 import json
 from typing import Any
@@ -15,6 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.ranks import World
 from pipeline.trainer import Progress
 
+DAMAGED = "commit.damaged.json"
 _BLOCK = 1 << 24
 
 
@@ -27,7 +29,7 @@ def committed(checkpoints: Store) -> list[Store]:
 def load_newest(
     checkpoints: Store, *, world: World, engine: Partitioned
 ) -> tuple[Progress | None, list[str]]:
-    """Load the newest checkpoint that is sound.
+    """Load the newest checkpoint that is sound; newer ones are put aside (`commit.damaged.json`).
 
     Ranks: all call it together.
 
@@ -43,11 +45,21 @@ def load_newest(
     for folder in found:
         loaded = _try_load(folder, world, engine)
         if isinstance(loaded, Progress):
+            if world.rank == 0:
+                for passed_over in found[: len(damaged)]:
+                    _put_aside(passed_over)
             return loaded, damaged
         damaged.append(loaded)
     if damaged:
         raise PipelineError("no checkpoint can be loaded; " + "; ".join(damaged))
     return None, []
+
+
+def _put_aside(folder: Store) -> None:
+    """Steps behind it will be written anew, so it must not count as the newest any more."""
+    with contextlib.suppress(OSError):  # then it is passed over once more next time
+        folder.write(DAMAGED, folder.read(COMMIT))
+        folder.remove(COMMIT)
 
 
 def _try_load(folder: Store, world: World, engine: Partitioned) -> Progress | str:

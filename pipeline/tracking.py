@@ -109,6 +109,22 @@ def log_evaluation(config: TrackingConfig, record: EvaluationRecord) -> RunRefer
     return Server(config).log_evaluation(record)
 
 
+def log_comparison(
+    config: TrackingConfig,
+    *,
+    name: str,
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    artifacts: Mapping[str, bytes],
+) -> RunReference:
+    """Record a comparison of training runs as a run of its own.
+
+    Raises:
+        Exception: what MLflow raises when the server is away or refuses.
+    """
+    return Server(config).log_comparison(name, params, metrics, artifacts)
+
+
 def ui_command(uri: str, run: RunReference) -> tuple[str, str]:
     """Return the shell command that opens the MLflow UI and the URL path of a run in it."""
     path = f"/#/experiments/{run.experiment_id}/runs/{run.run_id}?workflowType=machine_learning"
@@ -148,6 +164,8 @@ class Server:
             )
         else:
             self._client.update_run(run.info.run_id, status="RUNNING")
+            for tag, value in tags.items():  # of the submission that goes on with it
+                self._client.set_tag(run.info.run_id, tag, value)
         self._log_params(run.info.run_id, params, known=run.data.params)
         return RunReference(run.info.experiment_id, run.info.run_id)
 
@@ -215,10 +233,11 @@ class Server:
         # Two training runs may end in the same weights; each shows its own evaluations.
         run = self._find_run(eval_key=record.eval_key, train_run_id=record.train_run_id or "")
         if run is None:
+            origin = train_run.info.run_name if train_run else record.artifact_digest[:8]
             run = self._client.create_run(
                 train_run.info.experiment_id if train_run else self._experiment_id,
                 start_time=record.timestamp_ms,
-                run_name=f"cra-{record.artifact_digest[:8]}",
+                run_name=f"cra-{origin}-step{record.step}",
                 tags={
                     "stage": "cra-eval",
                     "eval_key": record.eval_key,
@@ -258,11 +277,33 @@ class Server:
             for key, value in record.metrics.items()
         ]
         self._client.log_batch(run_id, metrics=metrics)
+        self._log_files(run_id, record.artifacts)
+        self.finish_run(run_id, "FINISHED", now_ms())
+
+    def log_comparison(
+        self,
+        name: str,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        artifacts: Mapping[str, bytes],
+    ) -> RunReference:
+        """Record scalars and small files as one run."""
+        started = now_ms()
+        run = self._client.create_run(
+            self._experiment_id, start_time=started, run_name=name, tags={"stage": "compare"}
+        )
+        run_id = run.info.run_id
+        self._log_params(run_id, flatten_params(params), known={})
+        self.log_metrics(run_id, [{"values": metrics, "timestamp_ms": started, "step": 0}])
+        self._log_files(run_id, artifacts)
+        self.finish_run(run_id, "FINISHED", now_ms())
+        return RunReference(run.info.experiment_id, run_id)
+
+    def _log_files(self, run_id: str, files: Mapping[str, bytes]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            for file, data in record.artifacts.items():
+            for file, data in files.items():
                 Path(folder, file).write_bytes(data)
             self._client.log_artifacts(run_id, folder)
-        self.finish_run(run_id, "FINISHED", now_ms())
 
     def finish_run(self, run_id: str, status: str, timestamp_ms: int) -> None:
         """Set the final status of a run."""

@@ -111,9 +111,12 @@ class Reader:
             names: names or run ids; none: all training runs, oldest first.
 
         Raises:
-            TrackingError: a name is unknown, or several runs have it.
+            TrackingError: there is no run, a name is unknown, or several runs have it.
         """
         known = self._runs("tags.stage = 'train'")
+        if not known:
+            where = ", ".join(sorted(self.experiments.values()))
+            raise TrackingError(f"there is no training run in experiment {where}")
         if not names:
             return known
         return [_one(name, known) for name in dict.fromkeys(names)]
@@ -225,6 +228,6 @@ def _one(name: str, known: Sequence[TrackedRun]) -> TrackedRun:
         ids = ", ".join(run.run_id for run in found)
         raise TrackingError(f"{len(found)} training runs are called {name!r}; give an id: {ids}")
     if not found:
-        names = ", ".join(dict.fromkeys(run.name for run in known)) or "none at all"
+        names = ", ".join(dict.fromkeys(run.name for run in known))
         raise TrackingError(f"there is no training run {name!r}; there are {names}")
     return found[0]

@@ -300,9 +300,8 @@ def serve(make: Callable[..., Predictor]) -> None:
     from mlflow.models import set_model
     from mlflow.pyfunc import PythonModel
 
-    with warnings.catch_warnings():
-        # MLflow derives schemas from type hints and knows none of arrays; ours is explicit.
-        warnings.simplefilter("ignore", UserWarning)
+    # MLflow warns that it derives no schema of arrays from type hints; ours is explicit.
+    with warnings.catch_warnings(record=True):
 
         class Served(PythonModel):
             def load_context(self, context: Any) -> None:
@@ -330,8 +329,7 @@ def _save_pyfunc(
         outputs=Schema([ColSpec(kind, name) for name, kind in answer.items()]),
         params=ParamSchema([ParamSpec("eps", "string", settings["eps"])]),
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # as in `serve`
+    with warnings.catch_warnings(record=True):  # as in `serve`
         save_model(
             folder,
             python_model=str(code),

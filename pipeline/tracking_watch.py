@@ -146,4 +146,6 @@ def _pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
 
 
 def _model_id(version: Any) -> str:
-    return str(version.model_id or version.source.removeprefix("models:/"))
+    """The LoggedModel of a registered version, which an embedded store knows by a tag only."""
+    known = version.model_id or version.tags.get("model_id")
+    return str(known or version.source.rpartition("/")[2])

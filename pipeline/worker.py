@@ -9,6 +9,7 @@ from data_shards.quarantine import Quarantine
 from data_shards.store import Store
 from pipeline.config import RunConfig
 from pipeline.events import Emit, Started
+from pipeline.interruption import Interruption
 from pipeline.plan import Plan, make_plan
 from pipeline.ranks import World, join_world
 from pipeline.restore import load_newest
@@ -35,8 +36,8 @@ class Job:
     context: dict[str, Any]
 
 
-def run_rank(job: Job, emit: Emit) -> None:
-    """Train on this rank until the plan's last step.
+def run_rank(job: Job, emit: Emit, interruption: Interruption) -> None:
+    """Train on this rank until the plan's last step, or until a stop is requested.
 
     Ranks: all ranks call it together.
 
@@ -50,10 +51,10 @@ def run_rank(job: Job, emit: Emit) -> None:
     )
     with join_world(config.cluster) as world:
         require_precision(config.train.precision)
-        _train(job, world, emit)
+        _train(job, world, emit, interruption)
 
 
-def _train(job: Job, world: World, emit: Emit) -> None:
+def _train(job: Job, world: World, emit: Emit, interruption: Interruption) -> None:
     config = job.config
     samples = open_samples(config, job.shards_url)
     plan = make_plan(config, samples=samples.per_epoch, world_size=world.size)
@@ -87,6 +88,7 @@ def _train(job: Job, world: World, emit: Emit) -> None:
             progress=progress,
             emit=emit,
             saver=saver,
+            interruption=interruption,
         ).fit()
     world.barrier()
 

@@ -207,24 +207,18 @@ class Zero3:
         self._engine.step()
         return sums
 
-    def step(self, micro_batches: Iterable[tuple[Tensor, Tensor]], now: Moment) -> Tensor:
+    def step(self, micro_batches: Iterable[tuple[Tensor, Tensor]], now: Moment) -> Tensor | None:
         """One optimizer step over this rank's micro-batches.
 
         Returns:
-            Sums of Objective over the micro-batches, shape (4,).
-
-        Raises:
-            PipelineError: the step was skipped because a gradient was not finite on some rank.
+            Sums of Objective over the micro-batches, shape (4,); None if a loss or gradient was not
+            finite on some rank: then no rank has updated anything.
         """
         for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * now.lr_factor
         self._network.begin_step(step=now.step, progress=now.progress, seed=self._seed)
         sums = torch.stack([self.accumulate(x, t, now) for x, t in micro_batches]).sum(0)
-        if not self._engine.was_step_applied():
-            raise PipelineError(
-                "the gradient is not finite on at least one rank; nothing was updated"
-            )
-        return sums
+        return sums if self._engine.was_step_applied() else None
 
     def audit_metrics(self) -> dict[str, float]:
         """Orthogonality found since the last call, the same on all ranks; no device is asked."""

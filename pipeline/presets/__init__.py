@@ -5,10 +5,13 @@ from collections.abc import Callable
 
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
-from pipeline.presets import lipnext
+from pipeline.presets import linf, lipnext, sll, soc
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     **lipnext.PRESETS,
+    **soc.PRESETS,
+    **sll.PRESETS,
+    **linf.PRESETS,
 }
 
 

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data_shards.augment import augment_batch, random_crop_box
+from data_shards.augment import place, random_crop_box
 from data_shards.errors import ShardError
 
 
@@ -10,40 +11,58 @@ def words(*rows):
     return np.array(rows, dtype=np.uint64)
 
 
-def test_off_returns_the_input():
-    images = torch.zeros(2, 1, 3, 3, dtype=torch.uint8)
-    assert augment_batch(images, words([1] * 4, [2] * 4), shift_pixels=0, flip=False) is images
+def placed(images, draws, **options):
+    """A batch of images, each put into its slot."""
+    out = np.full(images.shape, 7, np.uint8)
+    for slot, image, row in zip(out, images, draws, strict=True):
+        place(slot, image, row, **options)
+    return out
+
+
+def test_off_is_a_copy():
+    images = np.arange(18, dtype=np.uint8).reshape(2, 1, 3, 3)
+    out = placed(images, words([1] * 4, [2] * 4), shift_pixels=0, flip=False)
+    assert np.array_equal(out, images)
 
 
 def test_shift_moves_zeros_in():
-    images = torch.arange(1, 10, dtype=torch.uint8).reshape(1, 1, 3, 3)
+    images = np.arange(1, 10, dtype=np.uint8).reshape(1, 1, 3, 3)
     # word mod 3 is the source offset in an image padded by one: 1 = no shift.
-    same = augment_batch(images, words([1, 1, 0, 0]), shift_pixels=1, flip=False)
-    assert torch.equal(same, images)
-    moved = augment_batch(images, words([0, 2, 0, 0]), shift_pixels=1, flip=False)
+    same = placed(images, words([1, 1, 0, 0]), shift_pixels=1, flip=False)
+    assert np.array_equal(same, images)
+    moved = placed(images, words([0, 2, 0, 0]), shift_pixels=1, flip=False)
     assert moved[0, 0].tolist() == [[0, 0, 0], [2, 3, 0], [5, 6, 0]]
 
 
 def test_flip_mirrors_where_the_bit_is_set():
-    images = torch.arange(12, dtype=torch.uint8).reshape(2, 3, 1, 2)
-    out = augment_batch(images, words([0, 0, 1, 0], [0, 0, 2, 0]), shift_pixels=0, flip=True)
-    assert torch.equal(out[0], images[0].flip(2))
-    assert torch.equal(out[1], images[1])
+    images = np.arange(12, dtype=np.uint8).reshape(2, 3, 1, 2)
+    out = placed(images, words([0, 0, 1, 0], [0, 0, 2, 0]), shift_pixels=0, flip=True)
+    assert np.array_equal(out[0], images[0, :, :, ::-1])
+    assert np.array_equal(out[1], images[1])
 
 
-def test_every_shift_is_a_plain_translation():
-    generator = np.random.Generator(np.random.Philox(1))
-    images = torch.from_numpy(generator.integers(1, 256, (25, 3, 6, 7), dtype=np.uint8))
-    draws = words(*[[i % 5, i // 5, i, 0] for i in range(25)])
-    out = augment_batch(images, draws, shift_pixels=2, flip=True)
-    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
-    for i in range(25):
-        top, left = i % 5, i // 5
-        source = padded[i].clone()
-        if i % 2:
-            source = source.flip(2)
-            left = 4 - left
-        assert torch.equal(out[i], source[:, top : top + 6, left : left + 7])
+@given(
+    shape=st.tuples(st.sampled_from([1, 3]), st.integers(1, 9), st.integers(1, 9)),
+    shift=st.integers(0, 12),
+    flip=st.booleans(),
+    seed=st.integers(0, 2**32),
+    channels_last=st.booleans(),
+)
+def test_every_pixel_comes_from_where_the_words_say(shape, shift, flip, seed, channels_last):
+    """The same by gathering: source coordinates in an image padded by the largest shift."""
+    generator = np.random.Generator(np.random.Philox(seed))
+    image = generator.integers(0, 256, shape, dtype=np.uint8)
+    row = generator.integers(0, 2**64, 4, dtype=np.uint64)
+    columns = np.arange(shape[2])
+    if flip and int(row[2]) % 2:
+        columns = columns[::-1]
+    down, right = (int(word) % (2 * shift + 1) for word in row[:2])
+    padded = np.pad(image, ((0, 0), (shift, shift), (shift, shift)))
+    expected = padded[:, np.arange(shape[1])[:, None] + down, columns + right]
+    if channels_last:
+        image = np.ascontiguousarray(image.transpose(1, 2, 0)).transpose(2, 0, 1)
+    out = placed(image[None], row[None], shift_pixels=shift, flip=flip)[0]
+    assert np.array_equal(out, expected)
 
 
 def test_crop_boxes_are_uniform_in_area_shape_and_place():

@@ -13,7 +13,8 @@ from data_shards import decode
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
 from data_shards.index import load_index
-from data_shards.order import Cursor
+from data_shards.order import RANDAUGMENT, Cursor, Span, position_words
+from data_shards.randaugment import randaugment
 from data_shards.reader import read_shard
 from data_shards.sources import synthetic
 from data_shards.stream import SampleStream
@@ -121,3 +122,13 @@ def test_randaugment_changes_a_share_of_the_images(folder):
         assert not is_changed or torch.equal(some[number], all_[number])
     threads = dataclasses.replace(CROP, randaugment=1.0, workers=3)
     assert torch.equal(pixels(take(folder, config=threads)), all_)
+
+
+def test_randaugment_changes_what_was_shifted_and_mirrored(folder):
+    """The order of the recipe: crop, shift, mirror, RandAugment."""
+    moved = dataclasses.replace(CROP, shift_pixels=3)
+    plain = pixels(take(folder, 3, config=moved))
+    found = pixels(take(folder, 3, config=dataclasses.replace(moved, randaugment=1.0)))
+    words = position_words(3, [Span(0, 0, 48)], purpose=RANDAUGMENT)
+    for image, row, expected in zip(plain, words, found, strict=True):
+        assert torch.equal(randaugment(image, row), expected)

@@ -150,7 +150,8 @@ def test_versions_of_registered_models_are_watched(store):
     _, _, model_id = store.checkpoint(5)
     client = MlflowClient(store.tracking.uri)
     client.create_registered_model("digits")
-    client.create_model_version("digits", f"models:/{model_id}", model_id=model_id)
+    source = client.get_logged_model(model_id).artifact_location
+    client.create_model_version("digits", source, tags={"model_id": model_id})
     config = store.config(models=("digits",), tracking=TrackingConfig(uri=store.tracking.uri))
     watch = store.watch(models=config.models)
     watch._experiments = ("another",)

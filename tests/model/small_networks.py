@@ -3,7 +3,7 @@
 import torch
 
 from model.build import build_network
-from model.config import LipNeXtConfig
+from model.config import LipNeXtConfig, NetworkConfig
 from model.contract import CertifiedNetwork
 
 
@@ -20,8 +20,8 @@ def tiny_config(**changes) -> LipNeXtConfig:
     return LipNeXtConfig(**settings)
 
 
-def trained_like(config: LipNeXtConfig, seed: int = 0) -> CertifiedNetwork:
-    """float64 network, orthogonal to rounding, whose b, p and head bias are not zero."""
+def trained_like(config: NetworkConfig, seed: int = 0) -> CertifiedNetwork:
+    """float64 network, orthogonal to rounding, calibrated, whose b, p and head bias are not zero."""
     network = build_network(config).double().eval()
     network.initialise(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -29,4 +29,6 @@ def trained_like(config: LipNeXtConfig, seed: int = 0) -> CertifiedNetwork:
         for p in network.parameters():
             if p.initial == "zeros":
                 p.normal_(std=0.1, generator=generator)
+    shape = (32, *config.input_shape)
+    network.calibrate([torch.rand(shape, generator=generator, dtype=torch.float64)])
     return network

@@ -19,6 +19,7 @@ from pipeline import worker
 from pipeline.config import ClusterConfig, LossConfig, RunConfig, TrainConfig
 from pipeline.errors import PipelineError
 from pipeline.events import Event, Kept, Metrics
+from pipeline.interruption import Interruption
 from pipeline.ranks import join_world
 from pipeline.zero3 import Zero3
 
@@ -145,7 +146,8 @@ class Outcome:
     @property
     def losses(self) -> dict[int, float]:
         """Loss by step."""
-        return {e.step: e.values["train/loss"] for e in self.events if isinstance(e, Metrics)}
+        metrics = {e.step: e.values for e in self.events if isinstance(e, Metrics)}
+        return {s: v["train/loss"] for s, v in metrics.items() if "train/loss" in v}
 
     @property
     def kept(self) -> dict[int, Kept]:
@@ -153,7 +155,17 @@ class Outcome:
         return {e.step: e for e in self.events if isinstance(e, Kept)}
 
 
-def observed_run(job: worker.Job) -> Outcome:
+class Undisturbed:
+    """Nobody wants this rank to stop."""
+
+    def stop_requested(self) -> bool:
+        return False
+
+    def preempted(self) -> bool:
+        return False
+
+
+def observed_run(job: worker.Job, interruption: Interruption | None = None) -> Outcome:
     """Run the worker of this rank as it is, looking at its engine from outside."""
     outcome = Outcome()
     engines = []
@@ -181,7 +193,7 @@ def observed_run(job: worker.Job) -> Outcome:
 
     with mock.patch.object(worker, "Zero3", Observed):
         try:
-            worker.run_rank(job, outcome.events.append)
+            worker.run_rank(job, outcome.events.append, interruption or Undisturbed())
         except PipelineError as error:
             outcome.error = str(error)
     for engine in engines:

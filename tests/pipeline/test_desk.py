@@ -30,13 +30,13 @@ class Recorder:
     def log_metrics(self, step, values, timestamp_ms=None):
         self.metrics.append((step, values, timestamp_ms))
 
-    def log_checkpoint(self, step, url, digest, wait_seconds):
-        self.checkpoints.append((step, url, digest))
+    def log_checkpoint(self, step, url, digest, params, wait_seconds):
+        self.checkpoints.append((step, url, digest, params))
 
 
 def show(*events, terminal):
     console = Console(record=True, force_terminal=terminal, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
-    desk = Desk(Display(console), Recorder(), None)
+    desk = Desk(Display(console), Recorder(), None, lambda: None)
     for event in events:
         desk.handle(event)
     desk._display.close()
@@ -73,7 +73,8 @@ def test_person_sees_facts_progress_and_checkpoints(terminal):
         (10, stalls, None),
         (20, {"checkpoint/failed": 1}, None),
     ]
-    assert tracker.checkpoints == [(10, "file:///runs/a/artifacts/x", "d" * 64)]
+    where = {"checkpoint_url": "file:///runs/a/checkpoints/x"}
+    assert tracker.checkpoints == [(10, "file:///runs/a/artifacts/x", "d" * 64, where)]
 
 
 def evaluations(monkeypatch, fn, *, beside_training=True):

@@ -21,7 +21,7 @@ from pipeline.worker import Job, run_rank
 from pipeline.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.model.toy_network import Toy, ToyConfig
-from tests.pipeline.small_runs import batches, rank_world, small_run, small_shards
+from tests.pipeline.small_runs import Undisturbed, batches, rank_world, small_run, small_shards
 
 BATCH = 24
 STEPS = 3
@@ -107,7 +107,7 @@ def train_here(rank, world_size, job):
     with rank_world(rank, world_size):
         pass
     kept = []
-    run_rank(job, kept.append)
+    run_rank(job, kept.append, Undisturbed())
     return kept[-1].artifact_url
 
 

@@ -1,10 +1,11 @@
 import itertools
+import math
 
 import pytest
 import torch
 
-from pipeline.losses import emma_loss
-from pipeline.schedules import learning_rate_factor, training_radius
+from pipeline.losses import certificate_loss, emma_loss, logit_annealing_loss, offset_loss
+from pipeline.schedules import learning_rate_factor, training_radius, triangular_factor
 
 ROWS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
 FACTORS = torch.cdist(ROWS, ROWS)
@@ -63,3 +64,44 @@ def test_radius_grows_over_the_ramp_and_stays():
     assert radius(25, 0.5) == pytest.approx(0.1 * (0.1 + 2.9 * 0.5))
     assert radius(50, 0.5) == radius(99, 0.5) == pytest.approx(0.3)
     assert radius(0, 0.0) == pytest.approx(0.3)
+
+
+def test_offset_loss_lowers_the_logit_of_the_label():
+    y = torch.tensor([[2.0, 1.0], [0.0, 3.0]])
+    t = torch.tensor([0, 1])
+    # Margins 1 and 3, lowered by 1: mean of log(1 + e^(-4 * 0)) and log(1 + e^(-4 * 2)), over 4.
+    expected = (math.log(2) + math.log1p(math.exp(-8))) / 8
+    assert float(offset_loss(y, t, 1.0, 4.0)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_triangular_schedule_passes_its_corners():
+    factors = [triangular_factor(s, total=1000) for s in range(1000)]
+    assert factors[0] == pytest.approx(0.5 / 400)
+    assert factors[399] == pytest.approx(1, abs=2e-3)
+    assert factors[800] == pytest.approx(1 / 20, abs=2e-3)
+    assert 0 < factors[-1] < 1e-3
+    assert max(abs(a - b) for a, b in itertools.pairwise(factors)) <= 1 / 400 + 1e-12
+
+
+def test_certificate_regularisation_rewards_the_radius_of_correct_samples():
+    """Radii min(0.1 / sqrt(2), 3 / 2) and, for the wrong prediction, nothing."""
+    y = torch.tensor([[2.0, 1.9, -1.0], [0.0, 1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 0])
+    plain = torch.nn.functional.cross_entropy(3 * y, labels)
+    loss = certificate_loss(y, FACTORS[labels], labels, 3.0, 0.5)
+    assert loss.item() == pytest.approx(plain.item() - 0.5 * (0.1 / 2**0.5) / 2, abs=1e-12)
+    gradient = torch.autograd.grad(loss - plain, y)[0]
+    expected = torch.tensor([[-0.25 / 2**0.5, 0.25 / 2**0.5, 0.0], [0.0, 0.0, 0.0]]).double()
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [((2.0, 1.9, -1.0), 1.531213), ((2.0, 2.5, -1.0), 2.163056), ((2.0, -1.0, -1.0), 0.071219)],
+)
+def test_logit_annealing_equals_published_values(logits, expected):
+    y = torch.tensor([logits], dtype=torch.float64)
+    loss = logit_annealing_loss(
+        y, FACTORS[:1], torch.tensor([0]), 0.5, 1.0, offset=2.0, temperature=0.75, exponent=5.0
+    )
+    assert loss.item() == pytest.approx(expected, abs=1e-6)

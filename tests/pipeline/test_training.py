@@ -22,7 +22,7 @@ from optim.reference import ReferenceManifoldAdam
 from optim.sharded import TENSOR_KINDS
 from pipeline import losses
 from pipeline.config import CheckpointConfig, TrainConfig
-from pipeline.events import Metrics, NotKept
+from pipeline.events import Metrics, NotKept, Skipped
 from pipeline.losses import emma_loss
 from pipeline.worker import Job
 from pipeline.zero3 import Zero3
@@ -70,10 +70,11 @@ CASES = {
     "bf16": config(precision="bf16"),
     "fp16": config(precision="fp16"),
     "fp16 without the arithmetic": config(precision="fp16"),
-    "fp16 scaled over the edge": config(precision="fp16", loss_scale=1e9),
-    "poisoned": config(every_steps=1),
-    "poisoned bf16": config(every_steps=1, precision="bf16", accumulation=2),
-    "poisoned value": config(every_steps=1),
+    "fp16 scaled over the edge": config(precision="fp16", loss_scale=1e9, max_skipped=2),
+    "poisoned": config(every_steps=1, max_skipped=0),
+    "poisoned bf16": config(every_steps=1, precision="bf16", accumulation=2, max_skipped=0),
+    "poisoned value": config(every_steps=1, max_skipped=0),
+    "poisoned once": config(),
     # After a sound gradient the first Euclidean update exceeds the range of fp32.
     "absurd rate": dataclasses.replace(
         config(every_steps=1), optim=dataclasses.replace(OPTIM, euclidean_lr_factor=3.35e40)
@@ -277,11 +278,11 @@ def test_fp16_needs_fp16_arithmetic(outcomes):
 
 @pytest.mark.parametrize(
     ("name", "step"),
-    [("poisoned", POISONED), ("poisoned bf16", POISONED), ("fp16 scaled over the edge", 1)],
+    [("poisoned", POISONED), ("poisoned bf16", POISONED), ("poisoned value", POISONED)],
 )
-def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_update(outcomes, name, step):
+def test_what_is_not_finite_stops_all_ranks_before_the_update(outcomes, name, step):
     for rank in outcomes[name]:
-        assert "the gradient is not finite on at least one rank" in rank.error
+        assert "a loss or gradient is not finite on at least one rank" in rank.error
         assert f"step {step}:" in rank.error
         assert same_bits(rank.before, rank.end)
         assert rank.end["scalar/step"] == step - 1
@@ -290,12 +291,28 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_update(outcome
     assert list(first.kept) == list(range(1, step))
 
 
-def test_a_loss_that_is_not_finite_is_never_kept(outcomes):
-    """The value alone is NaN: all ranks stop before the checkpoint of that step."""
-    for rank in outcomes["poisoned value"]:
-        assert f"the loss is not finite at step {POISONED}" in rank.error
-    first = outcomes["poisoned value"][0]
-    assert list(first.losses) == list(first.kept) == list(range(1, POISONED))
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_counted(outcomes):
+    first, second = outcomes["poisoned once"]
+    plain = outcomes["plain"][0]
+    assert not first.error + second.error
+    assert [e.step for e in first.events if isinstance(e, Skipped)] == [POISONED]
+    assert first.losses.keys() == plain.losses.keys() - {POISONED}
+    before = range(1, POISONED)
+    assert [first.losses[s] for s in before] == [plain.losses[s] for s in before]
+    assert first.end["scalar/step"] == STEPS - 1
+    skipped = {e.step: e.values["train/skipped"] for e in first.events if isinstance(e, Metrics)}
+    assert skipped == {step: float(step >= POISONED) for step in range(1, STEPS + 1)}
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(outcomes):
+    for rank in outcomes["fp16 scaled over the edge"]:
+        assert "step 3: a loss or gradient is not finite" in rank.error
+        assert "the 3. time in a row (train.max_skipped=2)" in rank.error
+        assert same_bits(rank.start, rank.end)
+    first = outcomes["fp16 scaled over the edge"][0]
+    assert [e.step for e in first.events if isinstance(e, Skipped)] == [1, 2]
+    assert not first.losses
+    assert not first.kept
 
 
 def test_weights_that_are_not_finite_are_never_kept(outcomes, folder):

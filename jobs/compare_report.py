@@ -1,0 +1,179 @@
+"""The table and the figures of a comparison."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from jobs.compare_config import CompareConfig
+from jobs.compare_runs import Outcome
+
+_SPREAD_OF_ONE = "–"
+
+
+@dataclass(frozen=True)
+class System:
+    """One preset with its final runs.
+
+    Attributes:
+        preset: name of the preset.
+        changes: values that the trials settled on, by setting.
+        trials: mean certified accuracy on validation of every trial, in order.
+        finals: one run per seed.
+    """
+
+    preset: str
+    changes: Mapping[str, Any]
+    trials: tuple[float, ...]
+    finals: tuple[Outcome, ...]
+
+    @property
+    def norm(self) -> str:
+        """Norm of its certificate."""
+        return self.finals[0].summary.norm
+
+    @property
+    def eps(self) -> tuple[str, ...]:
+        """Radii of its table."""
+        return tuple(self.finals[0].summary.columns["sound"].cra)
+
+    def clean(self) -> list[float]:
+        """Clean accuracy of every seed."""
+        return [run.summary.columns["sound"].clean for run in self.finals]
+
+    def cra(self, ratio: str) -> list[float]:
+        """Certified robust accuracy of every seed, column `sound`."""
+        return [run.summary.columns["sound"].cra[ratio] for run in self.finals]
+
+    def average(self) -> float:
+        """Mean certified accuracy over the table's radii and the seeds: the order of the table."""
+        return statistics.fmean(value for ratio in self.eps for value in self.cra(ratio))
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars by name, such as `digits-sll/cra_sound/l2/36_255`."""
+        found = {"clean": statistics.fmean(self.clean())}
+        for ratio in self.eps:
+            name = f"cra_sound/{self.norm}/{ratio.replace('/', '_')}"
+            found[name] = statistics.fmean(self.cra(ratio))
+        found["train_seconds"] = statistics.fmean(run.seconds for run in self.finals)
+        found["parameters"] = float(self.finals[0].parameters)
+        return {f"{self.preset}/{name}": value for name, value in found.items()}
+
+
+def by_norm(systems: Sequence[System]) -> dict[str, list[System]]:
+    """Systems of each norm, best average first."""
+    groups: dict[str, list[System]] = {}
+    for system in sorted(systems, key=System.average, reverse=True):
+        groups.setdefault(system.norm, []).append(system)
+    return groups
+
+
+def markdown(config: CompareConfig, systems: Sequence[System], *, date: str, code: str) -> str:
+    """The comparison as a Markdown page, one table per norm."""
+    first = systems[0].finals[0].summary
+    lines = [
+        f"# Comparison on {first.dataset}, {date}",
+        "",
+        f"Code {code}. Budget: {_budget(config)}. Seeds {', '.join(map(str, config.seeds))}; "
+        f"{config.workers} ranks of {config.threads} threads, {config.parallel} runs at a time. "
+        f"Column `sound` on {first.samples} samples of split `{first.split}`: mean ± sample "
+        "standard deviation over the seeds, in per cent, ordered by the mean over the radii. "
+        "Seconds are those of the training loop, without start-up and certification.",
+    ]
+    if config.trials:
+        lines += [
+            "",
+            f"Each system had {config.trials} trials under the same budget on `fit`, judged by the "
+            "mean certified accuracy on `validation`: the preset, then "
+            f"{', '.join(config.changes[: config.trials - 1]) or 'no change'}, each applied to the "
+            "best so far.",
+        ]
+    for norm, group in by_norm(systems).items():
+        lines += ["", f"## {norm}", "", *_table(group), "", f"![{norm}](compare-{norm}.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def _budget(config: CompareConfig) -> str:
+    amount = f"{config.amount:,.0f}"
+    return {
+        "time": f"{amount} s of training each, epochs set from the measured speed",
+        "steps": f"{amount} optimizer steps each",
+        "parameters": f"at most {amount} parameters each, epochs of the preset",
+    }[config.budget]
+
+
+def _table(group: Sequence[System]) -> list[str]:
+    radii = list(dict.fromkeys(ratio for system in group for ratio in system.eps))
+    titles = ["system", "clean", *radii, "parameters", "steps", "seconds", "images/s", "tuned"]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for system in group:
+        cells = [_spread(system.cra(r)) if r in system.eps else "" for r in radii]
+        run = system.finals[0]
+        rate = run.steps * run.setting("train.global_batch") / run.seconds
+        tuned = ", ".join(f"{name} {value:.4g}" for name, value in system.changes.items())
+        row = [
+            f"`{system.preset}`",
+            _spread(system.clean()),
+            *cells,
+            f"{run.parameters:,}",
+            f"{run.steps:,}",
+            f"{statistics.fmean(final.seconds for final in system.finals):.0f}",
+            f"{rate:,.0f}",
+            tuned or "preset",
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
+
+
+def _spread(values: Sequence[float]) -> str:
+    spread = f"{100 * statistics.stdev(values):.1f}" if len(values) > 1 else _SPREAD_OF_ONE
+    return f"{100 * statistics.fmean(values):.1f} ± {spread}"
+
+
+def comparison_png(group: Sequence[System]) -> bytes:
+    """Draw the mean CRA curve of every system of one norm, and beside it what training took.
+
+    Returns:
+        PNG bytes, 1680 x 770 pixels.
+    """
+    figure = Figure(figsize=(12, 5.5), dpi=140, layout="constrained")
+    curves, cost = figure.subplots(1, 2, width_ratios=(2.2, 1))
+    colours = colormaps["tab10" if len(group) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    end = 0.0
+    for system, colour in zip(group, colours * 2, strict=False):
+        grids = [run.summary.columns["sound"].curve for run in system.finals]
+        eps = np.array([at for at, _ in grids[0]])
+        values = 100 * np.array([[value for _, value in grid] for grid in grids])
+        mean = values.mean(0)
+        curves.plot(eps, mean, color=colour, label=system.preset)
+        curves.fill_between(eps, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
+        end = max(end, float(eps[mean > 0].max(initial=0.0)))
+    first = group[0].finals[0].summary
+    curves.set_xlim(0, 1.05 * end or 1.0)
+    curves.set_ylim(0, 101)
+    curves.set_xlabel(f"eps ({first.norm}, pixels in [0, 1])")
+    curves.set_ylabel("certified robust accuracy, column sound (%)")
+    curves.set_title(f"{first.samples} samples of {first.dataset}-{first.split}")
+    curves.grid(alpha=0.3)
+    curves.legend(fontsize=8)
+    places = np.arange(len(group))
+    seconds = [statistics.fmean(run.seconds for run in system.finals) for system in group]
+    cost.barh(places, seconds, color=list(colours[: len(group)]))
+    for place, system in zip(places, group, strict=True):
+        run = system.finals[0]
+        text = f" {run.parameters / 1e3:,.0f} k parameters, {run.steps:,} steps"
+        cost.annotate(text, (0, place), va="center", fontsize=8)
+    cost.set_yticks(places, [system.preset for system in group], fontsize=8)
+    cost.invert_yaxis()
+    cost.set_xlabel("seconds of training, mean over the seeds")
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

@@ -1,0 +1,208 @@
+"""Training runs of a comparison: processes of `python -m pipeline.pretrain`, and what they left."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data_shards.index import load_index
+from data_shards.store import Store
+from jobs.compare_config import CompareConfig
+from jobs.records import EvaluationError, EvaluationSummary
+from model.artifact import ArtifactInfo, parameter_shapes, read_info
+
+logger = logging.getLogger(__name__)
+
+_RECORD, _DONE, _SUMMARY = "run.json", "done.json", "summary.json"
+_TAIL = 1500
+
+
+@dataclass(frozen=True)
+class Order:
+    """One training run: a preset, changed values and what it is for.
+
+    Attributes:
+        preset: name of the preset.
+        role: `probe`, `trial` or `final`.
+        values: overrides by setting, such as {"train.seed": 1}.
+        certify: whether the run ends with a certified table.
+    """
+
+    preset: str
+    role: str
+    values: Mapping[str, Any]
+    certify: bool = True
+
+    def name(self, config: CompareConfig) -> str:
+        """Name of the run: the same for the same order under the same machine settings."""
+        parts = [self.values, config.shards, config.workers, config.threads, config.extra]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return f"{self.preset}-{self.role}-{digest[:10]}"
+
+    def words(self, config: CompareConfig) -> list[str]:
+        """The command line after `python`."""
+        tracking = config.store()
+        values = {
+            "storage": f"{config.out}/runs",
+            "name": self.name(config),
+            "mlflow": tracking.uri,
+            "experiment": tracking.experiment,
+            "cluster.launcher": "local" if config.workers == 1 else "ray",
+            "cluster.workers": config.workers,
+            "cluster.cpus-per-worker": config.threads,
+            "checkpoint.every-steps": 0,
+            **({"data.shards": config.shards} if config.shards else {}),
+            **self.values,
+        }
+        words = [f"--{name}={value}" for name, value in values.items()]
+        certify = [] if self.certify else ["--checkpoint.no-evaluate"]
+        return ["-m", "pipeline.pretrain", self.preset, *words, *certify, *config.extra]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run left in its folder.
+
+    Attributes:
+        order: what was asked for.
+        folder: its run folder.
+    """
+
+    order: Order
+    folder: Path
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The resolved configuration, nested."""
+        settings: dict[str, Any] = json.loads((self.folder / _RECORD).read_text())
+        return settings
+
+    def setting(self, name: str) -> Any:
+        """A value of the resolved configuration by its dotted name; None if there is none."""
+        value: Any = self.settings
+        for part in name.replace("-", "_").split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    @cached_property
+    def artifact(self) -> Path:
+        """Folder of the last artefact."""
+        return sorted((self.folder / "artifacts").iterdir())[-1]
+
+    @cached_property
+    def info(self) -> ArtifactInfo:
+        """Description of the last artefact."""
+        return read_info(Store(str(self.artifact)).open)
+
+    @property
+    def parameters(self) -> int:
+        """Trained values of the network."""
+        return sum(math.prod(shape) for shape in parameter_shapes(self.info.network).values())
+
+    @cached_property
+    def summary(self) -> EvaluationSummary:
+        """The certified table of the last artefact."""
+        split = self.setting("data.test_split")
+        return EvaluationSummary.from_json(
+            (self.artifact / "evaluation" / split / _SUMMARY).read_bytes()
+        )
+
+    def samples(self, split: str) -> int:
+        """Samples of a split of the shard set that it was trained on."""
+        return len(load_index(self.info.context["shards_url"]).select(split))
+
+    @cached_property
+    def _step_seconds(self) -> list[tuple[int, float]]:
+        """(steps, seconds) of every metric record, from the throughput that the loop measured."""
+        batch, found, last = self.setting("train.global_batch"), [], 0
+        with (self.folder / "tracking" / "spool.jsonl").open() as lines:
+            for row in map(json.loads, lines):
+                rate = row.get("values", {}).get("train/images_per_s")
+                if rate and row["step"] > last:
+                    found.append((row["step"] - last, (row["step"] - last) * batch / rate))
+                    last = row["step"]
+        return found
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken."""
+        return sum(steps for steps, _ in self._step_seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the training loop."""
+        return sum(seconds for _, seconds in self._step_seconds)
+
+    def seconds_per_step(self) -> float:
+        """Median over the later half of the records: the first steps allocate and compile."""
+        later = sorted(s / n for n, s in self._step_seconds[len(self._step_seconds) // 2 :])
+        return later[len(later) // 2]
+
+
+class Runs:
+    """Runs orders as processes, `parallel` at a time; finished ones are read, not repeated.
+
+    Args:
+        config: the comparison.
+    """
+
+    def __init__(self, config: CompareConfig) -> None:
+        self._config = config
+        self._root = Path(config.out).absolute()
+
+    def run(self, orders: Sequence[Order]) -> Iterator[Outcome]:
+        """Outcomes in the order of the orders.
+
+        Raises:
+            EvaluationError: a run failed; the others that are under way end first.
+        """
+        with concurrent.futures.ThreadPoolExecutor(self._config.parallel) as pool:
+            yield from pool.map(self._one, orders)
+
+    def _one(self, order: Order) -> Outcome:
+        folder = self._root / "runs" / order.name(self._config)
+        outcome = Outcome(order, folder)
+        if (folder / _DONE).exists():
+            return outcome
+        words = order.words(self._config)
+        if (folder / "checkpoints").is_dir() and list(folder.glob("checkpoints/*/commit.json")):
+            words.append("--resume")
+        elif folder.exists():
+            shutil.rmtree(folder)  # stopped before its first checkpoint
+        logs = self._root / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        log = logs / f"{order.name(self._config)}.log"
+        logger.info("%s %s: %s", order.preset, order.role, dict(order.values))
+        began = time.monotonic()
+        with log.open("ab") as output:
+            done = subprocess.run(
+                [sys.executable, *words],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": str(self._config.threads)},
+                check=False,
+            )
+        if done.returncode:
+            tail = log.read_text(errors="replace")[-_TAIL:]
+            raise EvaluationError(
+                f"{order.preset} ({order.role}) ended with exit code {done.returncode}; the end of "
+                f"{log}:\n{tail}"
+            )
+        if order.certify:
+            outcome.summary  # noqa: B018  a run without a table must not count as finished
+        (folder / _DONE).write_text(json.dumps({"seconds": time.monotonic() - began}))
+        return outcome

@@ -1,0 +1,288 @@
+"""Class, certified radius and verdict for images.
+
+    python -m jobs.predict models:/digits@champion photos/ more.png --eps 36/255
+    python -m jobs.predict s3://bucket/artifacts/step-1 s3://bucket/images --launcher ray
+
+The radius is the sound one: no perturbation of the pixels smaller than it changes the class that
+this float64 program returns. One row per image, in the order of the inputs; exit status 0, 1 if an
+image could not be used (its row has an `error`), 2 for bad input.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Annotated, Any, Literal
+
+import pydantic
+import torch
+import tyro
+from rich.console import Console
+
+from data_shards.errors import ShardError
+from data_shards.store import Store
+from jobs.cluster import map_inline, map_shards, session
+from jobs.compute import artifact_info, run_task
+from jobs.config import eps_value
+from jobs.pictures import Picture, Prepared, find_pictures, prepare
+from jobs.promotion import rule_of
+from jobs.records import EvaluationError
+from jobs.serving import SoundPredictor
+from jobs.shard_task import ArtifactTask, matrix_tasks
+from model.artifact import ArtifactInfo
+from model.errors import ModelError
+from model.lipschitz import MatrixBound
+from pipeline.tracking import TrackingConfig
+from pipeline.tracking_registry import Registry, RegistryError
+
+FIELDS = ("path", "label", "radius", "norm", "eps", "certified", "size", "resize", "error")
+_TASKS_PER_WAVE = 64
+Run = Callable[[Sequence[Any]], list[Any]]
+
+
+@pydantic.dataclasses.dataclass(
+    frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid")
+)
+class PredictConfig:
+    """Class, certified radius and verdict for images."""
+
+    model: tyro.conf.Positional[str]
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or the URL of a model artefact."""
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """Image files and folders (png, jpg, webp), paths or URLs."""
+    eps: str | None = None
+    """Radius of the verdict; default: that of the registered model's rule, else 36/255."""
+    resize: bool = False
+    """Bring images of another shape to the network's, and say so in their rows; without it they are
+    refused."""
+    out: str = "-"
+    """File or URL of the result; - is the standard output."""
+    format: Literal["auto", "jsonl", "csv"] = "auto"
+    """auto: by the name of the file, jsonl on the standard output."""
+    batch_size: Annotated[int, pydantic.Field(gt=0)] = 64
+    """Images per forward pass and task."""
+    launcher: Literal["local", "ray"] = "local"
+    """ray: batches as Ray tasks."""
+    max_in_flight: Annotated[int, pydantic.Field(gt=0)] = 2
+    """Ray tasks under way at the same time."""
+    num_gpus: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    """GPUs, or a fraction of one, of each Ray task."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the forward pass; auto: cuda where the process or the task may use one."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow store of registered models."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictTask:
+    """Predict one batch of files."""
+
+    artifact: ArtifactTask
+    matrices: tuple[MatrixBound, ...]
+    pictures: tuple[Picture, ...]
+    eps: str
+    resize: bool
+
+    def run(self) -> list[dict[str, Any]]:
+        """Return one row per file, in order."""
+        predictor = _predictor(self.artifact, self.matrices)
+        shape = tuple(predictor.info.native_input_shape)
+        prepared = [_open(picture, shape, self.resize) for picture in self.pictures]
+        usable = [image for image in prepared if isinstance(image, Prepared)]
+        answers: Iterator[tuple[int, float]] = iter(())
+        if usable:
+            found = predictor.predict(torch.stack([image.pixels for image in usable]))
+            answers = zip(found.prediction.tolist(), found.radius.tolist(), strict=True)
+        rows = []
+        for picture, image in zip(self.pictures, prepared, strict=True):
+            row: dict[str, Any] = dict.fromkeys(FIELDS)
+            row |= {"path": picture.path, "norm": predictor.info.norm, "eps": self.eps}
+            if isinstance(image, Prepared):
+                label, radius = next(answers)
+                row |= {"label": label, "radius": radius, "certified": radius > eps_value(self.eps)}
+                row |= {"size": image.size, "resize": image.resize or "none"}
+            else:
+                row["error"] = image
+            rows.append(row)
+        return rows
+
+
+@dataclasses.dataclass
+class Count:
+    """What `predict` saw."""
+
+    images: int = 0
+    certified: int = 0
+    failed: int = 0
+    others: int = 0
+
+
+def predict(config: PredictConfig, write: Callable[[dict[str, Any]], object]) -> Count:
+    """Predict all inputs, handing rows to `write` in the order of the inputs.
+
+    Raises:
+        EvaluationError, RegistryError, ModelError: the model, or an input that is not there.
+        FileNotFoundError: there is no artefact.
+    """
+    url, digest, eps = _resolve(config)
+    pictures, others = find_pictures(list(config.inputs))
+    info = artifact_info(url)
+    if digest is not None and info.digest != digest:
+        raise EvaluationError(f"the artefact at {url} has digest {info.digest}, not {digest}")
+    artifact = ArtifactTask(url=Store(url).url, digest=info.digest, device=_device(config))
+    count = Count(others=others)
+    with _runner(config) as run:
+        for row in _rows(config, artifact, info, pictures, eps, run):
+            write(row)
+            count.images += 1
+            count.failed += row["error"] is not None
+            count.certified += bool(row["certified"])
+    return count
+
+
+def _rows(
+    config: PredictConfig,
+    artifact: ArtifactTask,
+    info: ArtifactInfo,
+    pictures: Sequence[Picture],
+    eps: str,
+    run: Run,
+) -> Iterator[dict[str, Any]]:
+    """In waves: what is done is written, and what waits does not fill the memory."""
+    matrices = tuple(matrix for part in run(matrix_tasks(artifact, info)) for matrix in part)
+    wave = config.batch_size * _TASKS_PER_WAVE
+    for begin in range(0, len(pictures), wave):
+        part = pictures[begin : begin + wave]
+        tasks = [
+            PredictTask(
+                artifact=artifact,
+                matrices=matrices,
+                pictures=tuple(part[i : i + config.batch_size]),
+                eps=eps,
+                resize=config.resize,
+            )
+            for i in range(0, len(part), config.batch_size)
+        ]
+        for rows in run(tasks):
+            yield from rows
+
+
+def _resolve(config: PredictConfig) -> tuple[str, str | None, str]:
+    """Artefact, the digest that it must have, and eps."""
+    url, digest, eps = config.model, None, config.eps
+    if config.model.startswith("models:/"):
+        registry = Registry(config.tracking)
+        version = registry.resolve(config.model)
+        url, digest = version.tags.get("artifact_url", ""), version.tags.get("artifact_digest", "")
+        if not url or not digest:
+            raise RegistryError(f"{version} names no model artefact: the gate did not register it")
+        eps = eps or rule_of(registry, version.name).eps
+    eps = eps or "36/255"
+    eps_value(eps)
+    return url, digest, eps
+
+
+def _open(picture: Picture, shape: Any, resize: bool) -> Prepared | str:
+    """The image, or what is wrong with it."""
+    try:
+        return prepare(Store(picture.folder).read(picture.name), shape, resize=resize)
+    except (ShardError, EvaluationError, OSError) as error:
+        return str(error)
+
+
+@functools.lru_cache(maxsize=1)
+def _predictor(artifact: ArtifactTask, matrices: tuple[MatrixBound, ...]) -> SoundPredictor:
+    """Read the artefact once per process."""
+    return SoundPredictor(
+        artifact.url, digest=artifact.digest, device=artifact.device, matrices=matrices
+    )
+
+
+def _device(config: PredictConfig) -> str:
+    if config.device != "auto":
+        return config.device
+    has_gpu = config.num_gpus > 0 if config.launcher == "ray" else torch.cuda.is_available()
+    return "cuda" if has_gpu else "cpu"
+
+
+@contextmanager
+def _runner(config: PredictConfig) -> Iterator[Run]:
+    if config.launcher == "ray":
+        with session():
+            yield lambda tasks: map_shards(
+                run_task, tasks, max_in_flight=config.max_in_flight, num_gpus=config.num_gpus
+            )
+        return
+    try:
+        yield lambda tasks: map_inline(run_task, tasks)
+    finally:
+        _predictor.cache_clear()
+
+
+@contextmanager
+def _writer(config: PredictConfig) -> Iterator[Callable[[dict[str, Any]], object]]:
+    """Rows to a file, a URL or the standard output."""
+    kind = config.format
+    if kind == "auto":
+        kind = "csv" if config.out.endswith(".csv") else "jsonl"
+    if config.out == "-":
+        yield _formatted(sys.stdout, kind)
+        return
+    folder, _, name = config.out.rpartition("/")
+    with Store(folder or ".").open(name, "wb") as file:
+        yield _formatted(_Text(file), kind)
+
+
+class _Text:
+    """A binary file for the csv module."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        self._file.write(text.encode())
+
+
+def _formatted(file: Any, kind: str) -> Callable[[dict[str, Any]], object]:
+    if kind == "jsonl":
+        return lambda row: file.write(json.dumps(row, allow_nan=False) + "\n")
+    table = csv.DictWriter(file, FIELDS, lineterminator="\n")
+    table.writeheader()
+    return table.writerow
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job; returns 0, 1 if an image failed, 2 for bad input."""
+    errors = Console(stderr=True, highlight=False, markup=False)
+    try:
+        config = tyro.cli(PredictConfig, args=arguments, prog="jobs.predict")
+        with _writer(config) as write:
+            count = predict(config, write)
+    except (
+        EvaluationError,
+        RegistryError,
+        ShardError,
+        ModelError,
+        FileNotFoundError,
+        ValueError,
+    ) as error:
+        errors.print(f"error: {error}", soft_wrap=True)
+        return 2
+    except Exception as error:
+        errors.print(f"failed: {type(error).__name__}: {error}", soft_wrap=True)
+        return 1
+    ignored = f"; {count.others} other files ignored" if count.others else ""
+    errors.print(
+        f"{count.images} images, {count.certified} certified, {count.failed} failed{ignored}",
+        soft_wrap=True,
+    )
+    return 1 if count.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

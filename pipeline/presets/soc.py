@@ -1,0 +1,93 @@
+"""LipConvnet with skew orthogonal convolutions (arXiv 2211.08453)."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+from data_shards.config import StreamConfig
+from model.soc import SocConfig
+from optim.config import OptimConfig
+from pipeline.config import (
+    CheckpointConfig,
+    ClusterConfig,
+    DataConfig,
+    LossConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+Head = Literal["unit", "mlp"]
+
+
+def _digits(name: str, head: Head) -> RunConfig:
+    return RunConfig(
+        preset=name,
+        model=SocConfig(
+            input_shape=(1, 8, 8),
+            num_classes=10,
+            depth=3,
+            stages=3,
+            width=16,
+            head=head,
+            hidden=256,
+        ),
+        data=DataConfig(source="digits"),
+        optim=OptimConfig(lr=5e-3, betas=(0.9, 0.99), lookahead_factor=0.8),
+        loss=LossConfig(eps=108 / 255, eps_start=0.875, eps_end=0.875, scale=10.0),
+        train=TrainConfig(epochs=40, global_batch=64, warmup_epochs=2),
+        checkpoint=CheckpointConfig(every_steps=500),
+    )
+
+
+def digits_soc() -> RunConfig:
+    """LipConvnet-3 on 8x8 digits; chosen on the validation part of the training split."""
+    return _digits("digits-soc", "unit")
+
+
+def digits_soc_mlp() -> RunConfig:
+    """The same with a hidden layer in the head, certified by its curvature."""
+    return _digits("digits-soc-mlp", "mlp")
+
+
+def _cifar(name: str, *, classes: int, depth: int, head: Head) -> RunConfig:
+    """The published network with this project's loss and optimizer.
+
+    The paper trains 200 epochs of batch 128 by SGD with a cross-entropy that is regularised by the
+    certificate (`--loss.kind certificate`).
+    """
+    return RunConfig(
+        preset=name,
+        model=SocConfig(input_shape=(3, 32, 32), num_classes=classes, depth=depth, head=head),
+        data=DataConfig(stream=StreamConfig(shift_pixels=4, flip=True, workers=4)),
+        optim=OptimConfig(lr=1e-3),
+        loss=LossConfig(eps=36 / 255, eps_start=0.1, eps_end=3.0, eps_ramp=0.5),
+        train=TrainConfig(
+            epochs=200,
+            global_batch=128,
+            precision="bf16",
+            warmup_epochs=5,
+            grad_clip=1.0,
+            activation_checkpointing=depth > 20,
+            log_every=20,
+        ),
+        checkpoint=CheckpointConfig(every_steps=5000),
+        cluster=ClusterConfig(workers=1, cpus_per_worker=8, device="cuda"),
+    )
+
+
+def _published() -> dict[str, Callable[[], RunConfig]]:
+    heads: tuple[tuple[str, Head], ...] = (("soc", "unit"), ("soc-mlp", "mlp"))
+    found: dict[str, Callable[[], RunConfig]] = {}
+    for classes in (10, 100):
+        for infix, head in heads:
+            for depth in range(5, 45, 5):
+                name = f"cifar{classes}-{infix}-{depth}"
+                found[name] = partial(_cifar, name, classes=classes, depth=depth, head=head)
+    return found
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "digits-soc": digits_soc,
+    "digits-soc-mlp": digits_soc_mlp,
+    **_published(),
+}

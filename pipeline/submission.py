@@ -1,0 +1,49 @@
+"""What a Ray job knows of its submission: for the tags of the run and for its code version."""
+
+import getpass
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_PACKAGE = "_ray_pkg_"
+
+
+def is_ray_job() -> bool:
+    """Whether this process is the entry of a Ray job."""
+    return _VARIABLE in os.environ
+
+
+def submission_tags() -> dict[str, str]:
+    """Tags of the tracked run: the Ray job, its metadata, and who submitted it.
+
+    `user` of the metadata wins over the account of this process, which on a cluster is everybody's.
+    """
+    metadata = _metadata()
+    job = metadata.pop("job_submission_id", "")
+    metadata.pop("job_name", None)
+    user = metadata.pop("user", "") or _account()
+    tags = {f"ray_job.{name}": value for name, value in metadata.items()}
+    if job:
+        tags["ray_job"] = job
+    return {**tags, "mlflow.user": user}
+
+
+def uploaded_code(root: Path) -> str | None:
+    """Digest by which Ray names an uploaded working directory, None for any other folder."""
+    name = root.name
+    return f"uploaded-{name.removeprefix(_PACKAGE)}" if name.startswith(_PACKAGE) else None
+
+
+def _metadata() -> dict[str, str]:
+    body: Mapping[str, Any] = json.loads(os.environ.get(_VARIABLE, "{}"))
+    return {str(name): str(value) for name, value in (body.get("metadata") or {}).items()}
+
+
+def _account() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number without a name
+        return str(os.getuid())

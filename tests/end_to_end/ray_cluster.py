@@ -1,0 +1,132 @@
+"""A Ray cluster of several nodes on this machine, apart from any other, and its command line."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import urlopen
+
+ROOT = Path(__file__).resolve().parents[2]
+_START_S = 180
+
+
+def free_ports(number):
+    """Ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@dataclass
+class Cluster:
+    """A running cluster."""
+
+    address: str
+    gcs: str
+    environment: dict[str, str]
+    folder: Path
+    nodes: list[subprocess.Popen]
+
+    def start(self, command, *flags):
+        """Run a `ray start` of the shell until the cluster ends."""
+        agent, metrics = free_ports(2)
+        ports = ["--dashboard-agent-listen-port", str(agent), "--metrics-export-port", str(metrics)]
+        words = [command, "--block", "--object-store-memory", "150000000", *ports, *flags]
+        log = (self.folder / f"node-{len(self.nodes)}.log").open("wb")
+        self.nodes.append(
+            subprocess.Popen(
+                ["bash", "-c", " ".join(words)],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        )
+
+    def run(self, command, timeout=400):
+        """Run a command of the shell against the cluster; its exit code and output."""
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=ROOT,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+        return done.returncode, done.stdout
+
+    def jobs(self):
+        """Details of all submitted jobs, by submission id."""
+        from ray.job_submission import JobSubmissionClient
+
+        return {job.submission_id: job for job in JobSubmissionClient(self.address).list_jobs()}
+
+    def wait_for_nodes(self, number):
+        """Wait until so many nodes are alive."""
+        code = (
+            "import ray; ray.init(log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
+        )
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline:
+            command = f'RAY_ADDRESS={self.gcs} {sys.executable} -c "{code}" 2>/dev/null'
+            if self.run(command)[1].strip() == str(number):
+                return
+        raise TimeoutError(f"no {number} nodes")
+
+    def end(self):
+        """End every process of the cluster."""
+        for stop in (signal.SIGTERM, signal.SIGKILL):
+            for node in reversed(self.nodes):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(node.pid, stop)
+            for node in self.nodes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    node.wait(30)
+
+
+@contextlib.contextmanager
+def cluster(home, head="ray start --head --num-cpus 5 --node-ip-address 127.0.0.1", prefix=""):
+    """Start a head node by a command of the shell; `prefix` comes before it, e.g. exports."""
+    port, dashboard = free_ports(2)
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(home),
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        running = Cluster(
+            f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment, Path(folder), []
+        )
+        flags = ["--port", str(port), "--dashboard-port", str(dashboard), "--temp-dir", folder]
+        try:
+            # A node must not take the address of a cluster for the one that it begins.
+            running.start(f"{prefix} env -u RAY_ADDRESS {head}".strip(), *flags)
+            _wait_for_dashboard(running)
+            yield running
+        finally:
+            running.end()
+
+
+def _wait_for_dashboard(running):
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            urlopen(f"{running.address}/api/jobs/", timeout=5).close()
+            return
+        if running.nodes[0].poll() is not None:
+            break
+        time.sleep(0.5)
+    raise TimeoutError((running.folder / "node-0.log").read_text())

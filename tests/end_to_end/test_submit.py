@@ -1,0 +1,117 @@
+"""Ray jobs on a real cluster: what the README says, exit codes, stops, parallel submissions."""
+
+import json
+import re
+import time
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.end_to_end.ray_cluster import ROOT, cluster
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+SHORT = "--train.epochs 1 --train.warmup-epochs 0.2"
+
+
+def example():
+    """The lines of the README that start a cluster and submit a run, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = [b for b in blocks if "ray start --head" in b]
+    lines = [line for line in block.splitlines() if line and not line.startswith("#")]
+    starts = [i for i, line in enumerate(lines) if "ray start" in line]
+    (start,) = starts
+    submit = next(line for line in lines[start + 1 :] if "ray job submit" in line)
+    exports = [line for line in lines if line.startswith("export ")]
+    return "".join(f"{line}; " for line in exports), lines[start], submit
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def head(home):
+    """The cluster that the README starts."""
+    exports, start, _ = example()
+    with cluster(home, start, exports) as running:
+        yield running
+
+
+def tracked(home):
+    """The training runs in the store that the jobs share."""
+    client = MlflowClient(f"sqlite:///{home}/certified-pretrain/mlflow.db")
+    experiment = client.get_experiment_by_name("digits").experiment_id
+    runs = client.search_runs([experiment], "tags.stage = 'train'")
+    return client, {run.info.run_name: run for run in runs}
+
+
+def submission(output):
+    return re.search(r"Job '(\S+)' submitted", output)[1]
+
+
+def test_the_example_of_the_readme_runs(head, home):
+    exports, start, submit = example()
+    assert "RAY_JOB_STOP_WAIT_TIME_S" in start
+    code, output = head.run(f"{exports}{submit} {SHORT} --name example")
+    assert code == 0, output
+    assert "CRA 36/255" in output
+    for noise in ("Warning", "WARNING", "Traceback"):
+        assert noise not in output
+    job = submission(output)
+    assert head.jobs()[job].driver_exit_code == 0
+    _, runs = tracked(home)
+    run = runs["example"]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["ray_job"] == job
+    assert run.data.params["code"].count("uploaded-") == 1
+    folder = home / "certified-pretrain/example"
+    (summary,) = folder.glob("artifacts/*/evaluation/test/summary.json")
+    assert json.loads(summary.read_text())["samples"] == 360
+
+
+@pytest.mark.slow
+def test_exit_codes_and_metadata_of_jobs(head, home):
+    command = 'ray job submit --working-dir . --metadata-json \'{"user": "ada"}\''
+    bad = f"{command} -- python -m pipeline.pretrain digits --train.global-batch 65"
+    code, output = head.run(bad)
+    assert code == 1
+    assert "global_batch=65" in output
+    assert head.jobs()[submission(output)].driver_exit_code == 2
+
+
+@pytest.mark.slow
+def test_two_submissions_at_once_then_stop_and_resubmit(head, home):
+    long = "python -m pipeline.pretrain digits --checkpoint.every-steps 5"
+    base = 'ray job submit --working-dir . --no-wait --metadata-json \'{"user": "ada"}\' -- '
+    stopped = f"{base}{long} --train.epochs 500 --start-or-resume --name stopped"
+    jobs = [submission(head.run(stopped)[1])]
+    jobs += [submission(head.run(f"{base}{long} {SHORT} --name beside")[1])]
+    run = home / "certified-pretrain/stopped"
+    wait_for(lambda: list(run.glob("checkpoints/*/commit.json")))
+    code, output = head.run(f"ray job stop {jobs[0]}")
+    assert code == 0, output
+    assert head.jobs()[jobs[0]].status == "STOPPED"
+    client, runs = tracked(home)
+    assert runs["stopped"].info.status == "KILLED"
+    assert runs["stopped"].data.tags["mlflow.user"] == "ada"
+    kept = sorted(path.parent for path in run.glob("checkpoints/*/commit.json"))
+    wait_for(lambda: head.jobs()[jobs[1]].status.is_terminal())
+    assert head.jobs()[jobs[1]].status == "SUCCEEDED"
+
+    step = json.loads((kept[-1] / "commit.json").read_text())["step"]
+    more = f"--train.stop-after {step + 5}"
+    code, output = head.run(f"{stopped.replace('--no-wait ', '')} {more}")
+    assert code == 0, output
+    assert f"resumed: after step {step}" in output
+    run = client.get_run(runs["stopped"].info.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["ray_job"] == submission(output)
+
+
+def wait_for(condition, seconds=400):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(1)

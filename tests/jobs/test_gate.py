@@ -1,0 +1,238 @@
+import itertools
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from data_shards.index import load_index
+from data_shards.reader import read_shard
+from data_shards.store import Store
+from jobs import promotion
+from jobs.gate import NOT_PROMOTED, main
+from jobs.records import EvaluationError
+from pipeline.tracking_registry import RegistryError
+from tests.jobs.gated import Gated
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory):
+    """Models, shards, evaluations and MLflow store of this file: made once, they take seconds."""
+    made = Gated(tmp_path_factory.mktemp("gated"))
+    made.of_sharp = made.evaluation(made.sharp, "of-sharp")
+    made.of_steady = made.evaluation(made.steady, "of-steady")
+    return made
+
+
+@pytest.fixture
+def name(gated):
+    """A registered model of its own."""
+    name = f"model-{next(_numbers)}"
+    promotion.set_rule(gated.registry, name, gated.rule)
+    return name
+
+
+def champion(gated, name):
+    version = gated.registry.aliased(name, "champion")
+    return version and version.number
+
+
+def judge(gated, name, evaluation, **options):
+    promotion.register(gated.registry, name, evaluation)
+    return promotion.promote(gated.registry, name, **options)
+
+
+def decision_of(gated, decision):
+    from mlflow import MlflowClient
+    from mlflow.artifacts import load_dict
+
+    run = MlflowClient(gated.tracking.uri).get_run(decision.run.run_id)
+    return run, load_dict(f"{run.info.artifact_uri}/decision.json")
+
+
+def test_cra_sound_decides_and_clean_accuracy_does_not(gated, name):
+    first = judge(gated, name, gated.of_steady)
+    assert first.promoted
+    assert "first champion" in first.reason
+    worse = judge(gated, name, gated.of_sharp)
+    clean = [
+        json.loads(Store(url).read("summary.json"))["columns"]["sound"]["clean"]
+        for url in (gated.of_sharp, gated.of_steady)
+    ]
+    assert clean[0] > clean[1] + 0.2
+    assert worse.comparison.candidate_cra < worse.comparison.champion_cra - 0.2
+    assert not worse.promoted
+    assert champion(gated, name) == 1
+    run, evidence = decision_of(gated, worse)
+    assert run.data.tags["stage"] == "gate"
+    assert run.data.tags["gate.decision"] == "rejected"
+    assert evidence["verification"] == {}
+    assert gated.registry.version(name, 2).tags["gate.decision"] == "rejected"
+
+
+def test_a_better_model_is_promoted_with_its_evidence_and_rolled_back(gated, name):
+    judge(gated, name, gated.of_sharp)
+    better = judge(gated, name, gated.of_steady)
+    assert better.promoted
+    assert champion(gated, name) == 2
+    assert better.comparison.p_value < 1e-3
+    run, evidence = decision_of(gated, better)
+    assert run.data.metrics["gate/gain"] == pytest.approx(better.comparison.gain)
+    assert run.data.metrics[gated.rule.metric] == better.comparison.candidate_cra
+    for number in (1, 2):
+        assert evidence["verification"][f"version {number}"].startswith("OK: certificate")
+    assert 0 < evidence["verification"]["sample"] <= better.comparison.samples
+    assert gated.registry.aliased(name, "candidate") is None
+
+    assert promotion.rollback(gated.registry, name, reason="too slow").number == 1
+    assert champion(gated, name) == 1
+    with pytest.raises(RegistryError, match="no earlier champion"):
+        promotion.rollback(gated.registry, name)
+    assert promotion.rollback(gated.registry, name, to=2).number == 2
+    assert champion(gated, name) == 2
+
+
+def test_rolling_back_to_what_was_never_champion_is_refused(gated, name):
+    judge(gated, name, gated.of_steady)
+    judge(gated, name, gated.of_sharp)
+    with pytest.raises(RegistryError, match="version 2 never was champion"):
+        promotion.rollback(gated.registry, name, to=2)
+    assert champion(gated, name) == 1
+
+
+def test_a_forged_metric_changes_nothing(gated, name):
+    from mlflow import MlflowClient
+
+    judge(gated, name, gated.of_steady)
+    client = MlflowClient(gated.tracking.uri)
+    digest = json.loads(Store(gated.of_sharp).read("certificate.json"))["digest"]
+    run_id = gated.registry.evaluation_with(digest)
+    client.log_metric(run_id, gated.rule.metric, 1.0)
+    decision = judge(gated, name, run_id)
+    assert not decision.promoted
+    assert decision.comparison.candidate_cra < 0.5
+    assert champion(gated, name) == 1
+
+
+def test_a_certificate_that_does_not_verify_is_not_promoted(gated, name):
+    """Its digests fit, and if it were believed it would win."""
+    judge(gated, name, gated.of_steady)
+    decision = judge(gated, name, gated.forged(gated.of_sharp, "forged"))
+    assert decision.comparison.passes
+    assert not decision.promoted
+    assert "does not verify: DISAGREEMENT: samples.parquet row" in decision.reason
+    assert champion(gated, name) == 1
+    run, _ = decision_of(gated, decision)
+    assert run.data.tags["gate.decision"] == "rejected"
+
+
+def test_a_forged_first_champion_is_refused_too(gated, name):
+    assert not judge(gated, name, gated.forged(gated.of_sharp, "first")).promoted
+    assert champion(gated, name) is None
+
+
+def test_a_summary_without_its_certificate_is_not_registered(gated, name, tmp_path):
+    copy = Store(str(tmp_path))
+    for file in ("summary.json", "samples.parquet"):
+        copy.write(file, Store(gated.of_sharp).read(file))
+    with pytest.raises(EvaluationError, match="no finished evaluation"):
+        promotion.register(gated.registry, name, copy.url)
+    body = json.loads(Store(gated.of_sharp).read("certificate.json"))
+    body["columns"]["sound"]["cra"] = {gated.eps: 1.0}
+    copy.write("certificate.json", json.dumps(body).encode())
+    with pytest.raises(EvaluationError, match=r"digest of certificate\.json is"):
+        promotion.register(gated.registry, name, copy.url)
+
+
+def test_a_certificate_of_another_artefact_is_not_registered(gated, name, tmp_path):
+    copy = Store(str(tmp_path))
+    for file in ("summary.json", "samples.parquet", "certificate.json"):
+        copy.write(file, Store(gated.of_sharp).read(file))
+    summary = json.loads(copy.read("summary.json"))
+    summary["artifact_url"] = gated.steady
+    copy.write("summary.json", json.dumps(summary).encode())
+    with pytest.raises(EvaluationError, match="is of model .* has digest"):
+        promotion.register(gated.registry, name, copy.url)
+
+
+def test_evidence_that_was_changed_in_the_registry_is_refused(gated, name):
+    version = promotion.register(gated.registry, name, gated.of_steady)
+    digest = version.tags["certificate_digest"]
+    location = next(gated.folder.glob(f"mlartifacts/**/evidence/{digest}"))
+    original = (location / "samples.parquet").read_bytes()
+    try:
+        (location / "samples.parquet").write_bytes(original + b"?")
+        with pytest.raises(EvaluationError, match=r"sha256 of samples\.parquet"):
+            promotion.promote(gated.registry, name)
+    finally:
+        (location / "samples.parquet").write_bytes(original)
+    assert champion(gated, name) is None
+
+
+def test_other_samples_are_not_compared(gated, name):
+    judge(gated, name, gated.of_steady)
+    other = gated.evaluation(gated.sharp, "validation", split="validation")
+    with pytest.raises(EvaluationError, match="not certified on the same test samples"):
+        judge(gated, name, other)
+    same = gated.evaluation(gated.steady, "steady-validation", split="validation")
+    assert not promotion.promote(gated.registry, name, against=same).promoted
+
+
+def test_another_eps_than_the_rule_states_is_refused(gated, name):
+    other = gated.evaluation(gated.sharp, "other-eps", eps=("1/255",), record=False)
+    with pytest.raises(EvaluationError, match=f"the rule compares {gated.rule.metric}"):
+        promotion.register(gated.registry, name, other)
+
+
+def test_a_registered_model_predicts_with_its_certified_radius(gated, name, monkeypatch):
+    import mlflow
+
+    judge(gated, name, gated.of_steady)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", gated.tracking.uri)
+    monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", None)
+    model = mlflow.pyfunc.load_model(f"models:/{name}@champion")
+    index = load_index(gated.shards)
+    images = np.concatenate(
+        [
+            batch.images.numpy()
+            for shard in index.shards_of("test")
+            for batch in read_shard(index, shard, 300)
+        ]
+    )
+    found = model.predict(images)
+    stored = pq.read_table(f"{gated.of_steady}/samples.parquet")
+    assert found["label"].tolist() == stored["sound_prediction"].to_pylist()
+    np.testing.assert_allclose(found["radius"], stored["sound_radius"].to_numpy(), rtol=1e-9)
+    limit = int(gated.eps.split("/")[0]) / 255
+    assert found["certified"].tolist() == (stored["sound_radius"].to_numpy() > limit).tolist()
+    assert set(found["eps"]) == {gated.eps}
+    assert not model.predict(images[:3], params={"eps": "2000/255"})["certified"].any()
+    for wrong in (images.astype(np.float32) / 255, images[:, :1]):
+        with pytest.raises(mlflow.exceptions.MlflowException, match="Failed to enforce schema"):
+            model.predict(wrong)
+
+
+def test_a_registered_model_refuses_other_weights(gated, name, tmp_path, monkeypatch):
+    from jobs.serving import CertifiedModel
+
+    with pytest.raises(EvaluationError, match="has digest"):
+        CertifiedModel(artifact_url=gated.sharp, artifact_digest="0" * 64, eps="1/255")
+
+
+def test_the_entry_runs_the_acts_and_tells_the_outcome_by_its_status(gated, capsys):
+    store = ["--tracking.uri", gated.tracking.uri, "--tracking.experiment", "gated"]
+    assert main(["candidate", "entry", gated.of_sharp, *store]) == 2
+    assert "has no rule: set one with `python -m jobs.gate rule entry" in capsys.readouterr().err
+    assert main(["rule", "entry", "--rule.eps", gated.eps, *store]) == 0
+    assert main(["promote", "entry", *store]) == 2
+    assert main(["candidate", "entry", gated.of_steady, *store]) == 0
+    assert main(["promote", "entry", "--sample", "10", *store]) == 0
+    assert main(["candidate", "entry", gated.of_sharp, *store]) == 0
+    assert main(["promote", "entry", *store]) == NOT_PROMOTED
+    assert "NOT promoted" in capsys.readouterr().out
+    assert main(["status", "entry", *store]) == 0
+    assert "champion" in capsys.readouterr().out
+    assert main(["rollback", "entry", *store]) == 2
+    assert "no earlier champion" in capsys.readouterr().err

@@ -1,0 +1,338 @@
+import dataclasses
+import html.parser
+import re
+
+import pytest
+from mlflow import MlflowClient
+
+from jobs.evaluate_cra import evaluate
+from jobs.report import PAGE, TEXT, cell, duration, interval, main, per_further_point, render
+from jobs.report_cost import cost_of
+from jobs.report_data import collect
+from pipeline.tracking import Server, TrackingConfig, now_ms
+from pipeline.tracking_query import Point, Reader, TrackingError
+from tests.jobs.conftest import NETWORK, export
+
+EPS = ("1/255", "36/255")
+PARAMS = {"train.global_batch": 10, "train.log_every": 1, "cluster.workers": 2, "loss.eps": 0.1}
+
+
+@dataclasses.dataclass
+class Made:
+    """A store with two training runs, `one` (steps 10, 20) and `two<b>` (step 10)."""
+
+    tracking: TrackingConfig
+    runs: dict[str, str]
+    models: dict[str, str]
+    folder: object
+
+    @property
+    def client(self):
+        return MlflowClient(self.tracking.uri)
+
+    def evaluations(self, name="one"):
+        reader = Reader(self.tracking)
+        return reader.evaluations(reader.training_runs([name])[0])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, shards):
+    folder = tmp_path_factory.mktemp("store")
+    tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="set")
+    server = Server(tracking)
+    runs, models = {}, {}
+
+    def train(name, started, **params):
+        run = server.start_run(name, None, name, {k: str(v) for k, v in params.items()}, {}, started)
+        rows = [
+            {"step": s, "timestamp_ms": 1000 + s, "values": {"train/images_per_s": 5.0 * s}}
+            for s in range(1, 21)
+        ]
+        server.log_metrics(run.run_id, rows)
+        runs[name] = run.run_id
+        return run.run_id
+
+    def certify(run_id, step, width, attack="none"):
+        config = dataclasses.replace(NETWORK, width=width)
+        url = export(folder / f"a-{run_id}-{step}", config, shards_url=shards, step=step)
+        fields = {"artifact": url, "launcher": "local", "eps": EPS, "attack": attack}
+        evaluated = evaluate({**fields, "tracking": tracking}, train_run_id=run_id, step=step)
+        digest = {"artifact_digest": evaluated.artifact_digest}
+        (model,) = MlflowClient(tracking.uri).search_logged_models(
+            ["1"], f"tags.artifact_digest = '{digest['artifact_digest']}'"
+        )
+        models[f"{run_id}-{step}"] = model.model_id
+
+    one = train("one", 1000, **PARAMS)
+    certify(one, 10, 16)
+    certify(one, 20, 20, attack="quick")
+    certify(train("two<b>", 2000, **{**PARAMS, "loss.eps": 0.2}), 10, 24)
+    for run_id in runs.values():
+        server.finish_run(run_id, "FINISHED", now_ms())
+    return Made(tracking, runs, models, folder)
+
+
+def collected(made, *names):
+    return collect(Reader(made.tracking), names, 3.0)
+
+
+@pytest.fixture(scope="module")
+def report(made):
+    """Both runs as they were recorded."""
+    return collected(made)
+
+
+@pytest.fixture(scope="module")
+def texts(made, report):
+    return render(report, uri=made.tracking.uri)
+
+
+def test_runs_are_compared_by_their_last_checkpoint(report):
+    (board,) = report.boards
+    assert [entry.reported.run.name for entry in board.entries] == ["one", "two<b>"]
+    assert [entry.chosen.summary.step for entry in board.entries] == [20, 10]
+    assert [e.summary.step for e in board.entries[0].by_step] == [10, 20]
+    assert board.eps == EPS
+    assert board.samples == board.entries[0].chosen.summary.samples
+    assert report.differences == {"loss.eps": ("0.1", "0.2")}
+    assert not report.left_out
+
+
+def test_order_of_the_runs_is_the_one_that_was_asked_for(made):
+    report = collected(made, made.runs["two<b>"], "one")
+    assert [reported.run.name for reported in report.runs] == ["two<b>", "one"]
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, addresses and text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses, self.text = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attrs if k in ("src", "href") and v]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_page_is_self_contained_and_shows_the_certificates(report, texts):
+    page = Page(texts[PAGE])
+    text = " ".join(" ".join(page.text).split())
+    assert page.addresses
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert "script" not in page.tags
+    assert page.tags.count("b") == texts[PAGE].count("<b>")  # none from the name of a run
+    assert "two<b>" in text
+    for entry in report.boards[0].entries:
+        summary = entry.chosen.summary
+        assert f"{summary.columns['sound'].clean:.2%}" in text
+        assert summary.certificate_digest[:12] in text
+        for ratio in EPS:
+            assert f"{summary.columns['sound'].cra[ratio]:.2%}" in text
+    attack = report.boards[0].entries[0].chosen.summary.attack
+    assert f"attack {attack.accuracy['36/255']:.2%}" in text
+    # Two images of every run, the curves, the costs, and the empty icon.
+    assert page.tags.count("img") == 2 + 2 * 2
+
+
+def test_markdown_tables_have_one_width(texts):
+    tables = re.findall(r"(?:^\|.*\n)+", texts[TEXT], re.MULTILINE)
+    assert len(tables) == 4
+    for table in tables:
+        rows = table.splitlines()
+        assert len(rows) >= 3
+        assert len({row.count("|") for row in rows}) == 1
+        assert set(rows[1]) <= set("|-:")
+    assert cell("a|b\\") == "a\\|b\\\\"
+
+
+def test_links_lead_to_a_server_when_there_is_one(made, report):
+    page = Page(render(report, uri="http://server:5000")[PAGE])
+    run = made.runs["one"]
+    assert f"http://server:5000/#/experiments/1/runs/{run}?workflowType=machine_learning" in (
+        page.addresses
+    )
+
+
+@pytest.fixture
+def forged(made):
+    """The last evaluation of run `one`; what a test changes is put back."""
+    evaluation = made.evaluations()[-1]
+    yield evaluation
+    for name in ("summary.json", "certificate.json"):
+        original = made.folder / "original" / name
+        if original.exists():
+            made.client.log_artifact(evaluation.run_id, str(original))
+    for name, value in evaluation.metrics.items():
+        made.client.log_metric(evaluation.run_id, name, value, timestamp=now_ms(), step=20)
+
+
+def change(made, evaluation, name, old, new):
+    """Replace text in a file of an evaluation as somebody with access to the store would."""
+    data = Reader(made.tracking).read_file(evaluation.run_id, name)
+    folder = made.folder / "original"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(data)
+    changed = re.sub(old, new, data.decode(), count=1)
+    assert changed != data.decode()
+    draft = made.folder / "changed" / name
+    draft.parent.mkdir(exist_ok=True)
+    draft.write_text(changed)
+    made.client.log_artifact(evaluation.run_id, str(draft))
+
+
+def test_forged_metric_is_left_out(made, forged):
+    name = "cra_sound/l2/36_255"
+    made.client.log_metric(forged.run_id, name, 0.999, timestamp=now_ms(), step=20)
+    report = collected(made)
+    (left,) = report.left_out
+    assert left.name == forged.name
+    assert left.reason.startswith(f"metric {name} is 0.999, the certificate says ")
+    assert report.boards[0].entries[0].chosen.summary.step == 10
+    assert left.reason in "".join(Page(render(report, uri=made.tracking.uri)[PAGE]).text)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "reason"),
+    [
+        ("certificate.json", r'"clean": [\d.]+', '"clean": 0.9876', "the digest in"),
+        ("summary.json", r'"clean": [\d.]+', '"clean": 0.9876', "is not the one of"),
+        ("summary.json", r'"certificate_digest": "\w+', '"certificate_digest": "0', "digest in"),
+        ("summary.json", r'"norm"', '"nrom"', "cannot be read"),
+    ],
+)
+def test_changed_file_is_left_out(made, forged, name, old, new, reason):
+    change(made, forged, name, old, new)
+    (left,) = collected(made).left_out
+    assert reason in left.reason
+
+
+def test_other_test_sets_have_their_own_table(made, report):
+    first = report.boards[0]
+    text = render(
+        dataclasses.replace(
+            report, boards=(first, dataclasses.replace(first, norm="linf", samples=7))
+        ),
+        uri=made.tracking.uri,
+    )
+    for name in (PAGE, TEXT):
+        assert "2 test sets or norms" in text[name]
+
+
+def test_registered_versions_are_part_of_the_lineage(made):
+    client = made.client
+    client.create_registered_model("robust")
+    model_id = made.models[f"{made.runs['one']}-20"]
+    client.create_model_version("robust", source=f"models:/{model_id}", model_id=model_id)
+    for alias in ("champion", "candidate"):
+        client.set_registered_model_alias("robust", alias, "1")
+    found = collected(made, "one")
+    version = "robust v1 @candidate @champion"
+    assert [model.registered for model in found.runs[0].models] == [(), (version,)]
+    assert version in render(found, uri=made.tracking.uri)[PAGE]
+
+
+def test_cost_is_time_by_throughput_and_counts_repeated_steps():
+    rate = [Point(s, r, t) for t, (s, r) in enumerate([(2, 10.0), (4, 20.0), (4, 5.0), (5, 10.0)])]
+    epoch = [Point(2, 0.0, 0), (4, 1.0, 1), (5, 1.0, 2)]
+    cost = cost_of(
+        rate, [Point(*p) for p in epoch], batch=10, log_every=2, devices=3, price=7200.0
+    )
+    assert cost.seconds == pytest.approx((2.0, 3.0, 7.0, 8.0))
+    assert cost.images == 70
+    assert cost.device_seconds == pytest.approx(24.0)
+    assert cost.images_per_second == pytest.approx(70 / 8)
+    assert cost.epoch_images == 40
+    assert cost.epochs == pytest.approx(1.75)
+    assert cost.per_epoch == pytest.approx(24 / 1.75)
+    assert [cost.up_to(step) for step in (1, 2, 3, 4, 9)] == pytest.approx(
+        [None, 6.0, 6.0, 21.0, 24.0]
+    )
+    assert cost.money(cost.device_seconds) == pytest.approx(48.0)
+
+
+def test_run_that_recorded_nothing_has_no_cost():
+    cost = cost_of([], [], batch=10, log_every=1, devices=1, price=1.0)
+    facts = (cost.device_seconds, cost.images_per_second, cost.epochs, cost.per_epoch)
+    assert facts == (None, None, None, None)
+    assert cost.money(None) is None
+    assert duration(None) == "–"
+
+
+def test_cost_of_a_point(report):
+    entry = report.boards[0].entries[0]
+    cost = entry.reported.cost
+    assert cost.devices == 2
+    assert cost.seconds[9] == pytest.approx(sum(10 / (5 * s) for s in range(1, 11)))
+    gains = [e.summary.columns["sound"].cra["1/255"] for e in entry.by_step]
+    found = per_further_point(entry, 1, "1/255")
+    if gains[1] > gains[0]:
+        spent = cost.up_to(20) - cost.up_to(10)
+        assert found == pytest.approx(spent / (100 * (gains[1] - gains[0])))
+    else:
+        assert found is None
+    assert per_further_point(entry, 0, "1/255") is None
+
+
+def test_interval_is_wilsons():
+    low, high = interval(90, 100)
+    assert (low, high) == pytest.approx((0.8256, 0.9448), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(12.34, "12.3 s"), (299, "299 s"), (600, "10 min"), (36000, "10 h")]
+)
+def test_durations_read_well(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_job_writes_both_pages(made, tmp_path, capsys):
+    out = tmp_path / "page"
+    options = ["--tracking.uri", made.tracking.uri, "--out", str(out)]
+    assert main(["one", *options]) == 0
+    assert {path.name for path in out.iterdir()} == {PAGE, TEXT}
+    assert "1 runs, 2 evaluations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["three"], "there is no training run 'three'; there are one, two<b>"),
+        (["--tracking.experiment", "other"], "has no experiment 'other'; it has Default, set"),
+        (["--tracking.experiment", "Default"], "no training run"),
+    ],
+)
+def test_what_is_not_there_is_named(made, tmp_path, capsys, arguments, message):
+    options = ["--tracking.uri", made.tracking.uri, "--out", str(tmp_path / "page")]
+    assert main([*arguments, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "page").exists()
+
+
+def test_reading_makes_no_store(tmp_path):
+    with pytest.raises(TrackingError, match="there is no MLflow store"):
+        Reader(TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_name_of_two_runs_is_ambiguous(made):
+    server = Server(made.tracking)
+    ids = [server.start_run(f"k{i}", None, "twin", {}, {}, now_ms()).run_id for i in (1, 2)]
+    try:
+        with pytest.raises(TrackingError, match=f"2 training runs are called 'twin'.*{ids[0]}"):
+            Reader(made.tracking).training_runs(["twin"])
+    finally:
+        for run_id in ids:
+            made.client.delete_run(run_id)
+
+
+def test_single_run_without_evaluations_has_a_page(made, report):
+    (_, two) = report.runs
+    bare = dataclasses.replace(report, runs=(dataclasses.replace(two, models=()),), boards=())
+    page = render(bare, uri=made.tracking.uri)[PAGE]
+    assert "None: there is one run" in page
+    assert "No checkpoint is recorded" in page
