@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from model.initial import set_initial
 from model.layers import at_least_float32
@@ -95,7 +96,7 @@ class _FastSeries(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_x = gradient - F.conv2d(back, kernel, padding=padding)
         if ctx.needs_input_grad[1]:
-            to_kernel = nn.grad.conv2d_weight(average, kernel.shape, back, padding=padding)
+            to_kernel = conv2d_weight(average, kernel.shape, back, padding=padding)
         return to_x, to_kernel, None
 
 

@@ -41,11 +41,13 @@ class DataConfig:
 class LossConfig:
     """The loss and the ramp of its radius (LiResNet++, arXiv 2310.02513)."""
 
-    kind: Literal["emma", "mixture", "offset", "certificate"] = "emma"
+    kind: Literal["emma", "mixture", "offset", "logit_annealing", "certificate"] = "emma"
     """`emma`: cross-entropy of margins less what the radius can cost (arXiv 2310.02513); `mixture`:
     share of samples not certified at the radius, as a clipped hinge, plus a cross-entropy whose
     weight decays (arXiv 2210.01787); `offset`: cross-entropy after the label's logit was lowered
-    (arXiv 2208.03160); `certificate`: cross-entropy less a multiple of the certified radius (arXiv 2108.04062)."""
+    (arXiv 2208.03160); `logit_annealing`: `emma` lowered by an offset, samples weighted by how far
+    they are from certain (arXiv 2505.15174); `certificate`: cross-entropy less a multiple of the
+    certified radius (arXiv 2108.04062)."""
     eps: float = Field(default=36 / 255, gt=0)
     """Reference radius, in the network's norm and pixels of [0, 1]."""
     eps_start: float = Field(default=0.1, ge=0)

@@ -300,8 +300,10 @@ def serve(make: Callable[..., Predictor]) -> None:
     from mlflow.models import set_model
     from mlflow.pyfunc import PythonModel
 
-    # MLflow warns that it derives no schema of arrays from type hints; ours is explicit.
+    # MLflow warns that it derives no schema of arrays from type hints; ours is explicit. It also
+    # lets these warnings pass an "ignore", but not a record.
     with warnings.catch_warnings(record=True):
+        warnings.simplefilter("ignore", UserWarning)
 
         class Served(PythonModel):
             def load_context(self, context: Any) -> None:
@@ -330,6 +332,7 @@ def _save_pyfunc(
         params=ParamSchema([ParamSpec("eps", "string", settings["eps"])]),
     )
     with warnings.catch_warnings(record=True):  # as in `serve`
+        warnings.simplefilter("ignore", UserWarning)
         save_model(
             folder,
             python_model=str(code),

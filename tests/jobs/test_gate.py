@@ -153,7 +153,7 @@ def test_a_certificate_of_another_artefact_is_not_registered(gated, name, tmp_pa
     summary = json.loads(copy.read("summary.json"))
     summary["artifact_url"] = gated.steady
     copy.write("summary.json", json.dumps(summary).encode())
-    with pytest.raises(EvaluationError, match="is of model .* has digest"):
+    with pytest.raises(EvaluationError, match=r"is of model .* has digest"):
         promotion.register(gated.registry, name, copy.url)
 
 
