@@ -24,8 +24,8 @@ from data_shards.retry import PATIENCE_S
 
 _logger = logging.getLogger(__name__)
 
-BLOCK = 2 * MIB
-_AT_ONCE = 16  # blocks under way to the disk, held in memory
+BLOCK = 4 * MIB
+_AT_ONCE = 8  # blocks under way to the disk, held in memory
 _PART = ".part"
 _POLL_S = 0.02
 _SCANS = 64  # bytes written between two looks at the size of the cache, as a part of its bound

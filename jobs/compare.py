@@ -36,6 +36,9 @@ def compare(config: CompareConfig) -> list[System]:
         EvaluationError: a run failed, or a network is larger than the budget allows.
     """
     runs = Runs(config)
+    if not config.shards:
+        # The first run makes the shard set; several at once would each write it.
+        _ = list(runs.run([Order(config.presets[0], "shards", {"train.stop-after": 1}, False)]))
     short = {"train.stop-after": config.probe_steps, "train.log-every": 1}
     orders = [Order(preset, "probe", short, certify=False) for preset in config.presets]
     probes = list(runs.run(orders))
@@ -134,7 +137,8 @@ def _changed(probe: Outcome, values: dict[str, Any], change: str | None) -> dict
 def write(config: CompareConfig, systems: Sequence[System]) -> str:
     """Write table and figures to the folder and record them in MLflow; returns the page."""
     out = Path(config.out)
-    versions = {run.info.context["code"]["commit"] for system in systems for run in system.finals}
+    context = [run.info.context for system in systems for run in system.finals]
+    versions = {facts.get("code", {}).get("commit", "unknown") for facts in context}
     now = datetime.datetime.now(datetime.timezone.utc)
     page = markdown(config, systems, date=f"{now:%Y-%m-%d}", code=", ".join(sorted(versions)))
     files = {TABLE: page.encode()}

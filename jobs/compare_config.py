@@ -64,7 +64,7 @@ class CompareConfig:
     shards: str = ""
     """URL of the shard set; empty: what the preset makes itself."""
     extra: tuple[str, ...] = ()
-    """Further words of every run's command line, each as one word: `--extra=--train.log-every=5`."""
+    """More words for every run's command line, each as one word: `--extra=--train.log-every=5`."""
     out: str = "runs/compare"
     """Local folder of the runs, the table and the figures. A run that is finished there is not
     repeated, so a comparison that was stopped goes on when it is given again."""

@@ -36,7 +36,7 @@ class Order:
 
     Attributes:
         preset: name of the preset.
-        role: `probe`, `trial` or `final`.
+        role: `shards`, `probe`, `trial` or `final`.
         values: overrides by setting, such as {"train.seed": 1}.
         certify: whether the run ends with a certified table.
     """

@@ -88,7 +88,7 @@ def record(
     log: Callable[[EvaluationRecord], object] | None = None,
 ) -> RunReference | None:
     """Hand the result to `log`, or record it in `config.tracking` and return the run."""
-    context = artifact_info(config.artifact).context
+    info = artifact_info(config.artifact)
     out = output(config)
     files = [FIGURE, HISTOGRAM, CERTIFICATE, SUMMARY] + [LAYERS] * bool(summary.layers)
     row = EvaluationRecord(
@@ -112,8 +112,14 @@ def record(
         },
         artifacts={name: out.read(name) for name in files},
         step=summary.step,
-        train_run_id=train_run_id or context.get("train_run_id"),
+        train_run_id=train_run_id or info.context.get("train_run_id"),
         model_id=model_id,
+        tags={
+            "dataset": summary.dataset,
+            "norm": summary.norm,
+            "network": info.network.kind,
+            "attack": config.attack,
+        },
     )
     if log is None:
         return log_evaluation(config.tracking, row)

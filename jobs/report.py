@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
-from typing import Annotated, Any
+from typing import Any
 
 import jinja2
 import pydantic
@@ -42,8 +42,6 @@ class ReportConfig:
     """Names or MLflow ids of training runs; none: all of the experiment."""
     out: str = "report"
     """URL of the folder for report.html and report.md."""
-    price: Annotated[float, pydantic.Field(gt=0)] | None = None
-    """Price of one device for one hour, in any currency: adds what each run cost."""
     tracking: TrackingConfig = TrackingConfig(uri="sqlite:///runs/mlflow.db", experiment="")
     """MLflow store; an empty experiment stands for all of them."""
 
@@ -74,8 +72,9 @@ def render(report: Report, *, uri: str, now: datetime | None = None) -> dict[str
         "curves": lambda board: _image("svg+xml", curves_svg(board, _places(report, board))),
         "costs": lambda board: _image("svg+xml", cost_svg(board, _places(report, board))),
         "png": lambda data: _image("png", data),
-        "has_cost": any(reported.cost.seconds for reported in report.runs),
-        "priced": any(reported.cost.price for reported in report.runs),
+        "has_cost": any(reported.cost.hours for reported in report.runs),
+        "measured": any(reported.cost.mfu for reported in report.runs),
+        "priced": any(reported.cost.total for reported in report.runs),
     }
     names = (PAGE, TEXT)
     return {name: environment.get_template(f"{name}.j2").render(values) for name in names}
@@ -150,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = tyro.cli(ReportConfig, args=arguments, prog="jobs.report")
         reader = Reader(config.tracking)
-        report = collect(reader, config.runs, config.price)
+        report = collect(reader, config.runs)
         out = Store(config.out)
         for name, text in render(report, uri=config.tracking.uri).items():
             out.write(name, text.encode())

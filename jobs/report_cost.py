@@ -1,132 +1,77 @@
-"""What a training run took, derived from the throughput that it recorded."""
+"""What a training run took, from the meter's records (pipeline/meter.py)."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import harmonic_mean, median
 
 from pipeline.tracking_query import Point, Reader, TrackedRun
 
+_HOURS, _TOTAL, _MFU = "cost/device_hours", "cost/total", "perf/mfu"
 _RATE, _EPOCH = "train/images_per_s", "train/epoch"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Time of the training loop: steps and checkpoints, without start-up and certification.
+    """Time of a training run on its devices, restarts included, certification left out.
 
     Attributes:
-        devices: ranks that trained side by side.
-        steps: step of every record, in the order of recording; a resumed run repeats some.
-        seconds: wall-clock seconds of the loop up to each record.
-        images: training images that the loop has seen.
-        epoch_images: images of one epoch; None before the end of the first.
-        price: of one device for one hour; None: not given.
+        devices: ranks that trained side by side, as text; empty if it is not recorded.
+        hours: device hours since the start at every record, in the order of recording.
+        epochs: passes over the training split; None before the end of the first.
+        images_per_s: throughput of all devices together; None if there is no record.
+        mfu: share of the devices' peak that the model's FLOPs make up; None if it is not known.
+        total: price of the run; None if the price of an hour was not given.
     """
 
-    devices: int
-    steps: tuple[int, ...]
-    seconds: tuple[float, ...]
-    images: int
-    epoch_images: float | None
-    price: float | None
+    devices: str
+    hours: tuple[Point, ...]
+    epochs: float | None
+    images_per_s: float | None
+    mfu: float | None
+    total: float | None
 
     @property
-    def device_seconds(self) -> float | None:
-        """Devices times seconds of the whole run; None if it recorded nothing."""
-        return self.devices * self.seconds[-1] if self.seconds else None
+    def device_s(self) -> float | None:
+        """Device seconds of the whole run; None if nothing was recorded."""
+        return 3600 * self.hours[-1].value if self.hours else None
 
     @property
-    def images_per_second(self) -> float | None:
-        """Average throughput of all devices."""
-        return self.images / self.seconds[-1] if self.seconds else None
-
-    @property
-    def epochs(self) -> float | None:
-        """Passes over the training split, repeated steps included."""
-        return self.images / self.epoch_images if self.epoch_images else None
-
-    @property
-    def per_epoch(self) -> float | None:
-        """Device seconds of one epoch."""
-        if self.device_seconds is None or not self.epochs:
-            return None
-        return self.device_seconds / self.epochs
+    def device_s_per_epoch(self) -> float | None:
+        """Device seconds of one epoch; None if one of both is not known."""
+        return self.device_s / self.epochs if self.device_s and self.epochs else None
 
     def up_to(self, step: int) -> float | None:
-        """Device seconds until a step was done for the last time."""
-        done = [at for at, seen in enumerate(self.steps) if seen <= step]
-        return self.devices * self.seconds[done[-1]] if done else None
-
-    def money(self, device_seconds: float | None) -> float | None:
-        """What these device seconds cost; None if the price is not known."""
-        if self.price is None or device_seconds is None:
-            return None
-        return self.price * device_seconds / 3600
+        """Device seconds until a step was done for the last time; None if it was not."""
+        done = [point for point in self.hours if point.step <= step]
+        return 3600 * done[-1].value if done else None
 
 
-def training_cost(reader: Reader, run: TrackedRun, price: float | None) -> Cost:
-    """Read what a training run took.
-
-    Args:
-        reader: the store.
-        run: the training run.
-        price: of one device for one hour; None: not given.
-    """
-    batch = int(run.params.get("train.global_batch", 0))
-    every = int(run.params.get("train.log_every", 1))
-    local = run.params.get("cluster.launcher") == "local"
-    return cost_of(
-        reader.series(run.run_id, _RATE),
-        reader.series(run.run_id, _EPOCH),
-        batch=batch,
-        log_every=every,
-        devices=1 if local else int(run.params.get("cluster.workers", 1)),
-        price=price,
+def training_cost(reader: Reader, run: TrackedRun) -> Cost:
+    """Read what a training run took."""
+    rates = [p.value for p in reader.series(run.run_id, _RATE) if p.value > 0]
+    mfu = [point.value for point in reader.series(run.run_id, _MFU)]
+    return Cost(
+        devices=run.tags.get("devices", ""),
+        hours=tuple(reader.series(run.run_id, _HOURS)),
+        epochs=passed_epochs(reader.series(run.run_id, _EPOCH)),
+        # Records stand for equally many images, so times add up and not rates.
+        images_per_s=harmonic_mean(rates) if rates else None,
+        mfu=median(mfu) if mfu else None,
+        total=run.metrics.get(_TOTAL),
     )
 
 
-def cost_of(
-    rate: Sequence[Point],
-    epoch: Sequence[Point],
-    *,
-    batch: int,
-    log_every: int,
-    devices: int,
-    price: float | None,
-) -> Cost:
-    """Derive the cost from series; see `Cost`.
+def passed_epochs(epoch: Sequence[Point]) -> float | None:
+    """Return the epochs that the last step stands for; None before the end of the first.
 
     Args:
-        rate: images per second of all devices since the record before.
-        epoch: the epoch of the next sample.
-        batch: images of one step.
-        log_every: steps between two records.
-        devices: see `Cost`.
-        price: see `Cost`.
+        epoch: number of the epoch of the next sample, by step. The first record of epoch e lies
+            less than one record behind its begin: there, step / e is the steps of an epoch.
     """
-    steps, seconds, images, elapsed, last = [], [], 0, 0.0, 0
-    for point in rate:
-        passed = point.step - last
-        if not 0 < passed <= log_every:  # the run was resumed here
-            passed = log_every
-        images += passed * batch
-        elapsed += passed * batch / point.value
-        steps.append(point.step)
-        seconds.append(elapsed)
-        last = point.step
-    return Cost(devices, tuple(steps), tuple(seconds), images, _epoch_images(epoch, batch), price)
-
-
-def _epoch_images(epoch: Sequence[Point], batch: int) -> float | None:
-    """Images of an epoch, from the first record of the last one that began.
-
-    Record k of epoch e says e * images <= step * batch; the first one exceeds it by less than the
-    images between two records.
-    """
-    ordered = sorted(epoch)
-    values = [point.value for point in ordered]
-    if not values or values[-1] < 1:
+    last = max(epoch, default=None)
+    if last is None or last.value < 1:
         return None
-    first = ordered[bisect_right(values, values[-1] - 0.5)]
-    return first.step * batch / first.value
+    first = min(point.step for point in epoch if point.value == last.value)
+    return last.step * last.value / first

@@ -146,13 +146,12 @@ def differing_settings(
     return {name: values for name, values in table.items() if len(set(values)) > 1}
 
 
-def collect(reader: Reader, names: Sequence[str], price: float | None) -> Report:
+def collect(reader: Reader, names: Sequence[str]) -> Report:
     """Read the runs with these names (none: all) and everything that belongs to them.
 
     Args:
         reader: the store.
         names: names or ids of training runs.
-        price: of one device for one hour; None where money says nothing.
 
     Raises:
         TrackingError: a run is unknown, or there is none.
@@ -167,7 +166,7 @@ def collect(reader: Reader, names: Sequence[str], price: float | None) -> Report
             else:
                 evaluations.append(found)
         evaluations.sort(key=lambda e: (e.summary.step, e.run.start_ms))
-        cost = training_cost(reader, run, price)
+        cost = training_cost(reader, run)
         runs.append(ReportedRun(run, tuple(reader.models(run)), tuple(evaluations), cost))
     return Report(tuple(runs), _boards(runs), tuple(left_out))
 

@@ -110,10 +110,12 @@ class ScheduleConfig:
         return str(Path(self.tracking.uri.removeprefix("sqlite:///")).parent / "claims")
 
     def evaluation(self, suite: str, checkpoint: Checkpoint) -> EvaluationConfig:
-        """Return the evaluation of a checkpoint by a suite."""
+        """Return the evaluation of a checkpoint by a suite, as its training would make it."""
         return suite_config(
             suite,
             checkpoint.artifact_url,
+            split=checkpoint.split,
+            eps=checkpoint.eps,
             shards=self.shards,
             tracking=TrackingConfig(uri=self.tracking.uri, experiment=checkpoint.experiment),
             **dataclasses.asdict(self.tasks),

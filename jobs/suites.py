@@ -21,12 +21,15 @@ SUITES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def suite_config(suite: str, artifact: str, **settings: Any) -> EvaluationConfig:
+def suite_config(
+    suite: str, artifact: str, *, split: str = EvaluationConfig.split, **settings: Any
+) -> EvaluationConfig:
     """Return the evaluation of an artefact by a suite, with its own output beside the artefact.
 
     Args:
         suite: name of the suite.
         artifact: URL of the artefact.
+        split: split of the shard set.
         settings: further fields of EvaluationConfig: where it runs and what it records.
 
     Raises:
@@ -37,6 +40,6 @@ def suite_config(suite: str, artifact: str, **settings: Any) -> EvaluationConfig
     changes = SUITES[suite]
     out = None
     if changes:  # else the place where training itself puts the same evaluation
-        folder = f"{EvaluationConfig.split}-{suite.replace('+', '-')}"
+        folder = f"{split}-{suite.replace('+', '-')}"
         out = Store(artifact).child("evaluation", folder).url
-    return EvaluationConfig(artifact=artifact, **{"out": out, **settings, **changes})
+    return EvaluationConfig(artifact=artifact, split=split, **{"out": out, **settings, **changes})

@@ -38,7 +38,17 @@ EVALUATIONS = "tags.stage = 'cra-eval'"
 _CRA = re.compile(r"cra_sound/(\w+)/(\d+)_(\d+)")
 _SETTINGS = 6
 """Axes for settings: more are not legible."""
-_LOOP = ("train/loss", "train/certified", "train/images_per_s", "orthogonality/residual_max")
+_SOMETHING = 0.01
+"""Share of certified samples below which a radius says nothing about a setting."""
+_LOOP = (
+    "train/loss",
+    "train/certified",
+    "orthogonality/residual_max",
+    "train/images_per_s",
+    "perf/mfu",
+    "cost/device_hours",
+    "system/cpu_utilization_percentage",
+)
 
 
 @pydantic.dataclasses.dataclass(
@@ -92,7 +102,7 @@ def views(runs: Sequence[TrackedRun]) -> list[View]:
     attack = [name for r in radii for name in r.attack]
     first = metric(sound[0])
     results = [metric("clean"), *map(metric, sound)]
-    training = [*map(param, settings), *results, metric("train/images_per_s")]
+    training = [*map(param, settings), *results, metric("cost/device_hours")]
     return [
         View("cra-runs", "1 Training runs", TRAINING, first, training),
         View(
@@ -118,7 +128,7 @@ def views(runs: Sequence[TrackedRun]) -> list[View]:
             [
                 Section(
                     f"settings and certified robust accuracy, {r.norm}",
-                    [parallel(settings, ["clean", *r.sound])],
+                    [parallel(settings, ["clean", *_certifying(runs, r.sound)])],
                     columns=1,
                     height=340,
                 )
@@ -189,6 +199,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _lines(names: Iterable[str]) -> list[Mapping[str, object]]:
     return [line(name) for name in names]
+
+
+def _certifying(runs: Sequence[TrackedRun], names: Sequence[str]) -> list[str]:
+    """The radii at which some run certifies something: the last axis colours the lines."""
+    found = [n for n in names if max(run.metrics.get(n, 0.0) for run in runs) >= _SOMETHING]
+    return found or list(names)
 
 
 def _numeric(settings: Mapping[str, Sequence[str | None]]) -> list[str]:

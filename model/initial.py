@@ -34,20 +34,20 @@ def _xavier_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor
 
 
 def _orthonormal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    value = _zeros(shape, generator)
-    centre = [side // 2 for side in shape[2:]]
-    rows, columns = shape[:2]
-    order = max(rows, columns)
-    corner = ORTHOGONAL.random((order, order), generator)[:rows, :columns]
-    value[(slice(None), slice(None), *centre)] = corner
-    return value
+    order = max(shape[:2])
+    return _centred(shape, ORTHOGONAL.random((order, order), generator)[: shape[0], : shape[1]])
 
 
 def _dirac(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    value = _zeros(shape, generator)
-    centre = [side // 2 for side in shape[2:]]
-    value[(slice(None), slice(None), *centre)] = _identity(shape, generator)
-    return value
+    return _centred(shape, _identity(shape, generator))
+
+
+def _centred(shape: tuple[int, ...], matrix: Tensor) -> Tensor:
+    """A convolution (or a matrix) that applies `matrix` at every point alone."""
+    points = math.prod(shape[2:])
+    value = torch.zeros(*shape[:2], points, dtype=torch.float64)
+    value[..., points // 2] = matrix
+    return value.view(shape)
 
 
 def _passing(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -129,9 +129,9 @@ def initial_value(kind: str, shape: Sequence[int], *, seed: int, name: str) -> T
             is zero around its centre `dirac` (the identity) and `orthonormal` (a Haar corner),
             `filter` (variance 1/shape[0]), `uniform` (up to 1/sqrt(shape[-1]) on either side),
             `angle` (uniform on [0, pi]) and `right_angle`; `ones`; `residual` and `residual_3x3`
-            (deviation 1 / (kernel's size * rows), but gains of 1 in the last column); for layers in l-infinity
-            `passing` (standard normal, but -10 at column row mod n: |x_i + 10| is then the largest
-            distance of a row to points of moderate size) and `selecting` (each row one input).
+            (deviation 1 / (kernel's size * rows), but gains of 1 in the last column); for layers in
+            l-infinity `passing` (standard normal, but -10 at column row mod n: |x_i + 10| is then
+            the largest distance of a row to points of moderate size) and `selecting` (each row one input).
         shape: shape of the whole parameter.
         seed: seed of the run.
         name: qualified name of the parameter; two parameters are independent.

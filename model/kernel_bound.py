@@ -1,9 +1,9 @@
 """Proved bounds of strided, zero-padded convolutions (docs/families.md).
 
-Pixels s x s become channels: a kernel (o, c, k, k) of stride s is one of stride 1, (o, c s^2, k', k')
-with k' = ceil(k / s). The padded image lies on a torus of its own size, where the convolution is
-circular and its norm is the largest of one small matrix per frequency; image and output are parts
-of the torus, which can only lower the norm.
+Pixels s x s become channels: a kernel (o, c, k, k) of stride s is one of stride 1, of shape
+(o, c s^2, k', k') with k' = ceil(k / s). The padded image lies on a torus of its own size, where
+the convolution is circular and its norm is the largest of one small matrix per frequency; image and
+output are parts of the torus, which can only lower the norm.
 """
 
 import math
@@ -168,7 +168,10 @@ def power_pair(
     start = (1, kernel.shape[1], *shape)
     v = torch.randn(start, generator=generator, device=kernel.device, dtype=kernel.dtype)
     tiny = torch.finfo(kernel.dtype).tiny
-    right, left, alphas, betas = [v / v.norm()], [], [], []
+    right: list[Tensor] = [v / v.norm()]
+    left: list[Tensor] = []
+    alphas: list[Tensor] = []
+    betas: list[Tensor] = []
     for _ in range(steps):
         u = F.conv2d(right[-1], kernel, stride=stride, padding=padding)
         if left:

@@ -1,4 +1,4 @@
-"""LiResNet++ (arXiv 2301.12549, 2310.02513): linear residual convolutions, Cholesky dense layers."""
+"""LiResNet++ (arXiv 2301.12549, 2310.02513): linear residual convolutions, Cholesky layers."""
 
 import math
 from collections.abc import Iterable, Iterator

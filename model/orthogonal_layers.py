@@ -1,4 +1,4 @@
-"""Layers that are 1-Lipschitz for any weights: LiResNet++'s (arXiv 2310.02513), BRONet's (2505.15174).
+"""Layers that are 1-Lipschitz for any weights: LiResNet++ (2310.02513), BRONet (2505.15174).
 
 They compute in float32 or wider, whatever the type of the weights.
 """

@@ -54,7 +54,7 @@ def orthonormal_rows(x: Tensor, share: float) -> Tensor:
         x: X, real or complex, shape (..., m, k) with m <= k.
         share: eta as a share of the mean of the diagonal of X X^*, in (0, 1].
     """
-    return _OrthonormalRows.apply(x, share)  # type: ignore[no-untyped-call, no-any-return]
+    return _OrthonormalRows.apply(x, share)
 
 
 def regularised_gram(x: Tensor, share: float) -> Tensor:
@@ -88,7 +88,7 @@ def entry_error(program: Program) -> float:
 class ComputedBound(MatrixBound):
     """What is known of a matrix that is computed from a stored one by `orthonormal_rows`.
 
-    `upper` is 1, by construction; `lower` and `absolute` are of Q, `frobenius` of the stored tensor.
+    `upper` is 1, by construction; `lower` and `absolute` are of Q, `frobenius` of what is stored.
     """
 
     condition: float
@@ -165,7 +165,7 @@ def rows_error(bound: ComputedBound, m: int, k: int, entries: float, program: Pr
 def carry_reflection(
     state: Carried, *, terms: int, rank: int, error: float, complex_terms: bool = False
 ) -> None:
-    """x -> x - 2 Q^* (Q x), or some of its rows, with a computed Q.
+    """Carry bounds through x - 2 Q^* (Q x), or some of its rows, with a computed Q.
 
     Args:
         state: of x; the result replaces it.

@@ -64,9 +64,7 @@ class RegularisedConvolution(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """Height and width of the output."""
-        height, width = (
-            output_side(n, self.side, self.stride, self.padding) for n in self.shape
-        )
+        height, width = (output_side(n, self.side, self.stride, self.padding) for n in self.shape)
         return height, width
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +136,7 @@ class RegularisedConvolution(nn.Module):
 
 
 class LinearResidual(RegularisedConvolution):
-    """x + centre(R x) + b, R = depth^-1/2 * gain * V, a 3x3 kernel: a residual block that is linear.
+    """x + centre(R x) + b with R = depth^-1/2 * gain * V, a 3x3 kernel: a linear residual block.
 
     The centering is a translation, so the block has the norm of K = I + R.
 

@@ -63,7 +63,8 @@ def norm_bound(v: Tensor) -> Tensor:
 
 def _powers(v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """G, G^2, G^4 ..., each divided by a power of two, and these."""
-    powers, scales = [], []
+    powers: list[Tensor] = []
+    scales: list[Tensor] = []
     for i in range(_SQUARINGS[v.ndim] + 1):
         g = gram(powers[-1] if i else v)
         # A power of two: the scaling itself has no rounding error.
@@ -113,7 +114,7 @@ def row_sums_error(v: Tensor, log_q: Tensor | None, t: Tensor, program: Program)
         v: stored weight, float64.
         log_q: stored logarithms of q, float64.
         t: row_sums(v, log_q) in float64.
-        program: the arithmetic; T is computed in its wide type from its copy of the weights.
+        program: the arithmetic; T is computed in float64 from its copy of the weights.
     """
     largest = 0.0 if log_q is None else float(log_q.abs().max())
     used = t > 0
@@ -124,10 +125,10 @@ def row_sums_error(v: Tensor, log_q: Tensor | None, t: Tensor, program: Program)
     r = torch.ones_like(t) if log_q is None else log_q.exp()
     spread = (magnitude @ (magnitude.mT @ r)) / r
     ratio = float((spread[used] / t[used]).max()) * SLACK if bool(used.any()) else 0.0
-    entries = combined(program.weight, program.weight, gamma(v[0].numel(), program.wide)) * ratio
+    entries = combined(program.weight, program.weight, gamma(v[0].numel(), U64)) * ratio
     # Two exponentials: 4 units each, and what rounding their arguments does.
-    exponent = 2 * (program.weight * largest + 4 * program.wide) * (1 + 2.0**-3)
-    sums = gamma(v.shape[0] * _side(v) ** 2 + 4, program.wide)
+    exponent = 2 * (program.weight * largest + 4 * U64) * (1 + 2.0**-3)
+    sums = gamma(v.shape[0] * _side(v) ** 2 + 4, U64)
     return combined(entries, exponent, sums) * (1 + 2.0**-20)
 
 
@@ -156,7 +157,7 @@ def norm_bound_error(v: Tensor, t: Tensor, program: Program) -> float:
     if not error < 0.5:
         return math.inf
     # The root divides a relative error below 1/2 by 2^m, and each root adds its own rounding.
-    return combined(2 * error / 2 ** len(squared), 4 * U64, program.wide) * (1 + 2.0**-20)
+    return combined(2 * error / 2 ** len(squared), 4 * U64) * (1 + 2.0**-20)
 
 
 def absolute_norm(scaled: Tensor) -> float:

@@ -87,6 +87,10 @@ class RescaledLayer(nn.Module):
         self.bias = set_initial(nn.Parameter(torch.empty(rows)), "zeros")
         self._known: tuple[object, Rescaled] | None = None
 
+    def _wide(self, x: Tensor) -> Tensor:
+        """What T is computed in: float64 in evaluation, where its error costs certified radius."""
+        return at_least_float32(x) if self.training else x.double()
+
     def _apply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
         """V x + b."""
         if self.kernel:
@@ -97,13 +101,17 @@ class RescaledLayer(nn.Module):
         """Terms of a dot product of V x + b."""
         return self.weight[0].numel() + 1
 
+    @torch.no_grad()
     def rescaled(self, program: Program) -> Rescaled:
         """Facts of the stored weights for one program, computed once per value."""
-        parameters = list(self.parameters())
-        key = (program, *((p.data_ptr(), p.dtype, p._version) for p in parameters))
+        key = (program, self._versions())
         if self._known is None or self._known[0] != key:
             self._known = key, self._rescale(program)
         return self._known[1]
+
+    def _versions(self) -> tuple[object, ...]:
+        """Changes with every assignment to a parameter."""
+        return tuple((p.data_ptr(), p.dtype, p._version) for p in self.parameters())
 
     def _rescale(self, program: Program) -> Rescaled:
         raise NotImplementedError
@@ -139,13 +147,14 @@ class Residual(RescaledLayer):
     ) -> None:
         super().__init__(inner, channels, kernel, positions, "xavier_normal")
         self.scaling = scaling
+        self._bound: tuple[object, Tensor] | None = None
         self.log_q: nn.Parameter | None = None
         if scaling == "sll" and not kernel:
             self.log_q = set_initial(nn.Parameter(torch.empty(inner)), "standard_normal")
 
     def forward(self, x: Tensor) -> Tensor:
         """Output of the input's shape."""
-        t = inverse(self._diagonal(at_least_float32(self.weight))).to(x.dtype)
+        t = inverse(self._diagonal(self._wide(self.weight))).to(x.dtype)
         if self.kernel:
             z = t.view(-1, 1, 1) * self._apply_rows(x, self.weight).relu()
             return x - 2 * F.conv_transpose2d(z, self.weight, padding=self.kernel // 2)
@@ -154,10 +163,16 @@ class Residual(RescaledLayer):
     def _diagonal(self, v: Tensor) -> Tensor:
         """T, shape (inner,)."""
         if self.scaling == "sll":
-            return row_sums(v, None if self.log_q is None else at_least_float32(self.log_q))
-        # In float64, where the many products of the bound cost no accuracy.
-        number = norm_estimate(v) if self.training else norm_bound(v.double()).to(v.dtype)
+            return row_sums(v, None if self.log_q is None else self._wide(self.log_q))
+        number = norm_estimate(v) if self.training else self._norm_bound(v.detach())
         return number.expand(v.shape[0])
+
+    def _norm_bound(self, v: Tensor) -> Tensor:
+        """The bound of the stored weight, computed once per value: an attack asks many times."""
+        key = self._versions()
+        if self._bound is None or self._bound[0] != key:
+            self._bound = key, norm_bound(v)
+        return self._bound[1]
 
     def _rescale(self, program: Program) -> Rescaled:
         v = self.weight.double()
@@ -219,7 +234,7 @@ class AlmostOrthogonal(RescaledLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Output, rows instead of columns."""
-        v = at_least_float32(self.weight)
+        v = self._wide(self.weight)
         root = inverse(row_sums(v.transpose(0, 1))).sqrt()
         scaled = v * root.view(-1, 1, 1) if self.kernel else v * root
         return self._apply_rows(x, scaled.to(x.dtype))

@@ -149,6 +149,9 @@ class CheckpointConfig:
     """Evaluation tasks under way at the same time."""
     evaluate_gpus: float = Field(default=0.0, ge=0)
     """GPUs, or a fraction of one, for each evaluation task; 0 certifies on CPUs."""
+    evaluate_placement: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes that may certify, as pairs of Ray's label selectors, e.g.
+    `role evaluation` or `role !training`. Default: any node with free resources."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -165,10 +168,16 @@ class ClusterConfig:
     """`auto` uses GPUs when every rank can have one."""
     address: str = ""
     """Ray cluster to join; empty joins RAY_ADDRESS (set inside a Ray job) or starts a local one."""
+    placement: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes that may train, as `checkpoint.evaluate_placement`."""
     max_failures: int = Field(default=0, ge=-1)
     """Worker-group restarts from the newest checkpoint; -1 is unlimited."""
     collective_timeout_s: int = Field(default=600, ge=1)
     """A collective that waits longer stops the run."""
+    price_per_device_hour: float = Field(default=0.0, ge=0)
+    """Price of one rank's device for an hour, in any currency, for `cost/total`; 0: unknown."""
+    peak_tflops: float = Field(default=0.0, ge=0)
+    """TFLOP/s that a device can reach, for `perf/mfu`; 0: from its name, where it is known."""
 
 
 # The whole input would be repeated in every message, with whatever a URL holds.

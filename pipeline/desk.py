@@ -8,12 +8,15 @@ from typing import Any
 from rich.console import Console
 
 from data_shards.store import Store
+from model.build import FAMILIES
 from pipeline.display import Display
 from pipeline.evaluation import Evaluations
 from pipeline.events import Event, Kept, Metrics, NotKept, Skipped, Started
+from pipeline.meter import DEVICE_HOURS, Meter
 from pipeline.prepare import Prepared
 from pipeline.retention import Retention
 from pipeline.submission import submission_tags
+from pipeline.system import SystemMetrics
 from pipeline.tracker import Tracker
 from pipeline.tracking import TrackingConfig, ui_command
 from pipeline.worker import Job
@@ -30,6 +33,10 @@ class Desk:
         tracker: the MLflow record.
         evaluations: certification of kept checkpoints; None leaves them uncertified.
         after_kept: called when a checkpoint has been kept; must not wait.
+        meter: counts what the run uses.
+
+    Attributes:
+        step: of the newest record.
     """
 
     def __init__(
@@ -38,7 +45,10 @@ class Desk:
         tracker: Tracker,
         evaluations: Evaluations | None,
         after_kept: Callable[[], object],
+        meter: Meter,
     ) -> None:
+        self.step = 0
+        self._meter = meter
         self._display = display
         self._tracker = tracker
         self._evaluations = evaluations
@@ -58,10 +68,14 @@ class Desk:
         """Show and record one event; waits for no server and no task."""
         match event:
             case Started():
+                self.step = event.step
                 self._display.started(event)
+                self._tracker.set_tags(self._meter.started(event))
             case Metrics():
+                self.step = event.step
                 self._display.metrics(event)
-                self._tracker.log_metrics(event.step, event.values, event.time_ms)
+                values = {**event.values, **self._meter.values(event)}
+                self._tracker.log_metrics(event.step, values, event.time_ms)
             case Kept():
                 self._keep(event)
             case NotKept():
@@ -101,14 +115,17 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
         prepared.spool,
         run_name=config.name,
         params=prepared.params(),
-        tags={"preset": config.preset, "run_url": prepared.job.run_url, **submission_tags()},
+        tags={**_tags(prepared), **submission_tags()},
     )
     evaluations = _evaluations(prepared, tracker) if config.checkpoint.evaluate else None
     display = Display(console)
     retention = _retention(prepared, evaluations, display)
+    meter = Meter(config, tracker.last_value(DEVICE_HOURS) or 0.0)
+    desk = Desk(display, tracker, evaluations, retention.submit, meter)
+    system = SystemMetrics(lambda values: tracker.log_metrics(desk.step, values))
     status = "FAILED"
     try:
-        yield Desk(display, tracker, evaluations, retention.submit)
+        yield desk
         display.close()
         summaries = _results(evaluations, console)
         status = "FINISHED"
@@ -118,11 +135,26 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
         raise
     finally:
         display.close()
+        system.close()
         tracker.finish(status)  # first: what follows may outlast the time that a stop leaves
         if evaluations is not None:
             evaluations.cancel()
         retention.close()
         tracker.close(_CLOSE_S)
+
+
+def _tags(prepared: Prepared) -> dict[str, str]:
+    """What runs are filtered by."""
+    config = prepared.job.config
+    return {
+        "preset": config.preset,
+        "run_url": prepared.job.run_url,
+        "dataset": prepared.samples.name,
+        "network": config.model.kind,
+        "norm": FAMILIES[config.model.kind].network.norm,
+        "precision": config.train.precision,
+        "code": prepared.job.context["code"]["commit"],
+    }
 
 
 def _retention(prepared: Prepared, evaluations: Evaluations | None, display: Display) -> Retention:
@@ -144,6 +176,7 @@ def _evaluations(prepared: Prepared, tracker: Tracker) -> Evaluations:
         "launcher": config.cluster.launcher,
         "max_in_flight": config.checkpoint.evaluate_tasks,
         "num_gpus": config.checkpoint.evaluate_gpus,
+        "placement": config.checkpoint.evaluate_placement,
         "record": False,
     }
     beside = config.cluster.launcher == "ray"

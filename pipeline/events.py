@@ -13,11 +13,15 @@ class Started:
         facts: counts worth a line in the log and a parameter in the tracker.
         step: steps already done (resume).
         total_steps: steps of the schedule.
+        devices: how many devices compute, one per rank.
+        device: name of rank 0's device, `cpu` or that of a GPU.
     """
 
     facts: dict[str, Any]
     step: int
     total_steps: int
+    devices: int = 1
+    device: str = "cpu"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -175,7 +175,10 @@ def fit(job: Job, handle: Emit, stop: Interruption) -> None:
             backend="nccl" if use_gpu else "gloo", timeout_s=cluster.collective_timeout_s
         ),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers, use_gpu=use_gpu, resources_per_worker=resources
+            num_workers=cluster.workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            label_selector=cluster.placement or None,
         ),
         run_config=RunConfig(
             name=name,

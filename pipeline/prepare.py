@@ -182,11 +182,12 @@ def code_version() -> dict[str, str]:
     Of code that a Ray job brought with it, the digest of its files.
     """
     version = {"package": importlib.metadata.version("certified-pretrain")}
+    image = os.environ.get("CERTIFIED_PRETRAIN_COMMIT")  # of a container image without .git
     root = Path(__file__).resolve().parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
         version["commit"] = done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        version["commit"] = uploaded_code(root) or "unknown"
+        version["commit"] = uploaded_code(root) or image or "unknown"
     return version

@@ -143,6 +143,14 @@ class Tracker:
         }
         self._append("evaluation", record=row)
 
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        self._append("tags", tags=dict(tags))
+
+    def last_value(self, name: str) -> float | None:
+        """The newest value of a metric that this spool holds, from earlier executions as well."""
+        return self._spool.last_value(name)
+
     def finish(self, status: str = "FINISHED") -> None:
         """Set the final status: FINISHED, FAILED or KILLED."""
         if status not in ("FINISHED", "FAILED", "KILLED"):
@@ -229,6 +237,8 @@ class Tracker:
             }
             record["train_run_id"] = self._run_id()
             server.log_evaluation(EvaluationRecord(**record))
+        elif kind == "tags":
+            server.tag_run(self._run_id(), row["tags"])
         else:
             server.finish_run(self._run_id(), **row)
 
@@ -270,6 +280,15 @@ class _Spool:
                     end += len(line)
                     rows.append((json.loads(line), end))
         return rows
+
+    def last_value(self, name: str) -> float | None:
+        quoted = json.dumps(name).encode()
+        found = None
+        with self.path.open("rb") as file:
+            for line in file:
+                if quoted in line and line.endswith(b"\n"):
+                    found = json.loads(line).get("values", {}).get(name, found)
+        return found
 
     def acknowledge(self, end: int) -> None:
         state = {"acknowledged": end, "run": self.run, "models": self.models}

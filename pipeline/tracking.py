@@ -80,6 +80,7 @@ class EvaluationRecord:
         metrics: scalars by name, e.g. ``cra_nominal/l2/36_255``.
         params: few, mostly numeric values: they become the axes of the compare page.
         artifacts: small files by name (figure, summary).
+        tags: what evaluations are filtered by.
         step: training step of the artefact.
         train_run_id: the training run that receives the scalars as series, when known.
         model_id: the LoggedModel of the artefact; found by its digest when absent.
@@ -97,6 +98,7 @@ class EvaluationRecord:
     step: int = 0
     train_run_id: str | None = None
     model_id: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
     timestamp_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
 
 
@@ -239,6 +241,7 @@ class Server:
                 start_time=record.timestamp_ms,
                 run_name=f"cra-{origin}-step{record.step}",
                 tags={
+                    **record.tags,
                     "stage": "cra-eval",
                     "eval_key": record.eval_key,
                     "artifact_url": record.artifact_url,
@@ -304,6 +307,11 @@ class Server:
             for file, data in files.items():
                 Path(folder, file).write_bytes(data)
             self._client.log_artifacts(run_id, folder)
+
+    def tag_run(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run."""
+        for key, value in tags.items():
+            self._client.set_tag(run_id, key, value)
 
     def finish_run(self, run_id: str, status: str, timestamp_ms: int) -> None:
         """Set the final status of a run."""

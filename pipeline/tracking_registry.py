@@ -238,11 +238,6 @@ class Registry(Server):
         runs = self._client.search_runs([self._experiment_id], condition, max_results=1)
         return str(runs[0].info.run_id) if runs else None
 
-    def tag_run(self, run_id: str, tags: Mapping[str, str]) -> None:
-        """Set tags of a run."""
-        for key, value in tags.items():
-            self._client.set_tag(run_id, key, value)
-
     @contextlib.contextmanager
     def gate_run(self, run_name: str, tags: Mapping[str, str]) -> Iterator[RunReference]:
         """The run that records one act of the gate; it ends as FAILED if the act raises."""

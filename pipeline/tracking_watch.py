@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.tracking import connect
 
+_RATIO = re.compile(r"\d+/\d+")
 _PAGE = 1000
 _MODELS_PER_PAGE = 50  # what every MLflow store allows
 
@@ -26,6 +28,8 @@ class Checkpoint:
         artifact_digest: digest of its weights.
         created_s: when it was recorded, seconds since the epoch.
         training: the run is in progress and certifies its checkpoints itself.
+        split: split on which the run certifies its checkpoints.
+        eps: ratios at which it does; empty if it does not say.
     """
 
     model_id: str
@@ -37,6 +41,8 @@ class Checkpoint:
     artifact_digest: str
     created_s: float
     training: bool
+    split: str
+    eps: tuple[str, ...]
 
 
 class Watch:
@@ -91,6 +97,7 @@ class Watch:
 
     def _checkpoint(self, model: Any, runs: dict[str, Any]) -> Checkpoint:
         run = runs.get(model.source_run_id)
+        params = run.data.params if run else {}
         return Checkpoint(
             model_id=model.model_id,
             experiment=self._name(model.experiment_id),
@@ -102,7 +109,9 @@ class Watch:
             created_s=model.creation_timestamp / 1000,
             training=run is not None
             and run.info.status == "RUNNING"
-            and run.data.params.get("checkpoint.evaluate") == "True",
+            and params.get("checkpoint.evaluate") == "True",
+            split=params.get("data.test_split", "test"),
+            eps=tuple(_RATIO.findall(params.get("checkpoint.evaluate_eps", ""))),
         )
 
     def _name(self, experiment_id: str) -> str:

@@ -4,6 +4,8 @@ import dataclasses
 import warnings
 from typing import Any
 
+import torch
+
 from data_shards.order import Cursor
 from data_shards.quarantine import Quarantine
 from data_shards.store import Store
@@ -114,4 +116,6 @@ def _started(
         facts["resumed"] = f"after step {progress.step}"
     if damaged:
         facts["damaged checkpoints passed over"] = "; ".join(damaged)
-    return Started(facts, progress.step, plan.total_steps)
+    cuda = world.device.type == "cuda"
+    device = torch.cuda.get_device_name(world.device) if cuda else world.device.type
+    return Started(facts, progress.step, plan.total_steps, devices=world.size, device=device)

@@ -5,13 +5,14 @@ from collections.abc import Callable
 
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
-from pipeline.presets import linf, lipnext, sll, soc
+from pipeline.presets import linf, lipnext, liresnet, sll, soc
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     **lipnext.PRESETS,
     **soc.PRESETS,
     **sll.PRESETS,
     **linf.PRESETS,
+    **liresnet.PRESETS,
 }
 
 

@@ -18,7 +18,7 @@ from pipeline.config import (
     TrainConfig,
 )
 
-_DIGITS = {"input_shape": (1, 8, 8), "num_classes": 10}
+_DIGITS = (1, 8, 8)
 
 
 def _adam(lr: float) -> OptimConfig:
@@ -48,7 +48,8 @@ def _digits(name: str, model: NetworkConfig, *, lr: float, eps: float, epochs: f
 
 def _digits_residual(scaling: Literal["sll", "cpl"]) -> SllConfig:
     return SllConfig(
-        **_DIGITS,
+        input_shape=_DIGITS,
+        num_classes=10,
         scaling=scaling,
         channels=4,
         conv_layers=2,
@@ -71,9 +72,15 @@ def digits_cpl() -> RunConfig:
 def digits_aol() -> RunConfig:
     """AOL on digits."""
     model = AolConfig(
-        **_DIGITS, patch=2, channels=32, conv_layers=3, kept_channels=16, dense_layers=2
+        input_shape=_DIGITS,
+        num_classes=10,
+        patch=2,
+        channels=32,
+        conv_layers=3,
+        kept_channels=16,
+        dense_layers=2,
     )
-    return _digits("digits-aol", model, lr=5e-3, eps=0.875, epochs=50)
+    return _digits("digits-aol", model, lr=1e-2, eps=0.875, epochs=30)
 
 
 _SIZES = {"S": (20, 45, 7), "M": (30, 60, 10), "L": (50, 90, 10), "XL": (70, 120, 15)}

@@ -32,7 +32,7 @@ def _digits(name: str, head: Head) -> RunConfig:
             hidden=256,
         ),
         data=DataConfig(source="digits"),
-        optim=OptimConfig(lr=5e-3, betas=(0.9, 0.99), lookahead_factor=0.8),
+        optim=OptimConfig(lr=1e-2, betas=(0.9, 0.99), lookahead_factor=0.8),
         loss=LossConfig(eps=108 / 255, eps_start=0.875, eps_end=0.875, scale=10.0),
         train=TrainConfig(epochs=40, global_batch=64, warmup_epochs=2),
         checkpoint=CheckpointConfig(every_steps=500),

@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parents[2]
-_START_S = 180
+_START_S = 300
 
 
 def free_ports(number):
@@ -40,19 +40,19 @@ class Cluster:
         agent, metrics = free_ports(2)
         ports = ["--dashboard-agent-listen-port", str(agent), "--metrics-export-port", str(metrics)]
         words = [command, "--block", "--object-store-memory", "150000000", *ports, *flags]
-        log = (self.folder / f"node-{len(self.nodes)}.log").open("wb")
-        self.nodes.append(
-            subprocess.Popen(
-                ["bash", "-c", " ".join(words)],
-                cwd=ROOT,
-                env=self.environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
+        with (self.folder / f"node-{len(self.nodes)}.log").open("wb") as log:
+            self.nodes.append(
+                subprocess.Popen(
+                    ["bash", "-c", " ".join(words)],
+                    cwd=ROOT,
+                    env=self.environment,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
             )
-        )
 
-    def run(self, command, timeout=400):
+    def run(self, command, timeout=800):
         """Run a command of the shell against the cluster; its exit code and output."""
         done = subprocess.run(
             ["bash", "-c", command],

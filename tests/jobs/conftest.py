@@ -1,3 +1,5 @@
+import tempfile
+
 import pytest
 
 from data_shards.sources import synthetic
@@ -60,3 +62,25 @@ def fields(artifact, tmp_path):
         "out": str(tmp_path / "out"),
         "record": False,
     }
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    import ray
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
+    ):  # a short path: it holds unix sockets
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+        )
+        yield ray
+        ray.shutdown()

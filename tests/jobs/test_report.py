@@ -7,14 +7,26 @@ from mlflow import MlflowClient
 
 from jobs.evaluate_cra import evaluate
 from jobs.report import PAGE, TEXT, cell, duration, interval, main, per_further_point, render
-from jobs.report_cost import cost_of
+from jobs.report_cost import Cost, passed_epochs
 from jobs.report_data import collect
 from pipeline.tracking import Server, TrackingConfig, now_ms
 from pipeline.tracking_query import Point, Reader, TrackingError
 from tests.jobs.conftest import NETWORK, export
 
 EPS = ("1/255", "36/255")
-PARAMS = {"train.global_batch": 10, "train.log_every": 1, "cluster.workers": 2, "loss.eps": 0.1}
+TAGS = {"devices": "2"}
+PARAMS = {"loss.eps": 0.1, "train.seed": 0}
+
+
+def _record(step):
+    """What a run of two epochs of ten steps each records after a step."""
+    return {
+        "train/images_per_s": 5.0 * step,
+        "train/epoch": step // 10,
+        "cost/device_hours": step / 10,
+        "cost/total": 0.3 * step,
+        "perf/mfu": 0.25,
+    }
 
 
 @dataclasses.dataclass
@@ -43,11 +55,10 @@ def made(tmp_path_factory, shards):
     runs, models = {}, {}
 
     def train(name, started, **params):
-        run = server.start_run(name, None, name, {k: str(v) for k, v in params.items()}, {}, started)
-        rows = [
-            {"step": s, "timestamp_ms": 1000 + s, "values": {"train/images_per_s": 5.0 * s}}
-            for s in range(1, 21)
-        ]
+        run = server.start_run(
+            name, None, name, {k: str(v) for k, v in params.items()}, TAGS, started
+        )
+        rows = [{"step": s, "timestamp_ms": 1000 + s, "values": _record(s)} for s in range(1, 21)]
         server.log_metrics(run.run_id, rows)
         runs[name] = run.run_id
         return run.run_id
@@ -57,9 +68,8 @@ def made(tmp_path_factory, shards):
         url = export(folder / f"a-{run_id}-{step}", config, shards_url=shards, step=step)
         fields = {"artifact": url, "launcher": "local", "eps": EPS, "attack": attack}
         evaluated = evaluate({**fields, "tracking": tracking}, train_run_id=run_id, step=step)
-        digest = {"artifact_digest": evaluated.artifact_digest}
         (model,) = MlflowClient(tracking.uri).search_logged_models(
-            ["1"], f"tags.artifact_digest = '{digest['artifact_digest']}'"
+            ["1"], f"tags.artifact_digest = '{evaluated.artifact_digest}'"
         )
         models[f"{run_id}-{step}"] = model.model_id
 
@@ -73,7 +83,7 @@ def made(tmp_path_factory, shards):
 
 
 def collected(made, *names):
-    return collect(Reader(made.tracking), names, 3.0)
+    return collect(Reader(made.tracking), names)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +233,8 @@ def test_other_test_sets_have_their_own_table(made, report):
         assert "2 test sets or norms" in text[name]
 
 
-def test_registered_versions_are_part_of_the_lineage(made):
+def test_registered_versions_are_part_of_the_lineage(made, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", made.tracking.uri)  # the registry asks for the model
     client = made.client
     client.create_registered_model("robust")
     model_id = made.models[f"{made.runs['one']}-20"]
@@ -236,43 +247,44 @@ def test_registered_versions_are_part_of_the_lineage(made):
     assert version in render(found, uri=made.tracking.uri)[PAGE]
 
 
-def test_cost_is_time_by_throughput_and_counts_repeated_steps():
-    rate = [Point(s, r, t) for t, (s, r) in enumerate([(2, 10.0), (4, 20.0), (4, 5.0), (5, 10.0)])]
-    epoch = [Point(2, 0.0, 0), (4, 1.0, 1), (5, 1.0, 2)]
-    cost = cost_of(
-        rate, [Point(*p) for p in epoch], batch=10, log_every=2, devices=3, price=7200.0
+def test_cost_counts_repeated_steps():
+    hours = tuple(
+        Point(s, h, t) for t, (s, h) in enumerate([(2, 1.0), (4, 2.0), (3, 4.0), (4, 5.0)])
     )
-    assert cost.seconds == pytest.approx((2.0, 3.0, 7.0, 8.0))
-    assert cost.images == 70
-    assert cost.device_seconds == pytest.approx(24.0)
-    assert cost.images_per_second == pytest.approx(70 / 8)
-    assert cost.epoch_images == 40
-    assert cost.epochs == pytest.approx(1.75)
-    assert cost.per_epoch == pytest.approx(24 / 1.75)
-    assert [cost.up_to(step) for step in (1, 2, 3, 4, 9)] == pytest.approx(
-        [None, 6.0, 6.0, 21.0, 24.0]
-    )
-    assert cost.money(cost.device_seconds) == pytest.approx(48.0)
+    cost = Cost("3", hours, epochs=2.5, images_per_s=None, mfu=None, total=None)
+    assert cost.device_s == 18000
+    assert cost.device_s_per_epoch == 7200
+    assert [cost.up_to(step) for step in (1, 2, 3, 4, 9)] == [None, 3600, 14400, 18000, 18000]
+
+
+def test_epochs_are_counted_from_the_last_one_that_began():
+    def series(*values):
+        return [Point(step, float(value), 0) for step, value in enumerate(values, start=1)]
+
+    assert passed_epochs(series(0, 0, 0)) is None
+    assert passed_epochs([]) is None
+    assert passed_epochs(series(0, 0, 0, 1, 1, 1)) == 1.5
+    assert passed_epochs(series(0, 1, 2, 2)) == pytest.approx(8 / 3)
 
 
 def test_run_that_recorded_nothing_has_no_cost():
-    cost = cost_of([], [], batch=10, log_every=1, devices=1, price=1.0)
-    facts = (cost.device_seconds, cost.images_per_second, cost.epochs, cost.per_epoch)
-    assert facts == (None, None, None, None)
-    assert cost.money(None) is None
+    cost = Cost("", (), epochs=None, images_per_s=None, mfu=None, total=None)
+    assert (cost.device_s, cost.device_s_per_epoch, cost.up_to(3)) == (None, None, None)
     assert duration(None) == "–"
 
 
 def test_cost_of_a_point(report):
     entry = report.boards[0].entries[0]
     cost = entry.reported.cost
-    assert cost.devices == 2
-    assert cost.seconds[9] == pytest.approx(sum(10 / (5 * s) for s in range(1, 11)))
+    assert cost.devices == "2"
+    assert cost.images_per_s == pytest.approx(20 / sum(1 / (5 * s) for s in range(1, 21)))
+    assert cost.device_s == 7200
+    assert (cost.total, cost.mfu) == (6.0, 0.25)
+    assert cost.epochs == 2
     gains = [e.summary.columns["sound"].cra["1/255"] for e in entry.by_step]
     found = per_further_point(entry, 1, "1/255")
     if gains[1] > gains[0]:
-        spent = cost.up_to(20) - cost.up_to(10)
-        assert found == pytest.approx(spent / (100 * (gains[1] - gains[0])))
+        assert found == pytest.approx(3600 / (100 * (gains[1] - gains[0])))
     else:
         assert found is None
     assert per_further_point(entry, 0, "1/255") is None

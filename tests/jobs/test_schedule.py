@@ -137,6 +137,16 @@ def test_what_is_open_done_left_to_training_or_unreadable(store):
     assert "no artefact at" in text
 
 
+def test_an_evaluation_has_the_split_and_the_radii_of_its_training(store):
+    params = {"data.test_split": "validation", "checkpoint.evaluate_eps": "['1/255', '8/255']"}
+    store.checkpoint(1, run_id=store.train("other", **params))
+    (checkpoint,) = store.watch().checkpoints()
+    for suite in SUITES:
+        config = store.config().evaluation(suite, checkpoint)
+        assert (config.split, config.eps) == ("validation", ("1/255", "8/255"))
+        assert config.out is None or "/evaluation/validation-" in config.out
+
+
 def test_only_the_newest_checkpoint_of_each_run(store):
     other = store.train("other")
     for step in (1, 2, 3):

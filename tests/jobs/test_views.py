@@ -97,7 +97,7 @@ def test_view_that_mlflow_would_not_store_changes_nothing(tracking):
     small = View("small", "Small", "", "metrics.`clean`", [])
     numbers = [bar(f"{i}{i * i * i}{i * 7919 % 1009}/{i * 31 % 97}") for i in range(2000)]
     large = View("large", "Large", "", "metrics.`clean`", [], [Section("s", numbers)])
-    with pytest.raises(TrackingError, match="'Large' has .* MLflow keeps 5000"):
+    with pytest.raises(TrackingError, match=r"'Large' has .* MLflow keeps 5000"):
         save_views(tracking, [small, large])
     assert states(tracking) == {}
 

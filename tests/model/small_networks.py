@@ -1,10 +1,12 @@
 """Networks that the tests of this room share."""
 
 import torch
+from torch import nn
 
 from model.build import build_network
 from model.config import LipNeXtConfig, NetworkConfig
 from model.contract import CertifiedNetwork
+from model.initial import initial_value
 
 
 def tiny_config(**changes) -> LipNeXtConfig:
@@ -21,7 +23,7 @@ def tiny_config(**changes) -> LipNeXtConfig:
 
 
 def trained_like(config: NetworkConfig, seed: int = 0) -> CertifiedNetwork:
-    """float64 network, orthogonal to rounding, calibrated, whose b, p and head bias are not zero."""
+    """Calibrated float64 network, orthogonal to rounding, whose biases are not zero."""
     network = build_network(config).double().eval()
     network.initialise(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -32,3 +34,16 @@ def trained_like(config: NetworkConfig, seed: int = 0) -> CertifiedNetwork:
     shape = (32, *config.input_shape)
     network.calibrate([torch.rand(shape, generator=generator, dtype=torch.float64)])
     return network
+
+
+def filled(module: nn.Module, generator: torch.Generator, dtype=torch.float64) -> nn.Module:
+    """The layer with initial values, biases that are not 0 and residuals that matter."""
+    module = module.to(dtype)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(initial_value(p.initial, p.shape, seed=1, name=name))
+            if p.initial == "zeros":
+                p.normal_(std=0.1, generator=generator)
+            elif p.initial.startswith("residual"):
+                p[:, :-1] *= 40
+    return module

@@ -19,7 +19,9 @@ def brute(x, w, reduction):
     return (a.sort(-1, descending=True).values[..., : len(c)] * c).sum(-1)
 
 
-@pytest.fixture(params=[PowerMean(8.0), PowerMean(31.7), RankedSum((1.0,)), RankedSum(COEFFICIENTS)])
+@pytest.fixture(
+    params=[PowerMean(8.0), PowerMean(31.7), RankedSum((1.0,)), RankedSum(COEFFICIENTS)]
+)
 def reduction(request):
     return request.param
 

@@ -202,3 +202,14 @@ def test_training_and_evaluation_of_cpl_differ_by_the_slack_of_the_bound_only():
     trained, evaluated = network.train()(images), network.eval()(images)
     assert not torch.equal(trained, evaluated)
     torch.testing.assert_close(trained, evaluated, rtol=0, atol=0.1)
+
+
+def test_evaluation_follows_a_changed_weight():
+    layer = Residual(4, 3, scaling="cpl").double().eval()
+    with torch.no_grad():
+        layer.bias.zero_()
+        layer.weight.copy_(weight((3, 4)))
+        x = torch.linspace(-1, 1, 4, dtype=torch.float64)[None]
+        before = layer(x)
+        layer.weight.mul_(3)  # T grows with the weight: the layer stays the same
+        torch.testing.assert_close(layer(x), before)

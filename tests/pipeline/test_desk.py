@@ -10,6 +10,8 @@ from pipeline.desk import Desk
 from pipeline.display import Display
 from pipeline.evaluation import Evaluations
 from pipeline.events import Kept, Metrics, NotKept, Started
+from pipeline.meter import Meter
+from pipeline.presets import run_preset
 
 VALUES = {
     "train/loss": 1.25,
@@ -25,7 +27,10 @@ class Recorder:
     """Stands in for the tracker."""
 
     def __init__(self):
-        self.metrics, self.checkpoints = [], []
+        self.metrics, self.checkpoints, self.tags = [], [], {}
+
+    def set_tags(self, tags):
+        self.tags |= tags
 
     def log_metrics(self, step, values, timestamp_ms=None):
         self.metrics.append((step, values, timestamp_ms))
@@ -36,7 +41,7 @@ class Recorder:
 
 def show(*events, terminal):
     console = Console(record=True, force_terminal=terminal, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
-    desk = Desk(Display(console), Recorder(), None, lambda: None)
+    desk = Desk(Display(console), Recorder(), None, lambda: None, Meter(run_preset("digits"), 0.0))
     for event in events:
         desk.handle(event)
     desk._display.close()
@@ -68,11 +73,12 @@ def test_person_sees_facts_progress_and_checkpoints(terminal):
     assert "training waited 0.25 s" in text
     assert "not kept step 20: rank 1: no space left" in text
     stalls = {"checkpoint/stall_s": 0.25, "checkpoint/write_s": 1.5}
-    assert tracker.metrics == [
-        (10, VALUES, 7),
-        (10, stalls, None),
-        (20, {"checkpoint/failed": 1}, None),
-    ]
+    (step, values, time_ms), *others = tracker.metrics
+    assert (step, time_ms) == (10, 7)
+    assert {name: values[name] for name in VALUES} == VALUES
+    assert values["cost/device_hours"] > 0
+    assert others == [(10, stalls, None), (20, {"checkpoint/failed": 1}, None)]
+    assert tracker.tags == {"device": "cpu", "devices": "1"}
     where = {"checkpoint_url": "file:///runs/a/checkpoints/x"}
     assert tracker.checkpoints == [(10, "file:///runs/a/artifacts/x", "d" * 64, where)]
 

@@ -4,8 +4,19 @@ import math
 import pytest
 import torch
 
-from pipeline.losses import certificate_loss, emma_loss, logit_annealing_loss, offset_loss
-from pipeline.schedules import learning_rate_factor, training_radius, triangular_factor
+from pipeline.losses import (
+    certificate_loss,
+    emma_loss,
+    logit_annealing_loss,
+    mixture_loss,
+    offset_loss,
+)
+from pipeline.schedules import (
+    exponential_decay,
+    learning_rate_factor,
+    training_radius,
+    triangular_factor,
+)
 
 ROWS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
 FACTORS = torch.cdist(ROWS, ROWS)
@@ -105,3 +116,24 @@ def test_logit_annealing_equals_published_values(logits, expected):
         y, FACTORS[:1], torch.tensor([0]), 0.5, 1.0, offset=2.0, temperature=0.75, exponent=5.0
     )
     assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_mixture_counts_what_is_not_certified_and_adds_a_cross_entropy():
+    """Margins 2 and 0.5 at eps d = 1: certified, and half way; then far on the wrong side."""
+    y = torch.tensor([[2.0, 0.0, 0.0], [0.5, 0.0, -9.0], [-5.0, 0.0, 0.0]], dtype=torch.float64)
+    d = torch.tensor([[0.0, 2.0, 2.0]] * 3, dtype=torch.float64)
+    t = torch.zeros(3, dtype=torch.int64)
+    hinge = (0 + 0.5 + 1) / 3
+    assert mixture_loss(y, d, t, 0.5, 3.0, 0.0).item() == pytest.approx(hinge)
+    entropy = torch.nn.functional.cross_entropy(3 * y, t).item()
+    assert mixture_loss(y, d, t, 0.5, 3.0, 0.1).item() == pytest.approx(hinge + 0.1 * entropy)
+    # Logits and rates in another unit: the hinge does not change.
+    assert mixture_loss(7 * y, 7 * d, t, 0.5, 3.0, 0.0).item() == pytest.approx(hinge)
+
+
+def test_exponential_decay_holds_before_and_after():
+    def value(progress):
+        return exponential_decay(progress, start=1.0, end=0.01, begin=0.2, stop=0.6)
+
+    assert [value(p) for p in (0.0, 0.2, 0.6, 0.9)] == pytest.approx([1, 1, 0.01, 0.01])
+    assert value(0.4) == pytest.approx(0.1)

@@ -46,6 +46,7 @@ def evaluation(**changes):
         "metrics": {"clean": 0.9, "cra_nominal/l2/36_255": 0.7},
         "params": {"batch_size": 8},
         "artifacts": {"cra.png": b"png"},
+        "tags": {"norm": "l2"},
         "step": 3,
     }
     return EvaluationRecord(**{**fields, **changes})
@@ -109,6 +110,21 @@ def test_opening_the_spool_again_goes_on_with_the_run(config, tmp_path):
     assert series(config, first.run.run_id, "loss") == [(0, 2.0), (1, 1.0)]
 
 
+def test_tags_and_the_newest_value_outlive_an_execution(config, tmp_path):
+    first = Tracker(config, tmp_path, run_name="counted", wait_seconds=60)
+    assert first.last_value("cost/device_hours") is None
+    first.log_metrics(0, {"cost/device_hours": 1.5})
+    first.log_metrics(1, {"cost/device_hours": 2.5, "loss": 1.0})
+    first.log_metrics(2, {"loss": 0.5})
+    first.set_tags({"device": "cpu"})
+    assert first.close()
+    second = Tracker(config, tmp_path, run_name="counted", wait_seconds=60)
+    assert second.last_value("cost/device_hours") == 2.5
+    assert second.close()
+    tags = client_of(config).get_run(first.run.run_id).data.tags
+    assert tags["device"] == "cpu"
+
+
 def test_a_run_is_resumed_by_its_id_without_the_spool(config, tmp_path):
     first = Tracker(config, tmp_path / "a", run_name="x", params={"lr": 1}, wait_seconds=60)
     assert first.close()
@@ -165,6 +181,7 @@ def test_an_evaluation_is_a_flat_run_linked_to_model_dataset_and_training_run(co
     assert run.data.tags["train_run_id"] == tracker.run.run_id
     assert run.data.tags["model_id"] == model_id
     assert run.data.tags["eval_key"] == "key-1"
+    assert run.data.tags["norm"] == "l2"
     assert run.data.tags["artifact_url"] == "file:///artifacts/step3"
     assert run.data.params == {"batch_size": "8"}
     assert run.data.metrics == evaluation().metrics

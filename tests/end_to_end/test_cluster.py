@@ -1,0 +1,102 @@
+"""Two nodes: training as a Ray job, evaluations scheduled beside it, a worker killed meanwhile."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from data_shards.store import Store
+from jobs.evaluate_cra import evaluate
+from jobs.suites import SUITES
+from pipeline.tracking_watch import Watch
+from tests.end_to_end.ray_cluster import ROOT, cluster
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+SUITE = "standard"
+TRAINING = (
+    "python -m pipeline.pretrain digits --name run --train.epochs 1 --train.warmup-epochs 0.2 "
+    "--checkpoint.every-steps 12 --checkpoint.no-evaluate"
+)
+
+
+@pytest.fixture
+def two_nodes(tmp_path):
+    with cluster(tmp_path, "ray start --head --num-cpus 4 --node-ip-address 127.0.0.1") as running:
+        address = f"env -u RAY_ADDRESS ray start --address {running.gcs}"
+        running.start(address, "--num-cpus", "2", "--labels", "role=evaluation")
+        running.wait_for_nodes(2)
+        yield running
+
+
+def scheduler(running, store):
+    command = [sys.executable, "-m", "jobs.schedule", "--address", running.address]
+    command += ["--tracking.uri", store, "--tracking.experiment", "digits"]
+    command += ["--rules", f"{SUITE}@checkpoint", "--poll-s", "3"]
+    command += ["--tasks.placement", "role", "evaluation"]
+    log = (running.folder / "schedule.log").open("wb")
+    with log:
+        return subprocess.Popen(command, cwd=ROOT, env=running.environment, stdout=log, stderr=log)
+
+
+def evaluation_workers(node):
+    """Worker processes of a node that run a task of an evaluation."""
+    found = []
+    for process in psutil.Process(node.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith("ray::run_task"):
+                found.append(process)
+    return found
+
+
+def result(folder):
+    store = Store(folder)
+    summary = json.loads(store.read("summary.json"))
+    del summary["out_url"]
+    return summary, store.read("samples.parquet")
+
+
+def test_a_killed_evaluation_worker_changes_nothing(two_nodes, tmp_path):
+    home = tmp_path / "certified-pretrain"
+    home.mkdir()
+    store = f"sqlite:///{home}/mlflow.db"
+    process = scheduler(two_nodes, store)
+    killed = set()
+    try:
+        code, output = two_nodes.run(f"ray job submit --working-dir . -- {TRAINING}")
+        assert code == 0, output
+        watch = Watch(store, ("digits",))
+        checkpoints = watch.checkpoints()
+        assert len(checkpoints) == 2
+        run_id = checkpoints[0].run_id
+        deadline = time.monotonic() + 900
+        while len(watch.recorded([run_id])) < 2:
+            log = (two_nodes.folder / "schedule.log").read_text()
+            assert time.monotonic() < deadline, log
+            assert process.poll() is None, log
+            for worker in evaluation_workers(two_nodes.nodes[1])[: 2 - len(killed)]:
+                worker.kill()
+                killed.add(worker.pid)
+            time.sleep(0.5)
+    finally:
+        process.terminate()
+        process.wait(60)
+    assert len(killed) == 2
+    jobs = [job for name, job in two_nodes.jobs().items() if name.startswith("cra-")]
+    assert [job.status for job in jobs] == ["SUCCEEDED", "SUCCEEDED"]
+    assert {job.metadata["suite"] for job in jobs} == {SUITE}
+    for checkpoint in checkpoints:
+        alone = {
+            **SUITES[SUITE],
+            "artifact": checkpoint.artifact_url,
+            "launcher": "local",
+            "record": False,
+            "out": str(tmp_path / f"alone-{checkpoint.step}"),
+        }
+        evaluate(alone)
+        beside = Store(checkpoint.artifact_url).child("evaluation", f"test-{SUITE}")
+        assert result(beside.url) == result(alone["out"])

@@ -1,0 +1,84 @@
+import math
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter, ValidationError
+from scipy.stats import hypergeom
+
+from jobs.gate_rule import MISSED_FORGERY, Comparison, Rule, compare, samples_to_verify
+
+RULE = Rule(eps="36/255")
+
+
+def bits(samples, *ones):
+    found = np.zeros(samples, dtype=bool)
+    for begin, end in ones:
+        found[begin:end] = True
+    return found
+
+
+def judged(ours, theirs, samples=1000, rule=RULE):
+    """A comparison with so many samples certified by one side only."""
+    both = (500, 600)
+    return compare(rule, bits(samples, (0, ours), both), bits(samples, (200, 200 + theirs), both))
+
+
+def test_p_value_is_the_exact_one_sided_sign_test():
+    found = judged(9, 2)
+    assert found.p_value == pytest.approx(sum(math.comb(11, k) for k in range(9, 12)) / 2**11)
+    assert (found.candidate_only, found.champion_only, found.samples) == (9, 2, 1000)
+    assert found.gain == pytest.approx(0.007)
+    assert found.passes
+    assert judged(0, 0).p_value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "passes"),
+    [(5, 0, True), (4, 0, False), (9, 2, True), (8, 2, False), (2, 9, False), (0, 0, False)],
+)
+def test_a_gain_must_be_significant(ours, theirs, passes):
+    assert judged(ours, theirs).passes == passes
+
+
+def test_a_gain_must_reach_the_least():
+    rule = Rule(eps="36/255", min_gain=0.02)
+    assert not judged(19, 0, rule=rule).passes
+    assert judged(20, 0, rule=rule).passes
+
+
+def test_the_first_champion_certifies_something():
+    first = compare(RULE, bits(10, (0, 1)), None)
+    assert (first.passes, first.candidate_cra, first.champion_cra) == (True, 0.1, None)
+    assert not compare(RULE, bits(10), None).passes
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "samples"), [(30, 5, 1000), (5, 0, 700), (900, 300, 9000)]
+)
+def test_enough_samples_are_verified_to_meet_a_forgery_that_decided(ours, theirs, samples):
+    rule, both = RULE, max(ours + theirs, 600)
+    candidate = bits(samples, (0, ours), (both, samples))
+    champion = bits(samples, (ours, ours + theirs), (both, samples))
+    found = compare(rule, candidate, champion)
+    assert found.passes
+    drawn = samples_to_verify(rule, found)
+    forged = next(
+        count
+        for count in range(1, ours + 1)
+        if not compare(rule, candidate & ~bits(samples, (0, count)), champion).passes
+    )
+    assert hypergeom.pmf(0, samples, forged, drawn) <= MISSED_FORGERY
+    assert drawn <= samples
+
+
+def test_a_clear_advantage_needs_few_samples():
+    clear = Comparison(50_000, 0.6, 0.5, 6000, 1000, 0.0, True, "")
+    close = Comparison(50_000, 0.504, 0.5, 1200, 1000, 0.0, True, "")
+    assert samples_to_verify(RULE, clear) < 100
+    assert samples_to_verify(RULE, close) > 1000
+
+
+@pytest.mark.parametrize("change", [{"eps": "0.1"}, {"alpha": 0.6}, {"alpha": 0}, {"min_gain": -1}])
+def test_a_rule_that_says_nothing_is_refused(change):
+    with pytest.raises(ValidationError):
+        TypeAdapter(Rule).validate_python({"eps": "36/255", **change})
