@@ -160,7 +160,7 @@ def throughput_rows(artifact: str, shards: str, batch: int, repeats: int) -> lis
 
 
 def main(
-    shards: int = 8, samples: int = 128, batch: int = 64, repeats: int = 3, evaluations: int = 10
+    shards: int = 4, samples: int = 1024, batch: int = 64, repeats: int = 3, evaluations: int = 10
 ) -> None:
     """Measure and write benchmarks/results/jobs.md.
 

@@ -35,7 +35,7 @@ _PILLOW_FAILURES = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-# Every pixel was decoded, and bytes were left over.
+# Of rows that are not decoded, and in files of the official sets, which Pillow accepts too.
 _LEFT_OVER = re.compile("extraneous bytes before marker")
 _MARGIN = 8
 _BASELINE = (0xC0, 0xC1)
@@ -183,7 +183,7 @@ def _decode_jpeg(data: bytes, header: _Header, rows: int, factor: int) -> Pixels
             source, colorspace=header.colours, min_height=height, min_width=width, buffer=pixels
         )
     except ValueError as error:
-        # The first complaint is the one reported, so with this one all of these rows are good.
+        # libjpeg went on to the last row. What rots later is found by the digest, not by a decoder.
         if not _LEFT_OVER.search(str(error)):
             raise ShardError(f"damaged JPEG of {len(data)} bytes: {error}") from error
     return pixels

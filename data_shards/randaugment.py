@@ -55,8 +55,8 @@ def randaugment(
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     picture = Image.fromarray(pixels[:, :, 0] if grey else pixels)
     for word in words[:operations].tolist():
-        operation = _OPERATIONS[_NAMES[(word >> 32) % len(_NAMES)]]
-        picture = operation(picture, magnitude / MAX_MAGNITUDE, 1 - 2 * (word & 1))
+        name = _NAMES[(word >> 32) % len(_NAMES)]
+        picture = apply(picture, name, magnitude, direction=1 - 2 * (word & 1))
     changed = torch.from_numpy(np.array(picture))
     return changed[None] if grey else changed.permute(2, 0, 1)
 

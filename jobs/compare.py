@@ -17,7 +17,6 @@ from typing import Any
 import tyro
 from pydantic import ValidationError
 from rich.console import Console
-from rich.markdown import Markdown
 
 from jobs.compare_config import CompareConfig, parse_change
 from jobs.compare_report import System, by_norm, comparison_png, markdown
@@ -178,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EvaluationError as error:
         Console(stderr=True).print(str(error), markup=False, soft_wrap=True)
         return 1
-    console.print(Markdown(page))
+    console.print(page, soft_wrap=True)
     return 0
 
 

@@ -16,8 +16,6 @@ from matplotlib.figure import Figure
 from jobs.compare_config import CompareConfig
 from jobs.compare_runs import Outcome
 
-_SPREAD_OF_ONE = "–"
-
 
 @dataclass(frozen=True)
 class System:
@@ -134,8 +132,8 @@ def _table(group: Sequence[System]) -> list[str]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    spread = f"{100 * statistics.stdev(values):.1f}" if len(values) > 1 else _SPREAD_OF_ONE
-    return f"{100 * statistics.fmean(values):.1f} ± {spread}"
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def comparison_png(group: Sequence[System]) -> bytes:
@@ -161,12 +159,12 @@ def comparison_png(group: Sequence[System]) -> bytes:
     curves.set_ylim(0, 101)
     curves.set_xlabel(f"eps ({first.norm}, pixels in [0, 1])")
     curves.set_ylabel("certified robust accuracy, column sound (%)")
-    curves.set_title(f"{first.samples} samples of {first.dataset}-{first.split}")
+    curves.set_title(f"{first.samples} samples of {first.dataset}")
     curves.grid(alpha=0.3)
     curves.legend(fontsize=8)
     places = np.arange(len(group))
     seconds = [statistics.fmean(run.seconds for run in system.finals) for system in group]
-    cost.barh(places, seconds, color=list(colours[: len(group)]))
+    cost.barh(places, seconds, color=list(colours[: len(group)]), alpha=0.5)
     for place, system in zip(places, group, strict=True):
         run = system.finals[0]
         text = f" {run.parameters / 1e3:,.0f} k parameters, {run.steps:,} steps"

@@ -245,7 +245,8 @@ def _shade(
     )  # fmt: skip
     # The words go where the band is high over their whole width, about a sixth of the axis.
     lowest = sliding_window_view(above, 331).min(1) - sliding_window_view(below, 331).max(1)
-    first = int(np.argmax(lowest))
+    # Well before the highest place, which lies beside the last number of the attack.
+    first = int(np.argmax(lowest >= 0.8 * lowest.max()))
     if lowest[first] > 8:
         middle = first + 165
         height = (above[middle] + below[middle]) / 2

@@ -27,6 +27,8 @@ from model.rounding import FLOAT32, FLOAT64, PROGRAMS
 
 _TASK_ELEMENTS = 1 << 24
 _OBSERVED_SAMPLES = 8
+_OBSERVED_EVERY = 1024
+"""Samples of a shard for each one whose derivative is observed: it costs some 60 times as much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ class ShardTask:
                 hashlib.sha256(image.tobytes()).hexdigest() for image in batch.images.numpy()
             ]
             if not observed:
-                observed = self._observed(batch.images[:_OBSERVED_SAMPLES])
+                observed = self._observed(batch.images[: self._observed_samples])
             for name, certificates in self._certify(batch.images, batch.labels).items():
                 found[name].append(certificates)
         return ShardRecords(
@@ -128,6 +130,10 @@ class ShardTask:
 
     def _norms(self, pixels: Tensor) -> Tensor:
         return image_norms(pixels, load(self.artifact).network.norm)
+
+    @property
+    def _observed_samples(self) -> int:
+        return max(1, min(_OBSERVED_SAMPLES, len(self.index.rows) // _OBSERVED_EVERY))
 
     def _observed(self, pixels: Tensor) -> float:
         network = in_program(self.artifact, FLOAT64.name)
@@ -251,24 +257,25 @@ def _records(batches: Sequence[Certificates]) -> ColumnRecords:
 
 @contextmanager
 def exact_program(device: str) -> Iterator[None]:
-    """One CPU thread, no TF32 and no short sums of bf16 for the duration of a task.
+    """One CPU thread, no TF32, no cuDNN and no short sums of bf16 for the duration of a task.
 
     One thread makes the sums, and so the radii, the same wherever the task runs.
     """
     threads = torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
+    # cuDNN may convolve by Winograd or Fourier transforms, whose errors no dot product has.
+    convolutions = torch.backends.cudnn.enabled
     products = torch.backends.cuda.matmul
     reduced = products.allow_bf16_reduced_precision_reduction
     if device == "cpu":
         torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.enabled = False
     products.allow_bf16_reduced_precision_reduction = False
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.backends.cudnn.enabled = convolutions
         products.allow_bf16_reduced_precision_reduction = reduced

@@ -131,7 +131,8 @@ def initial_value(kind: str, shape: Sequence[int], *, seed: int, name: str) -> T
             `angle` (uniform on [0, pi]) and `right_angle`; `ones`; `residual` and `residual_3x3`
             (deviation 1 / (kernel's size * rows), but gains of 1 in the last column); for layers in
             l-infinity `passing` (standard normal, but -10 at column row mod n: |x_i + 10| is then
-            the largest distance of a row to points of moderate size) and `selecting` (each row one input).
+            the largest distance of a row to points of moderate size) and `selecting` (each row one
+            input).
         shape: shape of the whole parameter.
         seed: seed of the run.
         name: qualified name of the parameter; two parameters are independent.

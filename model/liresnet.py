@@ -17,6 +17,7 @@ from model.kernel_bound import output_side
 from model.layers import space_to_depth
 from model.lipschitz import Matrices, MatrixBound
 from model.orthogonal_layers import CholeskyDense
+from model.orthogonal_parts import SMALLEST
 from model.pairs import MaxMin
 from model.regularised import LinearResidual, RegularisedConvolution
 from model.rounding import Carried, Program
@@ -161,11 +162,10 @@ class LiResNet(CertifiedNetwork):
         x = images.to(torch.promote_types(images.dtype, wide)) - 0.5
         lipschitz = x.new_ones(())
         for block in (self.stem, *self.blocks):
-            x = self._block(block, x)
-            if isinstance(x, tuple):
-                x, norm = x
-                lipschitz = lipschitz * norm
-            x = self.activation(x)
+            y = self._block(block, x)
+            if isinstance(y, tuple):  # its norm is free, and comes with it
+                y, lipschitz = y[0], lipschitz * y[1]
+            x = self.activation(y)
         *start, last = self.neck
         for layer in start:
             x = layer(x)
@@ -242,13 +242,17 @@ class LiResNet(CertifiedNetwork):
         growth, condition = max(1.0, largest_factor), 1.0
         for name, layer in self._layers():
             bound = matrices.get(f"{name}.weight")
-            layer.carry(state, bound) if bound else layer.carry(state)
-            growth *= max(1.0, bound.upper if bound else 1.0)
+            if bound is None:  # a pool
+                layer.carry(state)
+                continue
+            layer.carry(state, bound)
+            growth *= max(1.0, bound.upper)
             condition = max(condition, getattr(bound, "condition", 1.0))
         error = self.head.margin_error(state, largest_factor)
-        # Whatever is smaller than the smallest normal number may be lost, in any operation.
+        # Whatever is smaller than the smallest normal number may be lost, in any operation. An
+        # entry of S that is off by it moves Q by condition / SMALLEST times as much.
         values = pixels + sum(p.numel() for p in self.parameters())
-        size = condition**2 * 2.0**84 * state.peak.clamp(min=1)
+        size = 4 * condition / SMALLEST * state.peak.clamp(min=1)
         underflow = 1024.0 * values**2 * program.tiny * growth * size
         hopeless = (underflow > 1) | (state.peak > program.limit)
         error = ((error + underflow) * (1 + 2.0**-20)).nan_to_num(nan=math.inf, posinf=math.inf)

@@ -245,6 +245,7 @@ class ReflectionConvolution(_Computed):
             self.channels,
             self._entry_error(program),
             program,
+            complex_terms=True,
         )
         there = transform_error(self.torus, program)
         state.error = state.error + there * state.computed

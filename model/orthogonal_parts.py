@@ -19,8 +19,8 @@ from model.errors import ModelError
 from model.lipschitz import MatrixBound, tensor_digest
 from model.rounding import SLACK, U64, Carried, Program, gamma
 
-_RANGE = 2.0**40
-"""Squared sizes of matrices that are certified lie between this and its inverse."""
+SMALLEST, _LARGEST = 2.0**-10, 2.0**40
+"""Between these lie the squared sizes of matrices that are certified."""
 
 
 class _OrthonormalRows(torch.autograd.Function):
@@ -115,10 +115,10 @@ def computed_bound(
         raise ModelError(f"{name} holds values that are not finite")
     m, k = x.shape[-2:]
     condition, observed = math.inf, 0.0
-    if bool(((size >= 1 / _RANGE) & (size <= _RANGE)).all()):
+    if bool(((size >= SMALLEST) & (size <= _LARGEST)).all()):
         gram = regularised_gram(x, share)
         trace = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1)
-        slip = _gram_error(m, k, defect, U64)
+        slip = _gram_error(m, k, defect, U64, _weight(x.is_complex()))
         eta = share / (1 + share) * trace / m * (1 - 2.0**-20)
         values = torch.linalg.eigvalsh(gram)
         least = torch.maximum(proved_least(gram, values[..., 0]), eta) - slip * size
@@ -136,13 +136,26 @@ def computed_bound(
     )
 
 
-def _gram_error(m: int, k: int, entries: float, unit_roundoff: float) -> float:
+def _weight(complex_terms: bool) -> int:
+    """How many terms of a dot product one of its terms counts as."""
+    return COMPLEX if complex_terms else 1
+
+
+def _gram_error(m: int, k: int, entries: float, unit_roundoff: float, weight: int) -> float:
     """||computed S - S||_F / size, from the error of the entries of X and that of the products."""
-    return 4 * (entries + gamma(COMPLEX * (k + m + 4), unit_roundoff) * (1 + entries) ** 2)
+    return 4 * (entries + gamma(weight * (k + m + 4), unit_roundoff) * (1 + entries) ** 2)
 
 
-def rows_error(bound: ComputedBound, m: int, k: int, entries: float, program: Program) -> float:
-    """||computed Q - Q||_F, infinite where nothing can be said (docs/families.md).
+def rows_error(
+    bound: ComputedBound,
+    m: int,
+    k: int,
+    entries: float,
+    program: Program,
+    *,
+    complex_terms: bool = False,
+) -> float:
+    """||computed Q - Q||, infinite where nothing can be said (docs/families.md).
 
     Args:
         bound: of the stored matrix.
@@ -150,16 +163,16 @@ def rows_error(bound: ComputedBound, m: int, k: int, entries: float, program: Pr
         k: columns of X.
         entries: error of the computed X in the Frobenius norm, relative to sqrt(size).
         program: the arithmetic.
+        complex_terms: X is complex.
     """
-    u = program.wide
+    u, weight = program.wide, _weight(complex_terms)
     rho = bound.condition
-    q = rho * (_gram_error(m, k, entries, u) + 3 * gamma(COMPLEX * (m + 1), u))
-    solve = gamma(COMPLEX * m, u) * math.sqrt(2.2 * rho) / (1 - min(q, 0.25))
+    q = rho * (_gram_error(m, k, entries, u, weight) + 3 * gamma(weight * (m + 1), u))
+    solve = gamma(weight * m, u) * math.sqrt(2.2 * rho) / (1 - min(q, 0.25))
     if not (q <= 0.25 and solve <= 0.25):
         return math.inf
-    factor = q / (1 - q) * math.sqrt(m)
     moved = math.sqrt(rho) * entries / (1 - q)
-    return (factor + moved + 2 * solve * (math.sqrt(m) + moved)) * SLACK
+    return (q / (1 - q) + moved + 2 * solve * (math.sqrt(m) + moved)) * SLACK
 
 
 def carry_reflection(
@@ -175,7 +188,7 @@ def carry_reflection(
         complex_terms: the products are complex.
     """
     program, size = state.program, state.computed
-    factor = COMPLEX if complex_terms else 1
+    factor = _weight(complex_terms)
     spread = math.sqrt(rank) * (1 + error)
     inner = program.product(factor * terms, copies=0, roundings=2) * spread * size
     t = (1 + error) * size + inner

@@ -16,7 +16,7 @@ from model.orthogonal_parts import ENTRY_ROUNDINGS, scaled_rows
 from model.rounding import SLACK, Carried
 
 _TRAINING_STEPS = 8
-_STORED_STEPS = 100
+_STORED_STEPS = 50
 
 
 class RegularisedConvolution(nn.Module):

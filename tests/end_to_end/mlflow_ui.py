@@ -98,6 +98,7 @@ class Shot:
         texts: what a person must be able to read on it.
         charts: at least so many must be drawn.
         height: of the window, pixels.
+        click: a file to open before the picture is taken.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Shot:
     texts: tuple[str, ...]
     charts: int = 0
     height: int = 620
+    click: str = ""
 
     def take(self, page, address, folder):
         """Open the page, wait until it shows what it should, and save a picture."""
@@ -112,9 +114,15 @@ class Shot:
         page.goto(address + self.path)  # within the loaded application: only the fragment changes
         for text in self.texts:
             page.get_by_text(text, exact=True).first.wait_for()
+        if self.click:
+            page.get_by_text(self.click, exact=True).first.click()
+            page.get_by_text(self.click, exact=True).nth(1).wait_for()  # its heading
         if self.charts:
             page.locator(CHART).nth(self.charts - 1).wait_for()
         page.wait_for_timeout(1500)  # pictures load, axes settle
+        place = page.get_by_text("Path: file:").first
+        if place.count():  # a folder of the machine that makes the picture
+            place.evaluate("element => element.style.visibility = 'hidden'")
         path = Path(folder, f"{self.name}.png")
         page.screenshot(path=path)
         return path
@@ -133,7 +141,7 @@ def shots(config):
     training = "?workflowType=machine_learning"
     models = tuple(model.name for run in runs for model in reader.models(run))
     figures = (attacked[0].name, "cra.png", "radius.png")
-    files = f"{base}/runs/{attacked[0].run_id}/artifacts"
+    files = f"{base}/runs/{attacked[0].run_id}/artifacts{training}"
 
     def view(number, name, texts, **options):
         path, title = views_of[number]
@@ -146,8 +154,8 @@ def shots(config):
         view("4", "mlflow-evaluations", [e.name for e in evaluations], height=760),
         view("5", "mlflow-attack", {e.name for e in attacked}, charts=4, height=900),
         Shot("mlflow-models", f"{base}/models{training}", models),
-        Shot("mlflow-cra", f"{files}/cra.png{training}", figures, height=860),
-        Shot("mlflow-radius", f"{files}/radius.png{training}", figures, height=860),
+        Shot("mlflow-cra", files, figures, height=860, click="cra.png"),
+        Shot("mlflow-radius", files, figures, height=860, click="radius.png"),
     ]
 
 

@@ -71,7 +71,7 @@ def test_a_killed_evaluation_worker_changes_nothing(two_nodes, tmp_path):
         assert code == 0, output
         watch = Watch(store, ("digits",))
         checkpoints = watch.checkpoints()
-        assert len(checkpoints) == 2
+        assert len(checkpoints) == 2, output
         run_id = checkpoints[0].run_id
         deadline = time.monotonic() + 900
         while len(watch.recorded([run_id])) < 2:

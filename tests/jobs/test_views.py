@@ -1,6 +1,8 @@
 import base64
 import json
+import re
 import zlib
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -10,6 +12,7 @@ from pipeline.tracking import Server, TrackingConfig, now_ms
 from pipeline.tracking_query import Reader, TrackingError
 from pipeline.tracking_views import Section, View, bar, line, save_views
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 PREFIX = "mlflow.sharedViewState."
 SOUND = ("cra_sound/l2/36_255", "cra_sound/l2/108_255")
 
@@ -128,3 +131,24 @@ def test_uncertified_and_ambiguous_stores_are_refused(tracking, tmp_path, capsys
     assert "no training run has been certified" in capsys.readouterr().err
     assert main(["--tracking.uri", f"sqlite:///{tmp_path}/none.db"]) == 2
     assert "there is no MLflow store" in capsys.readouterr().err
+
+
+def test_page_about_the_ui_names_every_view_its_search_and_its_picture(tracking):
+    page = (DOCS / "mlflow.md").read_text()
+    for view in views(Reader(tracking).training_runs()):
+        section = page.split(f"## {view.name}\n")[1].split("\n## ")[0]
+        assert f"Search `{view.search}`" in " ".join(section.split())
+        assert "![" in section
+    for picture in re.findall(r"!\[.+\]\((.+)\)", page):
+        assert (DOCS / picture).stat().st_size < 300_000
+
+
+def test_searches_of_the_page_are_understood_by_mlflow(tracking):
+    page = (DOCS / "mlflow.md").read_text()
+    rows = re.findall(r"^\| .+ \| `{1,2}(tags\.stage.+?)`{1,2} \|$", page, re.MULTILINE)
+    assert len(rows) == 6
+    client = MlflowClient(tracking.uri)
+    experiment = client.get_experiment_by_name("set").experiment_id
+    found = {row: len(client.search_runs([experiment], row)) for row in rows}
+    assert found["tags.stage = 'train' and attributes.status != 'FINISHED'"] == 2
+    assert found["tags.stage = 'train' and metrics.`cra_sound/l2/36_255` > 0.9"] == 0
