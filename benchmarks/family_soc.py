@@ -17,7 +17,7 @@ from model.soc import SocConfig
 
 # Channels, side of the image and of the filter: one layer of each stage of LipConvnet-20.
 _LAYERS = ((32, 32, 3), (64, 16, 3), (128, 8, 3), (256, 4, 3), (2048, 1, 1))
-_BATCH = 8
+_BATCH = 16
 _TARGET = 1.3
 
 

@@ -131,6 +131,11 @@ class Report:
     boards: tuple[Board, ...]
     left_out: tuple[LeftOut, ...]
 
+    @property
+    def uncertified(self) -> tuple[str, ...]:
+        """Names of the runs that are in no board."""
+        return tuple(reported.run.name for reported in self.runs if not reported.evaluations)
+
     @cached_property
     def differences(self) -> dict[str, tuple[str | None, ...]]:
         """Settings in which the runs differ: one value per run, None where a run has no such."""

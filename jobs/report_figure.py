@@ -75,12 +75,13 @@ def cost_svg(board: Board, places: Sequence[int]) -> bytes:
         places: see `curves_svg`.
     """
     ratios = [r for r in board.eps if board.best(r) > 0][:_PANELS] or list(board.eps[:1])
-    scale, unit = time_unit(max(t for e in board.entries for t, _ in _path(e, ratios[0])) or 1.0)
+    times = [t for entry in board.entries for t in _path(entry, ratios[0])[:, 0]]
+    scale, unit = time_unit(max(times, default=1.0))
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = figure.subplots(1, len(ratios), squeeze=False)[0]
     for axes, ratio in zip(panels, ratios, strict=True):
         for place, entry in zip(places, board.entries, strict=True):
-            path = np.array(_path(entry, ratio))
+            path = _path(entry, ratio)
             axes.plot(
                 path[:, 0] / scale, 100 * path[:, 1], marker="o", markersize=4, linewidth=1.6,
                 color=color_of(place), linestyle=_style(place), label=entry.reported.run.name,
@@ -100,12 +101,14 @@ def time_unit(seconds: float) -> tuple[float, str]:
     return (60.0, "min") if seconds < 3 * 3600 else (3600.0, "h")
 
 
-def _path(entry: Entry, ratio: str) -> list[tuple[float, float]]:
-    cost = entry.reported.cost
-    return [
-        (cost.up_to(e.summary.step) or 0.0, e.summary.columns["sound"].cra.get(ratio, np.nan))
+def _path(entry: Entry, ratio: str) -> np.ndarray:
+    """Device seconds and `cra_sound` of the checkpoints whose time is known, shape (n, 2)."""
+    found = [
+        (seconds, e.summary.columns["sound"].cra.get(ratio, np.nan))
         for e in entry.by_step
+        if (seconds := entry.reported.cost.up_to(e.summary.step)) is not None
     ]
+    return np.array(found, dtype=float).reshape(-1, 2)
 
 
 def _largest_eps(board: Board) -> float:

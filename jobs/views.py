@@ -125,22 +125,7 @@ def views(runs: Sequence[TrackedRun]) -> list[View]:
             TRAINING,
             first,
             training,
-            [
-                Section(
-                    f"settings and certified robust accuracy, {r.norm}",
-                    [parallel(settings, ["clean", *_certifying(runs, r.sound)])],
-                    columns=1,
-                    height=340,
-                )
-                for r in radii
-            ]
-            + [
-                Section(
-                    f"clean against certified, {r.norm}",
-                    [scatter("clean", name) for name in r.sound],
-                )
-                for r in radii
-            ],
+            _what_decides(runs, radii, settings),
         ),
         View(
             "cra-evaluations",
@@ -164,6 +149,26 @@ def views(runs: Sequence[TrackedRun]) -> list[View]:
             ],
         ),
     ]
+
+
+def _what_decides(
+    runs: Sequence[TrackedRun], radii: Sequence[Radii], settings: Sequence[str]
+) -> list[Section]:
+    """Return parallel coordinates of the settings, then clean against certified accuracy."""
+    coordinates = [
+        Section(
+            f"settings and certified robust accuracy, {r.norm}",
+            [parallel(settings, ["clean", *_certifying(runs, r.sound)])],
+            columns=1,
+            height=340,
+        )
+        for r in radii
+    ]
+    trade = [
+        Section(f"clean against certified, {r.norm}", [scatter("clean", n) for n in r.sound])
+        for r in radii
+    ]
+    return coordinates + trade
 
 
 def main(arguments: list[str] | None = None) -> int:

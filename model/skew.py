@@ -20,13 +20,29 @@ from model.rounding import SLACK, U64, Carried
 
 
 def transposed(kernel: Tensor) -> Tensor:
-    """Filter of the transposed map: channels swapped, both spatial axes flipped."""
-    return kernel.transpose(0, 1).flip(2, 3)
+    """Filter of the transposed map: channels swapped, both spatial axes flipped; a copy."""
+    # A transposed copy first: arithmetic on a transposed view reads memory in steps of rows.
+    if kernel.shape[-1] == 1:
+        return kernel[:, :, 0, 0].mT.contiguous()[:, :, None, None]
+    swapped = kernel.transpose(0, 1).contiguous()
+    return swapped.flatten(2).flip(2).view_as(swapped)
 
 
 def skew(weight: Tensor) -> Tensor:
-    """(W - W^T) / 2 for a filter (C, C, k, k)."""
-    return (weight - transposed(weight)) / 2
+    """(W - W^T) / 2 for a filter (C, C, k, k), an orthogonal projection."""
+    return _Skew.apply(weight)
+
+
+class _Skew(torch.autograd.Function):
+    """An orthogonal projection is its own derivative and its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return transposed(weight).sub_(weight).mul_(-0.5)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return skew(gradient)
 
 
 def reshapes(kernel: Tensor) -> list[Tensor]:

@@ -25,52 +25,41 @@ def _nadam(lr: float, lookahead_factor: float = 0.5) -> OptimConfig:
     return OptimConfig(lr=lr, lookahead_factor=lookahead_factor, polar_every=0, audit_every=0)
 
 
+_DIGITS: dict[str, Any] = {
+    "input_shape": (1, 8, 8),
+    "num_classes": 10,
+    "stem_kernel": 4,
+    "stem_padding": 1,
+    "width": 64,
+    "depth": 4,
+    "neck_patch": 2,
+    "dense_width": 128,
+    "dense_layers": 2,
+}
+
+
 def _digits(name: str, model: NetworkConfig) -> RunConfig:
+    """Chosen on the validation part of the training split (docs/log.md)."""
     optim = dataclasses.replace(_nadam(5e-3, lookahead_factor=0.8), betas=(0.9, 0.99))
     return RunConfig(
         preset=name,
         model=model,
         data=DataConfig(source="digits"),
         optim=optim,
-        loss=LossConfig(eps=108 / 255, eps_start=0.875, eps_end=0.875, scale=10.0),
+        loss=LossConfig(eps=108 / 255, eps_start=1.1, eps_end=1.1, scale=3.0),
         train=TrainConfig(epochs=30, global_batch=64, warmup_epochs=2),
         checkpoint=CheckpointConfig(every_steps=500),
     )
 
 
 def digits_liresnet() -> RunConfig:
-    """LiResNet on digits, 8x8 positions."""
-    model = LiResNetConfig(
-        input_shape=(1, 8, 8),
-        num_classes=10,
-        stem_kernel=3,
-        stem_stride=1,
-        stem_padding=1,
-        width=32,
-        depth=4,
-        neck_patch=2,
-        dense_width=128,
-        dense_layers=2,
-    )
-    return _digits("digits-liresnet", model)
+    """LiResNet on digits."""
+    return _digits("digits-liresnet", LiResNetConfig(**_DIGITS))
 
 
 def digits_bronet() -> RunConfig:
-    """BRONet on digits, 4x4 positions."""
-    model = BRONetConfig(
-        input_shape=(1, 8, 8),
-        num_classes=10,
-        stem_kernel=4,
-        stem_stride=2,
-        stem_padding=1,
-        width=64,
-        depth=4,
-        rank=32,
-        neck_patch=2,
-        dense_width=128,
-        dense_layers=2,
-    )
-    return _digits("digits-bronet", model)
+    """BRONet on digits."""
+    return _digits("digits-bronet", BRONetConfig(**_DIGITS, rank=32))
 
 
 _CIFAR10: dict[str, Any] = {"input_shape": (3, 32, 32), "num_classes": 10, "width": 512}

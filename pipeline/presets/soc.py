@@ -19,7 +19,7 @@ from pipeline.config import (
 Head = Literal["unit", "mlp"]
 
 
-def _digits(name: str, head: Head) -> RunConfig:
+def _digits(name: str, head: Head, scale: float) -> RunConfig:
     return RunConfig(
         preset=name,
         model=SocConfig(
@@ -33,7 +33,7 @@ def _digits(name: str, head: Head) -> RunConfig:
         ),
         data=DataConfig(source="digits"),
         optim=OptimConfig(lr=1e-2, betas=(0.9, 0.99), lookahead_factor=0.8),
-        loss=LossConfig(eps=108 / 255, eps_start=0.875, eps_end=0.875, scale=10.0),
+        loss=LossConfig(eps=108 / 255, eps_start=0.875, eps_end=0.875, scale=scale),
         train=TrainConfig(epochs=40, global_batch=64, warmup_epochs=2),
         checkpoint=CheckpointConfig(every_steps=500),
     )
@@ -41,12 +41,12 @@ def _digits(name: str, head: Head) -> RunConfig:
 
 def digits_soc() -> RunConfig:
     """LipConvnet-3 on 8x8 digits; chosen on the validation part of the training split."""
-    return _digits("digits-soc", "unit")
+    return _digits("digits-soc", "unit", 10.0)
 
 
 def digits_soc_mlp() -> RunConfig:
     """The same with a hidden layer in the head, certified by its curvature."""
-    return _digits("digits-soc-mlp", "mlp")
+    return _digits("digits-soc-mlp", "mlp", 5.0)
 
 
 def _cifar(name: str, *, classes: int, depth: int, head: Head) -> RunConfig:

@@ -99,6 +99,7 @@ class Shot:
         charts: at least so many must be drawn.
         height: of the window, pixels.
         click: a file to open before the picture is taken.
+        column: the heading to which the table is scrolled.
     """
 
     name: str
@@ -107,25 +108,42 @@ class Shot:
     charts: int = 0
     height: int = 620
     click: str = ""
+    column: str = ""
 
     def take(self, page, address, folder):
         """Open the page, wait until it shows what it should, and save a picture."""
         page.set_viewport_size({"width": 1680, "height": self.height})
-        page.goto(address + self.path)  # within the loaded application: only the fragment changes
+        page.goto("about:blank")  # else only the fragment changes, and charts keep other runs
+        page.goto(address + self.path)
         for text in self.texts:
             page.get_by_text(text, exact=True).first.wait_for()
         if self.click:
             page.get_by_text(self.click, exact=True).first.click()
             page.get_by_text(self.click, exact=True).nth(1).wait_for()  # its heading
+        if self.column:
+            _scroll_to(page, self.column)
         if self.charts:
             page.locator(CHART).nth(self.charts - 1).wait_for()
-        page.wait_for_timeout(1500)  # pictures load, axes settle
+        page.wait_for_timeout(4000)  # pictures load, axes settle
         place = page.get_by_text("Path: file:").first
         if place.count():  # a folder of the machine that makes the picture
             place.evaluate("element => element.style.visibility = 'hidden'")
         path = Path(folder, f"{self.name}.png")
         page.screenshot(path=path)
         return path
+
+
+def _scroll_to(page, column):
+    """Scroll the body of a table, which takes its headings along, until a column is in sight."""
+    heading = page.get_by_text(column, exact=True).first
+    body = page.locator(".ag-center-cols-viewport").first
+    for left in range(0, 10_000, 200):
+        body.evaluate(f"element => element.scrollLeft = {left}")
+        page.wait_for_timeout(200)
+        place = heading.bounding_box() if heading.count() else None  # out of sight: not drawn
+        if place and place["x"] + place["width"] < page.viewport_size["width"]:
+            return
+    raise RuntimeError(f"there is no column {column}")
 
 
 def shots(config):
@@ -148,14 +166,14 @@ def shots(config):
         return Shot(name, path, (title, *texts), **options)
 
     return [
-        view("1", "mlflow-runs", (*names, f"{len(runs)} matching runs"), height=460),
+        view("1", "mlflow-runs", (*names, f"{len(runs)} matching runs"), height=500),
         view("2", "mlflow-steps", names, charts=5, height=900),
         view("3", "mlflow-settings", names, charts=3, height=900),
         view("4", "mlflow-evaluations", [e.name for e in evaluations], height=760),
         view("5", "mlflow-attack", {e.name for e in attacked}, charts=4, height=900),
-        Shot("mlflow-models", f"{base}/models{training}", models),
-        Shot("mlflow-cra", files, figures, height=860, click="cra.png"),
-        Shot("mlflow-radius", files, figures, height=860, click="radius.png"),
+        Shot("mlflow-models", f"{base}/models{training}", models, column="cra_sound/l2/255_255"),
+        Shot("mlflow-cra", files, figures, height=970, click="cra.png"),
+        Shot("mlflow-radius", files, figures, height=970, click="radius.png"),
     ]
 
 

@@ -36,9 +36,15 @@ class Cluster:
     nodes: list[subprocess.Popen]
 
     def start(self, command, *flags):
-        """Run a `ray start` of the shell until the cluster ends."""
+        """Run a `ray start` of the shell until the cluster ends.
+
+        Every node has a folder of its own: a second node of this machine would unpack the working
+        directory of a job anew, under the feet of the first.
+        """
+        place = self.folder / str(len(self.nodes))
         agent, metrics = free_ports(2)
         ports = ["--dashboard-agent-listen-port", str(agent), "--metrics-export-port", str(metrics)]
+        ports += ["--temp-dir", str(place)]
         words = [command, "--block", "--object-store-memory", "150000000", *ports, *flags]
         with (self.folder / f"node-{len(self.nodes)}.log").open("wb") as log:
             self.nodes.append(
@@ -69,7 +75,8 @@ class Cluster:
         """Details of all submitted jobs, by submission id."""
         from ray.job_submission import JobSubmissionClient
 
-        return {job.submission_id: job for job in JobSubmissionClient(self.address).list_jobs()}
+        jobs = JobSubmissionClient(self.address).list_jobs()
+        return {job.submission_id: job for job in jobs if job.submission_id}  # else a driver
 
     def wait_for_nodes(self, number):
         """Wait until so many nodes are alive."""
@@ -110,7 +117,7 @@ def cluster(home, head="ray start --head --num-cpus 5 --node-ip-address 127.0.0.
         running = Cluster(
             f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment, Path(folder), []
         )
-        flags = ["--port", str(port), "--dashboard-port", str(dashboard), "--temp-dir", folder]
+        flags = ["--port", str(port), "--dashboard-port", str(dashboard)]
         try:
             # A node must not take the address of a cluster for the one that it begins.
             running.start(f"{prefix} env -u RAY_ADDRESS {head}".strip(), *flags)

@@ -344,7 +344,26 @@ def test_name_of_two_runs_is_ambiguous(made):
 
 def test_single_run_without_evaluations_has_a_page(made, report):
     (_, two) = report.runs
-    bare = dataclasses.replace(report, runs=(dataclasses.replace(two, models=()),), boards=())
-    page = render(bare, uri=made.tracking.uri)[PAGE]
-    assert "None: there is one run" in page
-    assert "No checkpoint is recorded" in page
+    alone = dataclasses.replace(two, models=(), evaluations=())
+    bare = dataclasses.replace(report, runs=(alone,), boards=())
+    texts = render(bare, uri=made.tracking.uri)
+    assert "None: there is one run" in texts[PAGE]
+    assert "No checkpoint is recorded" in texts[PAGE]
+    for text in (texts[PAGE].replace("&lt;", "<").replace("&gt;", ">"), texts[TEXT]):
+        assert "Without an evaluation that counts:" in text
+        assert "two<b>" in text
+
+
+def test_run_without_recorded_cost_is_in_the_table_and_not_in_the_figure(made, report):
+    (board,) = report.boards
+    first, second = board.entries
+    unmeasured = dataclasses.replace(second.reported.cost, hours=(), devices="")
+    free = dataclasses.replace(
+        second, reported=dataclasses.replace(second.reported, cost=unmeasured)
+    )
+    for entries, runs in (((first, free), report.runs), ((free,), (free.reported,))):
+        changed = dataclasses.replace(
+            report, boards=(dataclasses.replace(board, entries=entries),), runs=runs
+        )
+        texts = render(changed, uri=made.tracking.uri)
+        assert ("Device time" in texts[TEXT]) == (first in entries)

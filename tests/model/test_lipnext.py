@@ -106,8 +106,8 @@ def test_initial_kinds():
     assert rows.device.type == "cpu"
     assert float(rows.norm(dim=1).mean()) == pytest.approx(1, abs=0.02)
     assert not initial_value("zeros", (3,), seed=0, name="w").any()
-    with pytest.raises(ModelError, match="'ones' of w; known: haar"):
-        initial_value("ones", (3,), seed=0, name="w")
+    with pytest.raises(ModelError, match="'sevens' of w; known: haar"):
+        initial_value("sevens", (3,), seed=0, name="w")
 
 
 def test_which_parameters_are_orthogonal():

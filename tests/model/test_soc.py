@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
+from data_shards.store import Store
+from model.artifact import read_without_parameters, write_artifact
 from model.build import build_network, parameter_count
 from model.rounding import FLOAT32, FLOAT64, Carried
 from model.skew import (
@@ -174,6 +176,20 @@ def test_a_network_without_stored_scales_gives_no_numbers(generator):
         assert network(torch.rand(1, 1, 4, 4)).isnan().all()
     network.calibrate(())
     assert network(torch.rand(1, 1, 4, 4)).isfinite().all()
+
+
+def test_the_constant_follows_from_bounds_and_stored_scales_alone(tmp_path):
+    config = SocConfig(**SMALL, depth=2)
+    network = build_network(config).eval()
+    network.initialise(1)
+    opener = Store(str(tmp_path)).open
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    info = write_artifact(opener, network_config=config, tensors=tensors, context={})
+    bare = read_without_parameters(opener, info)
+    assert bare.blocks[0].convolution.weight.is_meta
+    bound = bare.lipschitz_upper_bound(network.matrix_bounds())
+    assert bound == network.lipschitz_upper_bound()
+    assert bound.value > 1
 
 
 def test_the_last_stage_on_the_manifold():
