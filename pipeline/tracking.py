@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,6 +231,8 @@ class Server:
 
     def log_evaluation(self, record: EvaluationRecord) -> RunReference:
         """Record one evaluation as a flat run, and as series in its training run."""
+        if record.train_run_id is None:
+            record = replace(record, train_run_id=self._source_run(record.artifact_digest))
         train_run = self._existing_run(record.train_run_id)
         # Two training runs may end in the same weights; each shows its own evaluations.
         run = self._find_run(eval_key=record.eval_key, train_run_id=record.train_run_id or "")
@@ -334,6 +336,19 @@ class Server:
         condition = " and ".join(f"tags.{tag} = '{value}'" for tag, value in tags.items())
         runs = self._client.search_runs([self._experiment_id], condition, max_results=1)
         return runs[0] if runs else None
+
+    def _source_run(self, artifact_digest: str) -> str | None:
+        """The training run of an artefact that was exported while the server was away.
+
+        None if no training run, or more than one, ended in these weights.
+        """
+        models = self._client.search_logged_models(
+            [self._experiment_id], filter_string=f"tags.artifact_digest = '{artifact_digest}'"
+        )
+        sources = {model.source_run_id for model in models if model.source_run_id}
+        runs = [self._client.get_run(source) for source in sources]
+        training = [run.info.run_id for run in runs if run.data.tags.get("stage") == "train"]
+        return training[0] if len(training) == 1 else None
 
     def _existing_run(self, run_id: str | None) -> Any:
         from mlflow.exceptions import MlflowException

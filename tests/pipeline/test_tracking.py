@@ -224,6 +224,24 @@ def test_training_runs_with_equal_weights_each_show_their_checkpoint_and_evaluat
     assert {model.source_run_id for model in models} == {run.run_id for run in runs}
 
 
+def test_artefact_that_does_not_name_its_training_run_is_found_by_its_digest(config, tmp_path):
+    def train(name):
+        tracker = Tracker(config, tmp_path / name, run_name=name, wait_seconds=60)
+        tracker.log_checkpoint(3, "file:///a", "d" * 64, wait_seconds=60)
+        assert tracker.close()
+        return tracker.run.run_id
+
+    only = train("only")
+    linked = client_of(config).get_run(log_evaluation(config, evaluation()).run_id)
+    assert linked.data.tags["train_run_id"] == only
+    assert linked.info.run_name == "cra-only-step3"
+    assert series(config, only, "clean") == [(3, 0.9)]
+    train("twin")
+    record = evaluation(eval_key="key-2")
+    ambiguous = client_of(config).get_run(log_evaluation(config, record).run_id)
+    assert ambiguous.data.tags["train_run_id"] == ""
+
+
 def test_an_unfinished_evaluation_is_completed(config):
     first = log_evaluation(config, evaluation())
     client = client_of(config)
