@@ -57,8 +57,10 @@ def test_the_example_of_the_readme_runs(head, home):
     code, output = head.run(f"{exports}{submit} {SHORT} --name example")
     assert code == 0, output
     assert "CRA 36/255" in output
+    # Ray warns of leaving .git out of what it uploads.
+    lines = [line for line in output.splitlines() if "working_dir.py" not in line]
     for noise in ("Warning", "WARNING", "Traceback"):
-        assert noise not in output
+        assert not [line for line in lines if noise in line]
     job = submission(output)
     assert head.jobs()[job].driver_exit_code == 0
     _, runs = tracked(home)

@@ -1,6 +1,7 @@
 """Every family through the partitioned engine, and what it takes to add one."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from data_shards.store import Store
 from jobs.evaluate_cra import evaluate
 from model.artifact import read_artifact
 from model.build import FAMILIES, Family, build_network
+from model.initial import KINDS
 from model.observed import observed_lipschitz, refute
 from optim.groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
@@ -42,10 +44,16 @@ def short(name: str) -> RunConfig:
     return dataclasses.replace(config, train=train, optim=optim, cluster=cluster)
 
 
+def generic_values():
+    """No orthogonal columns at the start: AOL's |V^T V| has its kinks where products vanish."""
+    generic = KINDS["xavier_normal"]
+    return mock.patch.dict(KINDS, {"orthonormal": generic, "dirac": generic})
+
+
 def train_partitioned(rank, world_size, names):
     """This rank's slices of the masters after three steps, by preset."""
     results = {}
-    with rank_world(rank, world_size) as world:
+    with rank_world(rank, world_size) as world, generic_values():
         for name in names:
             config = short(name)
             share = BATCH // world_size
@@ -72,7 +80,8 @@ def train_plain(name: str, world_size: int) -> dict[str, torch.Tensor]:
     """The same with whole parameters in one process: gradients of the ranks' parts, averaged."""
     config = short(name)
     network = build_network(config.model)
-    network.initialise(SEED)
+    with generic_values():
+        network.initialise(SEED)
     network.train()
     groups = parameter_groups(network.named_parameters(), config.optim)
     optimizer = ReferenceManifoldAdam(groups, config.optim)
