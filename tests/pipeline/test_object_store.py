@@ -42,8 +42,16 @@ def pretrain(storage, shards, environment, *options):
     )
     assert done.returncode == 0, done.stdout
     spool = (storage / "run/tracking/spool.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in spool]
-    return done.stdout, {r["step"]: r["values"] for r in records if r["kind"] == "metrics"}
+    metrics: dict[int, dict[str, float]] = {}
+    for record in map(json.loads, spool):
+        if record["kind"] == "metrics":
+            metrics.setdefault(record["step"], {}).update(record["values"])
+    return done.stdout, metrics
+
+
+def series(metrics, name):
+    """The steps that carry `name`; a checkpoint's figures may come at a step of their own."""
+    return {step: values[name] for step, values in metrics.items() if name in values}
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +82,14 @@ def test_the_same_losses_in_bad_weather(name, folder, undisturbed, tmp_path):
         impatient = {"FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": 0.5}})}
         environment = s3_environment(proxy.url, **impatient)
         output, metrics = pretrain(tmp_path / "runs", shards, environment)
-        faults = sum(proxy.seen[fault] for fault in FAULTS)
-        assert proxy.seen["requests"] - requests > 100
-    losses = {step: values["train/loss"] for step, values in metrics.items()}
-    assert losses == {step: values["train/loss"] for step, values in undisturbed.items()}
+        assert sum(proxy.seen[fault] for fault in FAULTS) > 5
+        asked = proxy.seen["requests"] - requests
+        assert asked > 100
+    losses = series(metrics, "train/loss")
+    assert losses == series(undisturbed, "train/loss")
     assert len(losses) == 30
-    last = metrics[max(metrics)]
-    assert 5 < last["data/retries"] <= 2 * faults
+    last = metrics[max(losses)]
+    assert 5 < last["data/retries"] < asked
     assert last["data/damaged"] == 0
     assert last["data/wait_s"] >= 0
     assert "cra_nominal" in output  # certified from the same store
