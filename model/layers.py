@@ -4,6 +4,8 @@ Tokens are channels-last, shape (B, H, W, C). Every module reads its own paramet
 forward only: under ZeRO-3 they exist nowhere else.
 """
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,15 +42,61 @@ def shift(x: Tensor, channels: int) -> Tensor:
         x: shape (B, H, W, C).
         channels: size of each of the four groups; the other channels stay.
     """
-    up, down, left, right, still = x.split([channels] * 4 + [x.shape[-1] - 4 * channels], dim=-1)
-    return torch.cat(
-        [up.roll(-1, 1), down.roll(1, 1), left.roll(-1, 2), right.roll(1, 2), still], dim=-1
-    )
+    return cast(Tensor, _Shift.apply(x, channels))
 
 
 def beta_abs(x: Tensor, channels: int) -> Tensor:
     """Absolute value of the first `channels` channels; the other channels pass."""
-    return torch.cat([x[..., :channels].abs(), x[..., channels:]], dim=-1)
+    return cast(Tensor, _BetaAbs.apply(x, channels))
+
+
+class _Shift(torch.autograd.Function):
+    """One copy in each direction, where rolling parts and joining them takes two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channels: int) -> Tensor:
+        ctx.channels = channels
+        return _shifted(x, channels, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _shifted(gradients[0], ctx.channels, back=True), None
+
+
+def _shifted(x: Tensor, channels: int, *, back: bool) -> Tensor:
+    out = torch.empty_like(x)
+    for group, (axis, step) in enumerate(((1, -1), (1, 1), (2, -1), (2, 1))):
+        part = slice(group * channels, (group + 1) * channels)
+        source, target = x[..., part], out[..., part]
+        if back:
+            step = -step
+        inner = x.shape[axis] - 1
+        first, rest = (inner, 0) if step > 0 else (0, inner)  # what wraps around, and whereto
+        target.select(axis, rest).copy_(source.select(axis, first))
+        begin = max(step, 0)
+        target.narrow(axis, begin, inner).copy_(source.narrow(axis, 1 - begin, inner))
+    still = 4 * channels
+    out[..., still:] = x[..., still:]
+    return out
+
+
+class _BetaAbs(torch.autograd.Function):
+    """In the backward pass slices of a tensor would each be padded with zeros and added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, channels: int) -> Tensor:
+        ctx.channels = channels
+        ctx.save_for_backward(x[..., :channels])
+        out = x.clone()
+        out[..., :channels].abs_()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (folded,) = ctx.saved_tensors
+        out = gradients[0].clone()
+        out[..., : ctx.channels].mul_(folded.sign())
+        return out, None
 
 
 def l2_pool(x: Tensor, tau: float) -> Tensor:
