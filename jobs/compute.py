@@ -116,6 +116,7 @@ def compute(
         layers=tuple(LayerRow(m.name, m.upper, m.lower) for m in found.matrices),
         attack=found.attack,
         certificate_digest=body["digest"],
+        family=info.network.kind,
     )
     out.write(SAMPLES, samples)
     out.write(CERTIFICATE, to_json(body))

@@ -12,7 +12,6 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from jobs.compute import CERTIFICATE, FIGURE, HISTOGRAM, LAYERS
-from jobs.config import EvaluationConfig
 from jobs.progress import OnProgress, Progress
 from jobs.records import AttackScores, EvaluationSummary
 
@@ -44,7 +43,7 @@ def following(console: Console) -> Iterator[OnProgress]:
         yield show
 
 
-def report(console: Console, config: EvaluationConfig, summary: EvaluationSummary) -> None:
+def report(console: Console, summary: EvaluationSummary) -> None:
     """Print the three columns, the bound, the attack and how to check the certificate."""
     table = Table(
         title=f"certified robust accuracy, {summary.samples} samples of {summary.dataset}"
@@ -75,11 +74,12 @@ def report(console: Console, config: EvaluationConfig, summary: EvaluationSummar
     if summary.attack:
         console.print(_attack_line(summary.attack))
     console.print(f"certificate: {summary.out_url}/{CERTIFICATE}", soft_wrap=True)
-    console.print(
-        f"check it:    python -m model.verify {summary.out_url} --artifact {summary.artifact_url} "
-        f"--shards {summary.shards_url}",
-        soft_wrap=True,
-    )
+    if summary.verifiable:
+        console.print(
+            f"check it:    python -m model.verify {summary.out_url} --artifact "
+            f"{summary.artifact_url} --shards {summary.shards_url}",
+            soft_wrap=True,
+        )
     figures = [FIGURE, HISTOGRAM] + [LAYERS] * bool(summary.layers)
     console.print(f"figures:     {', '.join(figures)} beside it")
 

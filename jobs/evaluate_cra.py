@@ -142,7 +142,7 @@ def main(
         config = tyro.cli(EvaluationConfig, args=arguments, prog="jobs.evaluate_cra")
         with following(errors) as on_progress:
             summary = compute(config, on_progress=on_progress)
-        report(console, config, summary)
+        report(console, summary)
         if before_record:
             before_record()
         run = record(config, summary) if config.record else None

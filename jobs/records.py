@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.config import eps_value
+from model.verify_files import CHOICES
 
 COLUMNS = ("nominal", "sound", "deployed")
 CURVE_EPS = {
@@ -154,6 +155,7 @@ class EvaluationSummary:
         layers: bounds of every matrix.
         attack: accuracy under attack, if one was asked for.
         certificate_digest: digest of certificate.json.
+        family: kind of the network.
     """
 
     norm: str
@@ -175,6 +177,12 @@ class EvaluationSummary:
     layers: tuple[LayerRow, ...]
     attack: AttackScores | None
     certificate_digest: str
+    family: str
+
+    @property
+    def verifiable(self) -> bool:
+        """Whether `model.verify`, which shares no code with the rest, knows the network."""
+        return self.family in CHOICES["kind"]
 
     def metrics(self) -> dict[str, float]:
         """Return the scalars by metric name, e.g. ``cra_sound/l2/36_255``.

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from rich.console import Console
 
 import jobs.figure
 from jobs.config import eps_value
+from jobs.console import report
 from jobs.figure import bounds_png, cra_png, radius_histogram_png
 from jobs.records import (
     CURVE_EPS,
@@ -83,6 +85,7 @@ def summary(depth=4, vacuous=False, attack=True):
         layers=tuple(LayerRow(n, u, 1 - 1e-8) for n, u in zip(names, upper, strict=True)),
         attack=scores if attack else None,
         certificate_digest="d",
+        family="lipnext",
     )
 
 
@@ -246,3 +249,10 @@ def test_the_files_are_pngs_of_the_stated_size_without_pyplot():
     assert shapes[2][1] == 1120
     assert all(10_000 < len(png) < 200_000 for png in pngs)
     assert not Gcf.figs
+
+
+@pytest.mark.parametrize(("family", "offered"), [("lipnext", True), ("sll", False)])
+def test_only_a_network_that_the_verifier_knows_is_offered_for_a_check(family, offered):
+    told = io.StringIO()
+    report(Console(file=told), dataclasses.replace(summary(), family=family))
+    assert ("python -m model.verify" in told.getvalue()) == offered
