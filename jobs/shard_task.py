@@ -120,10 +120,16 @@ class ShardTask:
         def proved(program: str, logits: Tensor) -> Certificates:
             return self._certifier(program).certify(logits, norms, classes, slopes)
 
-        bends = self._certifier(FLOAT64.name).curvature
-
+        plain = self._certifier(FLOAT64.name)
         return {
-            "nominal": certify(single, factors, classes, lipschitz=1.0, curvature=bends),
+            "nominal": certify(
+                single,
+                factors,
+                classes,
+                lipschitz=1.0,
+                curvature=plain.curvature,
+                radii=plain.network.feature_radii,
+            ),
             "sound": proved(FLOAT64.name, double),
             "deployed": proved(self.deployed, serving),
         }

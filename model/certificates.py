@@ -11,6 +11,7 @@ from torch import Tensor
 from model.contract import CertifiedNetwork
 from model.errors import ModelError
 from model.lipschitz import Matrices
+from model.radii import Radii, slope_radii
 from model.rounding import PROGRAMS, Program
 
 STANDARD_EPS = {"36_255": 36 / 255, "72_255": 72 / 255, "108_255": 108 / 255, "255_255": 1.0}
@@ -18,28 +19,6 @@ STANDARD_EPS = {"36_255": 36 / 255, "72_255": 72 / 255, "108_255": 108 / 255, "2
 
 _DOWN = 1 - 2.0**-50
 """Factor below 1 that outweighs eight roundings of float64."""
-
-
-def feature_radius(margins: Tensor, slopes: Tensor, curvature: Tensor) -> Tensor:
-    """How far the features can move before a margin m is used up: m = s r + c r^2 / 2.
-
-    Linear heads have constant slopes and no curvature; so have networks whose logits are each
-    1-Lipschitz in l-infinity (slope 2).
-
-    Args:
-        margins: m, less what rounding may have done; any shape.
-        slopes: s >= 0: how fast m falls at the image.
-        curvature: c >= 0: how fast s can grow.
-
-    Returns:
-        r of the same shape; not positive where m is not; infinite for m > 0 where s = c = 0.
-    """
-    # 2 m / (s + sqrt(s^2 + 2 c m)): no difference, no square that vanishes.
-    least = torch.finfo(slopes.dtype).tiny ** 0.5 * 2.0**10
-    bent = (slopes.clamp(min=least).square() + 2 * curvature * margins.clamp(min=0)).sqrt()
-    rates = torch.where(curvature > 0, (slopes + bent) / 2, slopes)
-    free = torch.where(margins > 0, torch.inf, 0.0)
-    return torch.where(rates > 0, margins / rates, free)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +48,7 @@ def certify(
     *,
     lipschitz: float,
     curvature: Tensor | None = None,
+    radii: Radii = slope_radii,
 ) -> Certificates:
     """Nominal certificates: the smallest radius over all classes j != pred.
 
@@ -79,18 +59,19 @@ def certify(
         lipschitz: Lipschitz constant in the pixels of what the slopes are stated in; 1 for the
             nominal column.
         curvature: how fast slopes can grow, (K, K); None: not at all.
+        radii: `feature_radii` of the network, which also says what its slopes are.
 
     Raises:
         ModelError: shapes that do not match, a value that is not finite, a label out of range.
     """
     if curvature is None:
         curvature = slopes.new_zeros(logits.shape[-1:] * 2)
-    _check(logits, slopes, curvature, labels, lipschitz)
+    _check(logits, labels, lipschitz)
     prediction = logits.argmax(1)
     margins = logits.gather(1, prediction[:, None]) - logits
-    radii = _Geometry(prediction, slopes, curvature.to(slopes), lipschitz).radii(margins)
+    geometry = _Geometry(prediction, slopes, curvature.to(slopes), lipschitz, radii)
     none = torch.zeros_like(margins[:, 0])
-    return _certificates(logits, margins, prediction, labels, radii, (none, none))
+    return _certificates(logits, margins, prediction, labels, geometry(margins), (none, none))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,17 +120,21 @@ class ProvedCertifier:
         """
         logits, norms = logits.double(), norms.double()
         proved = self._slopes(slopes, norms)
-        _check(logits, proved, self.curvature, labels, self.lipschitz)
+        _check(logits, labels, self.lipschitz)
         prediction = logits.argmax(1)
         margins = logits.gather(1, prediction[:, None]) - logits
-        geometry = _Geometry(prediction, proved, self.curvature, self.lipschitz)
+        geometry = _Geometry(
+            prediction, proved, self.curvature, self.lipschitz, self.network.feature_radii
+        )
         # No certificate can be larger than the one without error terms: that bounds the ball.
-        outer = geometry.radii(margins).amin(1)
+        outer = geometry(margins).amin(1)
         error = self._error(norms)
         error_ball = self._error((norms + outer) * (1 + 2.0**-50))
         left = margins * _DOWN - error[:, None] - error_ball[:, None]
-        found = geometry.radii(left) * _DOWN
-        return _certificates(logits, margins, prediction, labels, found, (error, error_ball))
+        found = geometry(left) * _DOWN
+        proof = _certificates(logits, margins, prediction, labels, found, (error, error_ball))
+        # A radius that was searched for may be found a little better the second time.
+        return dataclasses.replace(proof, radius=torch.minimum(proof.radius, outer.clamp(min=0)))
 
     def _slopes(self, slopes: Tensor | None, norms: Tensor) -> Tensor:
         if slopes is not None and slopes.ndim == 3:
@@ -225,13 +210,12 @@ class _Geometry:
     slopes: Tensor
     curvature: Tensor
     lipschitz: float
+    rule: Radii
 
-    def radii(self, margins: Tensor) -> Tensor:
+    def __call__(self, margins: Tensor) -> Tensor:
         """Radii (B, K) of margins (B, K); infinite for the prediction itself."""
-        own, slopes = self.prediction, self.slopes
-        slopes = slopes[own] if slopes.ndim == 2 else slopes[torch.arange(len(own)), own]
-        found = feature_radius(margins, slopes, self.curvature[own]) / self.lipschitz
-        return found.scatter(1, own[:, None], torch.inf)
+        found = self.rule(margins, self.slopes, self.curvature, self.prediction) / self.lipschitz
+        return found.scatter(1, self.prediction[:, None], torch.inf)
 
 
 def _certificates(
@@ -251,24 +235,13 @@ def _certificates(
     return Certificates(prediction, prediction == labels, rival, margin, radius, *errors)
 
 
-def _check(
-    logits: Tensor, slopes: Tensor, curvature: Tensor, labels: Tensor, lipschitz: float
-) -> None:
-    table = (*logits.shape[:1], *logits.shape[1:] * 2)  # (B, K, K)
-    if logits.ndim != 2 or logits.shape[1] < 2 or slopes.shape not in {table, table[1:]}:
-        raise ModelError(
-            f"logits of shape {tuple(logits.shape)} and factors of shape {tuple(slopes.shape)}; "
-            "expected (B, K) and (K, K) or (B, K, K) with K >= 2"
-        )
-    if curvature.shape != table[1:]:
-        raise ModelError(f"curvature of shape {tuple(curvature.shape)}; expected {table[1:]}")
+def _check(logits: Tensor, labels: Tensor, lipschitz: float) -> None:
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ModelError(f"logits of shape {tuple(logits.shape)}; expected (B, K) with K >= 2")
     if not 0 < lipschitz < math.inf:
         raise ModelError(f"lipschitz={lipschitz} must be finite and positive")
     if not bool(logits.isfinite().all()):
         raise ModelError("logits hold values that are not finite")
-    for name, values in (("margin factors", slopes), ("curvatures", curvature)):
-        if not bool((values.isfinite() & (values >= 0)).all()):
-            raise ModelError(f"{name} must be finite and not negative")
     if labels.shape != logits.shape[:1]:
         raise ModelError(f"labels of shape {tuple(labels.shape)} for {len(logits)} samples")
     if bool(((labels < 0) | (labels >= logits.shape[1])).any()):

@@ -12,6 +12,7 @@ from model.centering import Centering
 from model.errors import ModelError
 from model.initial import initial_value
 from model.lipschitz import Matrices, MatrixBound, matrix_bound
+from model.radii import slope_radii
 from model.rounding import Program
 
 
@@ -99,7 +100,7 @@ class CertifiedNetwork(nn.Module, ABC):
 
         Returns:
             Logits (B, K); margin factors (K, K) or, for a curved head, slopes at each image
-            (B, K, K), in the features.
+            (B, K, K), in the features; or what else `feature_radii` takes, with three axes.
         """
         return self.logits_and_margin_factors(images)
 
@@ -145,6 +146,22 @@ class CertifiedNetwork(nn.Module, ABC):
             float64, of the shape of `slopes`; the margin factors where they are no slopes.
         """
         return self.margin_factor_bounds()
+
+    def feature_radii(
+        self, margins: Tensor, slopes: Tensor, curvature: Tensor, prediction: Tensor
+    ) -> Tensor:
+        """How far the features can move before a margin is used up.
+
+        Args:
+            margins: of the prediction over every class, less what rounding may have done, (B, K).
+            slopes: of `logits_and_slopes`, or of `slope_bounds`.
+            curvature: of `curvature_bounds`.
+            prediction: classes, int64 (B,).
+
+        Returns:
+            Distances (B, K) in the unit of the slopes, of which the smallest of a row counts.
+        """
+        return slope_radii(margins, slopes, curvature, prediction)
 
     def curvature_bounds(self) -> Tensor:
         """Proved bounds of how fast a slope can grow, per unit of distance in the features.

@@ -164,7 +164,7 @@ def power_pair(
     missing = [
         n - ((out - 1) * stride - 2 * padding + side) for n, out in zip(shape, outputs, strict=True)
     ]
-    generator = torch.Generator(kernel.device).manual_seed(seed)
+    generator = torch.Generator("cpu" if kernel.is_meta else kernel.device).manual_seed(seed)
     start = (1, kernel.shape[1], *shape)
     v = torch.randn(start, generator=generator, device=kernel.device, dtype=kernel.dtype)
     tiny = torch.finfo(kernel.dtype).tiny

@@ -1,7 +1,8 @@
 """SortNet (arXiv 2210.01787), with the l-infinity-distance net (arXiv 2102.05363) as keep = 1.
 
 Every neuron is 1-Lipschitz in l-infinity for any weights: sorting and |.| are, and the
-coefficients of the sorted distances are not negative and sum to at most 1.
+coefficients of the sorted distances are not negative and sum to at most 1. A head with a tanh layer
+makes it SortNet + MLP.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from fractions import Fraction
 from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,7 +26,8 @@ from model.initial import set_initial
 from model.layers import at_least_float32
 from model.linf import centred_pixels, equal_factors, largest_entry, proved_error
 from model.lipschitz import Matrices
-from model.rounding import Carried, Program
+from model.rounding import FLOAT64, Carried, Program
+from model.tanh_head import TanhHead
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -33,9 +36,15 @@ class SortNetConfig(NetworkConfig):
 
     kind: Literal["sortnet"] = "sortnet"
     width: int
-    """Neurons of every layer but the last, which has one per class."""
+    """Neurons of every layer of distances; without a tanh layer the last has one per class."""
     depth: int
-    """Layers, the last one counted."""
+    """Layers of distances, the last one counted."""
+    hidden: int = 0
+    """Units of a tanh layer between the distances and the logits (SortNet + MLP); 0: none."""
+    window: int = 0
+    """Side of the squares of pixels that the first layer sees, each on its own; 0: whole images."""
+    window_stride: int = 1
+    """Pixels between two squares."""
     keep: float = 1.0
     """q: coefficient i of the sorted distances is q (1 - q)^(i - 1); in training, the share of its
     inputs that a layer sees at a step. 1 is the l-infinity-distance net."""
@@ -62,6 +71,10 @@ class SortNetConfig(NetworkConfig):
         for name, least in (("width", 1), ("depth", 2), ("top", 1), ("group", 1)):
             if getattr(self, name) < least:
                 raise ModelError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.hidden < 0:
+            raise ModelError(f"hidden={self.hidden} must not be negative")
+        if self.window:
+            self._check_window()
         if not 0 < self.keep <= 1:
             raise ModelError(f"keep={self.keep} must be in (0, 1]")
         if not 2.0**-20 <= self.input_scale <= 2.0**20:
@@ -71,9 +84,31 @@ class SortNetConfig(NetworkConfig):
         if not 0 <= self.p_from < self.p_to <= 1:
             raise ModelError(f"p_from={self.p_from}, p_to={self.p_to}: 0 <= from < to <= 1")
 
+    def _check_window(self) -> None:
+        if not self.hidden:
+            raise ModelError(f"window={self.window}: squares meet in a tanh layer, give hidden")
+        _, *sides = self.input_shape
+        steps = self.window_stride
+        if steps < 1 or any(side < self.window or (side - self.window) % steps for side in sides):
+            raise ModelError(
+                f"squares of {self.window} pixels in steps of {steps} do not cover "
+                f"{sides[0]}x{sides[1]} pixels"
+            )
+
+    @property
+    def windows(self) -> int:
+        """Squares of pixels in an image."""
+        if not self.window:
+            return 1
+        _, *sides = self.input_shape
+        return math.prod((side - self.window) // self.window_stride + 1 for side in sides)
+
     def sizes(self) -> list[int]:
-        """Inputs of every layer, then the number of classes."""
-        return [math.prod(self.input_shape)] + [self.width] * (self.depth - 1) + [self.num_classes]
+        """Inputs of every layer of distances, then the outputs of the last one."""
+        channels, *_ = self.input_shape
+        seen = channels * self.window**2 if self.window else math.prod(self.input_shape)
+        outputs = self.width if self.hidden else self.num_classes
+        return [seen] + [self.width] * (self.depth - 1) + [outputs]
 
     def power(self, progress: float) -> float:
         """Power p at a share of the run; infinite at its end."""
@@ -156,6 +191,9 @@ class ScaledHead(nn.Module):
     Margins and factors grow alike with s: only a cross-entropy can tell.
     """
 
+    rule = "scaled"
+    operations = 4
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.weight = set_initial(nn.Parameter(torch.empty(1)), "ones")
@@ -172,10 +210,20 @@ class ScaledHead(nn.Module):
         """|s|, exactly."""
         return float(self.weight.detach().double().abs())
 
-    def carry(self, state: Carried) -> None:
-        """Carry bounds through the head."""
+    @property
+    def growth(self) -> float:
+        """Bound of what any part of the head multiplies an error by."""
+        return max(1.0, self.scale)
+
+    def factor_bounds(self) -> Tensor:
+        """2 |s| for every pair of classes, float64 (K, K), diagonal 0."""
+        return equal_factors(len(self.bias)).to(self.weight.device) * self.scale
+
+    def margin_error(self, state: Carried) -> Tensor:
+        """Carry bounds through the head; the error of any logit difference, float64 (B,)."""
         state.translate(largest_entry(self.bias))
         state.multiply(1, upper=self.scale, absolute=self.scale)
+        return 2 * state.error
 
 
 class SortNet(CertifiedNetwork):
@@ -200,10 +248,13 @@ class SortNet(CertifiedNetwork):
                     initial="passing"
                     if config.passing and inputs <= outputs
                     else "standard_normal",
-                    centred=i < config.depth - 1,
+                    centred=config.hidden > 0 or i < config.depth - 1,
                 )
             )
-        self.head = ScaledHead(config.num_classes)
+        self.head: ScaledHead | TanhHead = ScaledHead(config.num_classes)
+        if config.hidden:
+            features = config.windows * config.width
+            self.head = TanhHead(features, config.hidden, config.num_classes)
         self.begin_step(step=0, progress=0.0, seed=0)
 
     def begin_step(self, *, step: int, progress: float, seed: int) -> None:
@@ -212,7 +263,7 @@ class SortNet(CertifiedNetwork):
         self._trained: Reduction = RankedSum((1.0,)) if math.isinf(p) else PowerMean(p)
         self._key = f"{seed}/{step}"
 
-    def _kept(self, layer: int, batch: int, device: torch.device) -> Tensor | None:
+    def _kept(self, layer: int, points: int, device: torch.device) -> Tensor | None:
         """Neurons of a hidden layer that the next one sees, int64 (groups, kept).
 
         Group i of a rank's micro-batch has the same ones on every rank.
@@ -226,36 +277,80 @@ class SortNet(CertifiedNetwork):
             kept = int((torch.rand(width, generator=generator) < self.config.keep).sum())
             subsets = [
                 torch.randperm(width, generator=generator)[: max(1, kept)].sort().values
-                for _ in range(0, batch, self.config.group)
+                for _ in range(0, points, self._group)
             ]
         return torch.stack(subsets).to(device)
 
+    @property
+    def _group(self) -> int:
+        """Points, that is windows of pixels, that share the inputs they see."""
+        return self.config.group * self.config.windows
+
     def features(self, images: Tensor) -> Tensor:
-        """The distances of the last layer, shape (B, K); see CertifiedNetwork."""
+        """The distances of the last layer, (B, K) or, for a tanh layer, (B, windows * width)."""
         self.check_images(images)
-        x = centred_pixels(images, self.config.input_scale).flatten(1)
+        x = self._points(centred_pixels(images, self.config.input_scale))
         trained = self._trained if self.training else None
         seen = None
         for i, block in enumerate(self.blocks):
             kept = self._kept(i, len(x), x.device)
             sampled = seen is not None or kept is not None
-            arguments = (trained, Subsets(self.config.group, seen, kept) if sampled else None)
+            arguments = (trained, Subsets(self._group, seen, kept) if sampled else None)
             if self.checkpoint_blocks:
                 x = checkpoint(block, x, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, *arguments)
             seen = kept
-        return x
+        return x.unflatten(0, (len(images), -1)).flatten(1)
+
+    def _points(self, pixels: Tensor) -> Tensor:
+        """What the first layer sees: images (B, n), or their windows (B * windows, n)."""
+        if not self.config.window:
+            return pixels.flatten(1)
+        windows = F.unfold(pixels, self.config.window, stride=self.config.window_stride)
+        return windows.mT.flatten(0, 1)
 
     def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See CertifiedNetwork; all pairs of classes have one factor."""
+        """See CertifiedNetwork; without a tanh layer all pairs of classes have one factor."""
         logits, factors = self.head(self.features(images))
         return logits, self.config.input_scale * factors
+
+    def logits_and_rates(self, images: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See CertifiedNetwork."""
+        if not isinstance(self.head, TanhHead):
+            return super().logits_and_rates(images, labels, eps)
+        scale = self.config.input_scale
+        logits, rates = self.head(self.features(images), labels, scale * eps)
+        return logits, scale * rates
+
+    def logits_and_slopes(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See CertifiedNetwork; with a tanh layer the intervals of its arguments, in the pixels."""
+        if not isinstance(self.head, TanhHead):
+            return super().logits_and_slopes(images)
+        logits, intervals = self.head.intervals(self.features(images))
+        return logits, intervals * intervals.new_tensor([[1], [1], [self.config.input_scale]])
+
+    @torch.no_grad()
+    def slope_bounds(self, slopes: Tensor, norms: Tensor, *, matrices: Matrices) -> Tensor:
+        """See CertifiedNetwork."""
+        if not isinstance(self.head, TanhHead):
+            return super().slope_bounds(slopes, norms, matrices=matrices)
+        state = self._carried(norms, FLOAT64)
+        self.head.carry_hidden(state)
+        return self.head.interval_bounds(slopes, self._proved(state, state.error))
+
+    def feature_radii(
+        self, margins: Tensor, slopes: Tensor, curvature: Tensor, prediction: Tensor
+    ) -> Tensor:
+        """See CertifiedNetwork; with a tanh layer by intervals, where the images' are given."""
+        if isinstance(self.head, TanhHead) and slopes.ndim == 3:
+            return self.head.radii(margins, slopes, prediction)
+        return super().feature_radii(margins, slopes, curvature, prediction)
 
     @property
     def head_rule(self) -> str:
         """See CertifiedNetwork."""
-        return "scaled"
+        return self.head.rule
 
     @property
     def bounded_matrices(self) -> tuple[str, ...]:
@@ -267,22 +362,30 @@ class SortNet(CertifiedNetwork):
         return LipschitzBound(self.config.input_scale, {"pixels": self.config.input_scale})
 
     def margin_factor_bounds(self) -> Tensor:
-        """Twice the scale of the head for every pair; see CertifiedNetwork."""
+        """See CertifiedNetwork."""
         if not all(bool(tensor.isfinite().all()) for tensor in self.state_dict().values()):
             raise ModelError("the network holds values that are not finite")
-        return equal_factors(self.num_classes).to(self.head.weight.device) * self.head.scale
+        return self.head.factor_bounds()
 
     @torch.no_grad()
     def margin_error(
         self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float
     ) -> Tensor:
         """See CertifiedNetwork; docs/families.md, SortNet."""
+        state = self._carried(norms, program)
+        return self._proved(state, self.head.margin_error(state))
+
+    def _carried(self, norms: Tensor, program: Program) -> Carried:
+        """Bounds of the features."""
         scale = self.config.input_scale
         state = Carried.images(norms, 1, program)
         state.multiply(2, upper=scale, absolute=scale)
         for block in self.blocks:
             cast(DistanceLayer, block).carry(state)
-        self.head.carry(state)
-        operations = 10 + len(self.blocks) * (3 * self.config.top + 12)
-        growth = max(1.0, scale) * max(1.0, self.head.scale)
-        return proved_error(state, 2 * state.error, operations, growth)
+        return state
+
+    def _proved(self, state: Carried, error: Tensor) -> Tensor:
+        """The error of what comes out of the head, with underflow; see proved_error."""
+        operations = 6 + len(self.blocks) * (3 * self.config.top + 12) + self.head.operations
+        growth = max(1.0, self.config.input_scale) * self.head.growth
+        return proved_error(state, error, operations, growth)

@@ -50,6 +50,8 @@ class Display:
     def metrics(self, event: Metrics) -> None:
         """Advance the progress line."""
         for name in _SMOOTHED:
+            if name not in event.values:  # all steps of the record were skipped
+                continue
             value = event.values[name]
             old = self._average.setdefault(name, value)
             self._average[name] = old + _SMOOTHING * (value - old)

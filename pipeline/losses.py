@@ -73,14 +73,48 @@ def mixture_loss(
 
 
 def _mixture(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: LossConfig) -> Tensor:
-    weight = exponential_decay(
+    return mixture_loss(y_BK, d_BK, t_B, now.eps, config.scale, _ce_weight(now, config))
+
+
+def ce_hinge_loss(
+    y_BK: Tensor, d_BK: Tensor, t_B: Tensor, eps: float, scale: float, weight: float
+) -> Tensor:
+    """Mean hinge of certified margins of correct samples, plus a weighted cross-entropy.
+
+    mean_B [prediction = t] max(0, 1 + max_{k != t} (y_k - y_t + eps d_k)): a sample whose margin is
+    at least 1 all over the radius costs nothing, one that is wrong does not either; the
+    cross-entropy moves those (SortNet + MLP, arXiv 2210.01787).
+
+    Args:
+        y_BK: logits, float32 or wider, shape (B, K).
+        d_BK: see emma_loss.
+        t_B: labels, int64, shape (B,).
+        eps: training radius in the network's norm and pixels of [0, 1], >= 0.
+        scale: inverse temperature of the cross-entropy, > 0; the paper trains it.
+        weight: weight of the cross-entropy, >= 0.
+
+    Returns:
+        Scalar tensor.
+    """
+    r_BK = y_BK - y_BK.gather(1, t_B[:, None])
+    worst_B = (r_BK + eps * d_BK).scatter(1, t_B[:, None], -torch.inf).amax(1)
+    hinge_B = (1 + worst_B).clamp(min=0)
+    correct_B = y_BK.argmax(1) == t_B
+    return (correct_B * hinge_B).mean() + weight * F.cross_entropy(scale * y_BK, t_B)
+
+
+def _ce_weight(now: Moment, config: LossConfig) -> float:
+    return exponential_decay(
         now.progress,
         start=config.ce_start,
         end=config.ce_end,
         begin=config.ce_from,
         stop=config.ce_to,
     )
-    return mixture_loss(y_BK, d_BK, t_B, now.eps, config.scale, weight)
+
+
+def _ce_hinge(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: LossConfig) -> Tensor:
+    return ce_hinge_loss(y_BK, d_BK, t_B, now.eps, config.scale, _ce_weight(now, config))
 
 
 def offset_loss(y_BK: Tensor, t_B: Tensor, offset: float, scale: float) -> Tensor:
@@ -189,6 +223,7 @@ LOSSES: dict[str, Loss] = {
     "emma": _emma,
     "logit_annealing": _annealing,
     "mixture": _mixture,
+    "ce_hinge": _ce_hinge,
     "offset": _offset,
     "certificate": _certificate,
 }

@@ -1,7 +1,9 @@
 """Networks that are certified in l-infinity: SortNet, l-infinity-distance nets, GroupSort."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from data_shards.config import StreamConfig
 from model.groupsort import GroupSortConfig
@@ -26,14 +28,15 @@ def _adamw(lr: float) -> OptimConfig:
     )
 
 
-def _digits_distance(name: str, keep: float) -> RunConfig:
+def _digits_distance(name: str, keep: float, *, depth: int = 3, hidden: int = 0) -> RunConfig:
     return RunConfig(
         preset=name,
         model=SortNetConfig(
             input_shape=(1, 8, 8),
             num_classes=10,
             width=192,
-            depth=3,
+            depth=depth,
+            hidden=hidden,
             keep=keep,
             input_scale=1 / 0.3,
         ),
@@ -49,6 +52,21 @@ def _digits_distance(name: str, keep: float) -> RunConfig:
 def digits_sortnet() -> RunConfig:
     """Sorted distances; chosen on the validation part of the training split."""
     return _digits_distance("digits-sortnet", 0.85)
+
+
+def digits_sortnet_mlp() -> RunConfig:
+    """Sorted distances and a tanh layer, certified by intervals."""
+    loss = LossConfig(
+        kind="ce_hinge",
+        eps=32 / 255,
+        eps_start=0.0,
+        eps_end=1.1,
+        eps_ramp=0.3,
+        ce_start=1.0,
+        ce_end=0.01,
+    )
+    found = _digits_distance("digits-sortnet-mlp", 0.85, depth=2, hidden=64)
+    return dataclasses.replace(found, loss=loss)
 
 
 def digits_linfdist() -> RunConfig:
@@ -158,12 +176,89 @@ def _cifar10(levels: int) -> RunConfig:
     )
 
 
+class _Data(NamedTuple):
+    """What the recipe of SortNet + MLP changes with the data."""
+
+    image: int
+    classes: int
+    deviation: float
+    """Of the pixels, one number for all channels: inputs are divided by it."""
+    hidden: int
+    shift: int
+    lr: float
+    batch: int
+    epochs: tuple[int, int, int, int]
+    """After which p grows; of the ramp of the radius; after which p is infinite; all."""
+
+
+_DATA = {
+    "cifar10": _Data(32, 10, 0.2009, 512, 3, 0.02, 512, (200, 500, 2950, 3000)),
+    "tiny-imagenet": _Data(64, 200, 0.2276, 512, 5, 0.02, 512, (100, 500, 980, 1000)),
+    "imagenet64": _Data(64, 1000, 0.2128, 2048, 0, 0.01, 1024, (30, 200, 290, 300)),
+}
+
+
+def _mlp(data: str, levels: int, *, keep: float = 0.70, windows: bool = False) -> RunConfig:
+    """SortNet + MLP (arXiv 2210.01787) certified at `levels` of 255; `windows`: the form named 2x.
+
+    Its runs let the radius grow as a power of 4 at first, not linearly, decay the matrices of the
+    head by 0.02, and train the temperature of the cross-entropy. Shard sets: `data_shards.write
+    cifar10`, `tiny-imagenet`, and `imagenet --test-size 64 --long-side 96`, whose train images are
+    cut at random. Of images that are 64x64 already (`imagefolder --uniform --test-size 64`), as in
+    the paper, take `--data.stream.crop none --data.stream.shift-pixels 4`.
+    """
+    part = _DATA[data]
+    grows, ramp, ends, total = part.epochs
+    if data == "imagenet64" and windows:
+        grows = 50
+    model = SortNetConfig(
+        input_shape=(3, part.image, part.image),
+        num_classes=part.classes,
+        width=5120,
+        depth=5,
+        hidden=part.hidden,
+        window=60 if windows else 0,
+        window_stride=4 if windows else 1,
+        keep=keep,
+        input_scale=1 / part.deviation,
+        p_from=grows / total,
+        p_to=ends / total,
+    )
+    found = _published(
+        f"{data}-sortnet-mlp{'2x' if windows else ''}-{levels}_255",
+        model,
+        stream=StreamConfig(
+            crop="none" if part.shift else "random-resized",
+            shift_pixels=part.shift,
+            flip=True,
+            workers=4,
+        ),
+        eps=(levels / 255, 1.1 * levels / 255),
+        ce=1.0,
+        epochs=total,
+        table=("1/255", "2/255", "8/255"),
+    )
+    return dataclasses.replace(
+        found,
+        optim=_adamw(part.lr),
+        loss=dataclasses.replace(found.loss, kind="ce_hinge", eps_start=0.0, eps_ramp=ramp / total),
+        train=dataclasses.replace(found.train, global_batch=part.batch),
+    )
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "digits-sortnet": digits_sortnet,
+    "digits-sortnet-mlp": digits_sortnet_mlp,
     "digits-linfdist": digits_linfdist,
     "digits-groupsort": digits_groupsort,
     "mnist-sortnet-1_10": partial(_mnist, 1),
     "mnist-sortnet-3_10": partial(_mnist, 3),
     "cifar10-sortnet-2_255": partial(_cifar10, 2),
     "cifar10-sortnet-8_255": partial(_cifar10, 8),
+    "cifar10-sortnet-mlp-2_255": partial(_mlp, "cifar10", 2),
+    "cifar10-sortnet-mlp-8_255": partial(_mlp, "cifar10", 8, keep=0.60),
+    "tiny-imagenet-sortnet-mlp-1_255": partial(_mlp, "tiny-imagenet", 1),
+    "tiny-imagenet-sortnet-mlp2x-1_255": partial(_mlp, "tiny-imagenet", 1, windows=True),
+    "imagenet64-sortnet-mlp-1_255": partial(_mlp, "imagenet64", 1),
+    "imagenet64-sortnet-mlp2x-1_255": partial(_mlp, "imagenet64", 1, windows=True),
 }

@@ -17,10 +17,11 @@ from model.sortnet import SortNet, SortNetConfig
 
 SHAPE = {"input_shape": (3, 8, 8), "num_classes": 4}
 SORTNET = SortNetConfig(**SHAPE, width=12, depth=2, keep=0.7, input_scale=2.0)
+MLP = SortNetConfig(**SHAPE, width=12, depth=2, keep=0.7, input_scale=2.0, hidden=9)
 GROUPSORT = GroupSortConfig(**SHAPE, width=8, depth=2)
 
 
-@pytest.fixture(params=[SORTNET, GROUPSORT], ids=lambda config: config.kind)
+@pytest.fixture(params=[SORTNET, MLP, GROUPSORT], ids=["sortnet", "mlp", "groupsort"])
 def settings(request, shards, tmp_path):
     """An evaluation of an untrained network with the usual radii and an attack."""
     network = build_network(request.param).eval()

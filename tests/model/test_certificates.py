@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from model.certificates import STANDARD_EPS, certify, cra, feature_radius
+from model.certificates import STANDARD_EPS, certify, cra
 from model.errors import ModelError
 from model.head import pairwise_distances
+from model.radii import feature_radius
 
 
 def test_radius_of_a_linear_classifier_is_the_distance_to_its_boundary(generator):

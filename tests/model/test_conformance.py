@@ -41,6 +41,10 @@ NETWORKS = {
         **SMALL, scaling="cpl", channels=3, conv_layers=1, pool=1, dense_layers=2, dense_inner=7
     ),
     "sortnet": SortNetConfig(**SMALL, width=16, depth=3, keep=0.7, top=4),
+    "sortnet_mlp": SortNetConfig(**SMALL, width=16, depth=2, keep=0.7, top=4, hidden=12),
+    "sortnet_windows": SortNetConfig(
+        **SMALL, width=12, depth=2, keep=0.7, hidden=8, window=2, window_stride=2
+    ),
     "linfdist": SortNetConfig(**SMALL, width=12, depth=2, passing=True),
     "groupsort": GroupSortConfig(**SMALL, width=24, depth=2),
     # More terms than usual: the bound of the test below is stricter than that of 15 terms.

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from model.build import build_network
-from model.certificates import ProvedCertifier, feature_radius
+from model.certificates import ProvedCertifier
 from model.errors import ModelError
 from model.mlp_head import MLPHead, weighted_norm
+from model.radii import feature_radius
 from model.rounding import FLOAT32, FLOAT64, Carried
 from model.soc import SocConfig
 from tests.model.small_networks import trained_like

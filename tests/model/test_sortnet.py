@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from model.build import build_network, parameter_count
-from model.certificates import ProvedCertifier, image_norms
+from model.certificates import ProvedCertifier, certify, image_norms
 from model.distance import Subsets
 from model.errors import ModelError
 from model.groupsort import GroupSortConfig, bounded_rows, group_sort, row_distances
@@ -21,10 +21,21 @@ from tests.model.small_networks import trained_like
 SMALL = {"input_shape": (2, 3, 3), "num_classes": 4}
 SORTNET = SortNetConfig(**SMALL, width=20, depth=3, keep=0.6, top=5, group=4, input_scale=2.5)
 DISTANCE = dataclasses.replace(SORTNET, keep=1.0)
+MLP = dataclasses.replace(SORTNET, hidden=14)
+WINDOWS = dataclasses.replace(SORTNET, hidden=6, window=2, window_stride=1)
 GROUPSORT = GroupSortConfig(**SMALL, width=12, depth=3, sorted_channels=4)
 
 
-@pytest.fixture(params=[SORTNET, DISTANCE, GROUPSORT], ids=["sortnet", "linfdist", "groupsort"])
+NETWORKS = {
+    "sortnet": SORTNET,
+    "linfdist": DISTANCE,
+    "groupsort": GROUPSORT,
+    "mlp": MLP,
+    "windows": WINDOWS,
+}
+
+
+@pytest.fixture(params=NETWORKS.values(), ids=NETWORKS)
 def network(request, generator):
     """float64, with a head of another scale than at the start."""
     found = trained_like(request.param)
@@ -35,7 +46,16 @@ def network(request, generator):
 
 
 def test_parameter_counts_of_the_paper():
-    counts = {"mnist-sortnet-1_10": 82.7, "cifar10-sortnet-8_255": 120.6}
+    counts = {
+        "mnist-sortnet-1_10": 82.7,
+        "cifar10-sortnet-8_255": 120.6,
+        "cifar10-sortnet-mlp-2_255": 123.2,
+        "cifar10-sortnet-mlp-8_255": 123.2,
+        "tiny-imagenet-sortnet-mlp-1_255": 170.5,
+        "tiny-imagenet-sortnet-mlp2x-1_255": 170.7,
+        "imagenet64-sortnet-mlp-1_255": 180.3,
+        "imagenet64-sortnet-mlp2x-1_255": 204.1,
+    }
     for name, millions in counts.items():
         assert parameter_count(run_preset(name).model) / 1e6 == pytest.approx(millions, abs=0.05)
 
@@ -48,6 +68,9 @@ def test_parameter_counts_of_the_paper():
         ({"p_end": 4.0}, "p_end=4.0"),
         ({"p_from": 0.99}, "p_from=0.99"),
         ({"input_scale": 0.0}, "input_scale"),
+        ({"hidden": -1}, "hidden=-1"),
+        ({"window": 2}, "window=2.*give hidden"),
+        ({"window": 2, "window_stride": 2, "hidden": 3}, "squares of 2 pixels in steps of 2.*3x3"),
     ],
 )
 def test_refuses_what_cannot_be_trained(change, words):
@@ -85,6 +108,37 @@ def test_with_all_inputs_kept_it_is_the_distance_net(generator):
     torch.testing.assert_close(network(x), network.head.bias - h, rtol=0, atol=1e-12)
 
 
+def test_windows_are_layers_on_squares_of_pixels(generator):
+    network = trained_like(dataclasses.replace(WINDOWS, depth=2, keep=1.0))
+    x = torch.rand(5, *SMALL["input_shape"], generator=generator, dtype=torch.float64)
+    squares = [x[:, :, i : i + 2, j : j + 2] for i in (0, 1) for j in (0, 1)]
+    parts = []
+    for square in squares:
+        h = (square.flatten(1) - 0.5) * 2.5
+        for block in network.blocks:
+            h = (h[:, None] - block.weight).abs().amax(-1) - block.centre.mean
+        parts.append(h)
+    torch.testing.assert_close(network.features(x), torch.cat(parts, 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("config", [MLP, WINDOWS], ids=["mlp", "windows"])
+def test_intervals_certify_more_than_the_global_factors(config, generator):
+    network = trained_like(config)
+    pixels = torch.randint(0, 256, (20, *network.input_shape), generator=generator).byte()
+    certifier = ProvedCertifier(network, FLOAT64, {})
+    with torch.no_grad():
+        logits, slopes = network.logits_and_slopes(pixels.double() / 255)
+    norms, labels = image_norms(pixels, "linf"), logits.argmax(1)
+    plain = certifier.certify(logits, norms, labels)
+    found = certifier.certify(logits, norms, labels, slopes)
+    assert (plain.radius > 0).all()
+    assert (found.radius >= plain.radius * (1 - 1e-9)).all()
+    assert (found.radius > plain.radius * 1.01).any()
+    nominal = certify(logits, slopes, labels, lipschitz=1.0, radii=network.feature_radii)
+    torch.testing.assert_close(nominal.radius, found.radius, rtol=1e-6, atol=0)
+    assert (nominal.radius >= found.radius).all()
+
+
 def test_passing_neurons_begin_with_one_input_each():
     network = build_network(dataclasses.replace(DISTANCE, passing=True)).double().eval()
     network.initialise(0)
@@ -94,11 +148,12 @@ def test_passing_neurons_begin_with_one_input_each():
     torch.testing.assert_close(y[:, 19], x[:, 1] + 10)
 
 
-def test_what_is_dropped_depends_on_seed_and_step_alone(generator):
+@pytest.mark.parametrize("config", [SORTNET, WINDOWS], ids=["images", "windows"])
+def test_what_is_dropped_depends_on_seed_and_step_alone(config, generator):
     images = torch.rand(9, *SMALL["input_shape"], generator=generator)
     outputs = {}
     for key in [(0, 0), (0, 1), (1, 0), (0, 0)]:
-        network = build_network(SORTNET).train()
+        network = build_network(config).train()
         network.initialise(0)
         torch.manual_seed(len(outputs))
         network.begin_step(seed=key[0], step=key[1], progress=0.0)
@@ -184,7 +239,8 @@ def test_radii_hold_between_the_two_nearest_classes(network, generator):
     norms = image_norms(pixels, "linf")
     assert torch.equal(norms >= images.flatten(1).amax(1), torch.ones(20, dtype=torch.bool))
     with torch.no_grad():
-        found = certifier.certify(network(images), norms, torch.zeros(20, dtype=torch.int64))
+        logits, slopes = network.logits_and_slopes(images)
+        found = certifier.certify(logits, norms, torch.zeros(20, dtype=torch.int64), slopes)
         assert (found.radius > 0).float().mean() > 0.5
         steps = images[None] - images[:, None]
         lengths = steps.flatten(2).norm(p=torch.inf, dim=2)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pipeline.losses import (
+    ce_hinge_loss,
     certificate_loss,
     emma_loss,
     logit_annealing_loss,
@@ -129,6 +130,24 @@ def test_mixture_counts_what_is_not_certified_and_adds_a_cross_entropy():
     assert mixture_loss(y, d, t, 0.5, 3.0, 0.1).item() == pytest.approx(hinge + 0.1 * entropy)
     # Logits and rates in another unit: the hinge does not change.
     assert mixture_loss(7 * y, 7 * d, t, 0.5, 3.0, 0.0).item() == pytest.approx(hinge)
+
+
+def test_ce_hinge_raises_the_worst_margins_of_correct_samples():
+    """Margins at eps: 2 (enough), 0.25 (0.75 missing), -1 (2 missing); a wrong one counts not."""
+    y = torch.tensor([[3.0, 0.0, 0.0], [1.25, 0.0, -9], [1.0, 0.0, 0.0], [-5, 0.0, 0.0]]).double()
+    y.requires_grad_()
+    d = torch.tensor([[0.0, 2.0, 2.0], [0.0, 2.0, 2.0], [0.0, 1.0, 4.0], [0.0, 2.0, 2.0]]).double()
+    t = torch.zeros(4, dtype=torch.int64)
+    loss = ce_hinge_loss(y, d, t, 0.5, 3.0, 0.0)
+    assert loss.item() == pytest.approx((0 + 0.75 + 2 + 0) / 4)
+    (gradient,) = torch.autograd.grad(loss, y)
+    expected = torch.zeros(4, 3).double()
+    expected[1, :2] = expected[2, ::2] = torch.tensor([-0.25, 0.25])
+    torch.testing.assert_close(gradient, expected)
+    entropy = torch.nn.functional.cross_entropy(3 * y, t).item()
+    assert ce_hinge_loss(y, d, t, 0.5, 3.0, 0.1).item() == pytest.approx(
+        loss.item() + 0.1 * entropy
+    )
 
 
 def test_exponential_decay_holds_before_and_after():
