@@ -1,5 +1,6 @@
 """The record of damaged samples that a run met."""
 
+import concurrent.futures
 import dataclasses
 import json
 import logging
@@ -15,6 +16,7 @@ class Quarantine:
     """One JSON line per damaged sample, in an object of any store.
 
     Object stores cannot append, so the object is replaced as a whole; the damage budget bounds it.
+    A thread of its own writes: training waits for no store.
 
     Args:
         store: Where the record lies.
@@ -25,11 +27,19 @@ class Quarantine:
         self._store = store
         self._name = name
         self._lines: list[str] = []
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="quarantine")
 
     def add(self, damaged: Iterable[Damage]) -> None:
-        """Record samples; a store that is away is logged and does not stop a run."""
+        """Record samples, soon; a store that is away is logged and does not stop a run."""
         self._lines += [json.dumps(dataclasses.asdict(damage)) + "\n" for damage in damaged]
+        self._pool.submit(self._write, list(self._lines))
+
+    def close(self) -> None:
+        """Wait until everything is recorded."""
+        self._pool.shutdown(wait=True)
+
+    def _write(self, lines: list[str]) -> None:
         try:
-            self._store.write(self._name, "".join(self._lines).encode())
+            self._store.write(self._name, "".join(lines).encode())
         except OSError as error:
-            _logger.warning("%d damaged samples are not recorded: %s", len(self._lines), error)
+            _logger.warning("%d damaged samples are not recorded: %s", len(lines), error)

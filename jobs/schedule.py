@@ -34,6 +34,7 @@ from jobs.schedule_config import ScheduleConfig, arguments, log_folder
 from jobs.schedule_page import page
 from jobs.scheduled import Options, command
 from jobs.submit import Processes, RayJobs, Submitter
+from pipeline.exposure import ExposureError, require_closed
 from pipeline.tracking_watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -237,6 +238,7 @@ def _mark(when: str) -> str:
 def _run(config: ScheduleConfig, console: Console) -> int:
     for when in rules_by_time(config):
         trigger(when, config)
+    require_closed(ray=config.address, mlflow=config.tracking.uri)
     claims = Claims(config.claims_url, lease_s=config.lease_s, attempts=config.attempts)
     watch = Watch(config.tracking.uri, (config.tracking.experiment,), config.models)
     agenda = Agenda(config, claims, watch)
@@ -270,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _stop)
     try:
         return _run(tyro.cli(ScheduleConfig, args=argv, prog="jobs.schedule"), console)
-    except (EvaluationError, ValidationError, ConnectionError) as error:
+    except (EvaluationError, ExposureError, ValidationError, ConnectionError) as error:
         console.print(f"error: {error}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from jobs.claims import Claim
 from jobs.cluster import job_client
+from pipeline.exposure import require_closed
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +96,11 @@ class RayJobs:
 
     Raises:
         ConnectionError: no cluster answers there.
+        ExposureError: it runs the code of whoever reaches it.
     """
 
     def __init__(self, address: str, runtime_env: Mapping[str, Any]) -> None:
+        require_closed(ray=address)
         self._client = job_client(address)
         self._address = address
         self._runtime_env = dict(runtime_env)

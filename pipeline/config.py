@@ -41,10 +41,13 @@ class DataConfig:
 class LossConfig:
     """The loss and the ramp of its radius (LiResNet++, arXiv 2310.02513)."""
 
-    kind: Literal["emma", "mixture", "offset", "logit_annealing", "certificate"] = "emma"
+    kind: Literal["emma", "mixture", "ce_hinge", "offset", "logit_annealing", "certificate"] = (
+        "emma"
+    )
     """`emma`: cross-entropy of margins less what the radius can cost (arXiv 2310.02513); `mixture`:
     share of samples not certified at the radius, as a clipped hinge, plus a cross-entropy whose
-    weight decays (arXiv 2210.01787); `offset`: cross-entropy after the label's logit was lowered
+    weight decays (arXiv 2210.01787); `ce_hinge`: hinge of the certified margin of correct samples
+    plus such a cross-entropy (ibid.); `offset`: cross-entropy after the label's logit was lowered
     (arXiv 2208.03160); `logit_annealing`: `emma` lowered by an offset, samples weighted by how far
     they are from certain (arXiv 2505.15174); `certificate`: cross-entropy less a multiple of the
     certified radius (arXiv 2108.04062)."""
@@ -67,7 +70,7 @@ class LossConfig:
     certificate_weight: float = Field(default=0.5, ge=0)
     """What `certificate` takes off the loss per unit of radius."""
     ce_start: float = Field(default=0.1, gt=0)
-    """Weight of the cross-entropy of `mixture` at first."""
+    """Weight of the cross-entropy of `mixture` and `ce_hinge` at first."""
     ce_end: float = Field(default=1e-3, gt=0)
     """The same at the end of its exponential decay."""
     ce_from: float = Field(default=1 / 15, ge=0, lt=1)
@@ -85,7 +88,7 @@ class TrainConfig:
     global_batch: int = Field(default=64, ge=1)
     """Samples per optimizer step over all ranks; must be divisible by workers * accumulation."""
     accumulation: int = Field(default=1, ge=1)
-    """Backward passes per optimizer step on each rank."""
+    """Backward passes per optimizer step on each rank; more where memory does not suffice."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the working weights; masters, moments and gradient sums stay in fp32."""
     loss_scale: float = Field(default=1024.0, gt=0)
@@ -101,6 +104,9 @@ class TrainConfig:
     """Largest global norm of the ambient gradient; 0 switches clipping off."""
     max_skipped: int = Field(default=3, ge=0)
     """Steps in a row that may be skipped on all ranks because a loss or gradient is not finite."""
+    rollbacks: int = Field(default=0, ge=0)
+    """How often a run with more of them goes back to its newest checkpoint and on with the samples
+    after them, instead of ending."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -170,10 +176,21 @@ class ClusterConfig:
     """Ray cluster to join; empty joins RAY_ADDRESS (set inside a Ray job) or starts a local one."""
     placement: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes that may train, as `checkpoint.evaluate_placement`."""
+    min_workers: int = Field(default=0, ge=0)
+    """Elastic on Ray: as many ranks as the cluster has room for, from this number to `workers`, of
+    those that divide the batch; ranks come and go with nodes. 0: always `workers`."""
     max_failures: int = Field(default=0, ge=-1)
     """Worker-group restarts from the newest checkpoint; -1 is unlimited."""
+    max_preemptions: int = Field(default=-1, ge=-1)
+    """The same after nodes that were taken away with notice, counted on its own."""
     collective_timeout_s: int = Field(default=600, ge=1)
     """A collective that waits longer stops the run."""
+    hang_timeout_s: int = Field(default=300, ge=0)
+    """Without a step for so long (five times as long for the first one) the ranks write down their
+    stacks and the rank they wait for, and end; what is then restarted is said by `max_failures`. At
+    most `collective_timeout_s`, after which nobody could tell any more; 0: never."""
+    straggler_ratio: float = Field(default=1.5, gt=1)
+    """A rank whose forward pass takes so many times the median for 30 s and 5 records is named."""
     price_per_device_hour: float = Field(default=0.0, ge=0)
     """Price of one rank's device for an hour, in any currency, for `cost/total`; 0: unknown."""
     peak_tflops: float = Field(default=0.0, ge=0)
@@ -211,6 +228,8 @@ class RunConfig:
     """URL of all runs and data. Empty: `./runs`, in a Ray job `~/certified-pretrain`."""
     name: str = ""
     """Name of the run. Empty: preset, date and time; with --resume the newest run of the preset."""
+    profile: int = Field(default=0, ge=0)
+    """Steps of which rank 0 writes a trace and what they held in memory, to `<run>/profile`."""
     resume: bool = False
     """Continue from the newest committed checkpoint of the run."""
     start_or_resume: bool = False
@@ -231,6 +250,12 @@ class RunConfig:
                 )
         if self.start_or_resume and not self.name:
             raise PipelineError("start_or_resume needs --name: else no run is the same one again")
+        hang, collective = self.cluster.hang_timeout_s, self.cluster.collective_timeout_s
+        if hang > collective:
+            raise PipelineError(
+                f"cluster.hang_timeout_s={hang} exceeds cluster.collective_timeout_s={collective}, "
+                "which would end the run before it could tell why"
+            )
         split = self.train.global_batch
         parts = self.train.accumulation
         if split % parts:
@@ -270,8 +295,10 @@ class RunConfig:
 MATHEMATICS = ("model", "data", "optim", "loss", "train")
 """Parts that must not change when a run is resumed."""
 _FREE_ON_RESUME = {
+    "train.accumulation",  # as the number of ranks: it changes the rounding of sums
     "train.stop_after",
     "train.max_skipped",
+    "train.rollbacks",
     "train.log_every",
     "data.shards",
     *(f"data.stream.{name}" for name in SAME_SAMPLES),

@@ -11,7 +11,18 @@ from data_shards.store import Store
 from model.build import FAMILIES
 from pipeline.display import Display
 from pipeline.evaluation import Evaluations
-from pipeline.events import Event, Kept, Metrics, NotKept, Skipped, Started
+from pipeline.events import (
+    Event,
+    Hung,
+    Kept,
+    Metrics,
+    NotKept,
+    RolledBack,
+    Skipped,
+    Started,
+    Straggling,
+)
+from pipeline.journal import Journal
 from pipeline.meter import DEVICE_HOURS, Meter
 from pipeline.prepare import Prepared
 from pipeline.retention import Retention
@@ -22,6 +33,7 @@ from pipeline.tracking import TrackingConfig, ui_command
 from pipeline.worker import Job
 
 _FIGURE = "cra.png"
+_REPROJECTIONS = "orthogonality/reprojections"
 _CLOSE_S = 60.0
 
 
@@ -34,6 +46,7 @@ class Desk:
         evaluations: certification of kept checkpoints; None leaves them uncertified.
         after_kept: called when a checkpoint has been kept; must not wait.
         meter: counts what the run uses.
+        journal: the run's event log.
 
     Attributes:
         step: of the newest record.
@@ -46,6 +59,7 @@ class Desk:
         evaluations: Evaluations | None,
         after_kept: Callable[[], object],
         meter: Meter,
+        journal: Journal,
     ) -> None:
         self.step = 0
         self._meter = meter
@@ -53,6 +67,9 @@ class Desk:
         self._tracker = tracker
         self._evaluations = evaluations
         self._after_kept = after_kept
+        self._journal = journal
+        self._hangs = 0
+        self._reprojections = tracker.last_value(_REPROJECTIONS) or 0.0
 
     def stamp(self, job: Job) -> Job:
         """The job with the id of its tracked run, so that artefacts lead back to it.
@@ -66,25 +83,70 @@ class Desk:
 
     def handle(self, event: Event) -> None:
         """Show and record one event; waits for no server and no task."""
+        if not isinstance(event, Metrics):
+            self._journal.add(event)
         match event:
             case Started():
                 self.step = event.step
                 self._display.started(event)
-                self._tracker.set_tags(self._meter.started(event))
+                batch = event.micro_batch
+                self._tracker.set_tags({**self._meter.started(event), "micro_batch": str(batch)})
+                self._tracker.log_metrics(event.step, {"train/micro_batch": float(batch)})
             case Metrics():
                 self.step = event.step
                 self._display.metrics(event)
                 values = {**event.values, **self._meter.values(event)}
                 self._tracker.log_metrics(event.step, values, event.time_ms)
+                self._note_repairs(event)
             case Kept():
                 self._keep(event)
             case NotKept():
                 self._display.message(f"[red]not kept[/red] step {event.step}: {event.error}")
                 self._tracker.log_metrics(event.step, {"checkpoint/failed": 1.0})
+            case Straggling():
+                self._display.message(
+                    f"[yellow]slow[/yellow] rank {event.rank} ({event.host}): its forward pass "
+                    f"takes {event.ratio:.1f} times the median, at step {event.step}"
+                )
+                self._tracker.set_tags({"straggler": f"rank {event.rank}, {event.host}"})
+            case Hung():
+                self._hangs += 1
+                self._display.message(
+                    f"[red]hung[/red] in step {event.step}: {event.report}; stacks: "
+                    f"{_where(event.url)}"
+                )
+                self._tracker.log_metrics(event.step, {"faults/hangs": float(self._hangs)})
             case Skipped():
                 self._display.message(
                     f"[yellow]skipped[/yellow] step {event.step}: a loss or gradient is not finite"
                 )
+            case RolledBack():
+                self._display.message(
+                    f"[yellow]rolled back[/yellow] from step {event.given_up} to {event.step}: "
+                    f"{event.samples} samples are left out, epoch and position {event.first} to "
+                    f"{event.next}"
+                )
+                counts = {
+                    "train/rollbacks": float(event.rollbacks),
+                    "train/samples_left_out": float(event.samples_left_out),
+                }
+                self._tracker.log_metrics(event.step, counts)
+
+    def _note_repairs(self, event: Metrics) -> None:
+        """Say that matrices were found off the manifold and put back since the last audit."""
+        count = event.values.get(_REPROJECTIONS, self._reprojections)
+        if count > self._reprojections:
+            found = {
+                "step": event.step,
+                "matrices": int(count - self._reprojections),
+                "residual": event.values["orthogonality/residual_max"],
+            }
+            self._journal.note("Reprojected", **found)
+            self._display.message(
+                f"[yellow]re-projected[/yellow] step {event.step}: {found['matrices']} matrices "
+                f"were off the manifold, residual up to {found['residual']:.1e}"
+            )
+        self._reprojections = count
 
     def _keep(self, event: Kept) -> None:
         self._display.message(
@@ -121,7 +183,8 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
     display = Display(console)
     retention = _retention(prepared, evaluations, display)
     meter = Meter(config, tracker.last_value(DEVICE_HOURS) or 0.0)
-    desk = Desk(display, tracker, evaluations, retention.submit, meter)
+    journal = Journal(prepared.spool.parent, prepared.run)
+    desk = Desk(display, tracker, evaluations, retention.submit, meter, journal)
     system = SystemMetrics(lambda values: tracker.log_metrics(desk.step, values))
     status = "FAILED"
     try:
@@ -140,6 +203,8 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
         if evaluations is not None:
             evaluations.cancel()
         retention.close()
+        with contextlib.suppress(OSError):  # the file is complete on this machine
+            journal.publish()
         tracker.close(_CLOSE_S)
 
 
@@ -203,11 +268,12 @@ def _show(summaries: list[Any], prepared: Prepared, tracker: Tracker, display: D
         display.table(title, list(rows[0]), rows)
         display.message(_comparison(last))
         display.message(f"CRA curve:   {_where(last.out_url)}/{_FIGURE}")
-        display.message(
-            f"certificate: {_where(last.out_url)}/certificate.json\n"
-            f"check it:    python -m model.verify {_where(last.out_url)} "
-            f"--artifact {_where(last.artifact_url)} --shards {_where(last.shards_url)}"
-        )
+        display.message(f"certificate: {_where(last.out_url)}/certificate.json")
+        if last.verifiable:
+            display.message(
+                f"check it:    python -m model.verify {_where(last.out_url)} "
+                f"--artifact {_where(last.artifact_url)} --shards {_where(last.shards_url)}"
+            )
     display.message(f"artefacts:   {_where(prepared.job.run_url)}/artifacts")
     if tracker.run is not None:
         command, path = ui_command(prepared.mlflow, tracker.run)

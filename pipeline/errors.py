@@ -3,11 +3,12 @@
 from data_shards.errors import ShardError
 from model.errors import ModelError
 from optim.errors import OptimizerError
+from pipeline.exposure import ExposureError
 
 
 class PipelineError(ValueError):
     """What makes a run impossible: a setting, a machine, a number."""
 
 
-REFUSALS = (PipelineError, ShardError, ModelError, OptimizerError)
+REFUSALS = (PipelineError, ShardError, ModelError, OptimizerError, ExposureError)
 """Every room's error of this kind."""

@@ -15,6 +15,7 @@ class Started:
         total_steps: steps of the schedule.
         devices: how many devices compute, one per rank.
         device: name of rank 0's device, `cpu` or that of a GPU.
+        micro_batch: samples per rank and backward pass.
     """
 
     facts: dict[str, Any]
@@ -22,6 +23,7 @@ class Started:
     total_steps: int
     devices: int = 1
     device: str = "cpu"
+    micro_batch: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,5 +65,62 @@ class Skipped:
     step: int
 
 
-Event = Started | Metrics | Kept | NotKept | Skipped
+@dataclasses.dataclass(frozen=True)
+class RolledBack:
+    """Too many steps in a row were skipped: the state is that of an earlier checkpoint.
+
+    Attributes:
+        step: of the checkpoint.
+        given_up: last of the skipped steps.
+        samples: number of samples that are left out because of it.
+        first: epoch and position of the first of them.
+        next: epoch and position of the sample that comes next.
+        rollbacks: roll-backs of this run so far.
+        samples_left_out: by all of them.
+    """
+
+    step: int
+    given_up: int
+    samples: int
+    first: tuple[int, int]
+    next: tuple[int, int]
+    rollbacks: int
+    samples_left_out: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Straggling:
+    """A rank computes more slowly than the others, and has done so for several records.
+
+    Attributes:
+        step: of the record.
+        rank: which one.
+        host: its machine and process.
+        ratio: its seconds to the median of all ranks.
+    """
+
+    step: int
+    rank: int
+    host: str
+    ratio: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Hung:
+    """The ranks have stood still for too long, and end.
+
+    Attributes:
+        step: that was under way.
+        ranks: for which the others waited; empty if none stands out.
+        report: what is known of every rank, one line.
+        url: the report with the stacks of all threads of one rank; those of the others are beside.
+    """
+
+    step: int
+    ranks: list[int]
+    report: str
+    url: str
+
+
+Event = Started | Metrics | Kept | NotKept | Skipped | RolledBack | Hung | Straggling
 Emit = Callable[[Event], None]

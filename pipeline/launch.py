@@ -11,6 +11,7 @@ from typing import Any
 
 from data_shards.store import Store
 from pipeline.config import ClusterConfig
+from pipeline.counts import world_sizes
 from pipeline.errors import REFUSALS, PipelineError
 from pipeline.events import Emit, Event
 from pipeline.interruption import Flag, Interruption
@@ -78,18 +79,36 @@ class _Post:
         self._actor.put_nowait.remote(event)
 
 
-class _Orders(Flag):
-    """Worker side of the driver's orders; preemption as Ray Train reports it."""
+class _Listener(Flag):
+    """Worker side of the orders; preemption as Ray Train reports it."""
 
     def __init__(self, orders: Any) -> None:
         super().__init__()
-        threading.Thread(target=self._listen, args=(orders,), name="orders", daemon=True).start()
+        self._orders = orders
+        threading.Thread(target=self._listen, name="orders", daemon=True).start()
 
-    def _listen(self, orders: Any) -> None:
-        with contextlib.suppress(Exception):  # the queue has gone: so will this worker
-            while not orders.qsize():
+    def _standing(self) -> frozenset[str]:
+        import ray
+
+        standing: frozenset[str] = ray.get(self._orders.standing.remote())
+        return standing
+
+    def _listen(self) -> None:
+        with contextlib.suppress(Exception):  # their keeper has gone: so will this worker
+            while not self._standing():
                 time.sleep(_ORDERS_S)
             self.raise_flag()
+
+    def rest(self) -> None:
+        """Having returned because of PAUSE, wait for the end; a rank that returns has finished."""
+        from ray.train import get_context
+
+        from pipeline.elastic import PAUSE, STOP
+
+        if PAUSE in self._standing():
+            self._orders.pause.remote(get_context().get_world_rank())
+            while STOP not in self._standing():
+                time.sleep(_ORDERS_S)
 
     def preempted(self) -> bool:
         """See Interruption."""
@@ -100,7 +119,9 @@ class _Orders(Flag):
 
 def _rank_entry(settings: dict[str, Any]) -> None:
     """Function that Ray Train runs on every rank."""
-    run_rank(settings["job"], settings["emit"], _Orders(settings["orders"]))
+    listener = _Listener(settings["orders"])
+    run_rank(settings["job"], settings["emit"], listener)
+    listener.rest()
 
 
 @contextlib.contextmanager
@@ -119,7 +140,7 @@ def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterato
                 final = done.is_set()
                 if stop.stop_requested() and not ordered:
                     ordered = True
-                    orders.put_nowait("stop")
+                    orders.give.remote("stop")
                 for event in events.get_nowait_batch(events.qsize()):
                     handle(event)
                 if final:
@@ -136,7 +157,6 @@ def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterato
         done.set()
         thread.join()
         events.shutdown(force=True)
-        orders.shutdown(force=True)
     if failures:
         raise failures[0]
 
@@ -150,45 +170,22 @@ def fit(job: Job, handle: Emit, stop: Interruption) -> None:
         PipelineError: a rank refused its input; its message.
         RuntimeError: a rank failed otherwise; with its traceback.
     """
-    from ray.train import (
-        FailureConfig,
-        LoggingConfig,
-        RunConfig,
-        ScalingConfig,
-        TrainingFailedError,
-    )
-    from ray.train.torch import TorchConfig, TorchTrainer
+    import ray
+    from ray.train import TrainingFailedError
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    cluster = job.config.cluster
-    use_gpu = _use_gpu(cluster)
-    events, orders = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
-    resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
+    from pipeline.elastic import Orders
+
+    # Beside this process: on another node they would be lost with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "scheduling_strategy": here}
+    events = Queue(actor_options=options)
+    orders = ray.remote(Orders).options(**options).remote()
     run = Store(job.run_url)
-    filesystem, path = run.arrow()
     # Ray Train would silently continue from a folder of the same name, so each has its own.
     name = f"ray-{uuid.uuid4().hex[:8]}"
-    trainer = TorchTrainer(
-        _rank_entry,
-        train_loop_config={"job": job, "emit": _Post(events.actor), "orders": orders},
-        torch_config=TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=cluster.collective_timeout_s
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
-            use_gpu=use_gpu,
-            resources_per_worker=resources,
-            label_selector=cluster.placement or None,
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
-            worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
+    trainer = _trainer(job, run, name, {"job": job, "emit": _Post(events.actor), "orders": orders})
     with _pump(events, handle, orders, stop):
         try:
             trainer.fit()
@@ -198,8 +195,52 @@ def fit(job: Job, handle: Emit, stop: Interruption) -> None:
             run.remove(name, recursive=True)
 
 
-def _use_gpu(cluster: ClusterConfig) -> bool:
-    """True if every rank can have a GPU of the cluster.
+def _trainer(job: Job, run: Store, name: str, settings: dict[str, Any]) -> Any:
+    """Ray's trainer for the ranks of a job, of fixed or elastic size."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipeline.elastic import RESIZE_S, START_TIMEOUT_S, DividingPolicy, DividingTrainer
+
+    cluster = job.config.cluster
+    sizes = world_sizes(job.config)
+    elastic = len(sizes) > 1
+    use_gpu = _use_gpu(cluster, sizes[0])
+    filesystem, path = run.arrow()
+    scaling = ScalingConfig(
+        num_workers=(sizes[0], sizes[-1]) if elastic else cluster.workers,
+        elastic_resize_monitor_interval_s=RESIZE_S,
+        use_gpu=use_gpu,
+        resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        label_selector=cluster.placement or None,
+    )
+    trainer = (DividingTrainer if elastic else TorchTrainer)(
+        _rank_entry,
+        train_loop_config=settings,
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=cluster.collective_timeout_s
+        ),
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures, max_preemption_failures=cluster.max_preemptions
+            ),
+            worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    if elastic:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
+        grace_s = cluster.collective_timeout_s
+        trainer.policy = DividingPolicy(scaling, sizes, settings["orders"], grace_s)
+    return trainer
+
+
+def _use_gpu(cluster: ClusterConfig, workers: int) -> bool:
+    """True if every one of (at least) `workers` ranks can have a GPU of the cluster.
 
     Raises:
         PipelineError: GPUs were asked for and the cluster has too few; or too few CPUs.
@@ -208,17 +249,17 @@ def _use_gpu(cluster: ClusterConfig) -> bool:
 
     have = ray.cluster_resources()
     cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
-    need = cluster.workers * cluster.cpus_per_worker
+    need = workers * cluster.cpus_per_worker
     if cpus < need:
         raise PipelineError(
-            f"cluster.workers={cluster.workers} x cpus_per_worker={cluster.cpus_per_worker} need "
-            f"{need} CPUs; the Ray cluster has {cpus:g}"
+            f"{workers} workers x cluster.cpus_per_worker={cluster.cpus_per_worker} need {need} "
+            f"CPUs; the Ray cluster has {cpus:g}"
         )
-    if cluster.device == "cuda" and gpus < cluster.workers:
+    if cluster.device == "cuda" and gpus < workers:
         raise PipelineError(
-            f"cluster.device=cuda: {cluster.workers} workers but the Ray cluster has {gpus:g} GPUs"
+            f"cluster.device=cuda: {workers} workers but the Ray cluster has {gpus:g} GPUs"
         )
-    return cluster.device != "cpu" and gpus >= cluster.workers
+    return cluster.device != "cpu" and gpus >= workers
 
 
 def _clear_error(error: Exception) -> Exception:

@@ -1,62 +1,322 @@
-"""Derived numbers of a run, computed once and logged: integers in, integers out."""
+"""Entry: `python -m pipeline.plan [PRESET] --nodes N --gpus G [--overrides]`.
+
+Says what a run needs before anybody pays for it: memory of a rank, FLOPs, traffic, time, cost.
+Needs no GPU and no cluster. Exit codes: 0 it fits, 2 it does not, or the input is wrong.
+"""
 
 import dataclasses
-import math
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
+import tyro
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import budget
 from pipeline.config import RunConfig
-from pipeline.errors import PipelineError
+from pipeline.errors import REFUSALS, PipelineError
+from pipeline.estimate import Estimate, estimate, trials
+from pipeline.forecast import DEVICES, EFFICIENCY, Device, device_of
+from pipeline.presets import PRESETS, run_preset
+
+_DEFAULT_PRESET = "digits"
+_GB = 1e9
+_SETS = {  # images of the training split, kB of one
+    "imagenet": (1_281_167, 110.0),
+    "tiny-imagenet": (100_000, 2.2),
+    "cifar": (50_000, 2.3),
+    "mnist": (60_000, 0.3),
+    "digits": (1_437, 0.1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Counts of one run.
+class Request:
+    """What to plan.
 
     Attributes:
-        total_steps: optimizer steps of the whole schedule.
-        last_step: step after which this execution ends (`train.stop_after` or total_steps).
-        warmup_steps: steps of the linear warm-up.
-        rank_batch: samples per rank and step.
-        micro_batch: samples per rank and backward pass.
-        checkpoint_every: steps between checkpoints; 0 means only at the end.
+        run: the run, with the same overrides as `python -m pipeline.pretrain`.
+        nodes: machines.
+        gpus: devices of each.
+        device: B200, H200, H100, A100, L40S, V100, or another name with the four values below.
+        tflops: 10^12 FLOP/s of a device in the run's precision; 0: its data sheet.
+        memory_gb: 10^9 bytes of a device; 0: its data sheet.
+        link_gbps: 10^9 bits per second from a device to the others; 0: its data sheet within one
+            node, 400 over the network.
+        efficiency: share of the peak that products reach.
+        price_per_gpu_hour: in any currency; 0: cluster.price-per-device-hour.
+        images: samples of an epoch; 0: of the preset's data set.
+        image_kb: 10^3 bytes of an encoded image; 0: of the preset's data set.
+        json: print JSON instead of tables.
+        sweep: numbers of devices, as in 8,16,32: a Markdown table with one row for each.
     """
 
-    total_steps: int
-    last_step: int
-    warmup_steps: int
-    rank_batch: int
-    micro_batch: int
-    checkpoint_every: int
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    nodes: int = 1
+    gpus: int = 8
+    device: str = "H100"
+    tflops: float = 0.0
+    memory_gb: float = 0.0
+    link_gbps: float = 0.0
+    efficiency: float = EFFICIENCY
+    price_per_gpu_hour: float = 0.0
+    images: int = 0
+    image_kb: float = 0.0
+    json: bool = False
+    sweep: str = ""
 
-    def keeps(self, step: int) -> bool:
-        """True if a checkpoint is kept after `step` steps."""
-        regular = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
-        return regular or step == self.last_step
+    def require(self) -> None:
+        """Refuse what is no number of devices and no rate.
+
+        Raises:
+            PipelineError: a value is out of its range.
+        """
+        for name in ("nodes", "gpus"):
+            if getattr(self, name) < 1:
+                raise PipelineError(f"--{name} {getattr(self, name)}: at least 1")
+        for name in (
+            "tflops",
+            "memory_gb",
+            "link_gbps",
+            "price_per_gpu_hour",
+            "images",
+            "image_kb",
+        ):
+            if not getattr(self, name) >= 0:
+                raise PipelineError(f"--{name.replace('_', '-')} must not be negative")
+        if not 0 < self.efficiency <= 1:
+            raise PipelineError(f"--efficiency {self.efficiency} must be in (0, 1]")
+
+    @property
+    def price(self) -> float:
+        """Of one device for an hour; 0: unknown."""
+        return self.price_per_gpu_hour or self.run.cluster.price_per_device_hour
+
+    def on(self, nodes: int) -> Device:
+        """The device among `nodes` nodes."""
+        return device_of(
+            self.device,
+            precision=self.run.train.precision,
+            nodes=nodes,
+            tflops=self.tflops,
+            memory_gb=self.memory_gb,
+            link_gbps=self.link_gbps,
+        )
+
+    def data(self) -> tuple[int, float]:
+        """Samples of an epoch and bytes of one; 0.0: not known.
+
+        Raises:
+            PipelineError: the data set of the preset is not known.
+        """
+        known = (v for name, v in _SETS.items() if self.run.preset.startswith(name))
+        images, kilobytes = next(known, (0, 0.0))
+        if not (self.images or images):
+            raise PipelineError(f"preset {self.run.preset!r}: give --images, samples of an epoch")
+        return self.images or images, 1e3 * (self.image_kb or kilobytes)
+
+    def estimate(self, ranks: int, run: RunConfig | None = None) -> Estimate:
+        """The run (or another one) on a number of devices."""
+        return estimate(
+            run or self.run,
+            ranks=ranks,
+            device=self.on(-(-ranks // self.gpus)),
+            images=self.data()[0],
+            efficiency=self.efficiency,
+        )
 
 
-def make_plan(config: RunConfig, *, samples: int, world_size: int) -> Plan:
-    """Counts of the run for a training split of `samples` on `world_size` ranks.
+def parse(arguments: Sequence[str]) -> Request:
+    """What the command line asks for.
 
     Raises:
-        PipelineError: the global batch does not split evenly, or exceeds the split.
+        PipelineError: unknown preset, or a value out of its range.
     """
-    train = config.train
-    parts = world_size * train.accumulation
-    if train.global_batch % parts:
-        raise PipelineError(
-            f"train.global_batch={train.global_batch} is not divisible by "
-            f"{world_size} ranks x train.accumulation={train.accumulation} = {parts}"
-        )
-    if train.global_batch > samples:
-        raise PipelineError(
-            f"train.global_batch={train.global_batch} exceeds the {samples} samples of "
-            f"split {config.data.train_split!r}"
-        )
-    total = math.ceil(train.epochs * samples / train.global_batch)
-    return Plan(
-        total_steps=total,
-        last_step=min(total, train.stop_after or total),
-        warmup_steps=min(total, round(train.warmup_epochs * samples / train.global_batch)),
-        rank_batch=train.global_batch // world_size,
-        micro_batch=train.global_batch // parts,
-        checkpoint_every=config.checkpoint.every_steps,
+    name, rest = _DEFAULT_PRESET, list(arguments)
+    if rest and not rest[0].startswith("-"):
+        name = rest.pop(0)
+    request = tyro.cli(
+        Request,
+        default=Request(run=run_preset(name)),
+        args=rest,
+        prog=f"python -m pipeline.plan {name}",
+        description=f"Plan a run without a GPU. Presets: {', '.join(PRESETS)}. "
+        f"Devices: {', '.join(DEVICES)}.",
     )
+    request.require()
+    return request
+
+
+def report(found: Estimate, request: Request) -> dict[str, Any]:
+    """The estimate as JSON values: bytes, seconds, counts."""
+    image_bytes = request.data()[1]
+    state = budget.checkpoint_bytes(found.weights, lookahead=found.lookahead)
+    return {
+        "preset": request.run.preset,
+        "parameters": found.weights.total,
+        "matrices": len(found.weights.matrices),
+        "devices": found.ranks,
+        "device": dataclasses.asdict(found.device),
+        "counts": dataclasses.asdict(found.counts),
+        "memory": [dataclasses.asdict(row) for row in found.components],
+        "memory_peak": found.peak,
+        "memory_room": found.room,
+        "fits": found.fits,
+        "host": found.host,
+        "flops_per_image": found.least_flops,
+        "flops_per_rank_step": found.rehearsal.flops * request.run.train.accumulation,
+        "flops_epoch": found.least_flops and found.least_flops * found.images,
+        "sent_per_rank_step": dataclasses.asdict(found.sent),
+        "step_s": dataclasses.asdict(found.time) | {"total": found.time.total},
+        "bound": found.time.bound,
+        "images_per_s": found.images_per_s,
+        "mfu": found.mfu,
+        "epoch_s": found.epoch_s,
+        "device_hours": found.device_hours,
+        "cost": found.device_hours * request.price if request.price else None,
+        "checkpoint_bytes": state,
+        "artifact_bytes": budget.artifact_bytes(found.weights),
+        "data_bytes_per_s": image_bytes * found.images_per_s if image_bytes else None,
+    }
+
+
+def refusal(found: Estimate, request: Request) -> str:
+    """Why a run does not fit, and what would."""
+    worst = budget.largest(found.components)
+    text = (
+        f"a rank needs {found.peak / _GB:.1f} GB, a {found.device.name} has room for "
+        f"{found.room / _GB:.1f} GB of {found.device.memory_gb:g}; the largest component is "
+        f"{worst.name} ({worst.phase}): {worst.size / _GB:.1f} GB. "
+    )
+    fitting: list[tuple[str, str]] = []
+    for change, run, ranks in trials(request.run, ranks=found.ranks):
+        kind = "devices" if ranks != found.ranks else "setting"
+        if kind in [k for k, _ in fitting]:
+            continue
+        trial = request.estimate(ranks, run)
+        if trial.fits:
+            fitting.append((kind, f"{change} ({trial.peak / _GB:.1f} GB)"))
+    if not fitting:
+        return text + "No smaller micro-batch and no larger number of devices that was tried fits."
+    return text + "What fits: " + "; or ".join(change for _, change in fitting)
+
+
+def _tables(found: Estimate, request: Request) -> Iterator[Table]:
+    facts = report(found, request)
+    memory = Table("component", "when", "GB", title=f"Memory of one of {found.ranks} ranks")
+    for row in found.components:
+        memory.add_row(row.name, row.phase, f"{row.size / _GB:.3f}")
+    peak = f"{found.peak / _GB:.2f} of {found.room / _GB:.1f}"
+    memory.add_row("peak: always + largest phase", "", peak, style="bold")
+    for name, size in found.host.items():
+        memory.add_row(name, "host memory", f"{size / _GB:.3f}")
+    yield memory
+    sent = Table("per rank and step", "GB", "seconds", "beside", title="Traffic and time")
+    time, t = found.sent, found.time
+    sent.add_row("passes", "", f"{t.passes:.4f}", "")
+    sent.add_row("all-gather, forward", f"{time.forward / _GB:.3f}", "", "passes")
+    sent.add_row("all-gather, backward", f"{time.backward / _GB:.3f}", "", "passes")
+    sent.add_row("reduce-scatter", f"{time.reduce / _GB:.3f}", "", "passes")
+    sent.add_row("ZeRO-3 together", f"{time.zero3 / _GB:.3f}", f"{t.zero3:.4f}", "passes")
+    sent.add_row("data", "", f"{t.data:.4f}", "passes")
+    sent.add_row("manifold products", "", f"{t.manifold_products:.4f}", "nothing")
+    sent.add_row(
+        "manifold traffic",
+        f"{time.manifold / _GB:.3f}",
+        f"{t.manifold_traffic + t.latency:.4f}",
+        "nothing",
+    )
+    sent.add_row("step", "", f"{t.total:.4f}", f"bound by {t.bound}", style="bold")
+    yield sent
+    run = Table("run", "", title=f"{request.run.preset} on {found.ranks} x {found.device.name}")
+    for name, value in _figures(found, facts):
+        run.add_row(name, value)
+    yield run
+
+
+def _figures(found: Estimate, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    known = found.least_flops
+    yield "parameters", f"{facts['parameters']:,} in {facts['matrices']} matrices and the rest"
+    yield (
+        "batch",
+        f"{found.ranks} ranks x {found.counts.rank_batch}, {found.counts.micro_batch} a pass",
+    )
+    yield "steps", f"{found.counts.total_steps:,}"
+    yield "least FLOPs per image", f"{known:.4g}" if known else "not known for this family"
+    yield "FLOPs per rank and step", f"{facts['flops_per_rank_step']:.4g}, as counted"
+    yield "FLOPs per epoch", f"{facts['flops_epoch']:.4g}" if known else "not known"
+    yield "images per second", f"{found.images_per_s:,.0f}"
+    yield "MFU", f"{found.mfu:.1%}" if found.mfu is not None else "not known"
+    yield "time per epoch", f"{found.epoch_s:,.0f} s"
+    yield "device hours", f"{found.device_hours:,.1f}"
+    yield "cost", f"{facts['cost']:,.0f}" if facts["cost"] else "no price given"
+    yield "checkpoint", f"{facts['checkpoint_bytes'] / _GB:.2f} GB"
+    yield "artefact", f"{facts['artifact_bytes'] / _GB:.2f} GB"
+    needed = facts["data_bytes_per_s"]
+    yield "data", f"{needed / 1e6:,.1f} MB/s from the store" if needed else "give --image-kb"
+
+
+def sweep(request: Request) -> Iterator[str]:
+    """Lines of a Markdown table, one row for each number of devices.
+
+    Raises:
+        PipelineError: the batch does not split over one of them.
+    """
+    try:
+        numbers = [int(word) for word in request.sweep.split(",")]
+    except ValueError as error:
+        raise PipelineError(f"--sweep {request.sweep}: numbers as in 8,16,32") from error
+    columns = (
+        "devices", "images a device", "memory GB", "fits", "passes ms", "ZeRO-3 ms", "manifold ms",
+        "step ms", "images/s", "MFU", "epoch min", "device hours",
+    )  # fmt: skip
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---:|" * len(columns)
+    for ranks in numbers:
+        e = request.estimate(ranks)
+        t = e.time
+        cells = [
+            str(ranks), str(e.counts.rank_batch), f"{e.peak / _GB:.1f}", "yes" if e.fits else "no",
+            f"{1e3 * t.passes:.0f}", f"{1e3 * t.zero3:.0f}", f"{1e3 * t.manifold:.0f}",
+            f"{1e3 * t.total:.0f}", f"{e.images_per_s:,.0f}",
+            f"{e.mfu:.0%}" if e.mfu is not None else "", f"{e.epoch_s / 60:.1f}",
+            f"{e.device_hours:,.0f}",
+        ]  # fmt: skip
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _show(request: Request, console: Console) -> int:
+    if request.sweep:
+        for line in sweep(request):
+            console.print(line, soft_wrap=True)
+        return 0
+    found = request.estimate(request.nodes * request.gpus)
+    if request.json:
+        console.print(json.dumps(report(found, request), indent=1), soft_wrap=True)
+    else:
+        for table in _tables(found, request):
+            console.print(table)
+    if found.fits:
+        return 0
+    error = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    error.print(f"refused: {refusal(found, request)}")
+    return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the entry; returns the exit code."""
+    console = Console(highlight=False, markup=False)
+    try:
+        return _show(parse(sys.argv[1:] if arguments is None else arguments), console)
+    except (*REFUSALS, ValidationError) as error:
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
+            f"refused: {error}"
+        )
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

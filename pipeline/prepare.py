@@ -16,8 +16,9 @@ from data_shards.sources import digits, synthetic
 from data_shards.store import Store
 from data_shards.write import write_shard_set
 from pipeline.config import RunConfig, changed_mathematics, flatten
+from pipeline.counts import make_plan, world_sizes
 from pipeline.errors import PipelineError
-from pipeline.plan import make_plan
+from pipeline.exposure import require_closed
 from pipeline.restore import committed
 from pipeline.samples import Samples, open_samples
 from pipeline.submission import is_ray_job, uploaded_code
@@ -59,15 +60,19 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
 
     Raises:
         PipelineError, ShardError: the run is impossible; nothing was started.
+        ExposureError: its Ray cluster or MLflow server stands open.
     """
     cluster = config.cluster
     elsewhere = cluster.launcher == "ray" and (cluster.address or os.environ.get("RAY_ADDRESS"))
+    require_closed(ray=elsewhere or "", mlflow=config.mlflow)
     if cluster.device == "cpu" or not (elsewhere or torch.cuda.is_available()):
         require_precision(config.train.precision)
     storage = storage_root(config)
     shards = _shards(config, storage)
     samples = open_samples(config, shards.url)
     make_plan(config, samples=samples.per_epoch, world_size=world_size)
+    if cluster.launcher == "ray":
+        world_sizes(config)
     config, run = _open_run(config, storage)
     name = config.name
     context = {

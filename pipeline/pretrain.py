@@ -1,6 +1,7 @@
 """Entry: `python -m pipeline.pretrain [PRESET] [--overrides]`.
 
-Parses, prepares, launches, shows. Exit codes: 0 done, 1 failed, 2 refused, 130 or 143 stopped.
+Parses, prepares, launches, shows. Exit codes: 0 done, 1 failed, 2 refused, 124 hung without Ray,
+130 or 143 stopped.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from pipeline.interruption import StopSignal
 from pipeline.prepare import prepare
 from pipeline.presets import PRESETS, run_preset
 from pipeline.ranks import join_world
+from pipeline.restarts import fit_here, fit_in_memory
 from pipeline.worker import run_rank
 
 _DEFAULT_PRESET = "digits"
@@ -95,7 +97,7 @@ def _run_on_ray(config: RunConfig, console: Console, stop: StopSignal) -> None:
         desk_for(prepared, console) as desk,
         stop.deferred(),
     ):
-        fit(desk.stamp(prepared.job), desk.handle, stop)
+        fit_in_memory(lambda job: fit(job, desk.handle, stop), desk.stamp(prepared.job), stop)
 
 
 def _run_here(config: RunConfig, console: Console, stop: StopSignal) -> None:
@@ -114,7 +116,8 @@ def _run_here(config: RunConfig, console: Console, stop: StopSignal) -> None:
                     error = _one_message(refusal)
             world.agree(error)
             with stop.deferred():
-                run_rank(world.share(job), emit, stop)
+                shared = world.share(job)
+                fit_here(lambda: run_rank(shared, emit, stop), ranks=world.size)
 
 
 def _ignore(event: Event) -> None:

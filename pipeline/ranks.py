@@ -24,12 +24,14 @@ class World:
         size: number of ranks.
         device: where this rank computes.
         control: gloo group for barriers, votes and small objects, also beside NCCL.
+        hosts: machine and process of every rank, for messages.
     """
 
     rank: int
     size: int
     device: torch.device
     control: dist.ProcessGroup
+    hosts: tuple[str, ...]
 
     def barrier(self) -> None:
         """Wait for all ranks (host side)."""
@@ -41,11 +43,15 @@ class World:
         Raises:
             PipelineError: the first reported error, with its rank.
         """
-        reports: list[str | None] = [None] * self.size
-        dist.all_gather_object(reports, error, group=self.control)
-        for rank, report in enumerate(reports):
+        for rank, report in enumerate(self.gather(error)):
             if report is not None:
                 raise PipelineError(f"rank {rank}: {report}")
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on every rank (small picklable objects)."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def share(self, value: Any) -> Any:
         """The value of rank 0, on every rank (any small picklable object)."""
@@ -98,7 +104,11 @@ def join_world(cluster: ClusterConfig) -> Iterator[World]:
     if created:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
     control = dist.new_group(backend="gloo", timeout=timeout)
-    world = World(dist.get_rank(), dist.get_world_size(), chosen, control)
+    size = dist.get_world_size()
+    hosts: list[str] = [""] * size
+    here = f"{socket.gethostname()}, process {os.getpid()}"
+    dist.all_gather_object(hosts, here, group=control)
+    world = World(dist.get_rank(), size, chosen, control, tuple(hosts))
     try:
         yield world
     finally:

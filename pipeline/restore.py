@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 from typing import Any
 
 import torch
@@ -81,9 +82,11 @@ def load_checkpoint(folder: Store, *, world: World, engine: Partitioned) -> Prog
     error, commit = None, {}
     try:
         commit = _read_commit(folder)
+        _check_parts(folder, commit)
         # Each file is hashed once, by one rank.
         for record in commit["files"][world.rank :: world.size]:
             _check_file(folder, record)
+            _check_tensors(folder, record["file"], commit["tensors"])
         expected = {key: list(slot.shape) for key, slot, _ in slices(engine.optimizer, world.rank)}
         stored = {key: entry["shape"] for key, entry in commit["tensors"].items()}
         if stored != expected:
@@ -93,7 +96,7 @@ def load_checkpoint(folder: Store, *, world: World, engine: Partitioned) -> Prog
                 f"checkpoint {folder.url} does not fit the network: {len(names)} tensors differ, "
                 f"first {first}: stored {stored.get(first)}, expected {expected.get(first)}"
             )
-    except (OSError, ValueError, KeyError) as failure:
+    except (OSError, ValueError, KeyError, TypeError) as failure:
         error = f"{type(failure).__name__}: {failure}"
     world.agree(error)
     _fill(folder, commit, engine.optimizer, world.rank)
@@ -108,7 +111,7 @@ def _read_commit(folder: Store) -> dict[str, Any]:
         commit: dict[str, Any] = json.loads(folder.read(COMMIT))
     except ValueError as error:
         raise PipelineError(f"checkpoint file {folder.url}/{COMMIT} is damaged: {error}") from error
-    version = commit.get("schema_version")
+    version = commit.get("schema_version") if isinstance(commit, dict) else None
     if version != SCHEMA_VERSION:
         raise PipelineError(f"{folder.url}/{COMMIT} has schema_version={version}, not 1")
     return commit
@@ -132,6 +135,37 @@ def _check_file(folder: Store, record: dict[str, Any]) -> None:
             f"checkpoint file {folder.url}/{name} has sha256 {digest.hexdigest()}, "
             f"committed was {record['sha256']}"
         )
+
+
+def _check_parts(folder: Store, commit: dict[str, Any]) -> None:
+    """Every element of every tensor is in exactly one part, of a file with a digest."""
+    files = {record["file"] for record in commit["files"]}
+    for key, entry in commit["tensors"].items():
+        end = 0
+        for name, first, last in entry["parts"]:
+            if name not in files:
+                raise PipelineError(f"{folder.url}/{COMMIT}: {key} is in {name!r}, not its file")
+            if first != min(end, math.prod(entry["shape"])) or last < first:
+                raise PipelineError(
+                    f"{folder.url}/{COMMIT}: {key} has elements up to {end}, then from {first} to "
+                    f"{last}"
+                )
+            end = last
+        if end != math.prod(entry["shape"]):
+            raise PipelineError(f"{folder.url}/{COMMIT}: {key} has {end} elements of its shape")
+
+
+def _check_tensors(folder: Store, name: str, tensors: dict[str, Any]) -> None:
+    """A file holds the parts that the commit places there, each of its length."""
+    with folder.open(name, "rb") as stream:
+        header, _ = read_header(stream)
+    for key, entry in tensors.items():
+        for file, first, last in entry["parts"]:
+            if file == name and first < last and header[key].shape != (last - first,):
+                raise PipelineError(
+                    f"checkpoint file {folder.url}/{name} has {key} of shape {header[key].shape}, "
+                    f"committed were {last - first} elements"
+                )
 
 
 def _fill(folder: Store, commit: dict[str, Any], optimizer: ShardedManifoldAdam, rank: int) -> None:

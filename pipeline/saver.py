@@ -106,7 +106,7 @@ class Saver:
             self._given_up.set()
             self.poll()
             return
-        self._finish()
+        self.settle()
         self._world.agree(self._last_error or None)
 
     def keep(self, progress: Progress) -> None:
@@ -117,7 +117,7 @@ class Saver:
         Raises:
             PipelineError: a weight is not finite, or cannot be exported; on every rank.
         """
-        self._finish()
+        self.settle()
         begin = time.perf_counter()
         step = f"step-{progress.step:08d}"
         writing = _Writing(
@@ -140,9 +140,10 @@ class Saver:
     def poll(self) -> None:
         """Report the checkpoint under way if it has ended; waits for nothing."""
         if self._writing and self._writing.thread and not self._writing.thread.is_alive():
-            self._finish()
+            self.settle()
 
-    def _finish(self) -> None:
+    def settle(self) -> None:
+        """Wait for the checkpoint under way, if there is one, and report it."""
         writing, self._writing = self._writing, None
         if writing is None or writing.thread is None:
             return

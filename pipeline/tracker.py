@@ -21,6 +21,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+from pipeline.lines import Lines
 from pipeline.tracking import (
     METRICS_PER_CALL,
     EvaluationRecord,
@@ -200,6 +201,7 @@ class Tracker:
                 if failures == 1:
                     logger.warning("MLflow %s: %s; will retry", self._config.uri, error)
             with self._condition:
+                self._spool.flush()
                 self._failures = failures
                 self._condition.notify_all()
                 done = self._spool.acknowledged == self._spool.end
@@ -254,21 +256,24 @@ class _Spool:
     def __init__(self, folder: Path, server: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "spool.jsonl"
+        self._lines = Lines(self.path)
         self._state = folder / f"server-{sha256(server.encode()).hexdigest()[:12]}.json"
-        self._drop_torn_line()
-        self.end = self.path.stat().st_size
         self.run_key = self._first_run_key() or uuid.uuid4().hex
         state = json.loads(self._state.read_text()) if self._state.exists() else {}
         self.acknowledged: int = state.get("acknowledged", 0)
         self.run = RunReference(*state["run"]) if state.get("run") else None
         self.models: dict[str, str] = state.get("models", {})
 
+    @property
+    def end(self) -> int:
+        """Bytes of all records, those that wait for the disk included."""
+        return self._lines.end
+
     def append(self, row: dict[str, Any]) -> int:
-        line = json.dumps(row).encode() + b"\n"
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line)
-        self.end += len(line)
-        return self.end
+        return self._lines.append(json.dumps(row).encode() + b"\n")
+
+    def flush(self) -> None:
+        self._lines.flush()
 
     def read(self, limit: int) -> list[tuple[dict[str, Any], int]]:
         """Return up to `limit` rows that are not acknowledged, each with its end offset."""
@@ -296,12 +301,6 @@ class _Spool:
         draft.write_text(json.dumps(state))
         draft.replace(self._state)
         self.acknowledged = end
-
-    def _drop_torn_line(self) -> None:
-        """A process that died while writing leaves half a line; it was never acknowledged."""
-        with self.path.open("a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
 
     def _first_run_key(self) -> str | None:
         with self.path.open("rb") as file:

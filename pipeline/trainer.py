@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -14,11 +14,13 @@ from data_shards.stream import SampleStream
 from data_shards.unindexed import UnindexedStream
 from optim.errors import OptimizerError
 from pipeline.config import RunConfig
+from pipeline.counts import Plan
 from pipeline.errors import PipelineError
-from pipeline.events import Emit, Metrics, Skipped
+from pipeline.events import Emit, Event, Metrics, RolledBack, Skipped, Straggling
+from pipeline.heartbeat import Phase
 from pipeline.interruption import Interruption
 from pipeline.objective import STATISTICS
-from pipeline.plan import Plan
+from pipeline.pace import Pace
 from pipeline.ranks import World
 from pipeline.schedules import Moment, learning_rate_factor, training_radius, triangular_factor
 
@@ -31,6 +33,10 @@ class Engine(Protocol):
 
     def step(self, micro_batches: Iterator[tuple[Tensor, Tensor]], now: Moment) -> Tensor | None:
         """One optimizer step; returns the sums of Objective, None if it was skipped."""
+        ...
+
+    def forward_seconds(self) -> float:
+        """What this rank has computed since the last call, without waiting for others."""
         ...
 
     def audit_metrics(self) -> dict[str, float]:
@@ -47,6 +53,18 @@ class Keeper(Protocol):
 
     def poll(self) -> None:
         """Report what has been kept since the last call."""
+        ...
+
+    def settle(self) -> None:
+        """Wait for what is being kept, and report it."""
+        ...
+
+
+class Undo(Protocol):
+    """What the loop needs of the roll-backs."""
+
+    def go_back(self, failed: "Progress") -> "tuple[Progress, RolledBack] | None":
+        """Load the newest checkpoint; None if that is not allowed (any more)."""
         ...
 
 
@@ -76,7 +94,10 @@ class Trainer:
         progress: Progress,
         emit: Emit,
         saver: Keeper,
+        rollbacks: Undo,
         interruption: Interruption,
+        beat: Callable[[int, Phase], None],
+        stepped: Callable[[], None],
     ) -> None:
         self._world = world
         self._config = config
@@ -86,7 +107,11 @@ class Trainer:
         self.progress = progress
         self._emit = emit
         self._saver = saver
+        self._rollbacks = rollbacks
         self._interruption = interruption
+        self._beat = beat
+        self._stepped = stepped
+        self._pace = Pace(config.cluster.straggler_ratio)
         self._asked = time.monotonic()
         self._preempted = self._stopping = self._keep_now = False
         self._sums = torch.zeros(len(STATISTICS), device=world.device)
@@ -98,8 +123,10 @@ class Trainer:
         """Train to the last step of the plan, recording metrics and keeping checkpoints."""
         batches = iter(self._stream)
         while self.progress.step < self._plan.last_step:
-            batch = next(batches)
             step = self.progress.step
+            self._beat(step, Phase.DATA)
+            batch = next(batches)
+            self._beat(step, Phase.STEP)
             now = self._moment(step)
             micro_batches = zip(
                 batch.images.split(self._plan.micro_batch),
@@ -110,36 +137,56 @@ class Trainer:
                 sums = self._engine.step(micro_batches, now)
             except (PipelineError, OptimizerError) as error:
                 raise PipelineError(f"step {step + 1}: {error}") from error
+            self.progress = Progress(step + 1, batch.cursor_after)
             if sums is None:
-                self._skip(step + 1)
+                if self._skip():
+                    continue
             else:
                 self._sums += sums
                 self._skipped_in_a_row = 0
-            self.progress = Progress(step + 1, batch.cursor_after)
             self._record(now)
+            self._beat(step, Phase.CHECKPOINT)
             if self._plan.keeps(self.progress.step) or self._keep_now:
                 self._saver.keep(self.progress)
             self._saver.poll()
+            self._stepped()
             if self._stopping:
                 return
 
-    def _skip(self, step: int) -> None:
+    def _skip(self) -> bool:
         """Count a step that no rank has taken; its samples are not seen again.
 
+        Returns:
+            True if it was one too many in a row and training is back at an earlier step.
+
         Raises:
-            PipelineError: too many in a row.
+            PipelineError: one too many in a row, and no roll-back is left.
         """
+        step, train = self.progress.step, self._config.train
         self._skipped += 1
         self._skipped_in_a_row += 1
-        limit = self._config.train.max_skipped
-        if self._skipped_in_a_row > limit:
+        if self._skipped_in_a_row <= train.max_skipped:
+            self._tell(Skipped(step))
+            return False
+        self._beat(step, Phase.CHECKPOINT)
+        self._saver.settle()
+        back = self._rollbacks.go_back(self.progress)
+        if back is None:
             raise PipelineError(
                 f"step {step}: a loss or gradient is not finite on at least one rank, the "
-                f"{self._skipped_in_a_row}. time in a row (train.max_skipped={limit}); nothing was "
-                "updated"
+                f"{self._skipped_in_a_row}. time in a row (train.max_skipped={train.max_skipped}), "
+                f"and of train.rollbacks={train.rollbacks} none is left; nothing was updated"
             )
+        self.progress, told = back
+        self._skipped_in_a_row = 0
+        self._sums.zero_()
+        self._tell(Skipped(step))
+        self._tell(told)
+        return True
+
+    def _tell(self, event: Event) -> None:
         if self._world.rank == 0:
-            self._emit(Skipped(step))
+            self._emit(event)
 
     def _moment(self, step: int) -> Moment:
         train, loss, total = self._config.train, self._config.loss, self._plan.total_steps
@@ -168,6 +215,19 @@ class Trainer:
         self._stopping = stop
         self._keep_now = stop or (self._preempted and not preempted)
 
+    def _own_slot(self, value: float) -> list[float]:
+        """A slot per rank, of which this one fills its own."""
+        return [value if rank == self._world.rank else 0.0 for rank in range(self._world.size)]
+
+    def _compare(self, seconds: list[float]) -> dict[str, float]:
+        """Metrics of the ranks' pace; names one that has been slow for long."""
+        values = self._pace.compare(seconds)
+        slow = self._pace.straggler()
+        if slow is not None and self._world.rank == 0:
+            host, ratio = self._world.hosts[slow], values["perf/slowest_ratio"]
+            self._emit(Straggling(self.progress.step, slow, host, ratio))
+        return values
+
     def _record(self, now: Moment) -> None:
         """Every `log_every` steps: sum the statistics over the ranks, check and emit them."""
         step = self.progress.step
@@ -181,11 +241,14 @@ class Trainer:
             stream.waited_s - self._waited,
             self._interruption.stop_requested(),
             due,
+            *self._own_slot(self._engine.forward_seconds()),
         ]
         self._waited = stream.waited_s
         sums = torch.cat([self._sums, torch.tensor(seen, device=self._sums.device)])
         dist.all_reduce(sums)
-        loss_sum, clean, certified, samples, retries, damaged, waited, stop, due = sums.tolist()
+        loss_sum, clean, certified, samples, retries, damaged, waited, stop, due, *seconds = (
+            sums.tolist()
+        )
         self._interrupt(stop=stop > 0, ask=due > 0)
         self._sums.zero_()
         clock = time.perf_counter()
@@ -202,8 +265,8 @@ class Trainer:
             "data/damaged": damaged,
             "train/skipped": float(self._skipped),
             "data/wait_s": waited / self._world.size,
+            **self._compare(seconds),
             **self._engine.audit_metrics(),
         }
         self._since = clock
-        if self._world.rank == 0:
-            self._emit(Metrics(step, values, int(time.time() * 1000)))
+        self._tell(Metrics(step, values, int(time.time() * 1000)))

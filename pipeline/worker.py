@@ -1,5 +1,6 @@
 """What one rank does: build the parts, resume, train, keep checkpoints and artefacts."""
 
+import contextlib
 import dataclasses
 import warnings
 from typing import Any
@@ -10,14 +11,18 @@ from data_shards.order import Cursor
 from data_shards.quarantine import Quarantine
 from data_shards.store import Store
 from pipeline.config import RunConfig
+from pipeline.counts import Plan, make_plan
 from pipeline.events import Emit, Started
 from pipeline.interruption import Interruption
-from pipeline.plan import Plan, make_plan
+from pipeline.memory import fitting, recorded, too_large
+from pipeline.profile import profiled
 from pipeline.ranks import World, join_world
 from pipeline.restore import load_newest
+from pipeline.rollback import Rollbacks
 from pipeline.samples import open_samples
 from pipeline.saver import Saver
 from pipeline.trainer import Progress, Trainer
+from pipeline.watch import watched
 from pipeline.zero3 import Zero3, require_precision
 
 
@@ -57,19 +62,30 @@ def run_rank(job: Job, emit: Emit, interruption: Interruption) -> None:
 
 
 def _train(job: Job, world: World, emit: Emit, interruption: Interruption) -> None:
-    config = job.config
+    run = Store(job.run_url)
+    sizes = world.share(too_large(run) if world.rank == 0 else None)
+    config = fitting(job.config, sizes, world.size)
     samples = open_samples(config, job.shards_url)
     plan = make_plan(config, samples=samples.per_epoch, world_size=world.size)
     engine = Zero3(world=world, config=config, micro_batch=plan.micro_batch)
-    run = Store(job.run_url)
     progress, damaged = load_newest(run.child("checkpoints"), world=world, engine=engine)
     if progress is None:
         engine.initialise(config.train.seed)
         progress = Progress(0, Cursor(seed=config.train.seed))
+    rollbacks = Rollbacks(
+        run,
+        world=world,
+        engine=engine,
+        limit=config.train.rollbacks,
+        per_epoch=samples.per_epoch,
+    )
+    progress = rollbacks.resumed(progress)
     if world.rank == 0:
-        emit(_started(config, world, engine, plan, progress, damaged))
-    quarantine = Quarantine(run, f"damaged/step-{progress.step:08d}-rank-{world.rank:05d}.jsonl")
+        emit(_started(config, world, engine, plan, progress, damaged, sizes))
+    record = f"damaged/step-{progress.step:08d}-rank-{world.rank:05d}.jsonl"
     with (
+        contextlib.closing(Quarantine(run, record)) as quarantine,
+        watched(world, config.cluster, step=progress.step, run=run, emit=emit) as watch,
         Saver(
             run,
             world=world,
@@ -80,8 +96,14 @@ def _train(job: Job, world: World, emit: Emit, interruption: Interruption) -> No
             emit=emit,
         ) as saver,
         samples.stream(config, world, progress.cursor, quarantine) as stream,
+        profiled(
+            run,
+            config.profile if world.rank == 0 else 0,
+            first=progress.step,
+            device=world.device,
+        ) as stepped,
     ):
-        Trainer(
+        trainer = Trainer(
             world=world,
             config=config,
             plan=plan,
@@ -90,8 +112,18 @@ def _train(job: Job, world: World, emit: Emit, interruption: Interruption) -> No
             progress=progress,
             emit=emit,
             saver=saver,
+            rollbacks=rollbacks,
             interruption=interruption,
-        ).fit()
+            beat=watch.beat,
+            stepped=stepped,
+        )
+        with recorded(
+            run,
+            sizes,
+            plan.micro_batch,
+            where=lambda: f"step {trainer.progress.step + 1}, rank {world.rank}",
+        ):
+            trainer.fit()
     world.barrier()
 
 
@@ -102,6 +134,7 @@ def _started(
     plan: Plan,
     progress: Progress,
     damaged: list[str],
+    too_large: list[int],
 ) -> Started:
     matrices = engine.optimizer.partitioned_matrices
     facts: dict[str, Any] = {
@@ -114,8 +147,17 @@ def _started(
     }
     if progress.step:
         facts["resumed"] = f"after step {progress.step}"
+    if too_large:
+        facts["out of memory"] = f"with micro-batches of {', '.join(map(str, too_large))}"
     if damaged:
         facts["damaged checkpoints passed over"] = "; ".join(damaged)
     cuda = world.device.type == "cuda"
     device = torch.cuda.get_device_name(world.device) if cuda else world.device.type
-    return Started(facts, progress.step, plan.total_steps, devices=world.size, device=device)
+    return Started(
+        facts,
+        progress.step,
+        plan.total_steps,
+        devices=world.size,
+        device=device,
+        micro_batch=plan.micro_batch,
+    )

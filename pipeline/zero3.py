@@ -21,6 +21,7 @@ from optim.sharded import ShardedManifoldAdam
 from pipeline.config import RunConfig, TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.objective import Objective
+from pipeline.pace import Stopwatch
 from pipeline.ranks import World
 from pipeline.schedules import Moment
 
@@ -176,6 +177,7 @@ class Zero3:
         self._engine, *_ = deepspeed.initialize(
             model=objective, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
+        self._stopwatch = Stopwatch(objective, world.device)
         self._device = world.device
         self._network = network
         self._seed = train.seed
@@ -219,6 +221,10 @@ class Zero3:
         self._network.begin_step(step=now.step, progress=now.progress, seed=self._seed)
         sums = torch.stack([self.accumulate(x, t, now) for x, t in micro_batches]).sum(0)
         return sums if self._engine.was_step_applied() else None
+
+    def forward_seconds(self) -> float:
+        """Of this rank alone, since the last call; see Stopwatch."""
+        return self._stopwatch.read()
 
     def audit_metrics(self) -> dict[str, float]:
         """Orthogonality found since the last call, the same on all ranks; no device is asked."""

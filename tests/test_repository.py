@@ -39,6 +39,13 @@ def test_paths_named_in_documents_exist(document):
         assert (ROOT / name).exists(), name
 
 
+def test_tests_named_in_the_faults_exist():
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/faults.md").read_text())
+    assert len(named) > 50
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text() if test else (ROOT / file).exists(), test
+
+
 def test_modules_named_in_the_readme_run():
     modules = set(
         re.findall(

@@ -164,6 +164,7 @@ def test_a_flipped_byte_is_found_by_digest_and_quarantined(folder, damage, tmp_p
     arguments = {"split": "train", "global_batch": 48, "cursor": Cursor(seed=3)}
     with SampleStream(index, config, quarantine=record, **arguments) as batches:
         found = [damage for _ in range(4) for damage in next(batches).damaged]
+    record.close()
     key, shard = index.rows.key[7].decode(), index.shards[index.rows.shard[7]].file
     assert {(d.cause, d.key, d.shard) for d in found} == {("digest", key, shard)}
     assert {damage.position // 96 for damage in found} == {0, 1}

@@ -111,6 +111,7 @@ def cluster(home, head="ray start --head --num-cpus 5 --node-ip-address 127.0.0.
         "HOME": str(home),
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
+        "RAY_worker_niceness": "0",  # 15 would starve them on a busy machine
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:

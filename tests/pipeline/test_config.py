@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.config import CheckpointConfig, RunConfig, TrainConfig, changed_mathematics, flatten
 from pipeline.errors import PipelineError
-from pipeline.plan import make_plan
+from pipeline.counts import make_plan
 from pipeline.presets import PRESETS, run_preset
 from tests.pipeline.small_runs import small_run
 

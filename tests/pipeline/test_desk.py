@@ -6,10 +6,12 @@ import pytest
 from rich.console import Console
 
 import pipeline.evaluation
+from data_shards.store import Store
 from pipeline.desk import Desk
 from pipeline.display import Display
 from pipeline.evaluation import Evaluations
 from pipeline.events import Kept, Metrics, NotKept, Started
+from pipeline.journal import Journal
 from pipeline.meter import Meter
 from pipeline.presets import run_preset
 
@@ -29,6 +31,9 @@ class Recorder:
     def __init__(self):
         self.metrics, self.checkpoints, self.tags = [], [], {}
 
+    def last_value(self, name):
+        return None
+
     def set_tags(self, tags):
         self.tags |= tags
 
@@ -39,9 +44,12 @@ class Recorder:
         self.checkpoints.append((step, url, digest, params))
 
 
-def show(*events, terminal):
+def show(*events, terminal, folder):
     console = Console(record=True, force_terminal=terminal, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
-    desk = Desk(Display(console), Recorder(), None, lambda: None, Meter(run_preset("digits"), 0.0))
+    meter = Meter(run_preset("digits"), 0.0)
+    desk = Desk(
+        Display(console), Recorder(), None, lambda: None, meter, Journal(folder, Store(folder))
+    )
     for event in events:
         desk.handle(event)
     desk._display.close()
@@ -50,9 +58,9 @@ def show(*events, terminal):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_person_sees_facts_progress_and_checkpoints(terminal):
+def test_person_sees_facts_progress_and_checkpoints(tmp_path, terminal):
     text, tracker = show(
-        Started({"partitioned matrices": "9 of 9"}, 0, 10),
+        Started({"partitioned matrices": "9 of 9"}, 0, 10, micro_batch=6),
         Metrics(10, VALUES, 7),
         Kept(
             10,
@@ -65,6 +73,7 @@ def test_person_sees_facts_progress_and_checkpoints(terminal):
         ),
         NotKept(20, "rank 1: no space left"),
         terminal=terminal,
+        folder=tmp_path,
     )
     for part in ("partitioned matrices: 9 of 9", "loss 1.2500", "clean 50.0%", "certified 25.0%"):
         assert part in text
@@ -73,12 +82,13 @@ def test_person_sees_facts_progress_and_checkpoints(terminal):
     assert "training waited 0.25 s" in text
     assert "not kept step 20: rank 1: no space left" in text
     stalls = {"checkpoint/stall_s": 0.25, "checkpoint/write_s": 1.5}
-    (step, values, time_ms), *others = tracker.metrics
+    first, (step, values, time_ms), *others = tracker.metrics
+    assert first == (0, {"train/micro_batch": 6}, None)
     assert (step, time_ms) == (10, 7)
     assert {name: values[name] for name in VALUES} == VALUES
     assert values["cost/device_hours"] > 0
     assert others == [(10, stalls, None), (20, {"checkpoint/failed": 1}, None)]
-    assert tracker.tags == {"device": "cpu", "devices": "1"}
+    assert tracker.tags == {"device": "cpu", "devices": "1", "micro_batch": "6"}
     where = {"checkpoint_url": "file:///runs/a/checkpoints/x"}
     assert tracker.checkpoints == [(10, "file:///runs/a/artifacts/x", "d" * 64, where)]
 

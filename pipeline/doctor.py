@@ -1,0 +1,74 @@
+"""Entry: `python -m pipeline.doctor [--storage URL] [--mlflow URI] [--shards URL] [--address RAY]`.
+
+Looks at the environment in which a run would start and says what to fix. Exit codes: 0 nothing
+fails, 1 something does.
+"""
+
+import dataclasses
+import json as json_format
+import os
+import sys
+from collections.abc import Sequence
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.checks import Finding, all_checks, bounded
+
+_COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
+
+
+def examine(
+    storage: str = "runs",
+    mlflow: str = "",
+    shards: str = "",
+    address: str = "",
+    json: bool = False,
+    timeout_s: float = 60.0,
+) -> int:
+    """Check this environment.
+
+    Args:
+        storage: URL of runs and data; a local folder that does not exist is not made.
+        mlflow: MLflow store, as for training.
+        shards: URL of a shard set.
+        address: Ray cluster, HOST:PORT or http://HOST:8265. Default: RAY_ADDRESS.
+        json: print JSON.
+        timeout_s: seconds after which a check has failed.
+
+    Returns:
+        1 if a check failed.
+    """
+    checks = all_checks(
+        storage=storage,
+        mlflow_uri=mlflow,
+        shards_url=shards,
+        address=address or os.environ.get("RAY_ADDRESS", ""),
+        timeout_s=timeout_s,
+    )
+    found = {name: bounded(check, timeout_s) for name, check in checks}
+    console = Console(highlight=False)
+    if json:
+        rows = [{"check": name, **dataclasses.asdict(row)} for name, row in found.items()]
+        console.print(json_format.dumps(rows, indent=1), soft_wrap=True, markup=False)
+    else:
+        console.print(_table(found))
+    return int(any(row.status == "FAIL" for row in found.values()))
+
+
+def _table(found: dict[str, Finding]) -> Table:
+    table = Table("check", "", "value", "what to do")
+    for name, row in found.items():
+        status = f"[{_COLOURS[row.status]}]{row.status}[/]"
+        table.add_row(name, status, row.value.replace("[", r"\["), row.advice.replace("[", r"\["))
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the entry; returns the exit code."""
+    return tyro.cli(examine, args=arguments, prog="python -m pipeline.doctor")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Append-only lines on the local disk, which a full disk delays and does not tear."""
+
+import errno
+import logging
+import os
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+class Lines:
+    """A file that only grows, by whole lines.
+
+    What cannot be written (a full disk, a limit) waits in memory and goes into the file, in order,
+    with a later call. A line that a dead process left half written is dropped.
+
+    Args:
+        path: the file; its folder exists.
+
+    Attributes:
+        path: the file.
+        end: bytes of all lines so far, those that wait included.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        self.end = self._written = path.stat().st_size
+        self._waiting: list[bytes] = []
+
+    def append(self, line: bytes) -> int:
+        """Add a line, which ends with a newline; returns where it ends in the file."""
+        self._waiting.append(line)
+        self.end += len(line)
+        self.flush()
+        return self.end
+
+    def flush(self) -> None:
+        """Try to write what waits."""
+        if not self._waiting:
+            return
+        data = b"".join(self._waiting)
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if len(self._waiting) == 1:  # the first of this outage
+                logger.warning("%s: %s; lines wait in memory", self.path, error)
+            os.truncate(self.path, self._written)
+            return
+        self._written += len(data)
+        self._waiting.clear()

@@ -1,0 +1,264 @@
+"""Full disks and trackers that are away or slow: training goes on, nothing arrives twice."""
+
+import contextlib
+import json
+import resource
+import threading
+import time
+from unittest import mock
+
+import pytest
+
+from data_shards.store import Store
+from pipeline import tracker as tracker_file
+from pipeline.config import CheckpointConfig, TrainConfig
+from pipeline.events import NotKept, Skipped
+from pipeline.journal import Journal
+from pipeline.lines import Lines
+from pipeline.pretrain import main
+from pipeline.restore import committed
+from pipeline.tracker import Tracker
+from pipeline.tracking import RunReference, TrackingConfig
+from pipeline.trainer import Trainer
+from pipeline.worker import Job
+from pipeline.zero3 import Zero3
+from tests.harness import run_ranks
+from tests.pipeline.small_runs import (
+    observed_run,
+    rank_world,
+    same_bits,
+    small_run,
+    small_shards,
+    whole_state,
+)
+
+STEPS, BATCH, EVERY = 8, 24, 2
+FULL = (4, 5)  # steps after which the disk of rank 1 is full
+
+
+@contextlib.contextmanager
+def full_disk(bytes_per_file):
+    """The kernel refuses to let a file of this process grow beyond this."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_lines_wait_for_room_and_are_never_torn(tmp_path, caplog):
+    path = tmp_path / "lines"
+    path.write_bytes(b"one\ntorn")  # left by a process that died
+    lines = Lines(path)
+    with full_disk(9):
+        assert lines.append(b"two\n") == 8
+        assert lines.append(b"three\n") == lines.end == 14  # one byte of it would fit
+        assert path.read_bytes() == b"one\ntwo\n"
+        assert lines.append(b"four\n") == 19
+    assert caplog.text.count("lines wait in memory") == 1
+    assert lines.append(b"five\n") == 24
+    assert path.read_bytes() == b"one\ntwo\nthree\nfour\nfive\n"
+
+
+# -- a tracker that is away or slow ----------------------------------------------------------------
+
+
+class FakeServer:
+    """MLflow's behaviour as the shipper sees it, with faults by a script.
+
+    Attributes:
+        script: what happens to the next calls: "down", "lost" (done, and no answer) or "slow".
+        arrived: metrics in the order of their first arrival.
+        status: final status of the run.
+        threads: who has called.
+    """
+
+    def __init__(self, script):
+        self.script = list(script)
+        self.arrived: list[tuple[int, float, int]] = []
+        self.status = ""
+        self.threads = set()
+
+    def _meet(self):
+        self.threads.add(threading.get_ident())
+        fault = self.script.pop(0) if self.script else ""
+        if fault == "down":
+            raise ConnectionError("no answer")
+        if fault == "slow":
+            time.sleep(1.0)
+        return fault
+
+    def _answer(self, fault):
+        if fault == "lost":
+            raise ConnectionError("the answer was lost")
+
+    def start_run(self, **row):
+        self._answer(self._meet())
+        return RunReference("1", "run")
+
+    def log_metrics(self, run_id, rows):
+        fault = self._meet()
+        for row in rows:
+            for value in row["values"].values():
+                point = (row["step"], value, row["timestamp_ms"])
+                if point not in self.arrived:  # as MLflow's store, which has such a key
+                    self.arrived.append(point)
+        self._answer(fault)
+
+    def finish_run(self, run_id, status, timestamp_ms):
+        fault = self._meet()
+        self.status = status
+        self._answer(fault)
+
+
+SCRIPTS = {
+    "at the start": ["down", "down"],
+    "in the middle": ["", "", "down", "down"],
+    "at the end": ["", "", "", "down"],
+    "answers lost": ["lost", "", "lost", "lost"],
+    "slow": ["slow", "slow", "slow"],
+}
+
+
+@pytest.mark.parametrize("when", SCRIPTS)
+def test_an_outage_costs_training_nothing_and_loses_nothing(tmp_path, monkeypatch, when):
+    server = FakeServer(SCRIPTS[when])
+    monkeypatch.setattr(tracker_file, "Server", lambda config: server)
+    away = TrackingConfig(uri="http://127.0.0.1:9")
+    tracker = Tracker(away, tmp_path, run_name="x", wait_seconds=0.2)
+    begin = time.perf_counter()
+    for step in range(6):
+        tracker.log_metrics(step, {"loss": step / 2}, timestamp_ms=step)
+        if step in (1, 3):
+            time.sleep(0.3)  # the shipper meets the script between two records
+    waited = time.perf_counter() - begin - 0.6
+    tracker.finish()
+    assert tracker.close(30)
+    assert waited < 0.2
+    assert server.arrived == [(step, step / 2, step) for step in range(6)]
+    assert server.status == "FINISHED"
+    assert threading.get_ident() not in server.threads
+
+
+def test_records_outlive_a_full_disk(tmp_path, monkeypatch):
+    server = FakeServer([])
+    monkeypatch.setattr(tracker_file, "Server", lambda config: server)
+    away = TrackingConfig(uri="http://127.0.0.1:9")
+    tracker = Tracker(away, tmp_path, run_name="x", wait_seconds=10)
+    with full_disk((tmp_path / "spool.jsonl").stat().st_size + 100):
+        for step in range(20):
+            tracker.log_metrics(step, {"loss": 1.0}, timestamp_ms=step)
+    assert tracker.close(30)
+    assert server.arrived == [(step, 1.0, step) for step in range(20)]
+    rows = [json.loads(line) for line in (tmp_path / "spool.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "metrics"] == list(range(20))
+
+
+def test_the_event_log_follows_a_run_to_another_machine(tmp_path):
+    run = Store(f"memory://{tmp_path.name}")
+    for machine in ("a", "b"):
+        journal = Journal(tmp_path / machine, run)
+        journal.add(Skipped(1))
+        journal.publish()
+    assert run.read("events.jsonl").count(b'"event": "Skipped"') == 2
+
+
+# -- training on a disk that is full for a while ---------------------------------------------------
+
+
+def config(**parts):
+    train = TrainConfig(global_batch=BATCH, epochs=(STEPS - 0.5) * BATCH / 135, warmup_epochs=0)
+    return small_run(train=train, checkpoint=CheckpointConfig(every_steps=EVERY), **parts)
+
+
+def on_a_full_disk(rank, world_size, folder, shards):
+    """A plain run, and one where no file of rank 1 may grow beyond 4 kB for two steps."""
+    outcomes, newest = {}, []
+    genuine = Zero3.step
+    with rank_world(rank, world_size), contextlib.ExitStack() as disk:
+
+        def step(engine, *arguments, **options):
+            done = engine.optimizer.scalar_state()["step"]
+            if rank == 1 and done == FULL[0] - 1:
+                disk.enter_context(full_disk(4096))
+            if done == FULL[1]:
+                disk.close()
+                found = committed(Store(f"{folder}/full/checkpoints"))
+                newest.extend(store.url[-1:] for store in found)
+            return genuine(engine, *arguments, **options)
+
+        outcomes["plain"] = observed_run(Job(config(), f"{folder}/plain", shards, {}))
+        with mock.patch.object(Zero3, "step", step):
+            outcomes["full"] = observed_run(Job(config(), f"{folder}/full", shards, {}))
+        outcomes["again"] = observed_run(Job(config(), f"{folder}/full", shards, {}))
+    return outcomes, newest
+
+
+@pytest.mark.distributed
+def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path):
+    shards = small_shards(tmp_path / "shards")
+    ranks = run_ranks(on_a_full_disk, 2, str(tmp_path), shards, timeout=200)
+    (first, newest), (second, _) = ranks
+    full, plain = first["full"], first["plain"]
+    assert [full.error, second["full"].error] == ["", ""]
+    failed = [e for e in full.events if isinstance(e, NotKept)]
+    assert [e.step for e in failed] == [4]
+    assert "rank 1: cannot write" in failed[0].error
+    assert "File too large" in failed[0].error
+    assert newest == ["2"]  # while it was full, the one before stayed
+    assert list(full.kept) == [2, 6, 8]
+    assert full.losses == plain.losses
+    ends = [whole_state([rank[name].end for rank, _ in ranks]) for name in ("plain", "full")]
+    assert same_bits(*ends)
+    assert first["again"].events[0].step == STEPS
+
+
+# -- the training thread ---------------------------------------------------------------------------
+
+
+def calls_while_training(rank, world_size, folder):
+    """Threads that reached a store or the tracking server while the loop ran, by what they did."""
+    calls, training = [], []
+    fit, open_store = Trainer.fit, Store._fs
+
+    def noted_fit(trainer):
+        training.append(threading.get_ident())
+        try:
+            fit(trainer)
+        finally:
+            training.append(None)
+
+    def noted_store(store, **options):
+        if training and training[-1]:
+            calls.append(("store", threading.get_ident()))
+        return open_store(store, **options)
+
+    class NotedServer(FakeServer):
+        def _meet(self):
+            if training and training[-1]:
+                calls.append(("tracker", threading.get_ident()))
+            return super()._meet()
+
+        def __getattr__(self, name):  # tags and models
+            return lambda *_, **__: self._meet()
+
+    options = ["--cluster.launcher", "local", "--train.epochs", "1", "--model.width", "24"]
+    options += ["--model.depth", "1", "--checkpoint.every-steps", "6", "--storage", folder]
+    options += ["--checkpoint.no-evaluate", "--mlflow", "http://127.0.0.1:9"]
+    with (
+        rank_world(rank, world_size),
+        mock.patch.object(Trainer, "fit", noted_fit),
+        mock.patch.object(Store, "_fs", noted_store),
+        mock.patch.object(tracker_file, "Server", return_value=NotedServer([])),
+    ):
+        code = main(["digits", *options])
+    return code, training[0], calls
+
+
+@pytest.mark.distributed
+def test_no_store_and_no_tracker_is_called_on_the_training_thread(tmp_path):
+    ((code, training, calls),) = run_ranks(calls_while_training, 1, str(tmp_path), timeout=200)
+    assert code == 0
+    assert {what for what, _ in calls} == {"store", "tracker"}  # or nothing was observed
+    assert [what for what, thread in calls if thread == training] == []

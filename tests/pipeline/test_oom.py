@@ -1,0 +1,210 @@
+"""Out of memory: half the micro-batch, the same samples and losses; down to one, then refused."""
+
+import contextlib
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+
+from data_shards.store import Store
+from pipeline import worker
+from pipeline.config import TrainConfig, changed_mathematics
+from pipeline.errors import PipelineError
+from pipeline.events import Metrics, Started
+from pipeline.interruption import Flag
+from pipeline.memory import TooLargeError, fitting, is_out_of_memory, recorded, too_large
+from pipeline.objective import Objective
+from pipeline.restarts import fit_here, fit_in_memory
+from pipeline.worker import Job
+from tests.harness import run_ranks
+from tests.pipeline.small_runs import Undisturbed, rank_world, small_run, small_shards
+
+BATCH = 24
+CPU_TEXT = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 40 bytes."
+
+
+def config(accumulation=1):
+    return small_run(
+        train=TrainConfig(global_batch=BATCH, epochs=1, warmup_epochs=0, accumulation=accumulation)
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError(CPU_TEXT), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("Connection closed by peer"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_allocators_say_it_in_several_ways(error, is_one):
+    assert is_out_of_memory(error) == is_one
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "sizes", "ranks", "expected"),
+    [
+        (1, [], 2, 1),
+        (1, [12], 2, 2),  # 12 = 2 x 6
+        (1, [12, 6], 2, 4),
+        (1, [12, 6, 3], 2, 12),  # of 3 the half is 1
+        (1, [12, 6, 3, 1], 2, 12),
+        (1, [12], 1, 4),  # fewer ranks: 24 = 4 x 6
+        (1, [12], 4, 1),  # more ranks: 6 each
+        (3, [8], 1, 6),
+    ],
+)
+def test_the_next_micro_batch_is_at_most_half(accumulation, sizes, ranks, expected):
+    fitted = fitting(config(accumulation), sizes, ranks)
+    assert fitted.train.accumulation == expected
+    assert dataclasses.replace(fitted, train=config().train) == config()
+
+
+def test_the_accumulation_may_change_on_resume():
+    assert changed_mathematics(config(), config(2)) == []
+
+
+def test_what_did_not_fit_is_recorded_until_nothing_smaller_is_left(tmp_path):
+    run = Store(tmp_path)
+    for sizes, size in (([], 3), ([3], 1)):
+        expected = TooLargeError if size > 1 else PipelineError
+        with (
+            pytest.raises(expected, match=r"step 7, rank 1: out of memory with (3|3, 1) samples"),
+            recorded(run, sizes, size, where=lambda: "step 7, rank 1"),
+        ):
+            raise MemoryError
+    assert too_large(run) == [3, 1]
+    with pytest.raises(RuntimeError, match="closed"), recorded(run, [], 3, where=str):
+        raise RuntimeError("closed")
+
+
+@contextlib.contextmanager
+def memory_for(samples, *, but_step=None):
+    """Every forward pass of more samples, or only those of one step, finds no memory."""
+    genuine = Objective.forward
+
+    def forward(self, images, labels, now):
+        if len(images) > samples and but_step in (None, now.step):
+            raise RuntimeError(CPU_TEXT)
+        return genuine(self, images, labels, now)
+
+    with mock.patch.object(Objective, "forward", forward):
+        yield
+
+
+def runs(rank, world_size, folder, shards):
+    """By case: events, error, micro-batches that did not fit. All ranks fail at the same time."""
+    cases = {"plain": memory_for(BATCH), "later": memory_for(6, but_step=4)}
+    cases |= {"never": memory_for(0)} if world_size == 1 else {"first": memory_for(5)}
+    answers = {}
+    with rank_world(rank, world_size):
+        for name, memory in cases.items():
+            job = Job(config(), f"{folder}/{name}-{world_size}", shards, {})
+            events, error = [], ""
+
+            def train(job=job, events=events):
+                worker.run_rank(job, events.append, Undisturbed())
+
+            with memory:
+                try:
+                    fit_here(train, ranks=1)  # as if each could begin again
+                except PipelineError as refusal:
+                    error = str(refusal)
+            answers[name] = events, error, too_large(Store(job.run_url))
+    return answers
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("oom")
+    shards = small_shards(folder / "shards")
+    return {n: run_ranks(runs, n, str(folder), shards, timeout=200)[0] for n in (1, 2)}
+
+
+def losses(events):
+    return {e.step: e.values["train/loss"] for e in events if isinstance(e, Metrics)}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_run_goes_on_with_the_same_samples_and_losses(outcomes, ranks):
+    answers = outcomes[ranks]
+    plain = losses(answers["plain"][0])
+    assert answers["plain"][2] == []
+    share = BATCH // ranks
+    tried = {1: {"later": [24, 12]}, 2: {"later": [12], "first": [12, 6]}}[ranks]
+    for name, sizes in tried.items():
+        events, error, found = answers[name]
+        assert (error, found) == ("", sizes), name
+        started = [e for e in events if isinstance(e, Started)]
+        assert [e.micro_batch for e in started] == [*sizes, sizes[-1] // 2]
+        assert (
+            started[-1].facts["batch"].endswith(f"{share // (sizes[-1] // 2)} x {sizes[-1] // 2}")
+        )
+        assert str(sizes[-1]) in started[-1].facts["out of memory"]
+        assert losses(events) == pytest.approx(plain, rel=2e-4)
+    # Nothing had been kept, so the later one began again with step 1.
+    steps = [e.step for e in answers["later"][0] if isinstance(e, Metrics)]
+    assert steps[:5] == [1, 2, 3, 4, 1]
+
+
+@pytest.mark.distributed
+def test_down_to_one_then_refused_with_the_sizes_tried(outcomes):
+    events, error, found = outcomes[1]["never"]
+    assert found == [24, 12, 6, 3, 1]
+    assert "out of memory with 24, 12, 6, 3, 1 samples per backward pass" in error
+    assert losses(events) == {}
+
+
+def test_several_ranks_without_ray_say_how_to_go_on():
+    def fit():
+        raise TooLargeError("step 1, rank 0: out of memory with 12 samples")
+
+    with pytest.raises(PipelineError, match=r"12 samples: start it again with --start-or-resume"):
+        fit_here(fit, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "groups", "left"),
+    [
+        (0, ["m", "ok"], [0, 0]),
+        (0, ["m", "m", "x"], [0, 0, 0]),
+        (2, ["mxx", "ok"], [2, 0]),  # both failures are used up
+        (2, ["mmx", "ok"], [2, 1]),
+        (1, ["xx"], [1]),
+        (-1, ["m", "ok"], [-1, -1]),
+    ],
+)
+def test_lack_of_memory_is_not_a_failure(tmp_path, allowed, groups, left):
+    """Ray gives up after `max_failures` + 1 failures: m for memory, x for any other."""
+    job = Job(
+        dataclasses.replace(
+            config(), cluster=dataclasses.replace(config().cluster, max_failures=allowed)
+        ),
+        str(tmp_path),
+        "",
+        {},
+    )
+    seen = []
+
+    def fit(job):
+        failures = groups[len(seen)]
+        seen.append(job.config.cluster.max_failures)
+        if failures == "ok":
+            return
+        for _ in range(failures.count("m")):
+            sizes = too_large(Store(tmp_path))
+            with contextlib.suppress(TooLargeError), recorded(Store(tmp_path), sizes, 9, where=str):
+                raise MemoryError
+        raise RuntimeError("the group failed")
+
+    if groups[-1] == "ok":
+        fit_in_memory(fit, job, Flag())
+    else:
+        with pytest.raises(RuntimeError, match="the group failed"):
+            fit_in_memory(fit, job, Flag())
+    assert seen == left

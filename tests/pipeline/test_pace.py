@@ -1,0 +1,94 @@
+"""The rank that computes more slowly than the others: measured without waiting, and named."""
+
+import dataclasses
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import pace
+from pipeline.events import Metrics, Straggling
+from pipeline.pace import Pace, Stopwatch
+from pipeline.worker import Job
+from pipeline.zero3 import Zero3
+from tests.harness import run_ranks
+from tests.pipeline import small_runs
+from tests.pipeline.small_runs import observed_run, rank_world, small_run, small_shards
+
+SLEEP_S = 0.02
+
+
+class Sleeper(nn.Module):
+    """Owns a parameter and takes its time; waits as if for parameters before."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        time.sleep(SLEEP_S)
+        return x * self.weight
+
+
+def test_only_the_modules_with_parameters_are_timed_once_per_reading(monkeypatch):
+    network = nn.Sequential(Sleeper(), nn.ReLU(), nn.Sequential(Sleeper(), nn.Flatten()))
+    for module in network.modules():  # as a gather of parameters: before, and not counted
+        module.register_forward_pre_hook(lambda *_: time.sleep(SLEEP_S))
+    watch = Stopwatch(network, torch.device("cpu"))
+    readings = []
+    clock = time.perf_counter
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: readings.append(1) or clock())
+    assert watch.read() == 0
+    for _ in range(3):
+        network(torch.ones(1, 1))
+    assert len(readings) == 4, "two modules, one of three passes"
+    assert 2 * SLEEP_S < watch.read() < 3 * SLEEP_S
+    assert watch.read() == 0
+
+
+def test_a_rank_is_named_once_after_several_slow_records():
+    """A record every 10 s, and eight in a second: named after 5 records and 30 s."""
+    for every_s, last, first in ((10.0, 12, 4), (0.125, 1200, 240)):
+        clock = [0.0]
+        ranks = Pace(1.5, lambda clock=clock: clock[0])
+        named = []
+        for record in range(2 * last):
+            clock[0] = record * every_s
+            slow = 3.0 if record != last else 1.0
+            values = ranks.compare([1.0, 1.1, slow, 0.9])
+            named.append(ranks.straggler())
+            if record != last:
+                assert values == {"perf/slowest_rank": 2, "perf/slowest_ratio": 3.0}
+        found = [record for record, rank in enumerate(named) if rank is not None]
+        assert found == [first, last + 1 + first]
+    assert ranks.compare([1.0]) == ranks.compare([0.0, 1.0]) == {}
+
+
+def slow_run(rank, world_size, folder, shards):
+    class Slow(Zero3):
+        def __init__(self, **parts):
+            super().__init__(**parts)
+            if rank == 1:
+                stem = next(m for m in self._network.modules() if m in pace._leaves(self._network))
+                forward = stem.forward
+                stem.forward = lambda *a, **k: time.sleep(0.1) or forward(*a, **k)
+
+    config = small_run()
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1.2))
+    small_runs.Zero3, pace._SECONDS = Slow, 0.0
+    with rank_world(rank, world_size):
+        return observed_run(Job(config, folder, shards, {}))
+
+
+@pytest.mark.distributed
+def test_a_slow_rank_is_named_while_it_trains(tmp_path):
+    shards = small_shards(tmp_path / "shards")
+    first, second = run_ranks(slow_run, 2, str(tmp_path / "run"), shards, timeout=280)
+    records = [event.values for event in first.events if isinstance(event, Metrics)]
+    assert {record["perf/slowest_rank"] for record in records} == {1.0}
+    assert min(record["perf/slowest_ratio"] for record in records) > 3
+    (event,) = [event for event in first.events if isinstance(event, Straggling)]
+    assert (event.step, event.rank) == (5, 1)
+    assert "process" in event.host
+    assert not any(isinstance(event, Straggling) for event in second.events)

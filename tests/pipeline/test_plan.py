@@ -1,0 +1,215 @@
+"""The planner: its figures against a real run, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from model.config import LipNeXtConfig
+from optim.config import OptimConfig
+from pipeline import budget
+from pipeline.config import TrainConfig, ZeroConfig
+from pipeline.errors import PipelineError
+from pipeline.estimate import estimate, memory, setting_of, weights_of
+from pipeline.flops import training_flops
+from pipeline.forecast import device_of
+from pipeline.plan import main, parse, sweep
+from pipeline.rehearsal import LiveBytes, rehearse
+from pipeline.schedules import Moment
+from tests.harness import run_ranks
+from tests.pipeline.small_runs import rank_world, small_run
+
+STEPS = 3  # not right after a synchronisation, where exports have less to do
+MICRO = 8
+
+
+def planned_run(world_size, **train):
+    """0.9 MB per tensor and rank: everything else is small beside the matrices."""
+    return small_run(
+        model=LipNeXtConfig(input_shape=(1, 8, 8), num_classes=10, patch=1, width=256, depth=3),
+        optim=OptimConfig(lookahead_steps=2, polar_every=1, audit_every=0),
+        train=TrainConfig(global_batch=MICRO * world_size, epochs=1, warmup_epochs=0, **train),
+        zero=ZeroConfig(reduce_bucket_size=4 * 256**2),
+    )
+
+
+class Observed(LiveBytes):
+    """Also counts what collectives move: bytes of whole tensors, by operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.moved = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if func.namespace == "c10d" and "_base_" in name:
+            whole = max(a.nbytes for a in args[:2] if isinstance(a, torch.Tensor))
+            self.moved[name] = self.moved.get(name, 0) + whole
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def observe(rank, world_size, train):
+    """Bytes of one rank: always, and beyond that in each phase; what it sent in one step."""
+    from pipeline.zero3 import Zero3
+
+    config = planned_run(world_size, **train)
+    peaks = {"forward and backward": 0, "optimizer step": 0}
+    with rank_world(rank, world_size) as world, Observed() as held:
+        engine = Zero3(world=world, config=config, micro_batch=MICRO)
+        engine.initialise(0)
+        step = engine.optimizer.step
+
+        def observed_step():
+            peaks["forward and backward"] = max(peaks["forward and backward"], held.peak)
+            held.peak = held.live
+            step()
+            peaks["optimizer step"] = max(peaks["optimizer step"], held.peak)
+            held.peak = held.live
+
+        engine.optimizer.step = observed_step
+        for number in range(STEPS):
+            held.peak = held.live
+            held.moved, engine.optimizer.exchange.bytes_sent = {}, 0
+            images = torch.zeros(1, MICRO, 1, 8, 8, dtype=torch.uint8)
+            labels = torch.zeros(1, MICRO, dtype=torch.int64)
+            engine.step(zip(images, labels, strict=True), Moment(number, 0.1, 1.0, 0.1))
+        always, sent, moved = held.live, engine.optimizer.exchange.bytes_sent, held.moved
+        held.peak = held.live
+        for _ in engine.optimizer.export():
+            pass
+        peaks["export"] = held.peak
+        state = sum(tensor.nbytes for _, _, tensor in engine.optimizer.partitioned_state())
+    found = {phase: peak - always for phase, peak in peaks.items()}
+    return {**found, "always": always}, moved, sent, state
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "train",
+    [
+        pytest.param({"precision": "fp32"}, id="fp32"),
+        pytest.param(
+            {"precision": "bf16", "activation_checkpointing": True},
+            id="bf16, recomputing",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_memory_and_traffic_are_those_of_a_real_run(train):
+    config = planned_run(2, **train)
+    weights, largest = weights_of(config)
+    setting = setting_of(config, weights, largest=largest, ranks=2)
+    components = memory(weights, setting, rehearse(config, micro_batch=MICRO))
+    ranks = run_ranks(observe, 2, train)
+    for phase in ("always", "forward and backward", "optimizer step", "export"):
+        measured = max(found[phase] for found, *_ in ranks)
+        assert budget.phase_size(components, phase) == pytest.approx(measured, rel=0.1), phase
+    measured = max(found["always"] + found["optimizer step"] for found, *_ in ranks)
+    assert budget.peak(components) == pytest.approx(measured, rel=0.02)
+
+    sent = budget.traffic(weights, setting, accumulation=1, lookahead_steps=0, polar_every=0)
+    _, moved, _, _ = ranks[0]
+    gathered = sum(size for name, size in moved.items() if "allgather" in name)
+    assert (sent.forward + sent.backward) * 2 == pytest.approx(gathered, rel=0.1)
+    reduced = sum(size for name, size in moved.items() if "reduce_scatter" in name)
+    assert sent.reduce * 2 == pytest.approx(reduced, rel=0.02)
+    # The last step retracts the fast and the slow copy: 28 bytes instead of 20.
+    measured = sum(row[2] for row in ranks)
+    assert 2 * sent.manifold * 28 / 20 == pytest.approx(measured, rel=0.02)
+    state = sum(row[3] for row in ranks)
+    assert budget.checkpoint_bytes(weights, lookahead=True) == pytest.approx(state, rel=0.01)
+
+
+def test_flops_counted_are_the_least_plus_what_is_folded_and_recomputed():
+    config = planned_run(1)
+    least = training_flops(config.model)
+    fold = 3 * 2 * 256**3  # M R^T once forward, two products backward
+    images = 8  # more tokens than channels
+    seen = rehearse(config, micro_batch=images)
+    assert seen.flops == pytest.approx(images * least + 3 * fold, rel=1e-3)
+    assert seen.pinned_weight_bytes == 3 * 4 * 256**2  # R^T of each block
+    again = rehearse(planned_run(1, activation_checkpointing=True), micro_batch=images)
+    assert again.pinned_weight_bytes == 0
+    assert seen.flops * 1.2 < again.flops < seen.flops * 1.34
+    assert again.activation_bytes < seen.activation_bytes
+
+
+def test_more_ranks_hold_and_own_less():
+    config = planned_run(64)
+    one, many = (
+        estimate(config, ranks=n, device=device_of("H100", precision="fp32", nodes=1), images=6400)
+        for n in (2, 64)
+    )
+    always = budget.phase_size(one.components, "always")
+    assert budget.phase_size(many.components, "always") < always / 4
+    assert many.sent.manifold < one.sent.manifold
+    assert one.sent.zero3 < many.sent.zero3 < 2.1 * one.sent.zero3
+    assert many.time.manifold_products == one.time.manifold_products / 4  # 7 matrices: 4 and 1
+
+
+def run_plan(capsys, *arguments):
+    code = main(arguments)
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_the_billion_in_json_without_a_gpu(capsys):
+    code, out, _ = run_plan(
+        capsys, "imagenet-L32W4096", "--nodes", "2", "--price-per-gpu-hour", "3", "--json"
+    )
+    found = json.loads(out)
+    assert code == 0
+    assert found["parameters"] == pytest.approx(1.09e9, rel=0.01)
+    assert found["devices"] == 16
+    assert found["counts"]["rank_batch"] == 64
+    assert found["fits"]
+    assert found["cost"] == pytest.approx(3 * found["device_hours"])
+    assert found["checkpoint_bytes"] == pytest.approx(20 * found["parameters"], rel=0.01)
+    # 20 N / W bytes, of which a sixteenth stays; Lookahead's share is 4 / 6, retraction's 8 / 200.
+    assert found["sent_per_rank_step"]["manifold"] == pytest.approx(
+        20.7 * found["parameters"] / 16 * 15 / 16, rel=0.01
+    )
+
+
+def test_what_cannot_fit_is_refused_with_its_reason_and_a_way_out(capsys):
+    large = ("synthetic", "--images", "80000", "--gpus", "2", "--train.global-batch", "8192",
+             "--model.depth", "8", "--memory-gb", "0.6")  # fmt: skip
+    code, _, err = run_plan(capsys, *large)
+    assert code == 2
+    assert "the largest component is activations (forward and backward)" in err
+    assert "What fits: --train.accumulation " in err or "What fits: --train.activation" in err
+    change = err.split("What fits: ")[1].split(" (")[0].split()
+    code, _, err = run_plan(capsys, *large, *change)
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("digist",), "did you mean"),
+        (("digits", "--gpus", "7"), "not divisible by"),
+        (("digits", "--device", "TPU"), "--device TPU: not one of B200"),
+        (("digits", "--device", "TPU", "--tflops", "9"), "give --memory-gb as well"),
+        (("digits", "--nodes", "0"), "--nodes 0: at least 1"),
+        (("digits", "--sweep", "8,x"), "--sweep 8,x"),
+        (("digits", "--efficiency", "2"), "--efficiency 2.0 must be in (0, 1]"),
+        (("synthetic",), "give --images"),
+    ],
+)
+def test_bad_input_is_refused_and_named(capsys, arguments, words):
+    code, _, err = run_plan(capsys, *arguments)
+    assert code == 2
+    assert words in err
+
+
+def test_a_sweep_is_a_table_with_a_row_for_each_number():
+    header, rule, *rows = sweep(parse(["digits", "--sweep", "1,2,4"]))
+    assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 2", "| 4"]
+    assert header.count("|") == rule.count("|") == rows[0].count("|")
+
+
+def test_a_device_known_by_its_values_alone():
+    device = device_of("TPU", precision="bf16", nodes=2, tflops=100, memory_gb=16, link_gbps=100)
+    assert device.working_flops == 1e14
+    with pytest.raises(PipelineError, match="--tflops"):
+        device_of("TPU", precision="bf16", nodes=1)
