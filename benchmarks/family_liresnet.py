@@ -97,7 +97,7 @@ def main(widths: list[int]) -> None:
             "CIFAR size, float32, forward and backward pass with all gradients.",
             "Without bound: stem and blocks without their norms, matrices used as they are stored.",
             "BRONet's transforms and its low-rank products belong to the network, not to the tax.",
-            "The public implementations were not run: they need a GPU.",
+            "The public implementations: `python -m benchmarks.families`.",
         ],
     )
 

@@ -89,7 +89,7 @@ def main() -> None:
         [
             f"Batch {_BATCH}, 6 terms, float32, forward and backward pass with all gradients.",
             f"Target: LipConvnet-20 at least {_TARGET} times faster with the fast series.",
-            "The public implementation was not run: it needs a GPU and mixed precision.",
+            "The public implementations: `python -m benchmarks.families`.",
         ],
     )
 

@@ -69,7 +69,8 @@ def bounded(check: Check, timeout_s: float) -> Finding:
         try:
             found.append(check())
         except Exception as error:  # whatever a library raises is the finding
-            found.append(Finding("FAIL", f"{type(error).__name__}: {_first_line(error)}", _LOOK))
+            text = f"{type(error).__name__}: {_first_line(error)}"
+            found.append(Finding("FAIL", text, _advice(error)))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -78,7 +79,12 @@ def bounded(check: Check, timeout_s: float) -> Finding:
     return found[0] if found else late
 
 
-_LOOK = "read the message"
+def _advice(error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return "give this user the right to write there"
+    if isinstance(error, OSError):
+        return "see that it runs and can be reached from here"
+    return "see the message"
 
 
 def _first_line(error: Exception) -> str:

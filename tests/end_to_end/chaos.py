@@ -229,7 +229,7 @@ def disturbed(ray: Cluster, storage: Path, seed: int, ranks: int) -> tuple[list[
     rng = random.Random(seed)
     done = []
     with a_run(ray, storage, f"seed-{seed}", ranks) as run:
-        for step in sorted(rng.sample(range(2, STEPS - 5), rng.choice([2, 3]))):
+        for step in sorted(rng.sample(range(2, STEPS - 5, 12), rng.choice([2, 3]))):
             name = rng.choice(list(FAULTS))
             if not run.wait_for(step):
                 break
