@@ -169,25 +169,24 @@ def all_reduce(backend: str, timeout_s: float) -> Finding:
         return Finding("OK", "not needed: fewer than two GPUs")
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", _SUM, backend, str(rank), str(_RANKS), f"{folder}/store"],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(_RANKS)
-        ]
+        processes = []
+        for rank in range(_RANKS):
+            words = [backend, str(rank), str(_RANKS), f"{folder}/store"]
+            with Path(folder, str(rank)).open("wb") as said:
+                command = [sys.executable, "-c", _SUM, *words]
+                processes.append(subprocess.Popen(command, stdout=said, stderr=said))
+        errors = []
+        deadline = time.monotonic() + timeout_s
         try:
-            deadline = time.monotonic() + timeout_s
-            errors = [p.communicate(timeout=max(0.1, deadline - time.monotonic()))[1]
-                      for p in processes]  # fmt: skip
+            for process in processes:
+                process.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            errors = [f"no sum within {timeout_s:g} s"]
+            errors.append(f"no sum within {timeout_s:g} s")
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
+        errors += [Path(folder, str(rank)).read_text() for rank in range(_RANKS)]
     if all(process.returncode == 0 for process in processes):
         return Finding("OK", f"{_RANKS} processes, {time.perf_counter() - begin:.1f} s")
     last = next((text.strip().splitlines()[-1] for text in errors if text.strip()), "wrong sum")

@@ -4,8 +4,8 @@ import pickle
 import pytest
 
 from pipeline.config import CheckpointConfig, RunConfig, TrainConfig, changed_mathematics, flatten
-from pipeline.errors import PipelineError
 from pipeline.counts import make_plan
+from pipeline.errors import PipelineError
 from pipeline.presets import PRESETS, run_preset
 from tests.pipeline.small_runs import small_run
 
