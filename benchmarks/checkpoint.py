@@ -1,8 +1,8 @@
 """Saving the training state, beside DeepSpeed's own: python -m benchmarks.checkpoint.
 
 One rank holds the whole state of a LipNeXt under ZeRO-3 and saves it in turns: with this project's
-checkpoints (training waits for the copy alone) and with DeepSpeed's `save_checkpoint` (training waits
-to the end). Both write the same tensors: masters, two moments, slow copy, tangent sum.
+checkpoints (training waits for the copy alone) and with DeepSpeed's `save_checkpoint` (training
+waits to the end). Both write the same tensors: masters, two moments, slow copy, tangent sum.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Times:
 
 
 def make_engine(world: World, config: RunConfig) -> Zero3:
-    """The network under ZeRO-3 with a state of random numbers; matrices are the identity."""
+    """The network under ZeRO-3, matrices the identity, the state small random numbers."""
     engine = Zero3(world=world, config=config, micro_batch=1)
 
     def value(slot: Slot) -> Tensor:
@@ -54,7 +54,7 @@ def make_engine(world: World, config: RunConfig) -> Zero3:
     generator = torch.Generator().manual_seed(0)
     for kind, _, tensor in engine.optimizer.partitioned_state():
         if kind not in ("master", "slow"):
-            tensor.normal_(generator=generator)
+            tensor.normal_(std=1e-3, generator=generator)
     return engine
 
 
@@ -71,7 +71,7 @@ def ours(engine: Zero3, world: World, config: RunConfig, memory: HostMemory, pla
 
 
 def deepspeed(engine: Zero3, place: Path) -> Times:
-    """DeepSpeed's save; it leaves the bytes to the system's cache, so they are synchronised after."""
+    """DeepSpeed's save, which leaves the bytes to the system's cache, then a synchronisation."""
     begin = time.perf_counter()
     engine._engine.save_checkpoint(str(place), tag="step")
     stall = time.perf_counter() - begin

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import io
+import itertools
 import shutil
 import struct
 import tarfile
@@ -159,6 +160,7 @@ def test_mnist(tmp_path):
         (gzip.compress(struct.pack(">4I", 0x803, 2**31, 2**31, 9)), "more than 1073741824"),
         (gzip.compress(struct.pack(">4I", 0x803, 9, 28, 28) + bytes(9 * 784)), "39 images and 110"),
     ],
+    ids=itertools.count(),  # compressed bytes hold the time
 )
 def test_mnist_damaged(data, message, tmp_path):
     make_mnist(tmp_path)

@@ -1,6 +1,7 @@
 """The planner: its figures against a real run, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,6 +207,13 @@ def test_a_sweep_is_a_table_with_a_row_for_each_number():
     header, rule, *rows = sweep(parse(["digits", "--sweep", "1,2,4"]))
     assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 2", "| 4"]
     assert header.count("|") == rule.count("|") == rows[0].count("|")
+
+
+def test_the_page_on_scaling_says_what_the_planner_says():
+    page = (Path(__file__).resolve().parents[2] / "docs/scaling.md").read_text()
+    header, _, few, many = sweep(parse(["imagenet-L32W4096", "--sweep", "8,512"]))
+    for line in (header, few, many):
+        assert line in page
 
 
 def test_a_device_known_by_its_values_alone():
