@@ -87,7 +87,7 @@ def written(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def measure(config: RunConfig, folder: Path, repeats: int) -> list[Row]:
+def measure(config: RunConfig, folder: Path, repeats: int, *, with_export: bool) -> list[Row]:
     """Save in turns and compare the medians."""
     with join_world(config.cluster) as world:
         engine = make_engine(world, config)
@@ -106,9 +106,12 @@ def measure(config: RunConfig, folder: Path, repeats: int) -> list[Row]:
                 shutil.rmtree(place)
                 if turn:
                     times[name].append(found)
-        begin = time.perf_counter()
-        take_export(engine, world=world, network=config.model)
-        export = time.perf_counter() - begin
+        extra: list[Row] = []
+        if with_export:
+            begin = time.perf_counter()
+            take_export(engine, world=world, network=config.model)
+            waited = time.perf_counter() - begin
+            extra = [{"what": "export of the artefact's weights, on top", "stall s": waited}]
         parameters = engine.parameter_count
     rows: list[dict[str, object]] = [
         {
@@ -127,11 +130,16 @@ def measure(config: RunConfig, folder: Path, repeats: int) -> list[Row]:
         "GB": own["GB"] / peer["GB"],  # type: ignore[operator]
         "target": "stall <= 0.3, total <= 1.2",
     }
-    artefact = {"what": "export of the artefact's weights, on top of ours", "stall s": export}
-    return [*rows, ratios, artefact]
+    return [*rows, ratios, *extra]
 
 
-def main(width: int = 2048, depth: int = 32, repeats: int = 3, folder: Path | None = None) -> None:
+def main(
+    width: int = 2048,
+    depth: int = 32,
+    repeats: int = 3,
+    folder: Path | None = None,
+    export: bool = False,
+) -> None:
     """Measure and write benchmarks/results/checkpoint.md.
 
     Args:
@@ -139,6 +147,7 @@ def main(width: int = 2048, depth: int = 32, repeats: int = 3, folder: Path | No
         depth: its blocks.
         repeats: turns that count.
         folder: where to save; default: a temporary one.
+        export: also time the float64 projection of an artefact's weights (minutes on a CPU).
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
@@ -149,7 +158,7 @@ def main(width: int = 2048, depth: int = 32, repeats: int = 3, folder: Path | No
         cluster=ClusterConfig(launcher="local", device="cpu"),
     )
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        rows = measure(config, Path(place), repeats)
+        rows = measure(config, Path(place), repeats, with_export=export)
     notes = [
         f"LipNeXt of width {width} and depth {depth}, bf16 with fp32 masters, one gloo rank, local "
         f"disk; medians of {repeats} turns, wall time.",

@@ -58,7 +58,8 @@ def ray_exposure(address: str) -> str:
         where = _open_at(address, _JOBS)
     else:
         host = _host(address.removeprefix("ray://"))
-        if not is_loopback(host):
+        # Ray writes an address of the machine where 127.0.0.1 was asked for.
+        if not (is_loopback(host) or host in own_addresses()):
             if os.environ.get("RAY_AUTH_MODE") == "token":
                 return ""
             return (

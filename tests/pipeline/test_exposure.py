@@ -93,6 +93,13 @@ def test_a_cluster_on_the_network_needs_a_token(address, monkeypatch):
     require_closed(ray=address)
 
 
+def test_what_ray_makes_of_a_loopback_address_is_this_machine(monkeypatch):
+    monkeypatch.setattr(exposure, "own_addresses", lambda: ["192.0.2.7"])
+    with server("127.0.0.1") as port:
+        monkeypatch.setattr(exposure, "_DASHBOARD_PORT", port)
+        require_closed(ray="192.0.2.7:6379")
+
+
 @needs_network
 @pytest.mark.parametrize("address", ["auto", "127.0.0.1:6379"])
 def test_the_dashboard_of_a_cluster_on_this_machine_is_found(address, monkeypatch):
