@@ -93,6 +93,7 @@ def test_store_holds_config_metrics_checkpoints_and_evaluations(digits_run):
     assert len(committed) == len(digests)
 
 
+@pytest.mark.slow
 def test_bf16_ends_close_to_fp32(digits_run, bf16_run):
     fp32, bf16 = digits_run.summaries()[-1], bf16_run.summaries()[-1]
     assert fp32["artifact_digest"] != bf16["artifact_digest"]
