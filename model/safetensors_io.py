@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO
 
 import torch
@@ -87,16 +88,23 @@ def write_safetensors(
     """
     if sys.byteorder != "little":
         raise ModelError("safetensors files are little-endian; this machine is not")
-    digest = hashlib.sha256()
-    size = 0
+    digest, size = hashlib.sha256(), 0
+    with ThreadPoolExecutor(1) as hashing:  # beside the writing of the same bytes
+        for data in _pieces(specs, tensors, metadata):
+            hashed = hashing.submit(digest.update, data)
+            stream.write(data)
+            hashed.result()
+            size += len(data)
+    return FileDigest(digest.hexdigest(), size)
 
-    def put(data: bytes | memoryview) -> None:
-        nonlocal size
-        stream.write(data)
-        digest.update(data)
-        size += len(data)
 
-    put(_header(specs, metadata))
+def _pieces(
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None,
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a file: its header, then one tensor after another."""
+    yield _header(specs, metadata)
     arriving = iter(tensors)
     for spec in specs:
         name, tensor = next(arriving, (None, None))
@@ -108,11 +116,10 @@ def write_safetensors(
                 f"{spec.name} {spec.shape} {spec.dtype} is due"
             )
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        put(flat.view(torch.uint8).numpy().data)
+        yield flat.view(torch.uint8).numpy().data
     surplus = next(arriving, None)
     if surplus is not None:
         raise ModelError(f"tensor {surplus[0]} came after the last one")
-    return FileDigest(digest.hexdigest(), size)
 
 
 def read_header(stream: IO[bytes]) -> tuple[dict[str, TensorRange], dict[str, str]]:
