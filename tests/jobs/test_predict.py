@@ -152,6 +152,7 @@ def test_the_entry_writes_json_lines_and_csv(artifact, folder, tmp_path, capsys)
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_batches_on_ray_give_the_same_rows(artifact, folder, local_ray):
     rows, _ = rows_of(artifact, folder, batch_size=2)
     assert rows_of(artifact, folder, batch_size=2, launcher="ray")[0] == rows

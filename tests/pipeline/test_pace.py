@@ -82,6 +82,7 @@ def slow_run(rank, world_size, folder, shards):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_slow_rank_is_named_while_it_trains(tmp_path):
     shards = small_shards(tmp_path / "shards")
     first, second = run_ranks(slow_run, 2, str(tmp_path / "run"), shards, timeout=280)

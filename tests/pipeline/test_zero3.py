@@ -97,7 +97,9 @@ def train_reference(config, monkeypatch):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world_size", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
+)
 def test_equals_the_float64_reference(world_size, monkeypatch):
     # Four ranks on two cores are slow to start; one case of each kind runs at every size.
     names = list(CASES) if world_size in (2, 3) else ["plain", "accumulated"]
