@@ -17,7 +17,7 @@ from model.attack import apgd, margins
 from model.certificates import certify
 from tests.end_to_end.conftest import ROOT
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 COLUMNS = ("36/255", "72/255", "108/255")
 
