@@ -131,8 +131,8 @@ def efficiency_rows(width: int, depth: int, batch: int, steps: int, turns: int) 
 def volume_rows(width: int, depth: int, ranks: tuple[int, ...]) -> list[Row]:
     """Bytes that the optimizer of a rank sends, the mean of all ranks, and 20 N / W less the own.
 
-    X, G and the two moments' direction reach the owner and two results return, in float32: 5
-    values of 4 bytes for each of N entries, of which a rank holds N / W and keeps 1 / W.
+    X, G and the direction reach the owner, the tangent and the new X return, in float32: 5 values
+    of 4 bytes for each of N entries, of which a rank holds N / W and keeps 1 / W.
     """
     entries = (2 * depth + 1) * width**2
     rows = []

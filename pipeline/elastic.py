@@ -18,42 +18,12 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ResizeDecision,
 )
 
-PAUSE = "pause"
-STOP = "stop"
+from pipeline.interruption import PAUSE
+
 RESIZE_S = 30.0
 """Pause between two looks whether the cluster has room for another number of ranks."""
 START_TIMEOUT_S = "30"
 """How long Ray waits for the resources of a group before it counts them anew."""
-
-
-class Orders:
-    """What driver and controller want of the ranks; runs as an actor beside the driver."""
-
-    def __init__(self) -> None:
-        self._standing: set[str] = set()
-        self._paused: set[int] = set()
-
-    def give(self, order: str) -> None:
-        """Give STOP or PAUSE."""
-        self._standing.add(order)
-        if order == PAUSE:
-            self._paused.clear()
-
-    def withdraw(self, order: str) -> None:
-        """Take an order back."""
-        self._standing.discard(order)
-
-    def standing(self) -> frozenset[str]:
-        """Orders that have been given."""
-        return frozenset(self._standing)
-
-    def pause(self, rank: int) -> None:
-        """A rank has kept its state and waits for its end."""
-        self._paused.add(rank)
-
-    def paused(self) -> int:
-        """How many ranks do."""
-        return len(self._paused)
 
 
 class DividingPolicy(ElasticScalingPolicy):

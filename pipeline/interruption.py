@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Protocol
 
+STOP = "stop"
+"""Keep a checkpoint and end."""
+PAUSE = "pause"
+"""Keep a checkpoint and wait to be ended: as many ranks as there is room for go on from it."""
+
 
 class Interruption(Protocol):
     """What a rank can learn of the end of its time."""
@@ -82,3 +87,33 @@ class Flag:
     def preempted(self) -> bool:
         """See Interruption."""
         return False
+
+
+class Orders:
+    """What driver and controller want of the ranks, which ask; an actor beside the driver."""
+
+    def __init__(self) -> None:
+        self._standing: set[str] = set()
+        self._paused: set[int] = set()
+
+    def give(self, order: str) -> None:
+        """Give STOP or PAUSE."""
+        self._standing.add(order)
+        if order == PAUSE:
+            self._paused.clear()
+
+    def withdraw(self, order: str) -> None:
+        """Take an order back."""
+        self._standing.discard(order)
+
+    def standing(self) -> frozenset[str]:
+        """Orders that have been given."""
+        return frozenset(self._standing)
+
+    def pause(self, rank: int) -> None:
+        """A rank has kept its state and waits for its end."""
+        self._paused.add(rank)
+
+    def paused(self) -> int:
+        """How many ranks do."""
+        return len(self._paused)

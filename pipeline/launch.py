@@ -14,7 +14,7 @@ from pipeline.config import ClusterConfig
 from pipeline.counts import world_sizes
 from pipeline.errors import REFUSALS, PipelineError
 from pipeline.events import Emit, Event
-from pipeline.interruption import Flag, Interruption
+from pipeline.interruption import PAUSE, STOP, Flag, Interruption, Orders
 from pipeline.worker import Job, run_rank
 
 _POLL_S = 0.2
@@ -103,8 +103,6 @@ class _Listener(Flag):
         """Having returned because of PAUSE, wait for the end; a rank that returns has finished."""
         from ray.train import get_context
 
-        from pipeline.elastic import PAUSE, STOP
-
         if PAUSE in self._standing():
             self._orders.pause.remote(get_context().get_world_rank())
             while STOP not in self._standing():
@@ -140,7 +138,7 @@ def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterato
                 final = done.is_set()
                 if stop.stop_requested() and not ordered:
                     ordered = True
-                    orders.give.remote("stop")
+                    orders.give.remote(STOP)
                 for event in events.get_nowait_batch(events.qsize()):
                     handle(event)
                 if final:
@@ -174,8 +172,6 @@ def fit(job: Job, handle: Emit, stop: Interruption) -> None:
     from ray.train import TrainingFailedError
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from pipeline.elastic import Orders
 
     # Beside this process: on another node they would be lost with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -8,8 +8,9 @@ from ray.train import ScalingConfig
 from pipeline import elastic
 from pipeline.config import ClusterConfig, TrainConfig
 from pipeline.counts import world_sizes
-from pipeline.elastic import PAUSE, STOP, DividingPolicy, Orders
+from pipeline.elastic import DividingPolicy
 from pipeline.errors import PipelineError
+from pipeline.interruption import PAUSE, STOP, Orders
 from tests.pipeline.small_runs import small_run
 
 GRACE_S = 100.0
