@@ -235,6 +235,8 @@ class RunConfig:
     start_or_resume: bool = False
     """Continue the run of this --name if there is one, else start it: for jobs that are submitted
     again by a machine."""
+    accept_changes: bool = False
+    """Continue a run although settings differ that decide what is computed."""
 
     def __post_init__(self) -> None:
         """Rules that involve two parts, and what must not be saved beside every checkpoint."""
@@ -294,6 +296,7 @@ class RunConfig:
 
 MATHEMATICS = ("model", "data", "optim", "loss", "train")
 """Parts that must not change when a run is resumed."""
+_HOW_TO_CONTINUE = ("name", "resume", "start_or_resume", "accept_changes")
 _FREE_ON_RESUME = {
     "train.accumulation",  # as the number of ranks: it changes the rounding of sums
     "train.stop_after",
@@ -316,15 +319,18 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def changed_mathematics(old: RunConfig, new: RunConfig) -> list[str]:
-    """Settings that differ and change what is computed, as `name: old -> new`."""
+def changes(old: RunConfig, new: RunConfig) -> dict[str, str]:
+    """Settings that differ, as `name: "old -> new"`; how a run is continued is none of them."""
     adapter = TypeAdapter(RunConfig)
     before = flatten(adapter.dump_python(old, mode="json"))
     after = flatten(adapter.dump_python(new, mode="json"))
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
+    return {
+        key: f"{before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if key.split(".")[0] in MATHEMATICS
-        and key not in _FREE_ON_RESUME
-        and before.get(key) != after.get(key)
-    ]
+        if key not in _HOW_TO_CONTINUE and before.get(key) != after.get(key)
+    }
+
+
+def decides_result(name: str) -> bool:
+    """Whether a setting decides what is computed, beyond the rounding of sums."""
+    return name.split(".")[0] in MATHEMATICS and name not in _FREE_ON_RESUME

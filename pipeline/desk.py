@@ -187,6 +187,9 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
     desk = Desk(display, tracker, evaluations, retention.submit, meter, journal)
     system = SystemMetrics(lambda values: tracker.log_metrics(desk.step, values))
     status = "FAILED"
+    if prepared.changed:
+        display.message("changed: " + "; ".join(f"{k}: {v}" for k, v in prepared.changed.items()))
+        journal.note("Changed", settings=prepared.changed)
     try:
         yield desk
         display.close()

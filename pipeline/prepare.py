@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from data_shards.sources import digits, synthetic
 from data_shards.store import Store
 from data_shards.write import write_shard_set
-from pipeline.config import RunConfig, changed_mathematics, flatten
+from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.counts import make_plan, world_sizes
 from pipeline.errors import PipelineError
 from pipeline.exposure import require_closed
@@ -40,6 +40,7 @@ class Prepared:
         mlflow: resolved MLflow store.
         experiment: resolved MLflow experiment.
         spool: local folder of the metrics spool.
+        changed: settings of a continued run that are not those it had before.
     """
 
     job: Job
@@ -48,6 +49,7 @@ class Prepared:
     mlflow: str
     experiment: str
     spool: Path
+    changed: dict[str, str]
 
     def params(self) -> dict[str, Any]:
         """Parameters of the tracked run: the resolved configuration and the code version."""
@@ -73,7 +75,7 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
     make_plan(config, samples=samples.per_epoch, world_size=world_size)
     if cluster.launcher == "ray":
         world_sizes(config)
-    config, run = _open_run(config, storage)
+    config, run, changed = _open_run(config, storage)
     name = config.name
     context = {
         "run": name,
@@ -90,6 +92,7 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
         mlflow=config.mlflow or _embedded_mlflow(storage),
         experiment=config.experiment or samples.name,
         spool=(run.local_path() or Path.home() / ".cache/certified-pretrain" / name) / "tracking",
+        changed=changed,
     )
 
 
@@ -139,8 +142,8 @@ def _newest_run(config: RunConfig, storage: Store) -> str:
     raise PipelineError(f"--resume: no run of preset {config.preset!r} under {storage.url}")
 
 
-def _open_run(config: RunConfig, storage: Store) -> tuple[RunConfig, Store]:
-    """The configuration with its name and the run's folder, created or checked.
+def _open_run(config: RunConfig, storage: Store) -> tuple[RunConfig, Store, dict[str, str]]:
+    """The configuration with its name, the run's folder, created or checked, and what has changed.
 
     Of two processes that begin a run of the same name at the same time one is refused.
     """
@@ -148,14 +151,14 @@ def _open_run(config: RunConfig, storage: Store) -> tuple[RunConfig, Store]:
         named = dataclasses.replace(config, name=config.name or _newest_run(config, storage))
         run = storage.child(named.name)
         if run.exists(_RECORD) or config.resume or not _created(named, run):
-            _require_resumable(named, run)
-        return named, run
+            return named, run, _continue(named, run)
+        return named, run, {}
     base = _new_name(config)
     for number in itertools.count(1):  # a second one of the same second is numbered
         named = dataclasses.replace(config, name=base if number == 1 else f"{base}-{number}")
         run = storage.child(named.name)
         if _created(named, run):
-            return named, run
+            return named, run, {}
     raise AssertionError("unreachable")
 
 
@@ -163,22 +166,27 @@ def _created(config: RunConfig, run: Store) -> bool:
     return run.create(_RECORD, config.to_json().encode())
 
 
-def _require_resumable(config: RunConfig, run: Store) -> None:
-    """Check that an existing run may be continued with this config."""
+def _continue(config: RunConfig, run: Store) -> dict[str, str]:
+    """Check that an existing run may be continued with this config; what differs from before."""
     if not run.exists(_RECORD):
         raise PipelineError(f"--resume: there is no run {run.url}")
     if not (config.resume or config.start_or_resume):
         raise PipelineError(
             f"run {run.url} exists: give --resume to continue it, or another --name"
         )
-    before = RunConfig.from_json(run.read(_RECORD).decode())
-    changes = changed_mathematics(before, config)
-    if changes:
+    changed = changes(RunConfig.from_json(run.read(_RECORD).decode()), config)
+    refused = [f"{name}: {values}" for name, values in changed.items() if decides_result(name)]
+    if refused and not config.accept_changes:
         raise PipelineError(
-            "--resume would change the mathematics of the run: " + "; ".join(changes)
+            "--resume would change the mathematics of the run: "
+            + "; ".join(refused)
+            + " (--accept-changes continues all the same)"
         )
     if config.resume and not committed(run.child("checkpoints")):
         raise PipelineError(f"--resume: {run.url} has no committed checkpoint")
+    if changed:
+        run.write(_RECORD, config.to_json().encode())
+    return changed
 
 
 def code_version() -> dict[str, str]:

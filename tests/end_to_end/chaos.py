@@ -1,4 +1,4 @@
-"""Seeded chaos: a digits run on Ray that is killed, stopped, starved of disk and tracker.
+"""Seeded chaos: a digits run on Ray that is killed, stopped, moved, starved of disk and stores.
 
 `python -m tests.end_to_end.chaos --seeds 20` prints one line per seed.
 """
@@ -6,13 +6,11 @@
 import argparse
 import contextlib
 import dataclasses
-import itertools
-import json
+import logging
 import random
 import resource
 import signal
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,162 +19,58 @@ from pathlib import Path
 
 import psutil
 
-from tests.end_to_end.ray_cluster import ROOT, Cluster, cluster
+from data_shards.sources import digits
+from data_shards.write import write_shard_set
+from tests.end_to_end.chaos_run import (
+    INTERVAL,
+    PATIENCE_S,
+    STEPS,
+    ChaosError,
+    Place,
+    Result,
+    Run,
+    a_run,
+)
+from tests.end_to_end.ray_cluster import cluster
+from tests.faulty_proxy import FaultyProxy, Weather
+from tests.object_store import s3_clients, s3_server, upload
 
 HEAD = "ray start --head --num-cpus 4 --node-ip-address 127.0.0.1"
-INTERVAL = 10
-"""Steps between checkpoints."""
-STEPS = 90
-_BATCH = 48  # for two and for three ranks
-_OPTIONS = (
-    f"--train.global-batch {_BATCH} --train.epochs 3 --train.warmup-epochs 0.5 --model.width 24 "
-    f"--model.depth 2 --checkpoint.every-steps {INTERVAL} --checkpoint.no-evaluate "
-    "--cluster.device cpu --cluster.max-failures 20 --cluster.hang-timeout-s 30 --start-or-resume"
-)
-_PATIENCE_S = 1200
-_SUBMISSIONS = 12
-
-
-class ChaosError(AssertionError):
-    """A promise was broken."""
+_STORM = Weather(unavailable=0.5, reset=0.2, short=0.1)
+_SAME_LOSSES = 10
+"""Steps after a change of the ranks whose losses must agree; later rounding grows."""
+_LOSS_TOLERANCE = 1e-5
+_CRA_TOLERANCE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """What a finished run left."""
+class Around:
+    """What surrounds the runs, beside their place."""
 
-    digest: str
-    losses: dict[int, float]
-    """By step; of the last time that the step was made."""
-    repeated: int
-    """Most steps that were made again after one fault."""
-    starts: int
-    """How often ranks were started."""
-    codes: tuple[int, ...]
-    """Exit codes of the submissions."""
+    place: Place
+    proxy: FaultyProxy
 
 
-class Run:
-    """One run: its folder, its submissions, its ranks.
-
-    Args:
-        ray: the cluster; nothing else runs on it.
-        storage: folder of all runs of this test.
-        name: of this run.
-        ranks: number of workers.
-    """
-
-    def __init__(self, ray: Cluster, storage: Path, name: str, ranks: int) -> None:
-        self._ray = ray
-        self.folder = storage / name
-        self.database = storage / "mlflow.db"
-        self._log = (storage / f"{name}.log").open("ab")
-        self._command = [sys.executable, "-m", "pipeline.pretrain", "digits", *_OPTIONS.split()]
-        self._command += ["--storage", str(storage), "--name", name, "--cluster.address", ray.gcs]
-        self._command += ["--cluster.workers", str(ranks)]
-        self.codes: list[int] = []
-        self._driver: subprocess.Popen[bytes] | None = None
-
-    @property
-    def driver(self) -> subprocess.Popen[bytes]:
-        """The submission under way, or the one that has succeeded; a new one after a failure."""
-        if self._driver is not None and self._driver.poll():
-            self.codes.append(self._driver.returncode)
-            self._driver = None
-        if self._driver is None:
-            if len(self.codes) == _SUBMISSIONS:
-                raise ChaosError(f"{self.folder.name} does not end: exit codes {self.codes}")
-            self._driver = subprocess.Popen(
-                self._command,
-                cwd=ROOT,
-                env=self._ray.environment,
-                stdout=self._log,
-                stderr=self._log,
-            )
-        return self._driver
-
-    def workers(self) -> list[psutil.Process]:
-        """The ranks, the youngest last."""
-        found = []
-        for process in psutil.Process(self._ray.nodes[0].pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if "RayTrainWorker" in " ".join(process.cmdline()):
-                    found.append(process)
-        return sorted(found, key=lambda process: process.create_time())
-
-    def rows(self, file: str) -> list[dict]:
-        """Whole lines of a log of the run, as far as it has got."""
-        path = self.folder / file
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith(b"\n")]
-
-    def steps(self) -> list[int]:
-        """Steps in the order in which they were recorded."""
-        rows = self.rows("tracking/spool.jsonl")
-        return [row["step"] for row in rows if "train/loss" in row.get("values", {})]
-
-    def wait_for(self, step: int) -> bool:
-        """Wait until a step was made, submitting again what has ended; False if the run is done."""
-        deadline = time.monotonic() + _PATIENCE_S
-        while time.monotonic() < deadline:
-            if self.driver.poll() == 0:
-                return False
-            if (self.steps() or [0])[-1] >= step and self.workers():
-                return True
-            time.sleep(0.05)
-        raise ChaosError(f"{self.folder.name}: step {step} is not reached in {_PATIENCE_S} s")
-
-    def finish(self) -> Result:
-        """Submit until the run has succeeded; what it left."""
-        deadline = time.monotonic() + _PATIENCE_S
-        while time.monotonic() < deadline:
-            if self.driver.poll() == 0:
-                self.codes.append(0)
-                return self._result()
-            time.sleep(0.2)
-        raise ChaosError(f"{self.folder.name} has not ended in {_PATIENCE_S} s")
-
-    def close(self) -> None:
-        """End the submission under way."""
-        if self._driver is not None:
-            self._driver.kill()
-            self._driver.wait()
-        self._log.close()
-
-    def _result(self) -> Result:
-        losses: dict[int, float] = {}
-        for row in self.rows("tracking/spool.jsonl"):
-            if "train/loss" in row.get("values", {}):
-                losses[row["step"]] = row["values"]["train/loss"]
-        steps = self.steps()
-        repeated = [before + 1 - after for before, after in itertools.pairwise(steps)]
-        artifact = json.loads(
-            (self.folder / f"artifacts/step-{STEPS:08d}/artifact.json").read_text()
-        )
-        starts = sum(row["event"] == "Started" for row in self.rows("events.jsonl"))
-        return Result(artifact["digest"], losses, max(0, *repeated), starts, tuple(self.codes))
-
-
-Fault = Callable[[Run, random.Random], None]
+Fault = Callable[[Run, random.Random, Around], None]
 
 
 def _signal_driver(number: int) -> Fault:
-    def fault(run: Run, rng: random.Random) -> None:
+    def fault(run: Run, rng: random.Random, around: Around) -> None:
         run.driver.send_signal(number)
-        run.driver.wait(_PATIENCE_S)
+        run.driver.wait(PATIENCE_S)
 
     return fault
 
 
 def _signal_rank(number: int) -> Fault:
-    def fault(run: Run, rng: random.Random) -> None:
+    def fault(run: Run, rng: random.Random, around: Around) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             rng.choice(run.workers()).send_signal(number)
 
     return fault
 
 
-def _full_disk(run: Run, rng: random.Random) -> None:
+def _full_disk(run: Run, rng: random.Random, around: Around) -> None:
     """For a while no file of one process, a rank or the driver, may grow beyond 4 kB."""
     pid = rng.choice([run.driver.pid, *(worker.pid for worker in run.workers())])
     with contextlib.suppress(ProcessLookupError):
@@ -186,12 +80,26 @@ def _full_disk(run: Run, rng: random.Random) -> None:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def _tracker_away(run: Run, rng: random.Random) -> None:
+def _tracker_away(run: Run, rng: random.Random, around: Around) -> None:
     """MLflow's database is locked for a while."""
     with contextlib.closing(sqlite3.connect(run.database, timeout=30)) as database:
         database.execute("BEGIN EXCLUSIVE")
         time.sleep(rng.uniform(2, 8))
         database.rollback()
+
+
+def _store_away(run: Run, rng: random.Random, around: Around) -> None:
+    """The object store answers nobody for a while, then badly."""
+    around.proxy.weather = Weather(unavailable=1.0)
+    time.sleep(rng.uniform(2, 6))
+    around.proxy.weather = _STORM
+    time.sleep(rng.uniform(2, 6))
+    around.proxy.weather = Weather()
+
+
+def _other_ranks(run: Run, rng: random.Random, around: Around) -> None:
+    """The run goes on with another number of ranks."""
+    run.go_on_with(5 - run.ranks)
 
 
 FAULTS: dict[str, Fault] = {
@@ -202,60 +110,78 @@ FAULTS: dict[str, Fault] = {
     "rank SIGSTOP": _signal_rank(signal.SIGSTOP),
     "full disk": _full_disk,
     "tracker away": _tracker_away,
+    "store away": _store_away,
 }
 
 
-@contextlib.contextmanager
-def a_run(ray: Cluster, storage: Path, name: str, ranks: int) -> Iterator[Run]:
-    """A run whose processes are ended whatever happens."""
-    run = Run(ray, storage, name, ranks)
-    try:
-        yield run
-    finally:
-        run.close()
-
-
-def undisturbed(ray: Cluster, storage: Path, ranks: int) -> Result:
-    """What the run leaves when nothing happens to it."""
-    with a_run(ray, storage, f"calm-{ranks}", ranks) as run:
+def undisturbed(place: Place, ranks: int) -> tuple[Result, dict[str, float]]:
+    """What the run leaves when nothing happens to it, and its certified robust accuracy."""
+    with a_run(place, f"calm-{ranks}", ranks) as run:
         result = run.finish()
-    if result.codes != (0,) or sorted(result.losses) != list(range(1, STEPS + 1)):
-        raise ChaosError(f"the undisturbed run: {result}")
-    return result
+        if result.codes != (0,) or sorted(result.losses) != list(range(1, STEPS + 1)):
+            raise ChaosError(f"the undisturbed run: {result}")
+        return result, run.cra()
 
 
-def disturbed(ray: Cluster, storage: Path, seed: int, ranks: int) -> tuple[list[str], Result]:
-    """The same run with two or three faults at random steps; the faults and what it leaves."""
+def disturb(run: Run, seed: int, around: Around) -> Iterator[str]:
+    """Let two or three faults happen at random steps; every fifth seed ends with other ranks."""
     rng = random.Random(seed)
-    done = []
-    with a_run(ray, storage, f"seed-{seed}", ranks) as run:
-        for step in sorted(rng.sample(range(2, STEPS - 5, 12), rng.choice([2, 3]))):
-            name = rng.choice(list(FAULTS))
-            if not run.wait_for(step):
-                break
-            done.append(f"{name} @ {run.steps()[-1]}")
-            FAULTS[name](run, rng)
-        return done, run.finish()
+    steps = sorted(rng.sample(range(2, STEPS - 5, 12), rng.choice([2, 3])))
+    for step in steps:
+        elastic = seed % 5 == 4 and step == steps[-1]
+        name = "other ranks" if elastic else rng.choice(list(FAULTS))
+        if not run.wait_for(min(step, STEPS - 2 * _SAME_LOSSES) if elastic else step):
+            return
+        yield f"{name} @ {run.steps()[-1]}"
+        {**FAULTS, "other ranks": _other_ranks}[name](run, rng, around)
 
 
-def check(calm: Result, result: Result, faults: list[str]) -> None:
-    """The promises.
+def check(calm: Result, result: Result, run: Run, faults: list[str]) -> None:
+    """The promises of a run whose number of ranks has not changed, or up to its change.
 
     Raises:
         ChaosError: one is broken.
     """
-    if result.digest != calm.digest:
-        raise ChaosError(f"{faults}: weights {result.digest}, undisturbed {calm.digest}")
-    if result.losses != calm.losses:
-        wrong = [s for s in calm.losses if result.losses.get(s) != calm.losses[s]]
-        raise ChaosError(f"{faults}: losses differ at steps {wrong}")
+    last = STEPS if run.changed_at is None else run.changed_at
+    wrong = [s for s in range(1, last + 1) if result.losses.get(s) != calm.losses[s]]
+    if wrong:
+        raise ChaosError(f"losses differ at steps {wrong}")
+    common = [step for step in calm.states.keys() & result.states.keys() if step <= last]
+    if bad := [step for step in sorted(common) if result.states[step] != calm.states[step]]:
+        raise ChaosError(f"the states at steps {bad} differ")
+    if run.changed_at is None and result.digest != calm.digest:
+        raise ChaosError(f"weights {result.digest}, undisturbed {calm.digest}")
     # The newest interval, and the one whose checkpoint was being written.
     full = any("full disk" in fault for fault in faults)
     if result.repeated >= 2 * INTERVAL and not full:
-        raise ChaosError(f"{faults}: {result.repeated} steps repeated, one interval is {INTERVAL}")
+        raise ChaosError(f"{result.repeated} steps repeated, one interval is {INTERVAL}")
 
 
-def check_tracker(storage: Path, name: str, calm: Result) -> None:
+def check_change(calm: Result, cra: dict[str, float], result: Result, run: Run) -> str:
+    """The promises after a change of the number of ranks; says how near the run came.
+
+    Raises:
+        ChaosError: one is broken.
+    """
+    first = (run.changed_at or 0) + 1
+    after = range(first, first + _SAME_LOSSES)
+    apart = max(abs(result.losses[step] / calm.losses[step] - 1) for step in after)
+    if apart > _LOSS_TOLERANCE:
+        raise ChaosError(f"losses of steps {after} differ by {apart:.1e}")
+    for step in calm.states.keys() & result.states.keys():
+        if calm.states[step][0] != result.states[step][0]:
+            raise ChaosError(f"step {step} is followed by sample {result.states[step][0]}")
+    found = run.cra()
+    worst = max(abs(found[eps] - value) for eps, value in cra.items())
+    if worst > _CRA_TOLERANCE:
+        raise ChaosError(f"certified robust accuracy {found}, undisturbed {cra}")
+    return (
+        f", {run.ranks} ranks from step {first}: the next {_SAME_LOSSES} losses within "
+        f"{apart:.0e}, CRA within {100 * worst:.2f} points"
+    )
+
+
+def check_tracker(storage: Path, name: str, result: Result) -> None:
     """Every step's loss has arrived, in one run.
 
     Raises:
@@ -272,29 +198,56 @@ def check_tracker(storage: Path, name: str, calm: Result) -> None:
     points = [(point.step, point.timestamp) for point in history]
     if len(set(points)) != len(points):
         raise ChaosError(f"{name}: a metric arrived twice")
-    if {(point.step, point.value) for point in history} != set(calm.losses.items()):
-        raise ChaosError(f"{name}: the tracked losses differ")
+    if not {(point.step, point.value) for point in history} >= set(result.losses.items()):
+        raise ChaosError(f"{name}: tracked losses are missing")
 
 
-def chaos(ray: Cluster, storage: Path, seeds: Iterable[int]) -> Iterator[tuple[bool, str]]:
+def one_seed(
+    around: Around, seed: int, calm: tuple[Result, dict[str, float]], ranks: int
+) -> tuple[bool, str]:
+    """Disturb one run; whether all promises were kept, and a line that tells."""
+    begin = time.monotonic()
+    faults: list[str] = []
+    try:
+        with a_run(around.place, f"seed-{seed}", ranks) as run:
+            faults += disturb(run, seed, around)
+            result = run.finish()
+            check(calm[0], result, run, faults)
+            change = check_change(*calm, result, run) if run.changed_at is not None else ""
+        check_tracker(around.place.storage, f"seed-{seed}", result)
+        verdict = f"ok, {result.repeated} steps repeated, {result.starts} starts{change}"
+    except ChaosError as error:
+        verdict = f"BROKEN {error}"
+    seconds = time.monotonic() - begin
+    line = f"seed {seed}, {ranks} ranks, {seconds:.0f} s: {'; '.join(faults)}: {verdict}"
+    return verdict.startswith("ok"), line
+
+
+@contextlib.contextmanager
+def surroundings(home: Path) -> Iterator[Around]:
+    """A Ray cluster whose nodes read shards from an object store behind a proxy."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request otherwise
+    shards = home / "shards"
+    write_shard_set(digits(), str(shards))
+    with (
+        s3_server() as address,
+        FaultyProxy(address) as proxy,
+        s3_clients(proxy.url),
+        cluster(home, HEAD) as ray,
+    ):
+        storage = home / "runs"
+        storage.mkdir()
+        yield Around(Place(ray, storage, upload(shards)), proxy)
+
+
+def chaos(around: Around, seeds: Iterable[int]) -> Iterator[tuple[bool, str]]:
     """Run the seeds; for each whether all promises were kept, and a line that tells."""
-    calm: dict[int, Result] = {}
+    calm: dict[int, tuple[Result, dict[str, float]]] = {}
     for seed in seeds:
         ranks = 3 if seed % 4 == 3 else 2
         if ranks not in calm:
-            calm[ranks] = undisturbed(ray, storage, ranks)
-        begin = time.monotonic()
-        faults: list[str] = []
-        try:
-            faults, result = disturbed(ray, storage, seed, ranks)
-            check(calm[ranks], result, faults)
-            check_tracker(storage, f"seed-{seed}", result)
-            verdict = f"ok, {result.repeated} steps repeated, {result.starts} starts"
-        except ChaosError as error:
-            verdict = f"BROKEN {error}"
-        seconds = time.monotonic() - begin
-        line = f"seed {seed}, {ranks} ranks, {seconds:.0f} s: {'; '.join(faults)}: {verdict}"
-        yield verdict.startswith("ok"), line
+            calm[ranks] = undisturbed(around.place, ranks)
+        yield one_seed(around, seed, calm[ranks], ranks)
 
 
 def main() -> int:
@@ -302,13 +255,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--home", type=Path, help="an empty folder that stays; default: temporary")
     arguments = parser.parse_args()
     failed = 0
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, cluster(folder, HEAD) as ray:
-        seeds = range(arguments.first, arguments.first + arguments.seeds)
-        for ok, line in chaos(ray, Path(folder), seeds):
+    with contextlib.ExitStack() as stack:
+        home = arguments.home or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-"))
+        )
+        around = stack.enter_context(surroundings(home))
+        for ok, line in chaos(around, range(arguments.first, arguments.first + arguments.seeds)):
             print(line, flush=True)  # noqa: T201
             failed += not ok
+        print(f"requests to the store: {dict(around.proxy.seen)}")  # noqa: T201
     return failed
 
 

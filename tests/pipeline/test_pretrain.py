@@ -9,7 +9,7 @@ import pipeline.launch
 import pipeline.zero3
 from data_shards.sources import digits, synthetic
 from data_shards.write import write_shard_set
-from pipeline.config import changed_mathematics
+from pipeline.config import changes, decides_result
 from pipeline.prepare import prepare
 from pipeline.pretrain import main, parse
 from tests.data_shards.test_index import rewrite_header
@@ -144,6 +144,18 @@ def test_run_folder_is_opened_once_and_resumed_only_unchanged(tmp_path, shards):
         prepare(parse([*base, "--resume"]), world_size=2)
 
 
+def test_changed_settings_are_listed_and_accepted_when_told(tmp_path, shards):
+    base = ["digits", "--storage", str(tmp_path), "--data.shards", str(shards), "--name", "a"]
+    again = [*base, "--start-or-resume", "--cluster.max-failures", "3"]
+    assert prepare(parse(base), world_size=2).changed == {}
+    assert prepare(parse(again), world_size=2).changed == {"cluster.max_failures": "0 -> 3"}
+    with pytest.raises(ValueError, match=r"optim.lr: 0.005 -> 0.004 \(--accept-changes"):
+        prepare(parse([*again, "--optim.lr", "4e-3"]), world_size=2)
+    told = [*again, "--optim.lr", "4e-3", "--accept-changes"]
+    assert prepare(parse(told), world_size=2).changed == {"optim.lr": "0.005 -> 0.004"}
+    assert prepare(parse(told), world_size=2).changed == {}
+
+
 def test_a_set_without_an_index_is_trained_and_never_certified(refusal, tmp_path, shards):
     bare = shutil.copytree(shards, tmp_path / "bare")
     (bare / "index.json").unlink()
@@ -171,8 +183,9 @@ def test_raw_images_need_a_crop_and_certify_on_the_test_split(refusal, tmp_path,
 def test_how_samples_are_read_may_change_on_resume():
     base = parse(["digits"])
     other = parse(["digits", "--data.stream.workers", "3", "--data.stream.disk-cache", "x"])
-    assert changed_mathematics(base, other) == []
-    assert changed_mathematics(base, parse(["digits", "--data.stream.flip"]))
+    assert set(changes(base, other)) == {"data.stream.workers", "data.stream.disk_cache"}
+    assert not any(map(decides_result, changes(base, other)))
+    assert any(map(decides_result, changes(base, parse(["digits", "--data.stream.flip"]))))
 
 
 def test_generated_shards_are_written_on_first_use(tmp_path):
