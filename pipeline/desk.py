@@ -132,6 +132,10 @@ class Desk:
                 }
                 self._tracker.log_metrics(event.step, counts)
 
+    def fail(self) -> None:
+        """Give the run its final status at once, for a process that is about to be ended."""
+        self._tracker.finish("FAILED")
+
     def _note_repairs(self, event: Metrics) -> None:
         """Say that matrices were found off the manifold and put back since the last audit."""
         count = event.values.get(_REPROJECTIONS, self._reprojections)

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from pipeline.config import RunConfig
-from pipeline.desk import desk_for
+from pipeline.desk import Desk, desk_for
 from pipeline.errors import REFUSALS
-from pipeline.events import Emit, Event
+from pipeline.events import Emit, Event, Hung
 from pipeline.interruption import StopSignal
 from pipeline.prepare import prepare
 from pipeline.presets import PRESETS, run_preset
@@ -111,13 +111,24 @@ def _run_here(config: RunConfig, console: Console, stop: StopSignal) -> None:
                 try:
                     prepared = prepare(config, world_size=world.size)
                     desk = stack.enter_context(desk_for(prepared, console))
-                    job, emit = desk.stamp(prepared.job), desk.handle
+                    job, emit = desk.stamp(prepared.job), _last_words(desk)
                 except REFUSALS as refusal:
                     error = _one_message(refusal)
             world.agree(error)
             with stop.deferred():
                 shared = world.share(job)
                 fit_here(lambda: run_rank(shared, emit, stop), ranks=world.size)
+
+
+def _last_words(desk: Desk) -> Emit:
+    """As `desk.handle`; after a hang, which ends this process hard, the run counts as failed."""
+
+    def emit(event: Event) -> None:
+        desk.handle(event)
+        if isinstance(event, Hung):
+            desk.fail()
+
+    return emit
 
 
 def _ignore(event: Event) -> None:

@@ -1,7 +1,9 @@
 """A rank whose process is stopped for good: found, named, ended, and the run goes on."""
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -72,3 +74,5 @@ def test_a_stopped_rank(tmp_path, launcher):
     else:
         assert process.returncode != 0
         assert "does not answer" in output
+        with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+            assert database.execute("SELECT status FROM runs").fetchall() == [("FAILED",)]
