@@ -14,12 +14,17 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 import tyro
+from torch import Tensor
 
 from benchmarks.report import Row, write_result
+from benchmarks.timing import interleaved
 from jobs.evaluate_cra import evaluate
 from jobs.records import EvaluationSummary
-from model.build import parameter_count
+from model.build import build_network, parameter_count
+from model.config import LipNeXtConfig
+from model.contract import CertifiedNetwork
 from model.lipschitz import matrix_bound
 from pipeline.presets import run_preset
 
@@ -91,11 +96,54 @@ def bound_rows(order: int, device: str, rate: float) -> list[Row]:
     ]  # fmt: skip
 
 
+def pass_rows(width: int, depth: int, batch: int, device: torch.device) -> list[Row]:
+    """The pass of a certification, in both programs, beside the matrix products in it."""
+    config = LipNeXtConfig(
+        input_shape=(3, 32, 32), num_classes=10, patch=2, width=width, depth=depth
+    )
+    tokens = batch * math.prod(config.grid)
+    rows: list[Row] = []
+    for dtype in (torch.float64, torch.float32):
+        with torch.device(device):
+            network = build_network(config).to(dtype).eval()
+            images = torch.rand(batch, *config.input_shape, dtype=dtype)
+            x, weight = (
+                torch.rand(tokens, width, dtype=dtype),
+                torch.rand(width, width, dtype=dtype),
+            )
+            patches = torch.rand(tokens, config.stem_channels, dtype=dtype)
+        network.initialise(seed=0)
+
+        def products(x: Tensor = x, weight: Tensor = weight, patches: Tensor = patches) -> None:
+            F.linear(patches, weight[:, : patches.shape[1]])
+            for _ in range(depth):
+                torch.mm(weight, weight)  # M R^T
+                for _ in range(2):
+                    F.linear(x, weight)
+
+        def evaluation(network: CertifiedNetwork = network, images: Tensor = images) -> None:
+            network.logits_and_slopes(images)
+
+        with torch.no_grad():
+            times = interleaved({"pass": evaluation, "products": products}, device, repeats=5)
+        ratio = times["products"] / times["pass"]
+        flops = 2 * width * (tokens * (config.stem_channels + 2 * depth * width) + depth * width**2)
+        what = f"C={width}, {depth} blocks, {tokens} tokens, {str(dtype).removeprefix('torch.')}"
+        rows += [
+            {"what": f"{what}: pass", "seconds": times["pass"]},
+            {"what": f"{what}: product rate, GFLOP/s", "value": flops / times["products"] / 1e9},
+            {"what": f"{what}: share of that rate", "value": ratio, "target": ">= 0.6"},
+        ]
+    return rows
+
+
 def main(
     artifact: Annotated[str, tyro.conf.arg(help="URL of a trained artefact")],
     shards: Annotated[str, tyro.conf.arg(help="URL of its shard set")],
     order: int = _ORDER,
     tflops: float = 53.0,
+    width: int = 512,
+    batch: int = 8,
 ) -> None:
     """Measure and write benchmarks/results/evaluate.md.
 
@@ -104,9 +152,12 @@ def main(
         shards: URL of its shard set.
         order: rows of the matrix whose bound is timed.
         tflops: float64 product rate of the GPU for which costs are computed.
+        width: channels of the network whose passes are timed.
+        batch: its images, of 256 tokens.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = [*evaluation_rows(artifact, shards), *bound_rows(order, device, tflops * 1e12)]
+    rows += pass_rows(width, 4, batch, torch.device(device))
     notes = [
         "Targets: sound evaluation of the digits test set under 20 s on 2 cores; "
         "cra_nominal - cra_sound below 0.05 points.",
