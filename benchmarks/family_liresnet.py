@@ -2,16 +2,24 @@
 
 The share of a training step that the bound costs: a step less one that takes the same maps as they
 are stored, without norms to estimate and without matrices to make orthonormal. One thread.
+
+`--checkouts FOLDER` with git checkouts adds the public implementations. Their tax is the part of a
+step that does not grow with the batch, from steps of two batches.
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
+import tyro
 from torch import Tensor
 
+from benchmarks import family_peers
+from benchmarks.family_peers import Peer
 from benchmarks.report import Row, write_result
 from benchmarks.timing import interleaved
 from model import orthogonal_layers
@@ -69,38 +77,74 @@ def tax_row(name: str, config: NetworkConfig, batch: int, device: torch.device) 
     }
 
 
-def main(widths: list[int]) -> None:
-    """Run all and write the table."""
+def public_rows(
+    name: str, peer: Peer, checkouts: Path | None, batches: tuple[int, int]
+) -> list[Row]:
+    """The same of a public implementation, whose maps cannot be had without their bound."""
+    hash_ = checkouts and family_peers.commit(checkouts, peer)
+    if not checkouts or not hash_:
+        return [{"network": f"{name}, {peer.repository}: not run, no checkout"}]
+    forward = family_peers.load(checkouts, peer)
+
+    def step(images: Tensor) -> None:
+        forward(images).backward()
+
+    inputs = {str(batch): torch.rand(batch, 3, 32, 32) for batch in batches}
+    work = {batch: partial(step, images) for batch, images in inputs.items()}
+    found = interleaved(work, torch.device("cpu"), repeats=2, budget_s=60)
+    small, large = batches
+    per_image = (found[str(large)] - found[str(small)]) / (large - small)
+    return [
+        {
+            "network": f"{name}, {peer.repository} {hash_}",
+            "batch": batch,
+            "step s": found[str(batch)],
+            "without bound s": batch * per_image,
+            "tax %": 100 * (1 - batch * per_image / found[str(batch)]),
+        }
+        for batch in batches
+    ]
+
+
+def main(width: int = 128, checkouts: Path | None = None) -> None:
+    """Run all and write the table.
+
+    Args:
+        width: channels.
+        checkouts: folder of git checkouts of the public implementations.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
-    for width in widths:
-        dense = 4 * width
-        configs: dict[str, NetworkConfig] = {
-            f"LiResNet L12W{width}, dense {dense}": LiResNetConfig(
-                **_SIZES, width=width, dense_width=dense
-            ),
-            f"BRONet L12W{width}, dense {dense}": BRONetConfig(
-                **_SIZES, width=width, dense_width=dense, rank=width // 2
-            ),
-        }
-        rows += [
-            tax_row(name, config, batch, device)
-            for name, config in configs.items()
-            for batch in (16, 64)
-        ]
+    dense, batches = 4 * width, (16, 64)
+    sizes: dict[str, Any] = {**_SIZES, "width": width, "dense_width": dense}
+    configs: dict[str, NetworkConfig] = {
+        "LiResNet": LiResNetConfig(**sizes),
+        "BRONet": BRONetConfig(**sizes, rank=width // 2),
+    }
+    public = {
+        "LiResNet": (family_peers.liresnet, "hukkai/liresnet", ""),
+        "BRONet": (family_peers.bronet, "ntuaislab/BRONet", "bronet"),
+    }
+    rows: list[Row] = []
+    for family, config in configs.items():
+        name = f"{family} L12W{width}, dense {dense}"
+        rows += [tax_row(name, config, batch, device) for batch in batches]
+        build, repository, folder = public[family]
+        peer = Peer(repository, partial(build, width, 12, dense, 8), folder=folder)
+        rows += public_rows(name, peer, checkouts, batches)
     write_result(
         "family_liresnet",
         rows,
         [
             "CIFAR size, float32, forward and backward pass with all gradients.",
-            "Without bound: stem and blocks without their norms, matrices used as they are stored.",
-            "BRONet's transforms and its low-rank products belong to the network, not to the tax.",
-            "The public implementations: `python -m benchmarks.families`.",
+            "Without bound: stem and blocks without their norms, matrices used as they are stored; "
+            "of public code, the part of the step that grows with the batch.",
+            "BRONet's transforms and its low-rank products belong to the network, not to the tax "
+            "(with public code, what of them does not grow with the batch counts as tax).",
         ],
     )
 
 
 if __name__ == "__main__":
-    main([int(width) for width in sys.argv[1:]] or [128])
+    tyro.cli(main)
