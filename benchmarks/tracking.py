@@ -60,7 +60,7 @@ def desk_at(prepared: Prepared, uri: str) -> Iterator[Desk]:
     config = prepared.job.config
     tracking = TrackingConfig(uri=uri, experiment=prepared.experiment)
     tracker = Tracker(tracking, prepared.spool, run_name=config.name, params=prepared.params())
-    meter, journal = Meter(config, 0.0), Journal(prepared.spool.parent, prepared.run)
+    meter, journal = Meter(config, tracker.last_value), Journal(prepared.spool.parent, prepared.run)
     display = Display(Console(file=io.StringIO()))
     try:
         yield Desk(display, tracker, None, lambda: None, meter, journal)
