@@ -1,6 +1,10 @@
 """Time of LipNeXt's forward and backward pass against its own products, and what the bound costs.
 
     python -m benchmarks.network_step [--width 512] [--depth 16] [--batch 64]
+        [--gpu-width 4096] [--gpu-tokens 32768]
+
+On a GPU it adds the block at the size of a large network, in bfloat16 and float32, with and without
+its kernels, and the rate at which each kernel moves bytes beside that of a copy.
 
 The certification tax is the share of a training step that an unconstrained network of the same
 shape would not pay: the manifold step (with Lookahead, retractions and audits) less Adam's
@@ -8,7 +12,8 @@ elementwise update. Peers: `python -m benchmarks.family_liresnet`.
 """
 
 import argparse
-from typing import Any
+import dataclasses
+import math
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +21,7 @@ from torch import Tensor, nn
 from benchmarks.optimizer_step import AUDIT, LOOKAHEAD, LR, POLAR, Manifold, Problem, Work
 from benchmarks.report import Row, write_result
 from benchmarks.timing import interleaved
+from model import elementwise
 from model.build import build_network
 from model.config import LipNeXtConfig
 from model.layers import Block
@@ -26,6 +32,7 @@ from pipeline.schedules import Moment
 TOKENS = 2048
 SIDE = 32  # CIFAR size; patches of 2 leave 16 x 16 tokens
 TARGET_PRODUCTS, TARGET_TAX = 1.25, 8.0
+CALLS = 20
 
 
 def _config(width: int, depth: int) -> LipNeXtConfig:
@@ -34,16 +41,43 @@ def _config(width: int, depth: int) -> LipNeXtConfig:
     )
 
 
-def block_pass(width: int, device: torch.device) -> Work:
-    """Forward and backward pass of one block over `TOKENS` tokens, with all gradients."""
-    config = _config(width, 1)
-    block = Block(config).to(device)
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a block is measured at: (T, C) tokens of a type."""
+
+    width: int
+    device: torch.device
+    tokens: int = TOKENS
+    dtype: torch.dtype = torch.float32
+
+    def normal(self, *shape: int) -> Tensor:
+        """Normal numbers."""
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    @property
+    def name(self) -> str:
+        """For a table."""
+        plain = self.dtype == torch.float32 and self.tokens == TOKENS
+        kind = "" if plain else f", {str(self.dtype).removeprefix('torch.')}"
+        return f"C={self.width}, {self.tokens} tokens{kind}"
+
+
+def block_pass(setting: Setting, *, plain: bool = False) -> Work:
+    """Forward and backward pass of one block, with all gradients.
+
+    Args:
+        setting: The size; tokens in multiples of the grid of one image.
+        plain: Operator by operator, differentiated by autograd.
+    """
+    config = _config(setting.width, 1)
+    block = Block(config).to(setting.device, setting.dtype)
+    block.plain = plain
     for p in block.parameters():
         nn.init.normal_(p, std=0.02)
     height, breadth = config.grid
-    shape = (TOKENS // (height * breadth), height, breadth, width)
-    tokens = torch.randn(shape, device=device, requires_grad=True)
-    gradient = torch.randn(shape, device=device)
+    shape = (setting.tokens // (height * breadth), height, breadth, setting.width)
+    tokens = setting.normal(*shape).requires_grad_()
+    gradient = setting.normal(*shape)
 
     def run() -> None:
         block(tokens).backward(gradient)
@@ -51,13 +85,11 @@ def block_pass(width: int, device: torch.device) -> Work:
     return run
 
 
-def block_products(width: int, device: torch.device) -> Work:
+def block_products(setting: Setting) -> Work:
     """The products of `block_pass`, M R^T folded: six with tokens, three of C x C matrices."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device)
-
-    x, g, R, M = normal(TOKENS, width), normal(TOKENS, width), *(normal(width, width),) * 2
+    normal, width = setting.normal, setting.width
+    x, g = normal(setting.tokens, width), normal(setting.tokens, width)
+    R, M = (normal(width, width),) * 2
 
     def run() -> None:
         P = M @ R.mT
@@ -128,21 +160,90 @@ def tax_rows(width: int, depth: int, batch: int, device: torch.device, repeats: 
     ]
 
 
-def product_rows(width: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+def product_rows(setting: Setting, repeats: int) -> list[Row]:
     """One block against its products."""
     work = {
-        "products": block_products(width, device),
-        "pass": block_pass(width, device),
+        "products": block_products(setting),
+        "pass": block_pass(setting),
+        "plain": block_pass(setting, plain=True),
     }
-    found = interleaved(work, device, repeats=repeats)
+    found = interleaved(work, setting.device, repeats=repeats)
     return [
-        {"what": f"block, C={width}, {TOKENS} tokens: its products", "seconds": found["products"]},
+        {"what": f"block, {setting.name}: its products", "seconds": found["products"]},
         {
-            "what": f"block, C={width}, {TOKENS} tokens: forward and backward",
+            "what": f"block, {setting.name}: forward and backward",
             "seconds": found["pass"],
             "times its products": found["pass"] / found["products"],
             "target": f"<= {TARGET_PRODUCTS:g}",
         },
+        {
+            "what": f"block, {setting.name}: the same, operator by operator",
+            "seconds": found["plain"],
+            "times its products": found["plain"] / found["products"],
+        },
+    ]
+
+
+def kernel_rows(setting: Setting, repeats: int) -> list[Row]:
+    """What the element-wise parts of a block move per second, beside a copy of the tokens."""
+    config = _config(setting.width, 1)
+    images = setting.tokens // math.prod(config.grid)
+    x = setting.normal(images, *config.grid, setting.width)
+    rows, other = x.view(-1, setting.width), torch.empty_like(x)
+    folded = config.absolute_channels
+    signs = torch.ones((len(rows), folded), dtype=torch.int8, device=setting.device)
+    moved = 4 * config.shifted_channels / setting.width
+    work: dict[str, tuple[Work, float]] = {
+        "copy": (lambda: other.copy_(x), 2 * x.nbytes),
+        "shift": (lambda: elementwise.shift_(x, config.shifted_channels), 2 * moved * x.nbytes),
+        "shift back": (
+            lambda: elementwise.shift_(x, config.shifted_channels, back=True),
+            2 * moved * x.nbytes,
+        ),
+        "beta-Abs": (
+            lambda: elementwise.fold_(rows, folded, keep=True),
+            2 * folded / setting.width * x.nbytes + signs.nbytes,
+        ),
+        "gradient of beta-Abs and bias": (
+            lambda: elementwise.unfold(rows, signs),
+            2 * x.nbytes + signs.nbytes,
+        ),
+    }
+
+    def often(call: Work) -> Work:
+        def run() -> None:  # one call is short beside a synchronisation
+            for _ in range(CALLS):
+                call()
+
+        return run
+
+    calls = {name: often(call) for name, (call, _) in work.items()}
+    found = interleaved(calls, setting.device, repeats=repeats)
+    rates = {name: size * CALLS / found[name] for name, (_, size) in work.items()}
+    return [
+        {
+            "what": f"{name}, {setting.name}",
+            "seconds": found[name] / CALLS,
+            "GB/s": rate / 1e9,
+            "share of a copy's rate %": 100 * rate / rates["copy"],
+        }
+        for name, rate in rates.items()
+    ]
+
+
+def gpu_rows(width: int, tokens: int, device: torch.device, repeats: int) -> list[Row]:
+    """The block at the size of a large network and its kernels; `not run` without a GPU."""
+    settings = [Setting(width, device, tokens, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    if device.type != "cuda":
+        return [
+            {"what": f"{what}, {setting.name}, on a GPU", "seconds": "not run"}
+            for setting in settings
+            for what in ("block", "kernels")
+        ]
+    return [
+        row
+        for setting in settings
+        for row in (*product_rows(setting, repeats), *kernel_rows(setting, repeats))
     ]
 
 
@@ -153,20 +254,24 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--gpu-width", type=int, default=4096)
+    parser.add_argument("--gpu-tokens", type=int, default=128 * 256, help="128 images of 256")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device = torch.device(arguments.device)
     width, repeats = arguments.width, arguments.repeats
-    rows: list[Row] = [*product_rows(width, device, 5 * repeats)]
+    rows: list[Row] = product_rows(Setting(width, device), 5 * repeats)
     rows += tax_rows(width, arguments.depth, arguments.batch, device, repeats)
+    rows += gpu_rows(arguments.gpu_width, arguments.gpu_tokens, device, 5 * repeats)
     write_result(
         "network_step",
         rows,
         [
-            f"float32, {device}, images of 3 x {SIDE} x {SIDE} in patches of 2 x 2.",
+            f"float32 unless stated, {device}, images of 3 x {SIDE} x {SIDE} in patches of 2 x 2.",
             "Products: six of tokens x C x C, and M R^T with its two gradients.",
+            "Operator by operator: rolled, joined and differentiated by autograd.",
             "Manifold step: the ordinary one, and the surplus of those that synchronise Lookahead, "
             f"retract or audit, divided by {LOOKAHEAD}, {POLAR} and {AUDIT}.",
         ],

@@ -1,26 +1,26 @@
 """Parallel efficiency of a whole training step under ZeRO-3: `python -m benchmarks.scaling`.
 
-One rank with two threads against two gloo ranks with one thread each, on the same global batch; and
-what the manifold optimizer sends at 1, 2, 4 and 8 ranks, against its arithmetic.
+One rank with two threads against two gloo ranks with one thread each, on the same global batch,
+beside what the planner makes of pieces that the same processes measured before; and what the
+manifold optimizer sends at 1, 2, 4 and 8 ranks, against its arithmetic.
 """
 
-import multiprocessing
-import os
-import socket
 import statistics
 import time
-import warnings
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import tyro
 
+from benchmarks.calibrate import measure
+from benchmarks.processes import in_ranks
 from benchmarks.report import Row, write_result
 from model.config import LipNeXtConfig
 from optim.config import OptimConfig
 from pipeline.config import ClusterConfig, LossConfig, RunConfig, TrainConfig
+from pipeline.estimate import estimate
+from pipeline.forecast import StepTime, device_of
+from pipeline.measured import Measured
 from pipeline.ranks import join_world
 from pipeline.schedules import Moment
 from pipeline.zero3 import Zero3
@@ -38,6 +38,7 @@ class Setup:
     depth: int
     batch: int
     steps: int
+    """1: for the bytes alone."""
 
     def config(self) -> RunConfig:
         """The run; without Lookahead, retractions and audits every step sends the same."""
@@ -59,20 +60,24 @@ class Setup:
         )
 
 
-def _rank(setup: Setup, rank: int, port: int, answer: Connection) -> None:
-    """Train a few steps; sends seconds per step and bytes sent per step by the optimizer."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(setup.ranks),
-        LOCAL_WORLD_SIZE=str(setup.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    # DeepSpeed on torch >= 2.12 calls collectives under their former names.
-    warnings.filterwarnings("ignore", category=FutureWarning)
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank saw: seconds per step, bytes sent per step by the optimizer, its pieces."""
+
+    seconds: float
+    sent: int
+    measured: Measured | None
+
+
+def _rank(setup: Setup) -> Outcome:
+    """Train a few steps; before them measure what the planner needs, where steps are timed."""
     config = setup.config()
     micro = setup.batch // setup.ranks
     with join_world(config.cluster) as world:
+        pieces = measure(world, config, micro) if setup.steps > 1 else None
         engine = Zero3(world=world, config=config, micro_batch=micro)
         engine.initialise(0)
-        generator = torch.Generator().manual_seed(rank)
+        generator = torch.Generator().manual_seed(world.rank)
         shape = (micro, *config.model.input_shape)
         images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         labels = torch.randint(0, 10, (micro,), generator=generator)
@@ -84,28 +89,14 @@ def _rank(setup: Setup, rank: int, port: int, answer: Connection) -> None:
             world.barrier()
             seconds.append(time.perf_counter() - begin)
             sent = engine.optimizer.exchange.bytes_sent - before
-        answer.send((statistics.median(seconds[1:]), sent))
+        return Outcome(statistics.median(seconds[1:]), sent, pieces)
 
 
-def train(setup: Setup) -> list[tuple[float, int]]:
-    """Run the setup in processes of its own; (seconds, bytes sent) per step of every rank."""
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes, answers = [], []
-    for rank in range(setup.ranks):
-        receiver, sender = context.Pipe(duplex=False)
-        processes.append(context.Process(target=_rank, args=(setup, rank, port, sender)))
-        processes[-1].start()
-        sender.close()
-        answers.append(receiver)
-    try:
-        return [receiver.recv() for receiver in answers]
-    finally:
-        for process in processes:
-            process.join(30)
-            process.kill()
+def predicted(setup: Setup, pieces: Measured) -> StepTime:
+    """What the planner says of a step without data, from the pieces alone."""
+    device = device_of(pieces.device, precision=pieces.precision, nodes=1, measured=pieces)
+    found = estimate(setup.config(), ranks=setup.ranks, device=device, images=setup.batch)
+    return replace(found.time, data=0.0)
 
 
 def efficiency_rows(width: int, depth: int, batch: int, steps: int, turns: int) -> list[Row]:
@@ -114,18 +105,35 @@ def efficiency_rows(width: int, depth: int, batch: int, steps: int, turns: int) 
         "1 rank, 2 threads": Setup(1, 2, width, depth, batch, steps),
         "2 ranks, 1 thread each": Setup(2, 1, width, depth, batch, steps),
     }
-    found: dict[str, list[float]] = {name: [] for name in setups}
+    found: dict[str, list[Row]] = {name: [] for name in setups}
     for _ in range(turns):
         for name, setup in setups.items():
-            found[name].append(max(seconds for seconds, _ in train(setup)))
-    medians = {name: statistics.median(seconds) for name, seconds in found.items()}
-    one, two = medians.values()
-    rows: list[dict[str, Any]] = [
-        {"what": f"C={width}, {depth} blocks, {256 * batch} tokens: {name}", "s per step": seconds}
-        for name, seconds in medians.items()
-    ]
+            ranks = in_ranks(setup.ranks, _rank, setup)
+            found[name].append(
+                {"s per step": max(r.seconds for r in ranks)} | _shares(setup, ranks[0].measured)
+            )
+    rows = []
+    for name, times in found.items():
+        row = {key: statistics.median(turn[key] for turn in times) for key in times[0]}
+        row["predicted / measured"] = row["predicted s"] / row["s per step"]
+        rows.append({"what": f"C={width}, {depth} blocks, {256 * batch} tokens: {name}", **row})
+    one, two = (row["s per step"] for row in rows)
     rows[-1] |= {"parallel efficiency": one / two, "target": ">= 0.85"}
     return list(rows)
+
+
+def _shares(setup: Setup, pieces: Measured | None) -> dict[str, float]:
+    """What the predicted step consists of; steps that are not timed have no pieces."""
+    if pieces is None:
+        return {}
+    time = predicted(setup, pieces)
+    return {
+        "predicted s": time.total,
+        "passes": time.passes,
+        "ZeRO-3": time.zero3,
+        "manifold products": time.manifold_products,
+        "manifold traffic": time.manifold_traffic,
+    }
 
 
 def volume_rows(width: int, depth: int, ranks: tuple[int, ...]) -> list[Row]:
@@ -137,7 +145,8 @@ def volume_rows(width: int, depth: int, ranks: tuple[int, ...]) -> list[Row]:
     entries = (2 * depth + 1) * width**2
     rows = []
     for count in ranks:
-        sent = [sent for _, sent in train(Setup(count, 1, width, depth, 8, 1))]
+        setup = Setup(count, 1, width, depth, 8, 1)
+        sent = [rank.sent for rank in in_ranks(count, _rank, setup)]
         expected = 20 * entries / count * (1 - 1 / count)
         rows.append(
             {
@@ -168,6 +177,10 @@ def main(width: int = 512, depth: int = 2, batch: int = 64, steps: int = 3, turn
         rows,
         [
             f"float32, ZeRO-3 through DeepSpeed, gloo; medians of {steps} steps and {turns} turns.",
+            "Predicted from products, collectives and two blocks that the same processes timed: "
+            "passes + ZeRO-3 + manifold products + manifold traffic. On a CPU collectives use the "
+            "cores of the products, so nothing overlaps. Not predicted: copies into and out of "
+            "DeepSpeed's buckets, Euclidean parameters, hooks of each module.",
             "Bytes: float32 masters, gradients and directions of the orthogonal matrices alone.",
         ],
     )

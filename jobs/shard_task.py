@@ -219,6 +219,7 @@ def in_program(task: ArtifactTask, program: str) -> CertifiedNetwork:
         return artifact.network
     with torch.device(task.device):
         network = build_network(artifact.info.network).to(PROGRAMS[program].dtype).eval()
+    network.requires_grad_(False)  # derivatives by the image alone are asked for
     network.load_state_dict(artifact.network.state_dict())
     return network
 

@@ -46,6 +46,7 @@ _LOOP = (
     "orthogonality/residual_max",
     "train/images_per_s",
     "perf/mfu",
+    "perf/goodput",
     "cost/device_hours",
     "system/cpu_utilization_percentage",
 )

@@ -4,13 +4,14 @@ Tokens are channels-last, shape (B, H, W, C). Every module reads its own paramet
 forward only: under ZeRO-3 they exist nowhere else.
 """
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import LipNeXtConfig
+from model.elementwise import ROLLS, fold_, shift_, unfold
 from model.initial import set_initial
 from optim.manifolds import ORTHOGONAL, declare
 
@@ -42,61 +43,14 @@ def shift(x: Tensor, channels: int) -> Tensor:
         x: shape (B, H, W, C).
         channels: size of each of the four groups; the other channels stay.
     """
-    return cast(Tensor, _Shift.apply(x, channels))
+    parts = x.split([channels] * 4 + [x.shape[-1] - 4 * channels], dim=-1)
+    rolled = [part.roll(step, axis) for part, (axis, step) in zip(parts, ROLLS, strict=False)]
+    return torch.cat([*rolled, parts[4]], dim=-1)
 
 
 def beta_abs(x: Tensor, channels: int) -> Tensor:
     """Absolute value of the first `channels` channels; the other channels pass."""
-    return cast(Tensor, _BetaAbs.apply(x, channels))
-
-
-class _Shift(torch.autograd.Function):
-    """One copy in each direction, where rolling parts and joining them takes two."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, channels: int) -> Tensor:
-        ctx.channels = channels
-        return _shifted(x, channels, back=False)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _shifted(gradients[0], ctx.channels, back=True), None
-
-
-def _shifted(x: Tensor, channels: int, *, back: bool) -> Tensor:
-    out = torch.empty_like(x)
-    for group, (axis, step) in enumerate(((1, -1), (1, 1), (2, -1), (2, 1))):
-        part = slice(group * channels, (group + 1) * channels)
-        source, target = x[..., part], out[..., part]
-        if back:
-            step = -step
-        inner = x.shape[axis] - 1
-        first, rest = (inner, 0) if step > 0 else (0, inner)  # what wraps around, and whereto
-        target.select(axis, rest).copy_(source.select(axis, first))
-        begin = max(step, 0)
-        target.narrow(axis, begin, inner).copy_(source.narrow(axis, 1 - begin, inner))
-    still = 4 * channels
-    out[..., still:] = x[..., still:]
-    return out
-
-
-class _BetaAbs(torch.autograd.Function):
-    """In the backward pass slices of a tensor would each be padded with zeros and added up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, channels: int) -> Tensor:
-        ctx.channels = channels
-        ctx.save_for_backward(x[..., :channels])
-        out = x.clone()
-        out[..., :channels].abs_()
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (folded,) = ctx.saved_tensors
-        out = gradients[0].clone()
-        out[..., : ctx.channels].mul_(folded.sign())
-        return out, None
+    return torch.cat([x[..., :channels].abs(), x[..., channels:]], dim=-1)
 
 
 def l2_pool(x: Tensor, tau: float) -> Tensor:
@@ -133,7 +87,14 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-    """sigma(M R^T S(R (X + p)) + b): orthogonal R and M, circular shift S, beta-Abs sigma."""
+    """sigma(M R^T S(R (X + p)) + b): orthogonal R and M, circular shift S, beta-Abs sigma.
+
+    Attributes:
+        plain: Run the operators of the formula one by one and let autograd differentiate them: the
+            meaning of the fast pass, for comparisons.
+    """
+
+    plain = False
 
     def __init__(self, config: LipNeXtConfig) -> None:
         super().__init__()
@@ -147,14 +108,100 @@ class Block(nn.Module):
         if config.position:
             self.p = set_initial(nn.Parameter(torch.empty(*config.grid, 1)), "zeros")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, H, W, C) to tokens of the same shape."""
+    def forward(self, x: Tensor, *, recompute: bool = False) -> Tensor:
+        """Tokens (B, H, W, C) to tokens of the same shape.
+
+        Args:
+            x: (B, H, W, C).
+            recompute: Keep the input and the signs for the backward pass and nothing else, which
+                then repeats the first product and M R^T.
+        """
         if self.p is not None:
             x = x + self.p
-        v = shift(F.linear(x, self.R), self.shifted)
-        tokens, width = v.numel() // v.shape[-1], v.shape[-1]
-        if self.fold == "always" or (self.fold == "auto" and tokens > width):
-            z = F.linear(v, self.M @ self.R.mT, self.b)
-        else:
-            z = F.linear(F.linear(v, self.R.mT), self.M, self.b)
-        return beta_abs(z, self.absolute)
+        tokens, width = x.numel() // x.shape[-1], x.shape[-1]
+        folded = self.fold == "always" or (self.fold == "auto" and tokens > width)
+        shape = _Shape(self.shifted, self.absolute, folded, recompute, torch.is_grad_enabled())
+        if self.plain:
+            return _operators(x, self.R, self.M, self.b, shape)
+        return cast(Tensor, _BlockPass.apply(x, self.R, self.M, self.b, shape))
+
+
+class _Shape(NamedTuple):
+    shifted: int
+    absolute: int
+    folded: bool
+    recompute: bool
+    differentiated: bool
+
+
+def _operators(x: Tensor, R: Tensor, M: Tensor, b: Tensor, shape: _Shape) -> Tensor:
+    """A block after its translation, (B, H, W, C) to (B, H, W, C)."""
+    v = shift(F.linear(x, R), shape.shifted)
+    z = F.linear(v, M @ R.mT, b) if shape.folded else F.linear(F.linear(v, R.mT), M, b)
+    return beta_abs(z, shape.absolute)
+
+
+def _factors(x: Tensor, R: Tensor, M: Tensor, shape: _Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Shifted tokens (T, C), and the factors of the last product: (T, C) and (C, C)."""
+    u = F.linear(x.reshape(-1, x.shape[-1]), R)
+    v = shift_(u.view(x.shape), shape.shifted).view_as(u)
+    return (v, v, M @ R.mT) if shape.folded else (v, F.linear(v, R.mT), M)
+
+
+class _BlockPass(torch.autograd.Function):
+    """`_operators`, bit for bit, with little traffic beside the products.
+
+    What no other function can hold is overwritten, and what a product reads is all that is kept:
+    its two (unfolded three) inputs of tokens, M R^T, and a byte for each folded value. Weights are
+    kept as the parameters that they are, where a product of autograd keeps a transposed view, with
+    which ZeRO-3 could not release them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, R: Tensor, M: Tensor, b: Tensor, shape: _Shape) -> Tensor:
+        v, inner, outer = _factors(x, R, M, shape)
+        # The bias joins the product, where it costs no pass and is rounded with it.
+        z = F.linear(inner, outer, b)
+        signs = fold_(z, shape.absolute, keep=shape.differentiated)
+        ctx.shape = shape
+        factors = () if shape.recompute else (v, inner, outer)
+        ctx.save_for_backward(x, R, M, b, signs, *factors)
+        return z.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, R, M, b, signs, *factors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            return (*_recorded(gradients[0], (x, R, M, b), wanted, ctx.shape), None)
+        width = x.shape[-1]
+        v, inner, outer = factors or _factors(x, R, M, ctx.shape)
+        dz, db = unfold(gradients[0].reshape(-1, width).contiguous(), signs)
+        d_inner = dz @ outer
+        dv = d_inner if ctx.shape.folded else F.linear(d_inner, R)
+        dR, dM = None, None
+        if any(wanted[1:]):
+            d_outer = dz.mT @ inner
+            if ctx.shape.folded:
+                dM, dR = d_outer @ R, d_outer.mT @ M
+            else:
+                dM, dR = d_outer, v.mT @ d_inner
+        du = shift_(dv.view(x.shape), ctx.shape.shifted, back=True).view_as(dv)
+        if dR is not None:
+            dR = torch.addmm(dR, du.mT, x.reshape(-1, width))
+        dx = (du @ R).view(x.shape) if wanted[0] else None
+        return dx, dR, dM, db, None
+
+
+def _recorded(
+    gradient: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    wanted: tuple[bool, ...],
+    shape: _Shape,
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again: from the inputs, by operators that record."""
+    sources = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(
+        torch.autograd.grad(_operators(*inputs, shape), sources, gradient, create_graph=True)
+    )
+    return [next(found) if want else None for want in wanted]

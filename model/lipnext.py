@@ -6,7 +6,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.config import LipNeXtConfig
 from model.contract import CertifiedNetwork, LipschitzBound
@@ -35,10 +34,7 @@ class LipNeXt(CertifiedNetwork):
         self.check_images(images)
         x = self.stem(images)
         for block in self.blocks:
-            if self.checkpoint_blocks:
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x)
+            x = block(x, recompute=self.checkpoint_blocks)
         return x
 
     def features(self, images: Tensor) -> Tensor:

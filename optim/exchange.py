@@ -1,7 +1,9 @@
 """Collectives between the ranks that share a ZeRO partition: one all-to-all, and what it gives."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,38 @@ ALIGNMENT = 64
 
 TEXT_BYTES = 1000
 """Longest message of a rank that the others repeat."""
+
+
+Result = TypeVar("Result")
+
+
+class Transfer(Generic[Result]):
+    """A collective that has begun; holds its buffers until it was waited for.
+
+    Args:
+        buffers: What will be received, and what is being sent.
+        work: To be waited for; None where all has arrived. On CUDA the wait is that of the current
+            stream, not of the host.
+        unpack: Makes the result of what was received.
+    """
+
+    def __init__(
+        self,
+        buffers: tuple[Tensor, Tensor],
+        work: dist.Work | None,
+        unpack: Callable[[Tensor], Result],
+    ) -> None:
+        self._buffers: tuple[Tensor, ...] = buffers
+        self._work = work
+        self._unpack = unpack
+
+    def wait(self) -> Result:
+        """The result, once; what was sent is let go."""
+        if self._work is not None:
+            self._work.wait()
+        received, self._buffers = self._buffers[0], ()
+        self._work = None  # it holds the buffers too
+        return self._unpack(received)
 
 
 class Exchange(ABC):
@@ -44,15 +78,26 @@ class Exchange(ABC):
             1-D: the pieces received, in the order of the ranks. Not to be written to: without
             `out` the only rank gets its own buffer back.
         """
-        others = sum(send_splits) - send_splits[self.rank]
+        return self._begin(buffer, send_splits, recv_splits, out, lambda received: received).wait()
+
+    def _begin(
+        self,
+        buffer: Tensor,
+        send: list[int],
+        recv: list[int],
+        out: Tensor | None,
+        unpack: Callable[[Tensor], Result],
+    ) -> Transfer[Result]:
+        others = sum(send) - send[self.rank]
         self.bytes_sent += others * buffer.element_size()
-        return self._all_to_all(buffer, send_splits, recv_splits, out)
+        received, work = self._all_to_all(buffer, send, recv, out)
+        return Transfer((received, buffer), work, unpack)
 
     @abstractmethod
     def _all_to_all(
         self, buffer: Tensor, send: list[int], recv: list[int], out: Tensor | None
-    ) -> Tensor:
-        """The collective itself."""
+    ) -> tuple[Tensor, dist.Work | None]:
+        """Begin the collective: where the pieces will be, and what to wait for."""
 
     def gather(self, piece: Tensor, dst: int = 0) -> Tensor | None:
         """Concatenate equally long 1-D pieces of all ranks on rank `dst`; None elsewhere."""
@@ -77,18 +122,22 @@ class Exchange(ABC):
         table = self.all_gather(row.to(device)).tolist()
         return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in table]
 
-    def to_owner(self, piece: Tensor, plan: Round) -> list[Tensor]:
-        """Assemble the whole parameters of a round at their owners.
+    def to_owner(self, piece: Tensor, plan: Round) -> Transfer[list[Tensor]]:
+        """Begin to assemble the whole parameters of a round at their owners.
 
         Args:
-            piece: This rank's 1-D range `[plan.start, plan.stop)` of a flat tensor.
+            piece: This rank's 1-D range `[plan.start, plan.stop)` of a flat tensor; not to be
+                changed before the end.
             plan: The round.
 
         Returns:
             The whole parameters that this rank owns, without padding, in their own shapes. Not to
             be written to: the only rank sees the flat tensor itself.
         """
-        received = self.all_to_all(piece, plan.slice_lengths(), plan.whole_lengths(self.rank))
+        lengths = plan.slice_lengths(), plan.whole_lengths(self.rank)
+        return self._begin(piece, *lengths, None, partial(self._wholes, plan))
+
+    def _wholes(self, plan: Round, received: Tensor) -> list[Tensor]:
         wholes = []
         for slot, columns in self._columns(received, plan):
             whole = columns.reshape(-1)[: slot.numel].view(slot.shape)
@@ -96,8 +145,8 @@ class Exchange(ABC):
             wholes.append(whole if whole.data_ptr() % ALIGNMENT == 0 else whole.clone())
         return wholes
 
-    def to_partitions(self, wholes: list[Tensor], plan: Round, out: Tensor) -> Tensor:
-        """Inverse of `to_owner`; padding becomes zero.
+    def to_partitions(self, wholes: list[Tensor], plan: Round, out: Tensor) -> Transfer[Tensor]:
+        """Begin the inverse of `to_owner`; padding becomes zero.
 
         Args:
             wholes: The owner's results in their parameters' shapes; none on ranks that own none.
@@ -114,7 +163,7 @@ class Exchange(ABC):
             padding = columns.numel() - slot.numel
             flat = F.pad(whole.reshape(-1), (0, padding)) if padding else whole
             columns.copy_(flat.view_as(columns))
-        return self.all_to_all(buffer, lengths, plan.slice_lengths(), out)
+        return self._begin(buffer, lengths, plan.slice_lengths(), out, lambda received: received)
 
     def _columns(self, buffer: Tensor, plan: Round) -> Iterator[tuple[Slot, Tensor]]:
         """The owner's slots, each with its slices of all ranks as a view (world_size, length)."""
@@ -134,10 +183,8 @@ class LocalExchange(Exchange):
 
     def _all_to_all(
         self, buffer: Tensor, send: list[int], recv: list[int], out: Tensor | None
-    ) -> Tensor:
-        if out is None or out is buffer:
-            return buffer
-        return out.copy_(buffer)
+    ) -> tuple[Tensor, None]:
+        return (buffer if out is None or out is buffer else out.copy_(buffer)), None
 
 
 class ProcessGroupExchange(Exchange):
@@ -149,7 +196,9 @@ class ProcessGroupExchange(Exchange):
 
     def _all_to_all(
         self, buffer: Tensor, send: list[int], recv: list[int], out: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, dist.Work | None]:
         received = buffer.new_empty(sum(recv)) if out is None else out
-        dist.all_to_all_single(received, buffer, recv, send, group=self._group)
-        return received
+        work = dist.all_to_all_single(
+            received, buffer, recv, send, group=self._group, async_op=True
+        )
+        return received, work

@@ -5,8 +5,6 @@ DeepSpeed's `zero.Init`, and is read by `manifold_of`. Shapes are never asked: u
 partitioned parameter has shape (0,).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optim.errors import OptimizerError
-from optim.products import symmetric_product
+from optim.products import Precision, float32_products, product, symmetric_product
 from optim.series import SeriesRule, apply_exponential
 
 TensorT = TypeVar("TensorT", bound=Tensor)
@@ -32,10 +30,16 @@ class Manifold(Protocol):
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Raise OptimizerError unless a parameter of this shape can live on the manifold."""
 
-    def tangent(self, point: Tensor, gradient: Tensor) -> Tensor:
+    def tangent(self, point: Tensor, gradient: Tensor, precision: Precision = "full") -> Tensor:
         """Lie-algebra gradient of a Euclidean gradient at a point."""
 
-    def retract(self, point: Tensor, tangent: Tensor, rule: SeriesRule = "spectral") -> Tensor:
+    def retract(
+        self,
+        point: Tensor,
+        tangent: Tensor,
+        rule: SeriesRule = "spectral",
+        precision: Precision = "full",
+    ) -> Tensor:
         """Move from the point along a Lie-algebra increment."""
 
     def project(self, point: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -61,24 +65,32 @@ class Orthogonal:
                 f"an orthogonal matrix must be square and two-dimensional, got shape {shape}"
             )
 
-    def tangent(self, point: Tensor, gradient: Tensor) -> Tensor:
+    def tangent(self, point: Tensor, gradient: Tensor, precision: Precision = "full") -> Tensor:
         """skew(X^T G), the gradient in so(n) for increments that multiply X on the right.
 
         Args:
             point: X (n, n).
             gradient: Euclidean gradient G = dLoss/dX (n, n).
+            precision: Of the product in float32. It changes the direction and never the manifold.
 
         Returns:
             (n, n), skew bit by bit: the entries (i, j) and (j, i) are exact negatives.
         """
-        P = point.mT @ gradient
+        with float32_products(precision):
+            P = product(point.mT, gradient, precision)
         # A transposed copy is five times faster than a difference with a transposed operand.
         transposed = P.mT.contiguous()
         return torch.sub(P, transposed, out=transposed).mul_(0.5)
 
-    def retract(self, point: Tensor, tangent: Tensor, rule: SeriesRule = "spectral") -> Tensor:
+    def retract(
+        self,
+        point: Tensor,
+        tangent: Tensor,
+        rule: SeriesRule = "spectral",
+        precision: Precision = "full",
+    ) -> Tensor:
         """X exp(D) by a truncated series (`optim.series`); point and tangent are (n, n)."""
-        return apply_exponential(point, tangent, rule)
+        return apply_exponential(point, tangent, rule, precision)
 
     def project(self, point: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Orthogonal polar factor of X by the Newton-Schulz iteration X <- X (3I - X^T X) / 2.
@@ -105,7 +117,7 @@ class Orthogonal:
             raise OptimizerError(f"polar factor needs float32 or float64, got {X.dtype}")
         n = X.shape[0]
         limit = 4 * n * torch.finfo(X.dtype).eps
-        with _full_precision():
+        with float32_products():  # in TF32 the iteration stalls at 1e-2
             X, start, residual = _newton_schulz(X, limit)
         if not residual <= limit:
             raise OptimizerError(
@@ -185,14 +197,3 @@ def _defect(X: Tensor) -> Tensor:
     E = symmetric_product(X.mT, X)
     E.diagonal().sub_(1.0)
     return E
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Float32 products in float32 whatever the training run chose: TF32 stalls at 1e-2."""
-    chosen = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(chosen)

@@ -65,21 +65,21 @@ class ReferenceManifoldAdam(torch.optim.Optimizer):
         state["step"] += 1
         t = state["step"]
 
-        g = manifold.tangent(X, G)
+        g = manifold.tangent(X, G, config.increment)
         m = state["exp_avg"] + (1 - b1) * (g - state["exp_avg"])
         v = state["exp_avg_sq"] + (1 - b2) * (g * g - state["exp_avg_sq"])
         m = (m - m.T) / 2  # round-off must not break skewness
         v = (v + v.T) / 2
         u = (m / (1 - b1**t)) / (torch.sqrt(v / (1 - b2**t)) + config.eps)
         D = -lr * u
-        X.copy_(manifold.retract(X, D, config.series))
+        X.copy_(manifold.retract(X, D, config.series, config.increment))
         state["exp_avg"], state["exp_avg_sq"] = m, v
 
         if config.lookahead_steps:
             state["tangent_sum"] += D
             if t % config.lookahead_steps == 0:
                 S = config.lookahead_factor * state["tangent_sum"]
-                state["slow"] = manifold.retract(state["slow"], S, config.series)
+                state["slow"] = manifold.retract(state["slow"], S, config.series, config.increment)
                 state["tangent_sum"] = torch.zeros_like(S)
                 X.copy_(state["slow"])
         if config.polar_every and t % config.polar_every == 0:

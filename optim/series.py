@@ -8,15 +8,38 @@ is sqrt(n) times ||D||_2 and asks for the exact exponential almost always.
 
 Neither pads, batches or communicates, so the result for one matrix does not depend on what else is
 updated.
+
+Reduced precision (`spectral` alone) never touches X: X exp(D) = X + X M, and only X M has rounded
+factors. With u the unit roundoff of a factor:
+
+- D itself is rounded, entry by entry, so it stays skew and only the direction changes, by at most u
+  per entry. D^2 then has exact factors.
+- T = D^3 / 6 + D^4 / 24 and what follows are small; their factors are rounded once where the error
+  of T is proved to be below `TERM_ERROR`, else split.
+- X M is split: its error is at most 4 u^2 |X| |M|, entry by entry.
+
+The last two move X away from the manifold, in random directions: ||X^T X - I||_F grows by about
+0.7 u^2 ||M||_F sqrt(s) in s steps, and by 2^-24 sqrt(n s) because X is stored in float32. With
+TF32 the first is the smaller one; with bfloat16 it is 3 to 7 times as large.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from optim.products import symmetric_product
+from optim.errors import OptimizerError
+from optim.products import (
+    Precision,
+    float32_products,
+    product,
+    rounded,
+    split_product,
+    symmetric_product,
+    unit_roundoff,
+)
 
 SeriesRule = Literal["spectral", "frobenius"]
 
@@ -33,64 +56,104 @@ _SUBSTEP_NORM = 2.0
 # No rotation by more than this is meant; a broken gradient must not become hours of substeps.
 _LARGEST_NORM = 1e3
 
-# Reduced precision rounds both factors of a float32 product: TF32 to 11 bits, bf16 to 8.
-_INPUT_ROUNDING = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
+TERM_ERROR = 2.0**-10
+"""Largest error of the term T, in the Frobenius norm, that rounding its factors once may make."""
 
 
-def apply_exponential(X: Tensor, D: Tensor, rule: SeriesRule = "spectral") -> Tensor:
+def apply_exponential(
+    X: Tensor, D: Tensor, rule: SeriesRule = "spectral", precision: Precision = "full"
+) -> Tensor:
     """X exp(D) for skew D.
 
     Args:
         X: Matrix (n, n), float32 or float64.
         D: Skew increment (n, n), same dtype and device.
         rule: See the module.
+        precision: Of the products in float32; float64 is always full.
 
     Returns:
         A new (n, n) tensor, equal to X when D is zero. NaN when D is not finite or its norm is
         beyond 1e3: raising on the one rank that owns the matrix would leave the others waiting in
         their collective.
+
+    Raises:
+        OptimizerError: The rule is the paper's and the precision is reduced.
     """
-    return _spectral(X, D) if rule == "spectral" else _frobenius(X, D)
+    check_series(rule, precision)
+    with float32_products(precision):
+        return _spectral(X, D, precision) if rule == "spectral" else _frobenius(X, D)
+
+
+def check_series(rule: SeriesRule, precision: Precision) -> None:
+    """Raise OptimizerError unless the rule's series has an error analysis at this precision."""
+    if rule == "frobenius" and precision != "full":
+        raise OptimizerError(
+            f"series 'frobenius' is computed in full precision only, not in {precision!r}: "
+            "take series 'spectral'"
+        )
 
 
 # -- the spectral rule ---------------------------------------------------------------------------
 
 
-def _spectral(X: Tensor, D: Tensor) -> Tensor:
-    """Even order 2j costs j + 1 products: D^2, one for every two further orders, and X M.
-
-    With T_1 = D + D^2 / 2 and T_j = D^(2j-1) / (2j-1)! + D^(2j) / (2j)!, the first part skew and
-    the second symmetric, T_(j+1) = D^2 (a skew(T_j) + b sym(T_j)). Horner's rule on X would need
-    2j products.
-    """
-    rounding = product_rounding(D)
-    square = symmetric_product(D, D)
+def _spectral(X: Tensor, D: Tensor, precision: Precision) -> Tensor:
+    """Even order 2j costs j + 1 products: D^2, one for every two further orders, and X M."""
+    factor = rounded(D, precision)
+    D, square = factor.to(D.dtype), symmetric_product(factor, factor)
     m1, m2 = (norm * norm for norm in _norms(D, square))
-    theta = spectral_bound(m1, m2, rounding)
+    theta = spectral_bound(m1, m2, product_rounding(D, precision))
     if not theta <= _LARGEST_NORM:
         return torch.full_like(X, math.nan)
     substeps = max(1, math.ceil(theta / _SUBSTEP_NORM))
     if substeps > 1:
         D, square = D / substeps, square / substeps**2
         m1, m2, theta = m1 / substeps**2, m2 / substeps**4, theta / substeps
+    M = _increment(D, square, m1, m2, theta, precision)
+    del factor, D, square
+    for _ in range(substeps):
+        X = _moved(X, M, precision)
+    return X
+
+
+def _increment(
+    D: Tensor, square: Tensor, m1: float, m2: float, theta: float, precision: Precision
+) -> Tensor:
+    """M = exp(D) - I for ||D||_2 <= theta.
+
+    With T_1 = D + D^2 / 2 and T_j = D^(2j-1) / (2j-1)! + D^(2j) / (2j)!, the first part skew and
+    the second symmetric, T_(j+1) = D^2 (a skew(T_j) + b sym(T_j)). Horner's rule on X would need
+    2j products.
+    """
     tolerance = TOLERANCE[D.dtype]
     order = order_of(theta, tolerance)
-
     M = torch.add(D, square, alpha=0.5)
-    if order > 2:
-        term = torch.mm(square, torch.add(D, square, alpha=0.25)).mul_(1 / 6)
-        if order > 4:  # the third moment often proves that 4 is enough
-            theta = min(theta, spectral_bound(m1, m2, rounding, third=_norms(term)[0]))
-            order = order_of(theta, tolerance)
+    if order == 2:
+        return M
+    rounding, u = product_rounding(D, precision), unit_roundoff(D.dtype, precision)
+    multiply: Callable[[Tensor, Tensor, Precision], Tensor] = product
+    if term_error(m1, m2, theta, 0.0, u) > TERM_ERROR:
+        multiply, rounding, u = split_product, rounding + 4 * u * u, 0.0
+    term = multiply(square, torch.add(D, square, alpha=0.25), precision).mul_(1 / 6)
+    if order > 4:  # the third moment often proves that 4 is enough
+        norm = _norms(term)[0]
+        for _ in range(3):  # what bounds theta better bounds the error of the term better
+            third = norm, term_error(m1, m2, theta, rounding, u)
+            theta = min(theta, spectral_bound(m1, m2, rounding, third=third))
+        order = order_of(theta, tolerance)
+    M += term
+    for power in range(5, order, 2):
+        a, b = 1 / ((power - 1) * power), 1 / (power * (power + 1))
+        mixed = torch.add(term.mT.contiguous().mul_((b - a) / 2), term, alpha=(a + b) / 2)
+        term = multiply(square, mixed, precision)
         M += term
-        for power in range(5, order, 2):
-            a, b = 1 / ((power - 1) * power), 1 / (power * (power + 1))
-            mixed = torch.add(term.mT.contiguous().mul_((b - a) / 2), term, alpha=(a + b) / 2)
-            term = torch.mm(square, mixed)
-            M += term
-    for _ in range(substeps):
-        X = torch.addmm(X, X, M)
-    return X
+    return M
+
+
+def _moved(X: Tensor, M: Tensor, precision: Precision) -> Tensor:
+    """X + X M."""
+    if unit_roundoff(X.dtype, precision) == 0.0:
+        return torch.addmm(X, X, M)
+    return split_product(X, M, precision).add_(X)
 
 
 def order_of(theta: float, tolerance: float) -> int:
@@ -102,19 +165,37 @@ def order_of(theta: float, tolerance: float) -> int:
     return order
 
 
-def product_rounding(D: Tensor) -> float:
+def product_rounding(D: Tensor, precision: Precision = "full") -> float:
     """Bound c of the rounding of an n x n product P Q: ||fl(PQ) - PQ||_F <= c ||P||_F ||Q||_F.
 
-    Higham, Accuracy and Stability, 3.5: c = n u / (1 - n u) for any order of summation; reduced
-    precision rounds the factors first.
+    Higham, Accuracy and Stability, 3.5: c = n u / (1 - n u) for any order of summation, with u the
+    unit roundoff of D's dtype, and twice that where tensor cores may cut off instead of rounding.
+    The rounding of factors is not in it (`optim.products`).
     """
-    n_u = D.shape[0] * torch.finfo(D.dtype).eps / 2
-    reduced = D.dtype == torch.float32 and D.is_cuda
-    inputs = _INPUT_ROUNDING[torch.get_float32_matmul_precision()] if reduced else 0.0
-    return n_u / (1 - n_u) + inputs
+    truncates = unit_roundoff(D.dtype, precision) > 0.0
+    n_u = D.shape[0] * torch.finfo(D.dtype).eps / (1 if truncates else 2)
+    return n_u / (1 - n_u)
 
 
-def spectral_bound(m1: float, m2: float, rounding: float, third: float | None = None) -> float:
+def term_error(m1: float, m2: float, theta: float, rounding: float, u: float) -> float:
+    """Bound of ||fl(T) - T||_F, T = D^3 / 6 + D^4 / 24, for ||D||_2 <= theta.
+
+    T = S V / 6 with S the computed D^2 and V = D + S / 4: the product's own error, that of S times
+    ||V||_2, and that of rounding S and V, each to within u of its entries. The arguments are those
+    of `spectral_bound`.
+    """
+    f1, f2 = math.sqrt(m1), math.sqrt(m2)
+    bound = theta * theta
+    spectral_V, frobenius_V = theta + bound / 4, f1 + f2 / 4
+    own = 2 * rounding * (f2 * frobenius_V + m1 * (spectral_V + f2 / 4))
+    spectral_S = bound + rounding * m1
+    factors = f2 * (spectral_V + rounding * m1 / 4) + (spectral_S + u * f2) * frobenius_V
+    return (own + u * factors) / 6
+
+
+def spectral_bound(
+    m1: float, m2: float, rounding: float, third: tuple[float, float] | None = None
+) -> float:
     """Upper bound theta of ||D||_2 for skew D from the moments of l = t^2 over its eigenvalues i t.
 
     Non-zero eigenvalues come in pairs +-i t, so the largest l, L, counts twice in every sum over
@@ -132,24 +213,21 @@ def spectral_bound(m1: float, m2: float, rounding: float, third: float | None = 
         m2: ||S||_F^2 with S the computed D^2.
         rounding: `product_rounding`. Products are charged with it, and the rest, which is
             element-wise or a norm by rows, with as much again.
-        third: ||T||_F with T the computed term.
+        third: ||T||_F with T the computed term, and its `term_error`.
 
     Returns:
         theta; not finite if m1 or m2 is not. Squares that underflow belong to a D far below
         the limit of order 2.
     """
-    f1, f2 = math.sqrt(m1), math.sqrt(m2)
+    f2 = math.sqrt(m2)
     # ||S - D^2||_F <= rounding ||D||_F^2.
     e2 = 2 * rounding * m1
     low, high = max(f2 - e2, 0.0) ** 2, (f2 + e2) ** 2
     bound = min(m1 * (1 + rounding) / 2, math.sqrt(high / 2))
     theta = math.sqrt(bound)
-    if third is None or not math.isfinite(theta + third) or m1 == 0.0:
+    if third is None or not math.isfinite(theta + third[0]) or m1 == 0.0:
         return theta
-    # T = S V / 6 with V = D + S / 4: the product's own error, and that of S times ||V||_2.
-    spectral_V, frobenius_V = theta + bound / 4, f1 + f2 / 4
-    e3 = 2 * rounding * (f2 * frobenius_V + m1 * (spectral_V + f2 / 4)) / 6
-    m3 = 36 * (third + e3) ** 2
+    m3 = 36 * sum(third) ** 2
     c = m2 / m1
     right = max((m3 - 2 * c * low + c * c * m1 * (1 + rounding)) / 2, 0.0)
     # Newton from above on a function that is convex there: every iterate is a bound.

@@ -5,7 +5,7 @@ ones each. The owner forms the Lie-algebra gradient, which returns to the flat l
 moments are advanced, element by element; the increment goes to the owner, which applies the
 exponential, and the matrix returns. Per rank and step this sends 20 N / W bytes (X, G, A, D, X in
 float32), 24 N / W at a Lookahead synchronisation, and 8 N / W more at a polar retraction without
-one.
+one. What a round sends travels during the products of others (`optim.rounds`).
 
 Every whole-matrix product sees one matrix on one rank, and the rest is element-wise, so for a given
 gradient the result does not depend on W, bit by bit.
@@ -20,14 +20,9 @@ from torch import Tensor
 from optim.audit import Audit
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
-from optim.euclidean import (
-    adam_increment,
-    euclidean_average,
-    euclidean_step,
-    new_state,
-    update_moments,
-)
+from optim.euclidean import euclidean_average, euclidean_step, new_state
 from optim.exchange import Exchange
+from optim.guard import Guard
 from optim.layout import (
     ROUND_ELEMENTS,
     FlatPartition,
@@ -38,6 +33,7 @@ from optim.layout import (
     plan_rounds,
 )
 from optim.manifolds import Manifold
+from optim.rounds import ManifoldStep, in_sequence, interleaved
 
 TENSOR_KINDS = ("exp_avg", "exp_avg_sq", "slow", "tangent_sum")
 """State tensors, each in the layout of the master."""
@@ -55,6 +51,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
         param_groups: From `optim.groups.parameter_groups`.
         config: Hyper-parameters. Learning rates are read from the groups at every step.
         round_elements: Most elements that an owner assembles in one exchange.
+        overlap: Whether rounds overlap where there are several ranks; the results are the same.
     """
 
     def __init__(
@@ -63,16 +60,17 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
         config: OptimConfig,
         *,
         round_elements: int = ROUND_ELEMENTS,
+        overlap: bool = True,
     ) -> None:
         super().__init__(param_groups, {"lr": config.lr})
         self.config = config
         self.audit = Audit(config)
         self._round_elements = round_elements
+        self._overlap = overlap
         self.partitioned_matrices = 0
         self.partitions: list[FlatPartition] = []
         self._partition_of: dict[Tensor, FlatPartition] = {}
         self._exchange: Exchange | None = None
-        self._failure: str | None = None
 
     # -- binding ---------------------------------------------------------------------------------
 
@@ -104,6 +102,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
         self.partitioned_matrices = sum(slot.length < slot.numel for slot in matrices)
         self._partition_of = {partition.flat: partition for partition in partitions}
         self._exchange = exchange
+        self._guard = Guard(exchange, partitions[0].flat.device)
 
     @property
     def exchange(self) -> Exchange:
@@ -141,15 +140,22 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
     def _manifold_step(
         self, partition: FlatPartition, manifold: Manifold, state: dict[str, Any], lr: float
     ) -> None:
-        config = self.config
-        step = state["step"] = state["step"] + 1
-        synchronise = config.lookahead_steps > 0 and step % config.lookahead_steps == 0
-        retract = config.polar_every > 0 and step % config.polar_every == 0
-        for plan in self._rounds(partition):
-            self._update_round(partition, manifold, plan, lr, synchronise, retract)
-        if retract:
-            self._raise_together()
-        if self.audit.due(step):
+        state["step"] += 1
+        step = ManifoldStep(
+            partition,
+            manifold,
+            state,
+            lr,
+            config=self.config,
+            exchange=self.exchange,
+            audit=self.audit,
+            guard=self._guard,
+        )
+        run = interleaved if self._overlap and self.exchange.world_size > 1 else in_sequence
+        run([step.update(plan) for plan in self._rounds(partition)])
+        if step.retracts:
+            self._guard.raise_together()
+        if self.audit.due(state["step"]):
             self._finish_audit(partition, manifold)
 
     def _finish_audit(self, partition: FlatPartition, manifold: Manifold) -> None:
@@ -167,47 +173,6 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
                 for _, plan, values in mapped:
                     flat[plan.start : plan.stop] = values
         audit.forget()
-
-    def _update_round(
-        self,
-        partition: FlatPartition,
-        manifold: Manifold,
-        plan: Round,
-        lr: float,
-        synchronise: bool,
-        retract: bool,
-    ) -> None:
-        """Update the matrices of one round, in the order of the reference."""
-        config, exchange, state = self.config, self.exchange, self.state[partition.flat]
-        cut = slice(plan.start, plan.stop)
-        master, gradient = partition.flat[cut], partition.flat.grad[cut]  # type: ignore[index]
-        moments = state["exp_avg"][cut], state["exp_avg_sq"][cut]
-
-        X, G = exchange.to_owner(master, plan), exchange.to_owner(gradient, plan)
-        A = [manifold.tangent(x, g) for x, g in zip(X, G, strict=True)]
-        tangent = exchange.to_partitions(A, plan, torch.empty_like(master))
-        update_moments(tangent, *moments, config.betas)
-        increment = adam_increment(*moments, state["step"], lr, config.betas, config.eps)
-        if config.lookahead_steps:
-            state["tangent_sum"][cut] += increment
-        if synchronise:  # the fast matrix is about to be replaced: only the slow one moves
-            X = exchange.to_owner(state["slow"][cut], plan)
-            increment = state["tangent_sum"][cut] * config.lookahead_factor
-        D = exchange.to_owner(increment, plan)
-        X = [manifold.retract(x, d, config.series) for x, d in zip(X, D, strict=True)]
-        if retract:
-            X = self._guarded(plan, lambda x, slot: manifold.project(x), X)
-        if self.audit.due(state["step"]):
-            for x, slot in zip(X, plan.owned[exchange.rank], strict=True):
-                self.audit.measure(slot.name, x, manifold)
-        exchange.to_partitions(X, plan, master)
-        if synchronise:
-            state["slow"][cut] = master
-            state["tangent_sum"][cut] = 0.0
-        elif retract and config.lookahead_steps:
-            slow = exchange.to_owner(state["slow"][cut], plan)
-            projected = self._guarded(plan, lambda x, slot: manifold.project(x), slow)
-            exchange.to_partitions(projected, plan, state["slow"][cut])
 
     # -- whole-matrix operations -----------------------------------------------------------------
 
@@ -241,11 +206,12 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
             flats = [self._tensor(partition, source) for source in sources]
             like = partition.flat.new_empty(0, dtype=dtype)
             for plan in self._rounds(partition):
-                wholes = [exchange.to_owner(flat[plan.start : plan.stop], plan) for flat in flats]
-                results = self._guarded(plan, fn, *wholes)
-                self._raise_together()
+                cut = slice(plan.start, plan.stop)
+                wholes = [exchange.to_owner(flat[cut], plan).wait() for flat in flats]
+                results = self._guard.call(plan.owned[exchange.rank], fn, *wholes)
+                self._guard.raise_together()
                 out = like.new_empty(plan.stop - plan.start)
-                yield partition, plan, exchange.to_partitions(results, plan, out)
+                yield partition, plan, exchange.to_partitions(results, plan, out).wait()
 
     @torch.no_grad()
     def initialise(self, fn: Callable[[Slot], Tensor]) -> None:
@@ -276,7 +242,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
                 continue
             for plan in self._rounds(partition):
                 wholes = exchange.to_owner(partition.flat[plan.start : plan.stop], plan)
-                measured += [partition.manifold.residual(X) for X in wholes]
+                measured += [partition.manifold.residual(X) for X in wholes.wait()]
                 for owner, slots in enumerate(plan.owned):
                     names[owner] += [slot.name for slot in slots]
         row = torch.zeros(max(map(len, names)), dtype=torch.float64, device=self._device())
@@ -402,32 +368,3 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
 
     def _device(self) -> torch.device:
         return self.partitions[0].flat.device
-
-    def _guarded(
-        self, plan: Round, fn: Callable[..., Tensor], *sources: list[Tensor]
-    ) -> list[Tensor]:
-        """Call an owner's function `fn(*wholes, slot)` for each of its slots in a round.
-
-        An exception is kept for `_raise_together`: raising here, on one rank, would leave the
-        others waiting in their next collective. The result of a failed slot is zero.
-        """
-        results = []
-        for number, slot in enumerate(plan.owned[self.exchange.rank]):
-            try:
-                result = fn(*(wholes[number] for wholes in sources), slot)
-                if tuple(result.shape) != slot.shape:
-                    raise OptimizerError(f"result has shape {tuple(result.shape)}")
-            except Exception as error:
-                text = f"parameter {slot.name!r}: {type(error).__name__}: {error}"
-                self._failure = self._failure or text
-                result = torch.zeros(slot.shape)
-            results.append(result)
-        return results
-
-    def _raise_together(self) -> None:
-        """Raise on every rank if an owner's function failed on any. Collective."""
-        failed = torch.tensor([self._failure is not None], device=self._device()).float()
-        if self.exchange.all_gather(failed).any():
-            messages = self.exchange.all_gather_text(self._failure or "", self._device())
-            self._failure = None
-            raise OptimizerError("; ".join(filter(None, messages)))

@@ -21,11 +21,9 @@ EXPORT = "export"
 
 _SERIES = 5
 """Matrices that the exponential's series works on, its result left out: D^2, the sum, two terms and
-their mixture."""
-_PROJECTION = 3
-"""The same of a polar projection: the residual, the iterate and the next one."""
-_AUDIT = 6
-"""The same of an audit: the matrix, its residual and the squares of that, in float64."""
+their mixture. Tangents, polar projections and audits work on fewer."""
+_ROUNDED = 3
+"""Matrices more where the factors of products are rounded: the two, and one while it is made."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Setting:
         ranks: W.
         working: bytes of an element of the working weights: 2 or 4.
         lookahead: whether there is a slow copy.
-        retracts: whether there are polar retractions.
+        rounds_factors: whether products of the manifold step round their factors.
         nadam: whether Euclidean parameters are updated by NAdam.
         sub_group: elements of one optimizer sub-group, of all ranks' partitions of one rank.
         bucket: elements of one gradient reduction.
@@ -67,7 +65,7 @@ class Setting:
     ranks: int
     working: int
     lookahead: bool
-    retracts: bool
+    rounds_factors: bool
     nadam: bool
     sub_group: int
     bucket: int
@@ -159,19 +157,20 @@ def optimizer_step(weights: Weights, setting: Setting) -> list[Component]:
 
 
 def _manifold_step(group: tuple[int, ...], setting: Setting) -> list[tuple[str, int]]:
-    """Rows of one sub-group of matrices (optim/sharded.py, _update_round)."""
-    owned, cut, largest = _round(group, setting)
-    moments = [(5, max(_SERIES, _AUDIT))]  # X, G, A, D and the results
-    if setting.retracts:
-        moments.append((6, _PROJECTION))  # and what is projected
-        if setting.lookahead and setting.ranks > 1:
-            moments.append((7, 0))  # X, G, A, D, the slow copy, projected, on its way back
-    moved, work = max(moments, key=lambda moment: moment[0] * owned + moment[1] * largest)
+    """Rows of one sub-group of matrices (optim/rounds.py, ManifoldStep.update)."""
+    owned, cut, largest, rounds = _rounds(group, setting)
+    many = setting.ranks > 1
+    series = _SERIES + _ROUNDED * setting.rounds_factors
+    if many:  # X and D; or X, A, A on its way and what it becomes, while others end
+        held = max(2 * owned + series * largest, (3 + 2 * (rounds > 2)) * owned + cut)
+    else:  # what has moved, and D; all else is seen as it lies in flat tensors
+        held = owned + cut + (series - 1) * largest
+    # X and G of the next round, X and A or D of the one between, and a slice.
+    others = many * (2 * owned * min(rounds - 1, 2) + cut * (rounds > 1))
     return [
         ("gradient of a sub-group", 4 * shares(group, setting.ranks)),
-        ("matrices of a round at their owner (X, G, A, D, results)", 4 * moved * owned),
-        ("a round's slices (tangent, increment)", 4 * 2 * cut),
-        ("series of the largest matrix", 4 * work * largest),
+        ("a round's matrices at their owner", 4 * held),
+        ("those of rounds that overlap with it", 4 * others),
     ]
 
 
@@ -180,7 +179,7 @@ def export(weights: Weights, setting: Setting) -> list[Component]:
     groups = _sub_groups(weights.matrices, setting)
     if not groups:
         return [Component("one parameter in float64", EXPORT, 8 * max(weights.others))]
-    owned, cut, largest = max((_round(group, setting) for group in groups), key=sum)
+    owned, cut, largest, _ = max((_rounds(group, setting) for group in groups), key=sum)
     sources = 4 * (2 if setting.lookahead else 1) * owned
     # The last matrix is worked on, or all of them are on their way back.
     working = 8 * (owned - largest) + 8 * (_SERIES + 3) * largest
@@ -203,8 +202,11 @@ def _sub_groups(parameters: tuple[int, ...], setting: Setting) -> list[tuple[int
     return [*groups, tuple(current)] if current else groups
 
 
-def _round(group: tuple[int, ...], setting: Setting) -> tuple[int, int, int]:
-    """Of the largest round: elements that an owner assembles, a rank's slice, the largest one."""
+def _rounds(group: tuple[int, ...], setting: Setting) -> tuple[int, int, int, int]:
+    """Of the largest round: elements that an owner assembles, a rank's slice, the largest matrix.
+
+    The last figure is the number of rounds.
+    """
     slots, offset = [], 0
     for number, elements in enumerate(group):
         length = share(elements, setting.ranks)
@@ -214,7 +216,7 @@ def _round(group: tuple[int, ...], setting: Setting) -> tuple[int, int, int]:
     owned = max(
         setting.ranks * sum(slot.length for slot in slots) for r in rounds for slots in r.owned
     )
-    return owned, max(r.stop - r.start for r in rounds), max(group)
+    return owned, max(r.stop - r.start for r in rounds), max(group), len(rounds)
 
 
 def peak(components: Sequence[Component]) -> int:
@@ -246,7 +248,7 @@ class Traffic:
         backward: all-gathers of the backward passes.
         reduce: reduce-scatters of the gradients.
         manifold: all-to-alls of the manifold step, Lookahead and retractions averaged in.
-        rounds: rounds of the manifold step; each is five collectives in a row.
+        rounds: rounds of the manifold step, of five collectives each.
         gathers: all-gathers and reduce-scatters, in number.
     """
 

@@ -23,7 +23,7 @@ from pipeline.events import (
     Straggling,
 )
 from pipeline.journal import Journal
-from pipeline.meter import DEVICE_HOURS, Meter
+from pipeline.meter import Meter
 from pipeline.prepare import Prepared
 from pipeline.retention import Retention
 from pipeline.submission import submission_tags
@@ -94,8 +94,8 @@ class Desk:
                 self._tracker.log_metrics(event.step, {"train/micro_batch": float(batch)})
             case Metrics():
                 self.step = event.step
-                self._display.metrics(event)
                 values = {**event.values, **self._meter.values(event)}
+                self._display.metrics(dataclasses.replace(event, values=values))
                 self._tracker.log_metrics(event.step, values, event.time_ms)
                 self._note_repairs(event)
             case Kept():
@@ -121,6 +121,7 @@ class Desk:
                     f"[yellow]skipped[/yellow] step {event.step}: a loss or gradient is not finite"
                 )
             case RolledBack():
+                self._meter.back_to(event.step)
                 self._display.message(
                     f"[yellow]rolled back[/yellow] from step {event.given_up} to {event.step}: "
                     f"{event.samples} samples are left out, epoch and position {event.first} to "
@@ -186,16 +187,20 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
     evaluations = _evaluations(prepared, tracker) if config.checkpoint.evaluate else None
     display = Display(console)
     retention = _retention(prepared, evaluations, display)
-    meter = Meter(config, tracker.last_value(DEVICE_HOURS) or 0.0)
+    meter = Meter(config, tracker.last_value)
     journal = Journal(prepared.spool.parent, prepared.run)
     desk = Desk(display, tracker, evaluations, retention.submit, meter, journal)
-    system = SystemMetrics(lambda values: tracker.log_metrics(desk.step, values))
+    system = SystemMetrics(
+        # With the time, so that a run which then hangs and is killed has lost it.
+        lambda values: tracker.log_metrics(desk.step, {**values, **meter.time()})
+    )
     status = "FAILED"
     if prepared.changed:
         display.message("changed: " + "; ".join(f"{k}: {v}" for k, v in prepared.changed.items()))
         journal.note("Changed", settings=prepared.changed)
     try:
         yield desk
+        meter.stop()
         display.close()
         summaries = _results(evaluations, console)
         status = "FINISHED"

@@ -11,14 +11,15 @@ from pipeline.events import Metrics, Started
 
 _PLAIN_INTERVAL_S = 5.0
 _SMOOTHING = 0.05
-_SMOOTHED = ("train/loss", "train/clean", "train/certified", "train/images_per_s")
+_SMOOTHED = ("train/loss", "train/clean", "train/certified", "train/images_per_s", "perf/mfu")
 
 
 class Display:
     """Shows the progress of one run.
 
     On a terminal one live line; in logs (Ray jobs, CI) a plain line every few seconds. Loss,
-    accuracies and rate are exponential averages over about 20 records.
+    accuracies, rate and MFU are exponential averages over about 20 records; goodput is of the run
+    so far.
     """
 
     def __init__(self, console: Console) -> None:
@@ -28,6 +29,7 @@ class Display:
         self._task: TaskID | None = None
         self._first: tuple[int, float] | None = None
         self._next_plain = 0.0
+        self._peak = ""
         self._bar = Progress(
             TextColumn("[bold]step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
@@ -43,6 +45,7 @@ class Display:
         for name, value in event.facts.items():
             self.console.print(f"[dim]{name}:[/dim] {value}", highlight=False)
         self._total = event.total_steps
+        self._peak = " of measured" if event.measured_flops else ""
         if self.console.is_terminal:
             self._task = self._bar.add_task("", total=event.total_steps, completed=event.step)
             self._bar.start()
@@ -84,7 +87,13 @@ class Display:
             f"loss {mean['train/loss']:.4f}  clean {mean['train/clean']:.1%}  "
             f"certified {mean['train/certified']:.1%}  lr {event.values['train/lr']:.2e}  "
             f"eps {event.values['train/eps']:.3f}  {mean['train/images_per_s']:.0f} img/s"
+            f"{self._use(event)}"
         )
+
+    def _use(self, event: Metrics) -> str:
+        mfu, goodput = self._average.get("perf/mfu"), event.values.get("perf/goodput")
+        text = "" if mfu is None else f"  MFU {mfu:.1%}{self._peak}"
+        return text if goodput is None else f"{text}  goodput {goodput:.1%}"
 
     def message(self, text: str) -> None:
         """Print one line above the progress line."""

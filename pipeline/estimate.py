@@ -12,14 +12,7 @@ from pipeline.config import RunConfig
 from pipeline.counts import Plan, make_plan
 from pipeline.errors import PipelineError
 from pipeline.flops import training_flops
-from pipeline.forecast import (
-    DECODE_RATE,
-    EFFICIENCY,
-    MANIFOLD_PRODUCTS,
-    Device,
-    StepTime,
-    step_time,
-)
+from pipeline.forecast import MANIFOLD_PRODUCTS, Device, StepTime, step_time
 from pipeline.rehearsal import DTYPES, Rehearsal, rehearse
 from pipeline.zero3 import engine_settings, gathered_sizes
 
@@ -125,7 +118,7 @@ def setting_of(config: RunConfig, weights: Weights, *, largest: int, ranks: int)
         ranks=ranks,
         working=DTYPES[config.train.precision].itemsize,
         lookahead=config.optim.lookahead_steps > 0,
-        retracts=config.optim.polar_every > 0,
+        rounds_factors=config.optim.increment != "full",
         nadam=config.optim.euclidean == "nadam",
         sub_group=settings["sub_group_size"],
         bucket=settings["reduce_bucket_size"],
@@ -149,14 +142,7 @@ def memory(weights: Weights, setting: Setting, seen: Rehearsal) -> tuple[Compone
     )
 
 
-def estimate(
-    config: RunConfig,
-    *,
-    ranks: int,
-    device: Device,
-    images: int,
-    efficiency: float = EFFICIENCY,
-) -> Estimate:
+def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> Estimate:
     """Estimate a run.
 
     Args:
@@ -164,7 +150,6 @@ def estimate(
         ranks: devices, all training.
         device: each of them.
         images: samples of an epoch.
-        efficiency: share of the device's peak that products reach.
 
     Raises:
         PipelineError: the batch does not split over the ranks; the network cannot be rehearsed.
@@ -195,13 +180,12 @@ def estimate(
             manifold_flops=_manifold_flops(weights, ranks),
             sent=sent,
             rank_images=counts.rank_batch,
-            decode_rate=DECODE_RATE * max(1, config.data.stream.workers),
-            efficiency=efficiency,
+            decoders=max(1, config.data.stream.workers),
         ),
         device=device,
         images=images,
         lookahead=setting.lookahead,
-        least_flops=training_flops(config.model),
+        least_flops=training_flops(config),
         epochs=config.train.epochs,
     )
 

@@ -16,6 +16,7 @@ class Started:
         devices: how many devices compute, one per rank.
         device: name of rank 0's device, `cpu` or that of a GPU.
         micro_batch: samples per rank and backward pass.
+        measured_flops: FLOP/s of rank 0 in products, where its device has no data sheet; else 0.
     """
 
     facts: dict[str, Any]
@@ -24,15 +25,25 @@ class Started:
     devices: int = 1
     device: str = "cpu"
     micro_batch: int = 0
+    measured_flops: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """Scalars after `step` optimizer steps; `time_ms` is the wall clock since the epoch."""
+    """Scalars after `step` optimizer steps.
+
+    Attributes:
+        step: steps done.
+        values: by name.
+        time_ms: wall clock since the epoch.
+        productive_s: of the seconds since the record before, those of steps that were taken: no
+            wait for data (of the rank that waited longest), no checkpoint, no skipped step.
+    """
 
     step: int
     values: dict[str, float]
     time_ms: int
+    productive_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

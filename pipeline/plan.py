@@ -8,6 +8,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -19,10 +20,12 @@ from pipeline import budget
 from pipeline.config import RunConfig
 from pipeline.errors import REFUSALS, PipelineError
 from pipeline.estimate import Estimate, estimate, trials
-from pipeline.forecast import DEVICES, EFFICIENCY, Device, device_of
+from pipeline.forecast import DEVICES, Device, device_of
+from pipeline.measured import Measured
 from pipeline.presets import PRESETS, run_preset
 
 _DEFAULT_PRESET = "digits"
+_DEFAULT_DEVICE = "H100"
 _GB = 1e9
 _SETS = {  # images of the training split, kB of one
     "imagenet": (1_281_167, 110.0),
@@ -41,12 +44,14 @@ class Request:
         run: the run, with the same overrides as `python -m pipeline.pretrain`.
         nodes: machines.
         gpus: devices of each.
-        device: B200, H200, H100, A100, L40S, V100, or another name with the four values below.
-        tflops: 10^12 FLOP/s of a device in the run's precision; 0: its data sheet.
-        memory_gb: 10^9 bytes of a device; 0: its data sheet.
-        link_gbps: 10^9 bits per second from a device to the others; 0: its data sheet within one
-            node, 400 over the network.
-        efficiency: share of the peak that products reach.
+        device: B200, H200, H100 (the default), A100, L40S, V100, or another name with the three
+            values below.
+        measured: a file of `python -m benchmarks.calibrate`, for the device that it was made on.
+        tflops: 10^12 FLOP/s of a device in the run's precision; 0: measured, or its data sheet.
+        memory_gb: 10^9 bytes of a device; 0: measured, or its data sheet.
+        link_gbps: 10^9 bits per second from a device to the others; 0: measured, or its data sheet
+            within one node and 400 over the network.
+        efficiency: share of the peak that products reach; 0: measured, or 0.4.
         price_per_gpu_hour: in any currency; 0: cluster.price-per-device-hour.
         images: samples of an epoch; 0: of the preset's data set.
         image_kb: 10^3 bytes of an encoded image; 0: of the preset's data set.
@@ -57,11 +62,12 @@ class Request:
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     nodes: int = 1
     gpus: int = 8
-    device: str = "H100"
+    device: str = ""
+    measured: str = ""
     tflops: float = 0.0
     memory_gb: float = 0.0
     link_gbps: float = 0.0
-    efficiency: float = EFFICIENCY
+    efficiency: float = 0.0
     price_per_gpu_hour: float = 0.0
     images: int = 0
     image_kb: float = 0.0
@@ -81,14 +87,19 @@ class Request:
             "tflops",
             "memory_gb",
             "link_gbps",
+            "efficiency",
             "price_per_gpu_hour",
             "images",
             "image_kb",
         ):
             if not getattr(self, name) >= 0:
                 raise PipelineError(f"--{name.replace('_', '-')} must not be negative")
-        if not 0 < self.efficiency <= 1:
+        if self.efficiency > 1:
             raise PipelineError(f"--efficiency {self.efficiency} must be in (0, 1]")
+        if self.device and self.measured:
+            raise PipelineError(
+                f"--device {self.device} and --measured {self.measured}: the file has its own"
+            )
 
     @property
     def price(self) -> float:
@@ -97,13 +108,16 @@ class Request:
 
     def on(self, nodes: int) -> Device:
         """The device among `nodes` nodes."""
+        measured = Measured.read(Path(self.measured)) if self.measured else None
         return device_of(
-            self.device,
+            measured.device if measured else self.device or _DEFAULT_DEVICE,
             precision=self.run.train.precision,
             nodes=nodes,
             tflops=self.tflops,
             memory_gb=self.memory_gb,
             link_gbps=self.link_gbps,
+            efficiency=self.efficiency,
+            measured=measured,
         )
 
     def data(self) -> tuple[int, float]:
@@ -125,7 +139,6 @@ class Request:
             ranks=ranks,
             device=self.on(-(-ranks // self.gpus)),
             images=self.data()[0],
-            efficiency=self.efficiency,
         )
 
 
@@ -170,7 +183,8 @@ def report(found: Estimate, request: Request) -> dict[str, Any]:
         "flops_per_rank_step": found.rehearsal.flops * request.run.train.accumulation,
         "flops_epoch": found.least_flops and found.least_flops * found.images,
         "sent_per_rank_step": dataclasses.asdict(found.sent),
-        "step_s": dataclasses.asdict(found.time) | {"total": found.time.total},
+        "step_s": dataclasses.asdict(found.time)
+        | {"manifold": found.time.manifold, "total": found.time.total},
         "bound": found.time.bound,
         "images_per_s": found.images_per_s,
         "mfu": found.mfu,
@@ -214,27 +228,52 @@ def _tables(found: Estimate, request: Request) -> Iterator[Table]:
     for name, size in found.host.items():
         memory.add_row(name, "host memory", f"{size / _GB:.3f}")
     yield memory
-    sent = Table("per rank and step", "GB", "seconds", "beside", title="Traffic and time")
-    time, t = found.sent, found.time
-    sent.add_row("passes", "", f"{t.passes:.4f}", "")
-    sent.add_row("all-gather, forward", f"{time.forward / _GB:.3f}", "", "passes")
-    sent.add_row("all-gather, backward", f"{time.backward / _GB:.3f}", "", "passes")
-    sent.add_row("reduce-scatter", f"{time.reduce / _GB:.3f}", "", "passes")
-    sent.add_row("ZeRO-3 together", f"{time.zero3 / _GB:.3f}", f"{t.zero3:.4f}", "passes")
-    sent.add_row("data", "", f"{t.data:.4f}", "passes")
-    sent.add_row("manifold products", "", f"{t.manifold_products:.4f}", "nothing")
-    sent.add_row(
-        "manifold traffic",
-        f"{time.manifold / _GB:.3f}",
-        f"{t.manifold_traffic + t.latency:.4f}",
-        "nothing",
-    )
-    sent.add_row("step", "", f"{t.total:.4f}", f"bound by {t.bound}", style="bold")
-    yield sent
+    yield _time_table(found)
+    yield _device_table(found.device)
     run = Table("run", "", title=f"{request.run.preset} on {found.ranks} x {found.device.name}")
     for name, value in _figures(found, facts):
         run.add_row(name, value)
     yield run
+
+
+def _time_table(found: Estimate) -> Table:
+    table = Table("per rank and step", "GB", "seconds", "beside", title="Traffic and time")
+    sent, t = found.sent, found.time
+    passes = "passes" if t.overlap else "nothing: one after the other"
+    products = "products" if t.overlap else passes
+    table.add_row("passes", "", f"{t.passes:.4f}", "")
+    table.add_row("all-gather, forward", f"{sent.forward / _GB:.3f}", "", passes)
+    table.add_row("all-gather, backward", f"{sent.backward / _GB:.3f}", "", passes)
+    table.add_row("reduce-scatter", f"{sent.reduce / _GB:.3f}", "", passes)
+    table.add_row("ZeRO-3 together", f"{sent.zero3 / _GB:.3f}", f"{t.zero3:.4f}", passes)
+    table.add_row("data", "", f"{t.data:.4f}", passes)
+    table.add_row("manifold products", "", f"{t.manifold_products:.4f}", "")
+    traffic = f"{sent.manifold / _GB:.3f}"
+    table.add_row("manifold traffic", traffic, f"{t.manifold_traffic:.4f}", products)
+    table.add_row("manifold step", "", f"{t.manifold:.4f}", "nothing")
+    table.add_row("step", "", f"{t.total:.4f}", f"bound by {t.bound}", style="bold")
+    return table
+
+
+def _device_table(device: Device) -> Table:
+    """Every number of the device that the times follow from, and where it is from."""
+    table = Table("of a device", "", "from", title=device.name)
+    rows = {
+        "memory_gb": ("memory", "{:,.1f} GB", 1.0),
+        "working_flops": ("products, working precision", "{:,.4g} TFLOP/s", 1e12),
+        "single_flops": ("products, fp32", "{:,.4g} TFLOP/s", 1e12),
+        "pass_efficiency": ("share that passes reach", "{:.2f}", 1.0),
+        "step_efficiency": ("share that the manifold step reaches", "{:.2f}", 1.0),
+        "exchange_gbps": ("sent in an all-to-all", "{:,.4g} Gbit/s", 1.0),
+        "gather_gbps": ("sent in an all-gather", "{:,.4g} Gbit/s", 1.0),
+        "scatter_gbps": ("sent in a reduce-scatter", "{:,.4g} Gbit/s", 1.0),
+        "latency_s": ("start of a collective", "{:,.4g} us", 1e-6),
+        "decode_rate": ("decoded by a core", "{:,.4g} images/s", 1.0),
+    }
+    for name, (label, form, unit) in rows.items():
+        value = form.format(getattr(device, name) / unit)
+        table.add_row(label, value, device.sources[name])
+    return table
 
 
 def _figures(found: Estimate, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -148,9 +148,14 @@ class Tracker:
         """Set tags of the run."""
         self._append("tags", tags=dict(tags))
 
-    def last_value(self, name: str) -> float | None:
-        """The newest value of a metric that this spool holds, from earlier executions as well."""
-        return self._spool.last_value(name)
+    def last_value(self, name: str, until: int | None = None) -> float | None:
+        """The newest value of a metric that this spool holds, from earlier executions as well.
+
+        Args:
+            name: of the metric.
+            until: values of later steps are left out.
+        """
+        return self._spool.last_value(name, until)
 
     def finish(self, status: str = "FINISHED") -> None:
         """Set the final status: FINISHED, FAILED or KILLED."""
@@ -286,13 +291,15 @@ class _Spool:
                     rows.append((json.loads(line), end))
         return rows
 
-    def last_value(self, name: str) -> float | None:
+    def last_value(self, name: str, until: int | None) -> float | None:
         quoted = json.dumps(name).encode()
         found = None
         with self.path.open("rb") as file:
             for line in file:
                 if quoted in line and line.endswith(b"\n"):
-                    found = json.loads(line).get("values", {}).get(name, found)
+                    row = json.loads(line)
+                    if until is None or row.get("step", 0) <= until:
+                        found = row.get("values", {}).get(name, found)
         return found
 
     def acknowledge(self, end: int) -> None:

@@ -116,8 +116,8 @@ class Trainer:
         self._preempted = self._stopping = self._keep_now = False
         self._sums = torch.zeros(len(STATISTICS), device=world.device)
         self._since = time.perf_counter()
-        self._waited = 0.0
-        self._skipped = self._skipped_in_a_row = 0
+        self._waited = self._kept_s = 0.0
+        self._skipped = self._skipped_before = self._skipped_in_a_row = 0
 
     def fit(self) -> None:
         """Train to the last step of the plan, recording metrics and keeping checkpoints."""
@@ -147,7 +147,7 @@ class Trainer:
             self._record(now)
             self._beat(step, Phase.CHECKPOINT)
             if self._plan.keeps(self.progress.step) or self._keep_now:
-                self._saver.keep(self.progress)
+                self._keep()
             self._saver.poll()
             self._stepped()
             if self._stopping:
@@ -180,9 +180,26 @@ class Trainer:
         self.progress, told = back
         self._skipped_in_a_row = 0
         self._sums.zero_()
+        self._begin_record()
         self._tell(Skipped(step))
         self._tell(told)
         return True
+
+    def _keep(self) -> None:
+        begin = time.perf_counter()
+        self._saver.keep(self.progress)
+        self._kept_s += time.perf_counter() - begin
+
+    def _begin_record(self) -> None:
+        self._since, self._kept_s = time.perf_counter(), 0.0
+        self._skipped_before = self._skipped
+        self._waited = self._stream.waited_s
+
+    def _productive(self, seconds: float, samples: float, waited: float) -> float:
+        """See Metrics; `samples` are those of the steps that were taken."""
+        taken = samples / self._config.train.global_batch
+        steps = taken + self._skipped - self._skipped_before
+        return max(0.0, seconds - waited - self._kept_s) * taken / max(steps, 1)
 
     def _tell(self, event: Event) -> None:
         if self._world.rank == 0:
@@ -238,35 +255,34 @@ class Trainer:
         seen = [
             stream.retries,
             stream.damaged.total(),
-            stream.waited_s - self._waited,
             self._interruption.stop_requested(),
             due,
             *self._own_slot(self._engine.forward_seconds()),
+            *self._own_slot(stream.waited_s - self._waited),
         ]
-        self._waited = stream.waited_s
         sums = torch.cat([self._sums, torch.tensor(seen, device=self._sums.device)])
         dist.all_reduce(sums)
-        loss_sum, clean, certified, samples, retries, damaged, waited, stop, due, *seconds = (
-            sums.tolist()
-        )
+        loss_sum, clean, certified, samples, retries, damaged, stop, due, *slots = sums.tolist()
+        seconds, waits = slots[: self._world.size], slots[self._world.size :]
         self._interrupt(stop=stop > 0, ask=due > 0)
         self._sums.zero_()
-        clock = time.perf_counter()
+        passed = time.perf_counter() - self._since
         means = {"loss": loss_sum, "clean": clean, "certified": certified}
         values = {
             # None of them where all steps were skipped.
             **{f"train/{name}": value / samples for name, value in means.items() if samples},
             "train/eps": now.eps,
             "train/lr": self._config.optim.lr * now.lr_factor,
-            "train/images_per_s": samples / max(clock - self._since, 1e-9),
+            "train/images_per_s": samples / max(passed, 1e-9),
             "train/epoch": float(self.progress.cursor.epoch),
             # Of all ranks since they started; the seconds since the last record, per rank.
             "data/retries": retries,
             "data/damaged": damaged,
             "train/skipped": float(self._skipped),
-            "data/wait_s": waited / self._world.size,
+            "data/wait_s": sum(waits) / self._world.size,
             **self._compare(seconds),
             **self._engine.audit_metrics(),
         }
-        self._since = clock
-        self._tell(Metrics(step, values, int(time.time() * 1000)))
+        productive = self._productive(passed, samples, max(waits))
+        self._begin_record()
+        self._tell(Metrics(step, values, int(time.time() * 1000), productive))

@@ -13,6 +13,7 @@ from data_shards.store import Store
 from pipeline.config import RunConfig
 from pipeline.counts import Plan, make_plan
 from pipeline.events import Emit, Started
+from pipeline.flops import measured_flops, peak_flops
 from pipeline.interruption import Interruption
 from pipeline.memory import fitting, recorded, too_large
 from pipeline.profile import profiled
@@ -153,6 +154,8 @@ def _started(
         facts["damaged checkpoints passed over"] = "; ".join(damaged)
     cuda = world.device.type == "cuda"
     device = torch.cuda.get_device_name(world.device) if cuda else world.device.type
+    precision = config.train.precision
+    known = config.cluster.peak_tflops or peak_flops(device, precision)
     return Started(
         facts,
         progress.step,
@@ -160,4 +163,5 @@ def _started(
         devices=world.size,
         device=device,
         micro_batch=plan.micro_batch,
+        measured_flops=0.0 if known else measured_flops(world.device, precision),
     )

@@ -53,38 +53,6 @@ def test_shift_rolls_four_groups_and_leaves_the_rest(generator):
     assert torch.equal(y[..., 8:], x[..., 8:])
 
 
-ROLLS = ((-1, 1), (1, 1), (-1, 2), (1, 2))
-
-
-def plain_shift(x, n):
-    """As the paper has it: parts rolled and joined."""
-    parts = x.split([n] * 4 + [x.shape[-1] - 4 * n], dim=-1)
-    rolled = [part.roll(by, axis) for part, (by, axis) in zip(parts, ROLLS, strict=False)]
-    return torch.cat([*rolled, parts[4]], dim=-1)
-
-
-def plain_beta_abs(x, n):
-    return torch.cat([x[..., :n].abs(), x[..., n:]], dim=-1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("grid", "width"), [((3, 4), 9), ((1, 5), 8), ((2, 1), 8), ((1, 1), 4)])
-@pytest.mark.parametrize(("fast", "plain"), [(shift, plain_shift), (beta_abs, plain_beta_abs)])
-def test_fast_layers_are_the_plain_ones_and_so_are_their_gradients(
-    fast, plain, grid, width, dtype, generator
-):
-    x = torch.randn(2, *grid, width, generator=generator, dtype=torch.float64).to(dtype)
-    x[0, 0, 0, 0] = 0.0
-    g = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)
-    for layout in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
-        found = []
-        for layer in (fast, plain):
-            leaf = layout.detach().requires_grad_()
-            out = layer(leaf, width // 4)
-            found.append((out, torch.autograd.grad(out, leaf, g)[0]))
-        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
 def test_max_min_is_beta_abs_between_rotations(generator):
     """Theorem 2 of the paper, beta = 1/2."""
     a, c = random(generator, 50, 4), random(generator, 50, 4)

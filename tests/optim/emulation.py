@@ -30,6 +30,8 @@ class Problem:
     audit_every: int = 4
     euclidean: str = "nadam"
     round_elements: int = ROUND_ELEMENTS
+    increment: str = "full"
+    overlap: bool = True
 
     @property
     def config(self) -> OptimConfig:
@@ -42,6 +44,7 @@ class Problem:
             lookahead_steps=self.lookahead_steps,
             polar_every=self.polar_every,
             audit_every=self.audit_every,
+            increment=self.increment,
         )
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -110,7 +113,10 @@ class Emulation:
         named = problem.parameters()
         groups = parameter_groups(named.items(), problem.config)
         self.optimizer = ShardedManifoldAdam(
-            groups, problem.config, round_elements=problem.round_elements
+            groups,
+            problem.config,
+            round_elements=problem.round_elements,
+            overlap=problem.overlap,
         )
         self.base = [group["lr"] for group in self.optimizer.param_groups]
         self.published: list[int] = []

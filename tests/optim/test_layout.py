@@ -68,11 +68,11 @@ def test_local_exchange_copies_nothing_that_is_aligned_and_sends_nothing():
     slots = (Slot("v", (2, 3), 6, 0, 6), Slot("w", (2, 2), 4, 6, 4))
     (plan,) = plan_rounds(slots, 1)
     flat, moved = torch.arange(10.0), torch.zeros(10)
-    first, second = exchange.to_owner(flat, plan)
+    first, second = exchange.to_owner(flat, plan).wait()
     assert first.data_ptr() == flat.data_ptr()
     assert second.data_ptr() % ALIGNMENT == 0
     assert torch.equal(second, torch.arange(6.0, 10.0).view(2, 2))
-    assert exchange.to_partitions([first + 1, second + 1], plan, moved) is moved
+    assert exchange.to_partitions([first + 1, second + 1], plan, moved).wait() is moved
     assert torch.equal(moved, flat + 1)
     assert torch.equal(exchange.gather(flat), flat)
     assert exchange.bytes_sent == 0

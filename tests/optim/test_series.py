@@ -18,6 +18,7 @@ from optim.series import (
     product_rounding,
     spectral_bound,
     taylor_terms,
+    term_error,
 )
 
 DTYPES = (torch.float32, torch.float64)
@@ -73,7 +74,9 @@ def bound_of(D):
     square = D @ D
     third = (square @ (D + square / 4) / 6).double().norm().item()
     m1, m2 = D.double().square().sum().item(), square.double().square().sum().item()
-    return spectral_bound(m1, m2, product_rounding(D), third=third)
+    rounding = product_rounding(D)
+    error = term_error(m1, m2, spectral_bound(m1, m2, rounding), rounding, 0.0)
+    return spectral_bound(m1, m2, rounding, third=(third, error))
 
 
 # -- the spectral rule ---------------------------------------------------------------------------
@@ -124,7 +127,7 @@ def test_theta_of_equal_angles_is_tight(angle, pairs):
     """All eigenvalues +-i t: c = t^2 and R = 0, so the bound is t itself."""
     m1, m2 = 2 * pairs * angle**2, 2 * pairs * angle**4
     third = math.sqrt(2 * pairs * (angle**6 / 36 + angle**8 / 576))
-    theta = spectral_bound(m1, m2, 0.0, third=third)
+    theta = spectral_bound(m1, m2, 0.0, third=(third, 0.0))
     assert angle * (1 - 1e-7) <= theta <= angle * (1 + pairs ** (1 / 6) * angle ** (2 / 3))
 
 

@@ -31,7 +31,7 @@ class Recorder:
     def __init__(self):
         self.metrics, self.checkpoints, self.tags = [], [], {}
 
-    def last_value(self, name):
+    def last_value(self, name, until=None):
         return None
 
     def set_tags(self, tags):
@@ -46,7 +46,7 @@ class Recorder:
 
 def show(*events, terminal, folder):
     console = Console(record=True, force_terminal=terminal, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
-    meter = Meter(run_preset("digits"), 0.0)
+    meter = Meter(run_preset("digits"), Recorder().last_value)
     desk = Desk(
         Display(console), Recorder(), None, lambda: None, meter, Journal(folder, Store(folder))
     )
@@ -60,8 +60,10 @@ def show(*events, terminal, folder):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_person_sees_facts_progress_and_checkpoints(tmp_path, terminal):
     text, tracker = show(
-        Started({"partitioned matrices": "9 of 9"}, 0, 10, micro_batch=6),
-        Metrics(10, VALUES, 7),
+        Started(
+            {"partitioned matrices": "9 of 9"}, 0, 10, micro_batch=6, measured_flops=2.8372224e10
+        ),
+        Metrics(10, VALUES, 7, productive_s=1e-9),
         Kept(
             10,
             "file:///runs/a/checkpoints/x",
@@ -79,6 +81,7 @@ def test_person_sees_facts_progress_and_checkpoints(tmp_path, terminal):
         assert part in text
     for part in ("lr 1.00e-03", "eps 0.100", "100 img/s", "/runs/a/checkpoints/x", "dddddddddddd"):
         assert part in text
+    assert "MFU 10.0% of measured  goodput 0.0%" in text
     assert "training waited 0.25 s" in text
     assert "not kept step 20: rank 1: no space left" in text
     stalls = {"checkpoint/stall_s": 0.25, "checkpoint/write_s": 1.5}
@@ -87,8 +90,11 @@ def test_person_sees_facts_progress_and_checkpoints(tmp_path, terminal):
     assert (step, time_ms) == (10, 7)
     assert {name: values[name] for name in VALUES} == VALUES
     assert values["cost/device_hours"] > 0
+    assert 0 < values["perf/goodput"] < 1
     assert others == [(10, stalls, None), (20, {"checkpoint/failed": 1}, None)]
-    assert tracker.tags == {"device": "cpu", "devices": "1", "micro_batch": "6"}
+    assert tracker.tags == {
+        "device": "cpu", "devices": "1", "micro_batch": "6", "mfu_of": "measured"
+    }  # fmt: skip
     where = {"checkpoint_url": "file:///runs/a/checkpoints/x"}
     assert tracker.checkpoints == [(10, "file:///runs/a/artifacts/x", "d" * 64, where)]
 

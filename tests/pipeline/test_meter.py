@@ -1,12 +1,15 @@
 import math
 import threading
+import time
 
 import pytest
+import torch
 
+from model.build import build_network
 from model.groupsort import GroupSortConfig
 from pipeline.config import ClusterConfig, RunConfig, TrainConfig
 from pipeline.events import Metrics, Started
-from pipeline.flops import peak_flops, training_flops
+from pipeline.flops import measured_flops, peak_flops, training_flops
 from pipeline.meter import Meter
 from pipeline.presets import run_preset
 from pipeline.system import SystemMetrics
@@ -22,39 +25,60 @@ class Clock:
         return self.now
 
 
-def meter_of(clock, used=0.0, **cluster):
+class Record:
+    """Rows of (step, values), as the tracker keeps them."""
+
+    def __init__(self, *rows):
+        self.rows = list(rows)
+
+    def __call__(self, name, until=None):
+        values = [
+            values[name]
+            for step, values in self.rows
+            if name in values and (until is None or step <= until)
+        ]
+        return values[-1] if values else None
+
+
+def meter_of(clock, record=None, **cluster):
     config = RunConfig(
         preset="digits",
         model=run_preset("digits").model,
         train=TrainConfig(precision="bf16"),
         cluster=ClusterConfig(**cluster),
     )
-    return Meter(config, used, clock)
+    return Meter(config, record or Record(), clock)
 
 
-def metrics(images_per_s=100.0):
-    return Metrics(1, {"train/images_per_s": images_per_s}, 0)
+def metrics(images_per_s=100.0, step=1, productive_s=0.0):
+    return Metrics(step, {"train/images_per_s": images_per_s}, 0, productive_s)
 
 
 def test_flops_of_the_billion_network_are_those_that_the_paper_implies():
     """2,399 images/s on 8 devices with 196 tokens are 379 TFLOP/s per device, folded."""
-    network = run_preset("imagenet-L32W4096").model
-    tokens = math.prod(network.grid)
-    flops = training_flops(network) * 196 / tokens
+    run = run_preset("imagenet-L32W4096")
+    flops = training_flops(run) * 196 / math.prod(run.model.grid)
     assert flops * 2399 / 8 / 1e12 == pytest.approx(379, rel=0.01)
 
 
 def test_flops_follow_a_hand_count():
-    network = run_preset("digits").model
+    run = run_preset("digits")
+    network = run.model
     tokens, width = math.prod(network.grid), network.width
     products = 6 * 2 * tokens * width**2 * network.depth
     stem, head = 4 * tokens * network.stem_channels * width, 6 * width * 10
-    assert training_flops(network) == products + stem + head
+    assert training_flops(run) == products + stem + head
 
 
-def test_flops_of_another_family_are_not_guessed():
+def test_flops_of_another_family_are_counted():
     network = GroupSortConfig(input_shape=(1, 8, 8), num_classes=10, width=16, depth=2)
-    assert training_flops(network) is None
+    matrices = [p.numel() for p in build_network(network).parameters() if p.ndim == 2]
+    first = 64 * 16  # its input needs no gradient
+    assert training_flops(RunConfig(preset="", model=network)) == 6 * sum(matrices) - 2 * first
+
+
+def test_flops_of_distances_are_none():
+    assert training_flops(run_preset("digits-sortnet-mlp")) is None
 
 
 def test_the_peak_follows_device_and_precision():
@@ -66,11 +90,12 @@ def test_the_peak_follows_device_and_precision():
 
 def test_device_hours_count_from_the_start_and_over_restarts():
     clock = Clock()
-    meter = meter_of(clock, used=1.0, price_per_device_hour=3.0)
+    meter = meter_of(clock, Record((7, {"cost/device_hours": 1.0})), price_per_device_hour=3.0)
     clock.now += 100  # before the ranks run nothing is used
     assert meter.started(Started({}, 0, 10, devices=4, device="cpu")) == {
         "device": "cpu",
         "devices": "4",
+        "mfu_of": "unknown",
     }
     clock.now += 900
     found = meter.values(metrics())
@@ -85,7 +110,7 @@ def test_device_hours_count_from_the_start_and_over_restarts():
 def test_utilisation_is_of_one_device():
     meter = meter_of(Clock())
     meter.started(Started({}, 0, 10, devices=4, device="NVIDIA H200"))
-    rate = 100.0 * training_flops(run_preset("digits").model) / 4
+    rate = 100.0 * training_flops(run_preset("digits")) / 4
     found = meter.values(metrics())
     assert found["perf/tflops_per_device"] == pytest.approx(rate / 1e12)
     assert found["perf/mfu"] == pytest.approx(rate / 989.4e12)
@@ -97,6 +122,61 @@ def test_utilisation_of_an_unknown_device_needs_its_peak():
         meter = meter_of(Clock(), peak_tflops=peak)
         meter.started(Started({}, 0, 10))
         assert ("perf/mfu" in meter.values(metrics())) == known
+
+
+def test_utilisation_of_an_unknown_device_may_be_of_what_it_reaches():
+    meter = meter_of(Clock())
+    assert meter.started(Started({}, 0, 10, measured_flops=1e9))["mfu_of"] == "measured"
+    assert meter.values(metrics())["perf/mfu"] == pytest.approx(
+        100 * training_flops(run_preset("digits")) / 1e9
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_a_device_reaches_is_measured_in_a_moment(precision):
+    begin = time.perf_counter()
+    found = measured_flops(torch.device("cpu"), precision)
+    assert time.perf_counter() - begin < 3  # 0.2 s where nothing else runs
+    assert 1e7 < found < 1e15
+
+
+def run_for(meter, clock, record, steps, *, seconds=10.0, productive_s=8.0):
+    """Steps of ten seconds, of which eight count."""
+    for step in steps:
+        clock.now += seconds
+        record.rows.append((step, meter.values(metrics(step=step, productive_s=productive_s))))
+    return record("perf/goodput")
+
+
+def test_goodput_loses_start_up_waits_and_what_is_done_again():
+    clock, record = Clock(), Record()
+    meter = meter_of(clock, record)
+    clock.now += 20  # start-up
+    meter.started(Started({}, 0, 10))
+    assert run_for(meter, clock, record, [1, 2, 3]) == pytest.approx(24 / 50)
+    clock.now += 30  # a hang; the newest checkpoint is that of step 1
+    assert meter.time() == {"perf/elapsed_s": 80, "perf/goodput": pytest.approx(24 / 80)}
+    meter.started(Started({}, 1, 10))
+    assert run_for(meter, clock, record, [2, 3, 4]) == pytest.approx(32 / 110)
+    meter.back_to(2)  # a roll-back
+    assert run_for(meter, clock, record, [3]) == pytest.approx(24 / 120)
+
+
+def test_goodput_goes_on_in_the_next_execution():
+    clock, record = Clock(), Record()
+    meter = meter_of(clock, record)
+    meter.started(Started({}, 0, 10))
+    run_for(meter, clock, record, [1, 2])
+    clock.now += 15  # it stands still, the machine is sampled, and somebody kills it
+    record.rows.append((2, meter.time()))
+    clock.now += 1000  # nobody runs it
+    meter = meter_of(clock, record)
+    clock.now += 5
+    meter.started(Started({}, 1, 10))
+    assert run_for(meter, clock, record, [2]) == pytest.approx(16 / 50)
+    assert record("perf/elapsed_s") == 50
+    meter.stop()
+    assert meter.time() == {}
 
 
 def test_the_load_of_the_machine_is_sampled_until_closed():

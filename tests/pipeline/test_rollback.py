@@ -173,7 +173,7 @@ def test_the_person_the_tracker_and_the_event_log_are_told(tmp_path):
         recorder,
         None,
         lambda: None,
-        Meter(run_preset("digits"), 0.0),
+        Meter(run_preset("digits"), recorder.last_value),
         Journal(tmp_path, Store(tmp_path)),
     )
     values = dict.fromkeys(

@@ -120,6 +120,7 @@ def test_tags_and_the_newest_value_outlive_an_execution(config, tmp_path):
     assert first.close()
     second = Tracker(config, tmp_path, run_name="counted", wait_seconds=60)
     assert second.last_value("cost/device_hours") == 2.5
+    assert second.last_value("cost/device_hours", until=0) == 1.5
     assert second.close()
     tags = client_of(config).get_run(first.run.run_id).data.tags
     assert tags["device"] == "cpu"

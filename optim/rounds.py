@@ -1,0 +1,146 @@
+"""One step of the matrices of a partition: what a round does, and how rounds overlap.
+
+A round is written as a coroutine that yields wherever it waits for the other ranks. Run one after
+the other, rounds are the plain algorithm; interleaved, what one sends travels while another one
+multiplies. The ranks begin the same collectives in the same order in either case, also those that
+own nothing, and rounds share no element, so the results are the same bit for bit.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim.audit import Audit
+from optim.config import OptimConfig
+from optim.euclidean import adam_increment, update_moments
+from optim.exchange import Exchange, Transfer
+from optim.guard import Guard
+from optim.layout import FlatPartition, Round
+from optim.manifolds import Manifold
+
+
+@dataclass(frozen=True)
+class ManifoldStep:
+    """One step of the matrices of one partition, of which `flat.grad` is this rank's gradient."""
+
+    partition: FlatPartition
+    manifold: Manifold
+    state: dict[str, Any]
+    """Of the partition, its step counter advanced already."""
+    lr: float
+    config: OptimConfig
+    exchange: Exchange
+    audit: Audit
+    guard: Guard
+
+    @property
+    def synchronises(self) -> bool:
+        """Whether this step ends with a Lookahead synchronisation."""
+        steps = self.config.lookahead_steps
+        return steps > 0 and self.state["step"] % steps == 0
+
+    @property
+    def retracts(self) -> bool:
+        """Whether this step ends with a polar retraction."""
+        every = self.config.polar_every
+        return every > 0 and self.state["step"] % every == 0
+
+    def update(self, plan: Round) -> Iterator[None]:
+        """Update the matrices of one round, in the order of the reference. Collective.
+
+        Yields:
+            Four times, with nothing to do but wait for the others.
+        """
+        config, exchange = self.config, self.exchange
+        cut = slice(plan.start, plan.stop)
+        master, gradient = self.partition.flat[cut], self.partition.flat.grad[cut]  # type: ignore[index]
+
+        points, gradients = exchange.to_owner(master, plan), exchange.to_owner(gradient, plan)
+        yield
+        X = points.wait()
+        tangents = self._send_tangents(plan, X, gradients.wait(), torch.empty_like(master))
+        yield
+        increment = self._increment(cut, tangents.wait())
+        if self.synchronises:  # the fast matrix is about to be replaced: only the slow one moves
+            X, points = [], exchange.to_owner(self.state["slow"][cut], plan)
+            increment = self.state["tangent_sum"][cut] * config.lookahead_factor
+        increments = exchange.to_owner(increment, plan)
+        del increment
+        yield
+        X = points.wait() if self.synchronises else X
+        returning = self._send_moved(plan, X, increments.wait(), master)
+        del X
+        yield
+        returning.wait()
+        self._follow(plan, cut)
+
+    def _send_tangents(
+        self, plan: Round, X: list[Tensor], G: list[Tensor], out: Tensor
+    ) -> Transfer[Tensor]:
+        """Begin to send the tangents; of each gradient its tangent takes the place."""
+        for number, x in enumerate(X):
+            G[number] = self.manifold.tangent(x, G[number], self.config.increment)
+        return self.exchange.to_partitions(G, plan, out)
+
+    def _increment(self, cut: slice, tangent: Tensor) -> Tensor:
+        """Advance Adam's moments, element by element, and the sum of the increments."""
+        config, state = self.config, self.state
+        moments = state["exp_avg"][cut], state["exp_avg_sq"][cut]
+        update_moments(tangent, *moments, config.betas)
+        increment = adam_increment(*moments, state["step"], self.lr, config.betas, config.eps)
+        if config.lookahead_steps:
+            state["tangent_sum"][cut] += increment
+        return increment
+
+    def _send_moved(
+        self, plan: Round, X: list[Tensor], D: list[Tensor], master: Tensor
+    ) -> Transfer[Tensor]:
+        """Apply the exponentials, retract and measure where due, begin to send the matrices.
+
+        X and D are used up: of each matrix its successor takes the place.
+        """
+        config, slots = self.config, plan.owned[self.exchange.rank]
+        for number in range(len(X)):
+            X[number] = self.manifold.retract(X[number], D.pop(0), config.series, config.increment)
+        if self.retracts:
+            X[:] = self.guard.call(slots, lambda x, slot: self.manifold.project(x), X)
+        if self.audit.due(self.state["step"]):
+            for x, slot in zip(X, slots, strict=True):
+                self.audit.measure(slot.name, x, self.manifold)
+        return self.exchange.to_partitions(X, plan, master)
+
+    def _follow(self, plan: Round, cut: slice) -> None:
+        """Let the slow matrices follow a synchronisation or a retraction."""
+        state, exchange = self.state, self.exchange
+        if self.synchronises:
+            state["slow"][cut] = self.partition.flat[cut]
+            state["tangent_sum"][cut] = 0.0
+        elif self.retracts and self.config.lookahead_steps:
+            slow = exchange.to_owner(state["slow"][cut], plan).wait()
+            slots = plan.owned[exchange.rank]
+            projected = self.guard.call(slots, lambda x, slot: self.manifold.project(x), slow)
+            exchange.to_partitions(projected, plan, state["slow"][cut]).wait()
+
+
+def in_sequence(rounds: Sequence[Iterator[None]]) -> None:
+    """Run rounds one after the other."""
+    for update in rounds:
+        for _ in update:
+            pass
+
+
+def interleaved(rounds: Sequence[Iterator[None]]) -> None:
+    """Run rounds of `ManifoldStep.update` so that each product hides what was sent before it.
+
+    At tick t, in this order, round t + 1 asks for its X and G; t forms its tangents and sends them;
+    t - 2, whose matrices have travelled meanwhile, ends; t - 1 applies its exponentials and sends
+    its matrices; and t, whose tangents have travelled meanwhile, sends its increments. So at an
+    owner lie the matrices of one round, X and G of the next, and X and A or D of the one between.
+    """
+    for tick in range(-1, len(rounds) + 2):
+        for number in (tick + 1, tick, tick - 2, tick - 1, tick):
+            if 0 <= number < len(rounds):
+                next(rounds[number], None)

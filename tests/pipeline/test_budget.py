@@ -1,0 +1,88 @@
+"""Memory of the manifold step against the storages of real steps."""
+
+import pytest
+import torch
+
+from optim.exchange import LocalExchange, ProcessGroupExchange
+from optim.layout import plan_rounds
+from pipeline import budget
+from pipeline.rehearsal import LiveBytes
+from tests.harness import run_ranks
+from tests.optim.emulation import Emulation, Problem
+
+N = 128
+STEPS = 3
+
+
+def problem(matrices, increment):
+    """One matrix per owner and round; Lookahead, retractions and audits come together and alone."""
+    return Problem(
+        (N,) * matrices,
+        dtype=torch.float32,
+        lookahead_steps=2,
+        polar_every=3,
+        audit_every=2,
+        lr=0.015,
+        round_elements=1,
+        increment=increment,
+    )
+
+
+def observed(rank, world_size, matrices, increment):
+    """Most bytes that a step of the matrices holds beyond its state and its gradient."""
+    exchange = ProcessGroupExchange() if world_size > 1 else LocalExchange()
+    emulation = Emulation(problem(matrices, increment), exchange)
+    optimizer, peaks = emulation.optimizer, []
+    step = optimizer.step
+
+    def observed_step():
+        with LiveBytes() as held:
+            step()
+        peaks.append(held.peak)
+
+    emulation.step(0)  # makes the state
+    optimizer.step = observed_step
+    for number in range(1, STEPS + 1):
+        emulation.step(number)
+    return max(peaks)
+
+
+def planned(world_size, matrices, increment, monkeypatch):
+    monkeypatch.setattr(budget, "plan_rounds", one_each)
+    weights = budget.Weights((N * N,) * matrices, (7, 15), N * N)
+    setting = budget.Setting(
+        ranks=world_size,
+        working=4,
+        lookahead=True,
+        rounds_factors=increment != "full",
+        nadam=True,
+        sub_group=10**9,
+        bucket=1,
+        prefetch=1,
+        live=1,
+    )
+    rows = budget.optimizer_step(weights, setting)
+    return sum(row.size for row in rows if not row.name.startswith("gradient"))
+
+
+def one_each(slots, world_size):
+    return plan_rounds(slots, world_size, elements=1)
+
+
+@pytest.mark.parametrize("increment", ["full", "tf32"])
+def test_one_rank_has_one_round_at_a_time(increment, monkeypatch):
+    measured = observed(0, 1, 4, increment)
+    assert planned(1, 4, increment, monkeypatch) == pytest.approx(measured, rel=0.1)
+
+
+CASES = [(2, "full"), (4, "full"), (8, "full"), (8, "tf32")]  # 1, 2 and 4 rounds
+
+
+def observe_cases(rank, world_size):
+    return [observed(rank, world_size, *case) for case in CASES]
+
+
+@pytest.mark.distributed
+def test_rounds_that_overlap_are_held_at_once(monkeypatch):
+    for case, *measured in zip(CASES, *run_ranks(observe_cases, 2), strict=True):
+        assert planned(2, *case, monkeypatch) == pytest.approx(max(measured), rel=0.1), case
