@@ -81,13 +81,16 @@ def measure(world: World, config: RunConfig, images: int) -> Measured:
     square = torch.randn(2, width, width, device=world.device)
     single = 2 * width**3 / _seconds(world, lambda: torch.mm(square[0], square[1]))
     passing, flops = _passing(world, config, model, images)
-    manifold = Manifold(Problem(width, 1, world.device)).step
+    manifold = Manifold(
+        Problem(width, 1, world.device), lr=config.optim.lr, increment=config.optim.increment
+    ).step
     exchange, gather, scatter, latency = _collectives(world, config)
     return Measured(
         hardware=hardware(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         device=torch.cuda.get_device_name(world.device) if _cuda(world) else world.device.type,
         precision=config.train.precision,
+        increment=config.optim.increment,
         ranks=world.size,
         nodes=world.size // int(os.environ["LOCAL_WORLD_SIZE"]),
         width=width,
@@ -113,6 +116,8 @@ def _cuda(world: World) -> bool:
 def _seconds(world: World, work: Work) -> float:
     """Median wall time of a call that all ranks make together, of the slowest rank."""
     work()
+    if _cuda(world):
+        torch.cuda.synchronize(world.device)
     found = []
     for _ in range(REPEATS):
         world.barrier()

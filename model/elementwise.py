@@ -3,6 +3,10 @@
 Both record no graph; `model.layers` differentiates them. What they overwrite is theirs.
 """
 
+import functools
+import os
+import shutil
+import warnings
 from typing import Any
 
 import torch
@@ -22,7 +26,24 @@ ROLLS = ((1, -1), (1, 1), (2, -1), (2, 1))
 
 def uses_kernels(x: Tensor) -> bool:
     """Whether the kernels are there and can reach the tensor."""
-    return _kernels is not None and x.is_cuda
+    return _kernels is not None and x.is_cuda and _startable()
+
+
+def c_compiler() -> str | None:
+    """The C compiler with which Triton builds what starts a kernel."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
+@functools.cache
+def _startable() -> bool:
+    if c_compiler():
+        return True
+    warnings.warn(
+        "no C compiler (CC, gcc, clang): Triton's kernels cannot be started, and the network takes "
+        "torch's operators, which are slower",
+        stacklevel=3,
+    )
+    return False
 
 
 def shift_(x: Tensor, channels: int, *, back: bool = False) -> Tensor:

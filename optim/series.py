@@ -14,13 +14,14 @@ factors. With u the unit roundoff of a factor:
 
 - D itself is rounded, entry by entry, so it stays skew and only the direction changes, by at most u
   per entry. D^2 then has exact factors.
-- T = D^3 / 6 + D^4 / 24 and what follows are small; their factors are rounded once where the error
-  of T is proved to be below `TERM_ERROR`, else split.
+- T = D^3 / 6 + D^4 / 24 and what follows are small; their factors are rounded once where the proved
+  error of T is below `term_limit`, else split.
 - X M is split: its error is at most 4 u^2 |X| |M|, entry by entry.
 
-The last two move X away from the manifold, in random directions: ||X^T X - I||_F grows by about
-0.7 u^2 ||M||_F sqrt(s) in s steps, and by 2^-24 sqrt(n s) because X is stored in float32. With
-TF32 the first is the smaller one; with bfloat16 it is 3 to 7 times as large.
+The last two move X away from the manifold, in random directions. In s steps ||X^T X - I||_F grows
+by about 0.7 u^2 ||M||_F sqrt(s) for X M, by 2^-24 sqrt(n s) because X is stored in float32, and for
+T by no more than these. With TF32 the first is smaller than the second; with bfloat16 it is 3 to 7
+times as large.
 """
 
 import math
@@ -56,8 +57,9 @@ _SUBSTEP_NORM = 2.0
 # No rotation by more than this is meant; a broken gradient must not become hours of substeps.
 _LARGEST_NORM = 1e3
 
-TERM_ERROR = 2.0**-10
-"""Largest error of the term T, in the Frobenius norm, that rounding its factors once may make."""
+_ROOM = 8.0
+"""By how much `term_error`, a bound, may exceed the other errors of a step; it is some 8 times what
+is measured."""
 
 
 def apply_exponential(
@@ -131,7 +133,7 @@ def _increment(
         return M
     rounding, u = product_rounding(D, precision), unit_roundoff(D.dtype, precision)
     multiply: Callable[[Tensor, Tensor, Precision], Tensor] = product
-    if term_error(m1, m2, theta, 0.0, u) > TERM_ERROR:
+    if u and term_error(m1, m2, theta, 0.0, u) > term_limit(D.shape[0], m1, u):
         multiply, rounding, u = split_product, rounding + 4 * u * u, 0.0
     term = multiply(square, torch.add(D, square, alpha=0.25), precision).mul_(1 / 6)
     if order > 4:  # the third moment often proves that 4 is enough
@@ -191,6 +193,15 @@ def term_error(m1: float, m2: float, theta: float, rounding: float, u: float) ->
     spectral_S = bound + rounding * m1
     factors = f2 * (spectral_V + rounding * m1 / 4) + (spectral_S + u * f2) * frobenius_V
     return (own + u * factors) / 6
+
+
+def term_limit(n: int, m1: float, u: float) -> float:
+    """Largest proved error of T for which its factors are rounded once.
+
+    It is near what X M and storing X cost anyway; the arguments are n, ||D||_F^2 and the unit
+    roundoff of a factor.
+    """
+    return _ROOM * (2.0**-24 * math.sqrt(n) + 4 * u * u * math.sqrt(m1))
 
 
 def spectral_bound(

@@ -27,6 +27,7 @@ from packaging.specifiers import SpecifierSet
 
 from data_shards.index import load_index
 from data_shards.store import Store
+from model.elementwise import c_compiler
 from pipeline.exposure import mlflow_exposure, ray_exposure
 from pipeline.tracking import connect
 
@@ -138,6 +139,14 @@ def gpus() -> Finding:
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return Finding("OK", value)
     return Finding("WARN", f"{value}, no bf16", "train with --train.precision fp16 or fp32")
+
+
+def compiler() -> Finding:
+    """A C compiler, with which Triton builds what starts a kernel."""
+    found = c_compiler()
+    if found or not torch.cuda.is_available():
+        return Finding("OK", found or "not needed: no GPU")
+    return Finding("WARN", "none", "install gcc and libc6-dev, else the network's kernels rest")
 
 
 def _driver() -> str:
@@ -351,6 +360,7 @@ def all_checks(
     for requirement in requirements():
         yield requirement.name, functools.partial(package, requirement)
     yield "GPUs", gpus
+    yield "C compiler", compiler
     for backend in ("gloo", "nccl"):
         yield f"all_reduce, {backend}", functools.partial(all_reduce, backend, 0.9 * timeout_s)
     yield "disk", functools.partial(disk, str(Store(storage).local_path() or Path.home()))

@@ -236,7 +236,9 @@ class RunConfig:
     """Continue the run of this --name if there is one, else start it: for jobs that are submitted
     again by a machine."""
     accept_changes: bool = False
-    """Continue a run although settings differ that decide what is computed."""
+    """Continue a run although settings differ that decide what is computed. The network and the
+    kinds of optimizer state must fit its checkpoints; the order of the samples stays that of the
+    seed with which it began."""
 
     def __post_init__(self) -> None:
         """Rules that involve two parts, and what must not be saved beside every checkpoint."""

@@ -47,6 +47,7 @@ class Desk:
         after_kept: called when a checkpoint has been kept; must not wait.
         meter: counts what the run uses.
         journal: the run's event log.
+        began: called when the ranks are about to train.
 
     Attributes:
         step: of the newest record.
@@ -60,8 +61,10 @@ class Desk:
         after_kept: Callable[[], object],
         meter: Meter,
         journal: Journal,
+        began: Callable[[], object] = lambda: None,
     ) -> None:
         self.step = 0
+        self._began = began
         self._meter = meter
         self._display = display
         self._tracker = tracker
@@ -88,6 +91,7 @@ class Desk:
         match event:
             case Started():
                 self.step = event.step
+                self._began()
                 self._display.started(event)
                 batch = event.micro_batch
                 self._tracker.set_tags({**self._meter.started(event), "micro_batch": str(batch)})
@@ -189,7 +193,8 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
     retention = _retention(prepared, evaluations, display)
     meter = Meter(config, tracker.last_value)
     journal = Journal(prepared.spool.parent, prepared.run)
-    desk = Desk(display, tracker, evaluations, retention.submit, meter, journal)
+    after = retention.submit
+    desk = Desk(display, tracker, evaluations, after, meter, journal, prepared.accept)
     system = SystemMetrics(
         # With the time, so that a run which then hangs and is killed has lost it.
         lambda values: tracker.log_metrics(desk.step, {**values, **meter.time()})

@@ -76,7 +76,7 @@ class Estimate:
         """Share of the devices' peak; None where the least FLOPs are not known."""
         if self.least_flops is None:
             return None
-        return self.least_flops * self.images_per_s / self.ranks / self.device.working_flops
+        return self.least_flops * self.images_per_s / self.ranks / self.device.peak_flops
 
     @property
     def epoch_s(self) -> float:

@@ -18,8 +18,8 @@ from pipeline.errors import PipelineError
 from pipeline.flops import peak_flops
 from pipeline.measured import Measured
 
-MANIFOLD_PRODUCTS = 4.0
-"""Products of C x C matrices per matrix and step (docs/log.md, the manifold step)."""
+MANIFOLD_PRODUCTS = 4.6
+"""Products of C x C matrices per matrix and step: order 6, as at C = 4096 and lr 1e-3."""
 EFFICIENCY = 0.4
 """Share of a device's peak that products reach in practice; published runs of this size have 0.29
 to 0.5."""
@@ -42,6 +42,7 @@ class Device:
     Attributes:
         name: as its maker calls it.
         memory_gb: 10^9 bytes of memory.
+        peak_flops: FLOP/s of which MFU is a share: an option, its data sheet, or what was measured.
         working_flops: FLOP/s of products in the type of the working weights.
         single_flops: FLOP/s of products in fp32.
         pass_efficiency: share of `working_flops` that the passes reach.
@@ -57,6 +58,7 @@ class Device:
 
     name: str
     memory_gb: float
+    peak_flops: float
     working_flops: float
     single_flops: float
     pass_efficiency: float
@@ -81,6 +83,7 @@ def device_of(
     *,
     precision: str,
     nodes: int,
+    increment: str = "full",
     tflops: float = 0.0,
     memory_gb: float = 0.0,
     link_gbps: float = 0.0,
@@ -93,6 +96,7 @@ def device_of(
         name: one of DEVICES, or any other if all values are given or measured.
         precision: of the working weights.
         nodes: more than one communicate over the network.
+        increment: precision of the manifold step's products; data sheets are read as if `full`.
         tflops: 10^12 FLOP/s in that precision.
         memory_gb: 10^9 bytes.
         link_gbps: 10^9 bits per second.
@@ -105,15 +109,12 @@ def device_of(
     """
     values = _sheet(name, precision, nodes)
     if measured is not None:
-        if measured.precision != precision:
-            raise PipelineError(
-                f"--measured is of {measured.precision}, the run is of {precision}: measure with "
-                f"--train.precision {precision}"
-            )
+        _check_settings(measured, precision, increment)
         unknown = dict.fromkeys(_LINKS, (0.0, "not measured on one rank"))
-        values = unknown | values | _measured(measured, nodes)
+        peak = {"peak_flops": (measured.working_flops, "measured")}
+        values = unknown | peak | values | _measured(measured, nodes)
     if tflops:
-        values["working_flops"] = tflops * 1e12, "--tflops"
+        values |= dict.fromkeys(("peak_flops", "working_flops"), (tflops * 1e12, "--tflops"))
         if "single_flops" not in values:
             parts = 1 if precision == "fp32" else 16
             values["single_flops"] = tflops * 1e12 / parts, "--tflops"
@@ -140,6 +141,18 @@ def device_of(
     )
 
 
+def _check_settings(measured: Measured, precision: str, increment: str) -> None:
+    for option, found, wanted in (
+        ("--train.precision", measured.precision, precision),
+        ("--optim.increment", measured.increment, increment),
+    ):
+        if found != wanted:
+            raise PipelineError(
+                f"--measured is of {option} {found}, the run is of {wanted}: measure with "
+                f"{option} {wanted}"
+            )
+
+
 def _sheet(name: str, precision: str, nodes: int) -> _Values:
     """What data sheets say and what is assumed."""
     working, single = peak_flops(name, precision), peak_flops(name, "fp32")
@@ -152,7 +165,7 @@ def _sheet(name: str, precision: str, nodes: int) -> _Values:
     if name in _MEMORY_GB:
         values["memory_gb"] = _MEMORY_GB[name], "data sheet"
     if working and single:
-        values["working_flops"] = working, "data sheet"
+        values |= dict.fromkeys(("peak_flops", "working_flops"), (working, "data sheet"))
         values["single_flops"] = single, "data sheet"
     if nodes > 1:
         slower = min(NETWORK_GBPS, inside or NETWORK_GBPS)

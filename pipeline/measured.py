@@ -23,6 +23,8 @@ class Measured:
     """Name of the device of a rank."""
     precision: str
     """Of the working weights."""
+    increment: str
+    """Precision of the manifold step's products, `optim.increment`."""
     ranks: int = Field(ge=1)
     nodes: int = Field(ge=1)
     width: int = Field(ge=1)

@@ -11,7 +11,7 @@ ran are left out, and so is what follows training. Steps count less what they wa
 rank that waited longest) and for checkpoints. So these are lost: the start of ranks, waits, stalls
 and hangs, skipped steps, and steps that had to be done again because ranks started anew, or went
 back, from an older checkpoint; a checkpoint between two records counts as one at the record before.
-Within the seconds that count, MFU says how well the devices are used.
+MFU is of all seconds between two records, waits included.
 """
 
 import time

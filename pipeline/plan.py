@@ -112,6 +112,7 @@ class Request:
         return device_of(
             measured.device if measured else self.device or _DEFAULT_DEVICE,
             precision=self.run.train.precision,
+            increment=self.run.optim.increment,
             nodes=nodes,
             tflops=self.tflops,
             memory_gb=self.memory_gb,
@@ -260,6 +261,7 @@ def _device_table(device: Device) -> Table:
     table = Table("of a device", "", "from", title=device.name)
     rows = {
         "memory_gb": ("memory", "{:,.1f} GB", 1.0),
+        "peak_flops": ("peak, of which MFU is a share", "{:,.4g} TFLOP/s", 1e12),
         "working_flops": ("products, working precision", "{:,.4g} TFLOP/s", 1e12),
         "single_flops": ("products, fp32", "{:,.4g} TFLOP/s", 1e12),
         "pass_efficiency": ("share that passes reach", "{:.2f}", 1.0),

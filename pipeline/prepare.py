@@ -51,6 +51,11 @@ class Prepared:
     spool: Path
     changed: dict[str, str]
 
+    def accept(self) -> None:
+        """Keep changed settings as those of the run; once its ranks have loaded a checkpoint."""
+        if self.changed:
+            self.run.write(_RECORD, self.job.config.to_json().encode())
+
     def params(self) -> dict[str, Any]:
         """Parameters of the tracked run: the resolved configuration and the code version."""
         body = TypeAdapter(RunConfig).dump_python(self.job.config, mode="json")
@@ -184,8 +189,6 @@ def _continue(config: RunConfig, run: Store) -> dict[str, str]:
         )
     if config.resume and not committed(run.child("checkpoints")):
         raise PipelineError(f"--resume: {run.url} has no committed checkpoint")
-    if changed:
-        run.write(_RECORD, config.to_json().encode())
     return changed
 
 

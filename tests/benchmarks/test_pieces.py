@@ -42,7 +42,8 @@ def test_pieces_are_those_of_all_ranks_and_make_a_step():
 
 def test_a_file_of_pieces_is_read_as_it_was_written(tmp_path):
     found = Measured(
-        hardware="", date="", device="cpu", precision="fp32", ranks=1, nodes=1, width=8, tokens=4,
+        hardware="", date="", device="cpu", precision="fp32", increment="full", ranks=1, nodes=1,
+        width=8, tokens=4,
         memory_gb=1.0, working_flops=1e9, single_flops=2e9, pass_efficiency=0.5,
         step_efficiency=0.5, exchange_gbps=0.0, gather_gbps=0.0, scatter_gbps=0.0, latency_s=0.0,
         decode_rate=100.0, overlap=False,

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.end_to_end.chaos import HEAD, chaos
+from tests.end_to_end.chaos import HEAD, chaos, surroundings
 from tests.end_to_end.ray_cluster import ROOT, cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -41,8 +41,9 @@ def ray(tmp_path):
         yield running
 
 
-def test_three_seeds_of_chaos(ray, tmp_path):
-    lines = list(chaos(ray, tmp_path, range(3)))
+def test_three_seeds_of_chaos(tmp_path):
+    with surroundings(tmp_path) as around:
+        lines = list(chaos(around, range(3)))
     assert [line for ok, line in lines if not ok] == []
     assert len(lines) == 3
 

@@ -234,7 +234,8 @@ def test_the_page_on_scaling_says_what_the_planner_says():
 
 def pieces(**changes):
     values = {
-        "hardware": "", "date": "", "device": "cpu", "precision": "fp32", "ranks": 2, "nodes": 1,
+        "hardware": "", "date": "", "device": "cpu", "precision": "fp32", "increment": "full",
+        "ranks": 2, "nodes": 1,
         "width": 192, "tokens": 64, "memory_gb": 8.0, "working_flops": 4e10, "single_flops": 2e10,
         "pass_efficiency": 0.5, "step_efficiency": 0.25, "exchange_gbps": 2.0, "gather_gbps": 4.0,
         "scatter_gbps": 8.0, "latency_s": 1e-3, "decode_rate": 1e4, "overlap": False, **changes,
@@ -296,7 +297,10 @@ def test_what_was_not_measured_is_not_made_up(capsys, tmp_path):
     assert "measure with more, or give --link-gbps" in err
     _, code, err = planned(capsys, tmp_path, pieces(precision="bf16"))
     assert code == 2
-    assert "--measured is of bf16, the run is of fp32" in err
+    assert "--measured is of --train.precision bf16, the run is of fp32" in err
+    _, code, err = planned(capsys, tmp_path, pieces(), "--optim.increment", "tf32")
+    assert code == 2
+    assert "--measured is of --optim.increment full, the run is of tf32" in err
 
 
 def test_provenance_is_printed(capsys, tmp_path):

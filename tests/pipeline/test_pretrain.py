@@ -148,12 +148,15 @@ def test_changed_settings_are_listed_and_accepted_when_told(tmp_path, shards):
     base = ["digits", "--storage", str(tmp_path), "--data.shards", str(shards), "--name", "a"]
     again = [*base, "--start-or-resume", "--cluster.max-failures", "3"]
     assert prepare(parse(base), world_size=2).changed == {}
-    assert prepare(parse(again), world_size=2).changed == {"cluster.max_failures": "0 -> 3"}
+    prepared = prepare(parse(again), world_size=2)
+    assert prepared.changed == {"cluster.max_failures": "0 -> 3"}
+    assert prepare(parse(again), world_size=2).changed == prepared.changed  # no rank has begun
+    prepared.accept()
+    assert prepare(parse(again), world_size=2).changed == {}
     with pytest.raises(ValueError, match=r"optim.lr: 0.005 -> 0.004 \(--accept-changes"):
         prepare(parse([*again, "--optim.lr", "4e-3"]), world_size=2)
     told = [*again, "--optim.lr", "4e-3", "--accept-changes"]
     assert prepare(parse(told), world_size=2).changed == {"optim.lr": "0.005 -> 0.004"}
-    assert prepare(parse(told), world_size=2).changed == {}
 
 
 def test_a_set_without_an_index_is_trained_and_never_certified(refusal, tmp_path, shards):
