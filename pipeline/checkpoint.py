@@ -2,9 +2,9 @@
 
 A checkpoint is a folder. Each rank writes one safetensors file with its slices of every tensor
 (keys `kind/parameter`, 1-D) and a small report of it; rank 0 waits for all reports and writes
-`commit.json` last: step, data cursor, scalars, resolved configuration, and for every tensor the
-files and element ranges that hold it, with the sha256 of every file. A folder without `commit.json`
-does not exist for a reader.
+`commit.json` last: step, data cursor, scalars, newest records, resolved configuration, and for each
+tensor the files and element ranges that hold it, with the sha256 of every file. A folder without
+`commit.json` does not exist for a reader.
 
 Nothing here is collective, so the writing may happen beside training: ranks meet in the store.
 """
@@ -106,6 +106,7 @@ def take_snapshot(
         "world_size": world.size,
         "cursor": dataclasses.asdict(progress.cursor),
         "scalars": optimizer.scalar_state(),
+        "records": [dataclasses.asdict(record) for record in progress.records],
         "config": json.loads(config.to_json()),
         "tensors": entries,
     }

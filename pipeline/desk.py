@@ -17,6 +17,7 @@ from pipeline.events import (
     Kept,
     Metrics,
     NotKept,
+    Recalled,
     RolledBack,
     Skipped,
     Started,
@@ -86,8 +87,7 @@ class Desk:
 
     def handle(self, event: Event) -> None:
         """Show and record one event; waits for no server and no task."""
-        if not isinstance(event, Metrics):
-            self._journal.add(event)
+        self._journal.add(event)
         match event:
             case Started():
                 self.step = event.step
@@ -102,6 +102,8 @@ class Desk:
                 self._display.metrics(dataclasses.replace(event, values=values))
                 self._tracker.log_metrics(event.step, values, event.time_ms)
                 self._note_repairs(event)
+            case Recalled():
+                self._recall(event)
             case Kept():
                 self._keep(event)
             case NotKept():
@@ -156,6 +158,13 @@ class Desk:
                 f"were off the manifold, residual up to {found['residual']:.1e}"
             )
         self._reprojections = count
+
+    def _recall(self, event: Recalled) -> None:
+        """Record what an execution that was killed has not."""
+        known = self._tracker.recorded()
+        for record in event.records:
+            if (record.step, record.time_ms) not in known:
+                self._tracker.log_metrics(record.step, record.values, record.time_ms)
 
     def _keep(self, event: Kept) -> None:
         self._display.message(

@@ -47,6 +47,16 @@ class Metrics:
 
 
 @dataclasses.dataclass(frozen=True)
+class Recalled:
+    """Records that the checkpoint holds from which training goes on.
+
+    A driver that was killed may not have heard of them, and nobody makes these steps again.
+    """
+
+    records: tuple[Metrics, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Kept:
     """A checkpoint was committed and its artefact exported."""
 
@@ -133,5 +143,5 @@ class Hung:
     url: str
 
 
-Event = Started | Metrics | Kept | NotKept | Skipped | RolledBack | Hung | Straggling
+Event = Started | Metrics | Recalled | Kept | NotKept | Skipped | RolledBack | Hung | Straggling
 Emit = Callable[[Event], None]

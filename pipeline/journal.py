@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.store import Store
-from pipeline.events import Event
+from pipeline.events import Event, Metrics, Recalled
 from pipeline.lines import Lines
 
 NAME = "events.jsonl"
@@ -30,8 +30,9 @@ class Journal:
         self._lines = Lines(path)
 
     def add(self, event: Event) -> None:
-        """Write an event: its type, when, and its fields."""
-        self.note(type(event).__name__, **dataclasses.asdict(event))
+        """Write an event that is no metric: its type, when, and its fields."""
+        if not isinstance(event, Metrics | Recalled):
+            self.note(type(event).__name__, **dataclasses.asdict(event))
 
     def note(self, what: str, **facts: Any) -> None:
         """Write a line; `facts` are JSON values."""

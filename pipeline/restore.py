@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from data_shards.order import Cursor
 from data_shards.store import Store
@@ -14,11 +15,13 @@ from model.safetensors_io import read_header, tensor_of
 from optim.sharded import ShardedManifoldAdam
 from pipeline.checkpoint import COMMIT, SCHEMA_VERSION, Partitioned, held, slices
 from pipeline.errors import PipelineError
+from pipeline.events import Metrics
 from pipeline.ranks import World
 from pipeline.trainer import Progress
 
 DAMAGED = "commit.damaged.json"
 _BLOCK = 1 << 24
+_RECORDS = TypeAdapter(list[Metrics])
 
 
 def committed(checkpoints: Store) -> list[Store]:
@@ -80,9 +83,11 @@ def load_checkpoint(folder: Store, *, world: World, engine: Partitioned) -> Prog
             every rank before any state is touched.
     """
     error, commit = None, {}
+    records: list[Metrics] = []
     try:
         commit = _read_commit(folder)
         _check_parts(folder, commit)
+        records = _RECORDS.validate_python(commit.get("records", []))
         # Each file is hashed once, by one rank.
         for record in commit["files"][world.rank :: world.size]:
             _check_file(folder, record)
@@ -103,7 +108,7 @@ def load_checkpoint(folder: Store, *, world: World, engine: Partitioned) -> Prog
     engine.optimizer.load_scalar_state(commit["scalars"])
     for partition in engine.optimizer.partitions:
         partition.publish()
-    return Progress(commit["step"], Cursor(**commit["cursor"]))
+    return Progress(commit["step"], Cursor(**commit["cursor"]), tuple(records))
 
 
 def _read_commit(folder: Store) -> dict[str, Any]:

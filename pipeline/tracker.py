@@ -157,6 +157,10 @@ class Tracker:
         """
         return self._spool.last_value(name, until)
 
+    def recorded(self) -> set[tuple[int, int]]:
+        """Step and time of all metrics that this spool holds."""
+        return self._spool.recorded()
+
     def finish(self, status: str = "FINISHED") -> None:
         """Set the final status: FINISHED, FAILED or KILLED."""
         if status not in ("FINISHED", "FAILED", "KILLED"):
@@ -301,6 +305,11 @@ class _Spool:
                     if until is None or row.get("step", 0) <= until:
                         found = row.get("values", {}).get(name, found)
         return found
+
+    def recorded(self) -> set[tuple[int, int]]:
+        with self.path.open("rb") as file:
+            rows = [json.loads(line) for line in file if line.endswith(b"\n")]
+        return {(row["step"], row["timestamp_ms"]) for row in rows if row["kind"] == "metrics"}
 
     def acknowledge(self, end: int) -> None:
         state = {"acknowledged": end, "run": self.run, "models": self.models}

@@ -70,10 +70,15 @@ class Undo(Protocol):
 
 @dataclasses.dataclass
 class Progress:
-    """Where training stands: steps done and the cursor of the next sample."""
+    """Where training stands: steps done and the cursor of the next sample.
+
+    Attributes:
+        records: rank 0's newest ones, of two intervals between checkpoints; in checkpoints only.
+    """
 
     step: int
     cursor: Cursor
+    records: tuple[Metrics, ...] = ()
 
 
 class Trainer:
@@ -117,6 +122,8 @@ class Trainer:
         self._sums = torch.zeros(len(STATISTICS), device=world.device)
         self._since = time.perf_counter()
         self._waited = self._kept_s = 0.0
+        self._records: list[Metrics] = []
+        self._older_records: list[Metrics] = []
         self._skipped = self._skipped_before = self._skipped_in_a_row = 0
 
     def fit(self) -> None:
@@ -181,13 +188,16 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._sums.zero_()
         self._begin_record()
+        self._records = []  # of steps that do not count; the checkpoint has those before them
         self._tell(Skipped(step))
         self._tell(told)
         return True
 
     def _keep(self) -> None:
         begin = time.perf_counter()
-        self._saver.keep(self.progress)
+        records = (*self._older_records, *self._records)
+        self._saver.keep(dataclasses.replace(self.progress, records=records))
+        self._older_records, self._records = self._records, []
         self._kept_s += time.perf_counter() - begin
 
     def _begin_record(self) -> None:
@@ -285,4 +295,6 @@ class Trainer:
         }
         productive = self._productive(passed, samples, max(waits))
         self._begin_record()
-        self._tell(Metrics(step, values, int(time.time() * 1000), productive))
+        record = Metrics(step, values, int(time.time() * 1000), productive)
+        self._records.append(record)
+        self._tell(record)

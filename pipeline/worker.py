@@ -12,7 +12,7 @@ from data_shards.quarantine import Quarantine
 from data_shards.store import Store
 from pipeline.config import RunConfig
 from pipeline.counts import Plan, make_plan
-from pipeline.events import Emit, Started
+from pipeline.events import Emit, Recalled, Started
 from pipeline.flops import measured_flops, peak_flops
 from pipeline.interruption import Interruption
 from pipeline.memory import fitting, recorded, too_large
@@ -83,6 +83,7 @@ def _train(job: Job, world: World, emit: Emit, interruption: Interruption) -> No
     progress = rollbacks.resumed(progress)
     if world.rank == 0:
         emit(_started(config, world, engine, plan, progress, damaged, sizes))
+        emit(Recalled(progress.records))
     record = f"damaged/step-{progress.step:08d}-rank-{world.rank:05d}.jsonl"
     with (
         contextlib.closing(Quarantine(run, record)) as quarantine,

@@ -171,14 +171,16 @@ def test_terms_whose_rounding_would_show_are_split(monkeypatch):
     assert ORTHOGONAL.residual(X) < 20 * ROUNDOFF["bf16"] ** 2
 
 
-@pytest.mark.parametrize("precision", ["full", *REDUCED])
-@pytest.mark.parametrize(
-    ("n", "lr"),
-    [
-        *((64, 1e-3), (64, 1e-2), (256, 1e-3), (256, 1e-2)),
-        *(pytest.param(512, lr, marks=pytest.mark.slow) for lr in (4e-3, 1e-2)),
-    ],
-)
+DRIFTS = [
+    *((precision, n, lr) for precision in BITS for n, lr in ((64, 1e-3), (64, 1e-2), (256, 1e-3))),
+    # Here the truncation shows in full precision, T in reduced.
+    *((precision, 256, 1e-2) for precision in REDUCED),
+    *(pytest.param(p, 512, 4e-3, marks=pytest.mark.slow) for p in BITS),
+    *(pytest.param(p, 512, 1e-2, marks=pytest.mark.slow) for p in REDUCED),
+]
+
+
+@pytest.mark.parametrize(("precision", "n", "lr"), DRIFTS)
 def test_drift_of_200_steps_is_as_derived(precision, n, lr):
     """Random directions: sqrt(steps) times the error of a step."""
     steps, X = 200, ORTHOGONAL.random((n, n), torch.Generator().manual_seed(1)).float()

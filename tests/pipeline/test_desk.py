@@ -10,7 +10,7 @@ from data_shards.store import Store
 from pipeline.desk import Desk
 from pipeline.display import Display
 from pipeline.evaluation import Evaluations
-from pipeline.events import Kept, Metrics, NotKept, Started
+from pipeline.events import Kept, Metrics, NotKept, Recalled, Started
 from pipeline.journal import Journal
 from pipeline.meter import Meter
 from pipeline.presets import run_preset
@@ -33,6 +33,9 @@ class Recorder:
 
     def last_value(self, name, until=None):
         return None
+
+    def recorded(self):
+        return {(step, time_ms) for step, _, time_ms in self.metrics}
 
     def set_tags(self, tags):
         self.tags |= tags
@@ -97,6 +100,15 @@ def test_person_sees_facts_progress_and_checkpoints(tmp_path, terminal):
     }  # fmt: skip
     where = {"checkpoint_url": "file:///runs/a/checkpoints/x"}
     assert tracker.checkpoints == [(10, "file:///runs/a/artifacts/x", "d" * 64, where)]
+
+
+def test_records_that_only_a_checkpoint_holds_are_made_up_for(tmp_path):
+    records = tuple(Metrics(step, VALUES, 10 * step) for step in (1, 2, 3))
+    events = (Started({}, 0, 9), *records[:2], Started({}, 3, 9), Recalled(records))
+    _, tracker = show(*events, terminal=False, folder=tmp_path)
+    found = [(step, time_ms) for step, values, time_ms in tracker.metrics if "train/loss" in values]
+    assert found == [(1, 10), (2, 20), (3, 30)]
+    assert "Recalled" not in (tmp_path / "events.jsonl").read_text()
 
 
 def evaluations(monkeypatch, fn, *, beside_training=True):
