@@ -211,7 +211,11 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path):
     assert full.losses == plain.losses
     ends = [whole_state([rank[name].end for rank, _ in ranks]) for name in ("plain", "full")]
     assert same_bits(*ends)
-    assert first["again"].events[0].step == STEPS
+    started, recalled = first["again"].events[:2]
+    assert started.step == STEPS
+    assert [record.step for record in recalled.records] == [5, 6, 7, 8]
+    for record in recalled.records:  # as they were told
+        assert record in full.events
 
 
 # -- the training thread ---------------------------------------------------------------------------
