@@ -21,7 +21,7 @@ ui: $(VENV)/run.stamp
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --host 127.0.0.1 --port 5000
 
 test: $(VENV)/test.stamp lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow
