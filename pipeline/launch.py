@@ -69,14 +69,32 @@ _WORKER_ENVIRONMENT = {
 }
 
 
+class _Mail:
+    """Actor that holds events until they are fetched.
+
+    It handles one call after the other, so those of a rank stay in order; Ray's queue is
+    asynchronous, and on a busy machine records came out of order.
+    """
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+
+    def put(self, event: Event) -> None:
+        self._events.append(event)
+
+    def take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+
 class _Post:
-    """Worker side of the event queue; sending never waits."""
+    """Worker side of the events; sending never waits."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
     def __call__(self, event: Event) -> None:
-        self._actor.put_nowait.remote(event)
+        self._actor.put.remote(event)
 
 
 class _Listener(Flag):
@@ -124,10 +142,12 @@ def _rank_entry(settings: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterator[None]:
-    """Hand the events of the queue to `handle` on a thread, in order, to the last one.
+    """Hand the events to `handle` on a thread, in order, to the last one.
 
     The same thread passes a request to stop on to the workers.
     """
+    import ray
+
     done = threading.Event()
     failures: list[BaseException] = []
 
@@ -139,7 +159,7 @@ def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterato
                 if stop.stop_requested() and not ordered:
                     ordered = True
                     orders.give.remote(STOP)
-                for event in events.get_nowait_batch(events.qsize()):
+                for event in ray.get(events.take.remote()):
                     handle(event)
                 if final:
                     return
@@ -154,7 +174,7 @@ def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterato
     finally:
         done.set()
         thread.join()
-        events.shutdown(force=True)
+        ray.kill(events)
     if failures:
         raise failures[0]
 
@@ -170,18 +190,17 @@ def fit(job: Job, handle: Emit, stop: Interruption) -> None:
     """
     import ray
     from ray.train import TrainingFailedError
-    from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # Beside this process: on another node they would be lost with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": here}
-    events = Queue(actor_options=options)
+    events = ray.remote(_Mail).options(**options).remote()
     orders = ray.remote(Orders).options(**options).remote()
     run = Store(job.run_url)
     # Ray Train would silently continue from a folder of the same name, so each has its own.
     name = f"ray-{uuid.uuid4().hex[:8]}"
-    trainer = _trainer(job, run, name, {"job": job, "emit": _Post(events.actor), "orders": orders})
+    trainer = _trainer(job, run, name, {"job": job, "emit": _Post(events), "orders": orders})
     with _pump(events, handle, orders, stop):
         try:
             trainer.fit()
