@@ -86,6 +86,9 @@ class _Mail:
         events, self._events = self._events, []
         return events
 
+    def arrived(self) -> None:
+        """Answers once all that the caller has put before is held."""
+
 
 class _Post:
     """Worker side of the events; sending never waits."""
@@ -95,6 +98,12 @@ class _Post:
 
     def __call__(self, event: Event) -> None:
         self._actor.put.remote(event)
+
+    def wait(self) -> None:
+        """Wait until everything sent by this process is held."""
+        import ray
+
+        ray.get(self._actor.arrived.remote())
 
 
 class _Listener(Flag):
@@ -137,6 +146,7 @@ def _rank_entry(settings: dict[str, Any]) -> None:
     """Function that Ray Train runs on every rank."""
     listener = _Listener(settings["orders"])
     run_rank(settings["job"], settings["emit"], listener)
+    settings["emit"].wait()  # the driver fetches for the last time when the ranks have returned
     listener.rest()
 
 
