@@ -32,7 +32,6 @@ from pipeline.prepare import Prepared, prepare
 from pipeline.pretrain import parse
 from pipeline.ranks import join_world
 from pipeline.tracker import Tracker
-from pipeline.tracking import TrackingConfig
 from pipeline.worker import run_rank
 
 _WARM_UP = 5
@@ -58,7 +57,7 @@ def closed_address() -> str:
 def desk_at(prepared: Prepared, uri: str) -> Iterator[Desk]:
     """The desk of a run as `pipeline.pretrain` opens it, without evaluations."""
     config = prepared.job.config
-    tracking = TrackingConfig(uri=uri, experiment=prepared.experiment)
+    tracking = dataclasses.replace(prepared.tracking, uri=uri)
     tracker = Tracker(tracking, prepared.spool, run_name=config.name, params=prepared.params())
     meter, journal = Meter(config, tracker.last_value), Journal(prepared.spool.parent, prepared.run)
     display = Display(Console(file=io.StringIO()))

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from data_shards.index import Shard, ShardIndex
 from data_shards.reader import ShardBatch, read_shard
-from jobs.config import EvaluationConfig, eps_value
+from jobs.config import EvaluationConfig
 from jobs.records import AttackScores, EvaluationError, ShardRecords
 from jobs.shard_task import ArtifactTask, ShardTask, in_program
 from model.attack import apgd, apgd_targeted, pgd
+from model.eps import eps_value
 from model.rounding import FLOAT32, FLOAT64
 
 INSIDE = 1 - 1e-6

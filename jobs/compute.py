@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from data_shards.store import Store
 from jobs.attack import attack_tasks, merge_attack
 from jobs.certificate import certificate, to_json
 from jobs.cluster import map_inline, map_shards, session
-from jobs.config import EvaluationConfig, eps_value
+from jobs.config import EvaluationConfig
 from jobs.figure import bounds_png, cra_png, radius_histogram_png
 from jobs.progress import PROGRESS, Counting, OnProgress
 from jobs.records import (
@@ -38,6 +37,7 @@ from jobs.records import (
 from jobs.shard_task import ArtifactTask, exact_program, forget, matrix_tasks, shard_tasks
 from model.artifact import ArtifactInfo, read_info, read_without_parameters
 from model.contract import LipschitzBound
+from model.eps import check_reach
 from model.lipschitz import MatrixBound
 from model.observed import refute
 from model.rounding import PROGRAMS
@@ -186,13 +186,10 @@ def _fitting_index(
         )
     index = load(url)
     index.require(info.native_input_shape, info.network.num_classes)
-    diameter = math.sqrt(math.prod(info.native_input_shape)) if info.norm == "l2" else 1.0
-    for ratio in config.eps:
-        if eps_value(ratio) > diameter:
-            raise EvaluationError(
-                f"eps {ratio} is larger than {diameter:g}, the greatest distance between two "
-                "images with pixels in [0, 1]: eps is in these units, 36 of 255 is 36/255"
-            )
+    try:
+        check_reach(config.eps, info.norm, info.native_input_shape)
+    except ValueError as error:
+        raise EvaluationError(str(error)) from None
     return index
 
 

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Annotated, Literal
 
 import pydantic
 
+from model.eps import check_table
 from pipeline.tracking import TrackingConfig
 
-_RATIO = re.compile(r"(\d+)/([1-9]\d*)")
 _USUAL = {
     "l2": ("36/255", "72/255", "108/255", "255/255"),
     "linf": ("2/255", "8/255", "16/255", "25/255"),
 }
-
-
-def eps_value(ratio: str) -> float:
-    """Return the radius of a ratio such as ``36/255``, pixels in [0, 1].
-
-    Raises:
-        ValueError: if the text is not a positive ratio of two integers.
-    """
-    match = _RATIO.fullmatch(ratio)
-    if match is None or int(match[1]) == 0:
-        raise ValueError(f"eps {ratio!r} is not a positive ratio such as 36/255")
-    return int(match[1]) / int(match[2])
 
 
 @pydantic.dataclasses.dataclass(
@@ -76,10 +63,7 @@ class EvaluationConfig:
     @pydantic.field_validator("eps")
     @classmethod
     def _ratios(cls, eps: tuple[str, ...]) -> tuple[str, ...]:
-        for ratio in eps:
-            eps_value(ratio)
-        if len(set(eps)) < len(eps):
-            raise ValueError(f"eps {eps} names a ratio twice")
+        check_table(eps)
         return eps
 
     def for_norm(self, norm: str) -> EvaluationConfig:

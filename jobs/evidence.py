@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 
 from data_shards.store import Store
 from jobs.compute import CERTIFICATE, SAMPLES, SUMMARY
-from jobs.config import eps_value
 from jobs.gate_rule import Bits, Rule
 from jobs.records import EvaluationError, EvaluationSummary
+from model.eps import eps_value
 
 FILES = (CERTIFICATE, SAMPLES, SUMMARY)
 VERIFY_TIMEOUT_S = 6 * 3600.0

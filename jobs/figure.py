@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.lib.stride_tricks import sliding_window_view
 
-from jobs.config import eps_value
 from jobs.records import AttackScores, ColumnScores, EvaluationSummary
+from model.eps import eps_value
 
 _STYLE: Mapping[str, dict[str, Any]] = {
     "nominal": {"color": "0.45", "linestyle": "--", "linewidth": 1.5, "zorder": 4},

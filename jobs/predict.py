@@ -28,13 +28,13 @@ from data_shards.errors import ShardError
 from data_shards.store import Store
 from jobs.cluster import map_inline, map_shards, session
 from jobs.compute import artifact_info, run_task
-from jobs.config import eps_value
 from jobs.pictures import Picture, Prepared, find_pictures, prepare
 from jobs.promotion import rule_of
 from jobs.records import EvaluationError
 from jobs.serving import SoundPredictor
 from jobs.shard_task import ArtifactTask, matrix_tasks
 from model.artifact import ArtifactInfo
+from model.eps import eps_value
 from model.errors import ModelError
 from model.lipschitz import MatrixBound
 from pipeline.tracking import TrackingConfig

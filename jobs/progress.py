@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from data_shards.store import Store
-from jobs.config import eps_value
 from jobs.records import ShardRecords
+from model.eps import eps_value
 
 PROGRESS = "progress.json"
 _WRITE_EVERY_S = 5.0

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.config import eps_value
+from model.eps import eps_value
 from model.verify_files import CHOICES
 
 COLUMNS = ("nominal", "sound", "deployed")

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from jobs.config import eps_value
 from jobs.records import EvaluationSummary
 from jobs.report_cost import Cost, training_cost
+from model.eps import eps_value
 from pipeline.tracking_query import Reader, TrackedModel, TrackedRun
 
 CERTIFICATE, SUMMARY = "certificate.json", "summary.json"

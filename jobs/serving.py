@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from data_shards.store import Store
-from jobs.config import eps_value
 from jobs.records import EvaluationError
 from model.artifact import ArtifactInfo, read_artifact
 from model.certificates import Certificates, ProvedCertifier, image_norms
+from model.eps import eps_value
 from model.lipschitz import MatrixBound, tensor_digest
 from model.rounding import FLOAT64
 

@@ -17,8 +17,8 @@ import pydantic
 import tyro
 from rich.console import Console
 
-from jobs.config import eps_value
 from jobs.report_data import differing_settings
+from model.eps import eps_value
 from pipeline.tracking import RunReference, TrackingConfig, ui_command
 from pipeline.tracking_query import Reader, TrackedRun, TrackingError
 from pipeline.tracking_views import (

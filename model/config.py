@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from model.errors import ModelError
 
 # The messages of the families name the values, so pydantic need not repeat the whole input.
-STRICT = ConfigDict(extra="forbid", hide_input_in_errors=True)
+STRICT = ConfigDict(extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -8,12 +8,12 @@ from pydantic.dataclasses import dataclass
 from optim.products import Precision
 from optim.series import SeriesRule, check_series
 
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class OptimConfig:
     """Manifold Adam for matrices with a declared manifold, NAdam or AdamW for all others."""
 
@@ -42,7 +42,7 @@ class OptimConfig:
     euclidean: Literal["nadam", "adamw"] = "nadam"
     """Update rule of the Euclidean parameters."""
 
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of the Euclidean parameters."""
 
     lookahead_steps: Count = 6

@@ -10,12 +10,13 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
 from data_shards.config import SAME_SAMPLES, StreamConfig
-from model.build import AnyNetwork
+from model.build import FAMILIES, AnyNetwork
+from model.eps import check_reach, check_table
 from optim.config import OptimConfig
 from pipeline.errors import PipelineError
 
 SCHEMA_VERSION = 1
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -77,6 +78,11 @@ class LossConfig:
     """Share of the run after which the weight decays."""
     ce_to: float = Field(default=29 / 30, gt=0, le=1)
     """Share of the run after which the weight stays."""
+
+    def __post_init__(self) -> None:
+        """Refuse a decay that ends before it begins."""
+        if self.ce_from >= self.ce_to:
+            raise PipelineError(f"ce_from={self.ce_from:g} must be less than ce_to={self.ce_to:g}")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -149,7 +155,9 @@ class CheckpointConfig:
     """10^9 bytes that the checkpoints of the run may fill; 0: no limit. The newest always stays."""
     evaluate: bool = True
     """Certify every kept checkpoint in downstream tasks."""
-    evaluate_eps: tuple[str, ...] = ("36/255", "72/255", "108/255", "255/255")
+    evaluate_eps: tuple[str, ...] = Field(
+        default=("36/255", "72/255", "108/255", "255/255"), min_length=1
+    )
     """Radii of the table, in the network's norm, as ratios of pixels in [0, 1]."""
     evaluate_tasks: int = Field(default=2, ge=1)
     """Evaluation tasks under way at the same time."""
@@ -158,6 +166,10 @@ class CheckpointConfig:
     evaluate_placement: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes that may certify, as pairs of Ray's label selectors, e.g.
     `role evaluation` or `role !training`. Default: any node with free resources."""
+
+    def __post_init__(self) -> None:
+        """Refuse a table that no evaluation would make."""
+        check_table(self.evaluate_eps)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -252,6 +264,8 @@ class RunConfig:
                     f"{name} holds credentials, which would be saved with the configuration: "
                     "give them in the environment or in the store's own settings"
                 )
+        if "/" in self.name or self.name in (".", ".."):
+            raise PipelineError(f"name={self.name!r} must be the name of one folder, without /")
         if self.start_or_resume and not self.name:
             raise PipelineError("start_or_resume needs --name: else no run is the same one again")
         hang, collective = self.cluster.hang_timeout_s, self.cluster.collective_timeout_s
@@ -271,6 +285,18 @@ class RunConfig:
                 "data.test_split=validation needs data.train_split=fit: "
                 "the network would be certified on samples it was trained on"
             )
+
+        self._check_images()
+
+    def _check_images(self) -> None:
+        """Rules that involve the size of the images."""
+        shape, shift = self.model.input_shape, self.data.stream.shift_pixels
+        if shift >= min(shape[1:]):
+            raise PipelineError(
+                f"data.stream.shift_pixels={shift} would move images of {shape[1]}x{shape[2]} "
+                "out of sight"
+            )
+        check_reach(self.checkpoint.evaluate_eps, FAMILIES[self.model.kind].network.norm, shape)
 
     def to_json(self) -> str:
         """Resolved configuration as JSON, with its schema version."""

@@ -30,7 +30,7 @@ from pipeline.retention import Retention
 from pipeline.submission import submission_tags
 from pipeline.system import SystemMetrics
 from pipeline.tracker import Tracker
-from pipeline.tracking import TrackingConfig, ui_command
+from pipeline.tracking import ui_command
 from pipeline.worker import Job
 
 _FIGURE = "cra.png"
@@ -191,7 +191,7 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
     """
     config = prepared.job.config
     tracker = Tracker(
-        TrackingConfig(uri=prepared.mlflow, experiment=prepared.experiment),
+        prepared.tracking,
         prepared.spool,
         run_name=config.name,
         params=prepared.params(),
@@ -302,7 +302,7 @@ def _show(summaries: list[Any], prepared: Prepared, tracker: Tracker, display: D
             )
     display.message(f"artefacts:   {_where(prepared.job.run_url)}/artifacts")
     if tracker.run is not None:
-        command, path = ui_command(prepared.mlflow, tracker.run)
+        command, path = ui_command(prepared.tracking.uri, tracker.run)
         display.message(
             f"MLflow UI:   {command}\n             then open http://127.0.0.1:5000{path}"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from data_shards.sources import digits, synthetic
 from data_shards.store import Store
@@ -22,10 +22,12 @@ from pipeline.exposure import require_closed
 from pipeline.restore import committed
 from pipeline.samples import Samples, open_samples
 from pipeline.submission import is_ray_job, uploaded_code
+from pipeline.tracking import TrackingConfig
 from pipeline.worker import Job
 from pipeline.zero3 import require_precision
 
 _RECORD = "run.json"
+_SQLITE = "sqlite:///"
 _SOURCES = {"digits": digits, "synthetic": synthetic}
 
 
@@ -37,8 +39,7 @@ class Prepared:
         job: what the ranks get.
         run: store of the run folder.
         samples: the shard set.
-        mlflow: resolved MLflow store.
-        experiment: resolved MLflow experiment.
+        tracking: resolved MLflow store and experiment.
         spool: local folder of the metrics spool.
         changed: settings of a continued run that are not those it had before.
     """
@@ -46,8 +47,7 @@ class Prepared:
     job: Job
     run: Store
     samples: Samples
-    mlflow: str
-    experiment: str
+    tracking: TrackingConfig
     spool: Path
     changed: dict[str, str]
 
@@ -72,14 +72,25 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
     cluster = config.cluster
     elsewhere = cluster.launcher == "ray" and (cluster.address or os.environ.get("RAY_ADDRESS"))
     require_closed(ray=elsewhere or "", mlflow=config.mlflow)
-    if cluster.device == "cpu" or not (elsewhere or torch.cuda.is_available()):
+    no_gpu = not elsewhere and not torch.cuda.is_available()
+    if cluster.device == "cpu" or no_gpu:
         require_precision(config.train.precision)
+    try:
+        return _prepare(config, world_size, no_gpu=no_gpu)
+    except OSError as error:
+        raise PipelineError(f"storage or shards: {type(error).__name__}: {error}") from error
+
+
+def _prepare(config: RunConfig, world_size: int, *, no_gpu: bool) -> Prepared:
     storage = storage_root(config)
     shards = _shards(config, storage)
     samples = open_samples(config, shards.url)
     make_plan(config, samples=samples.per_epoch, world_size=world_size)
-    if cluster.launcher == "ray":
+    if config.cluster.launcher == "ray":
         world_sizes(config)
+    if config.cluster.device == "cuda" and no_gpu:
+        raise PipelineError("cluster.device=cuda: this machine has no GPU that torch can use")
+    tracking = _tracking(config, storage, samples)
     config, run, changed = _open_run(config, storage)
     name = config.name
     context = {
@@ -94,8 +105,7 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
         job=job,
         run=run,
         samples=samples,
-        mlflow=config.mlflow or _embedded_mlflow(storage),
-        experiment=config.experiment or samples.name,
+        tracking=tracking,
         spool=(run.local_path() or Path.home() / ".cache/certified-pretrain" / name) / "tracking",
         changed=changed,
     )
@@ -110,10 +120,20 @@ def storage_root(config: RunConfig) -> Store:
     return Store("runs")
 
 
-def _embedded_mlflow(storage: Store) -> str:
+def _tracking(config: RunConfig, storage: Store, samples: Samples) -> TrackingConfig:
+    """Where the run is recorded. A server may be away; a folder that is missing never comes."""
     folder = storage.local_path() or Path.home() / "certified-pretrain"
-    folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    if not config.mlflow:
+        folder.mkdir(parents=True, exist_ok=True)
+    uri = config.mlflow or f"{_SQLITE}{folder / 'mlflow.db'}"
+    try:
+        tracking = TrackingConfig(uri=uri, experiment=config.experiment or samples.name)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise PipelineError(f"mlflow: {reason}") from None
+    if uri.startswith(_SQLITE) and not Path(tracking.uri.removeprefix(_SQLITE)).parent.is_dir():
+        raise PipelineError(f"mlflow={uri}: there is no such folder")
+    return tracking
 
 
 def _shards(config: RunConfig, storage: Store) -> Store:

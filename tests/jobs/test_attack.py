@@ -17,12 +17,13 @@ from jobs.attack import (
     lies_inside,
     merge_attack,
 )
-from jobs.config import EvaluationConfig, eps_value
+from jobs.config import EvaluationConfig
 from jobs.evaluate_cra import evaluate
 from jobs.records import EvaluationError, merge
 from jobs.shard_task import ArtifactTask, forget, shard_tasks
 from model.artifact import read_info
 from model.certificates import ProvedCertifier
+from model.eps import eps_value
 
 EPS = ("36/255", "1/255", "255/255")
 

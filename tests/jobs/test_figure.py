@@ -10,7 +10,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 import jobs.figure
-from jobs.config import eps_value
 from jobs.console import report
 from jobs.figure import bounds_png, cra_png, radius_histogram_png
 from jobs.records import (
@@ -20,6 +19,7 @@ from jobs.records import (
     EvaluationSummary,
     LayerRow,
 )
+from model.eps import eps_value
 
 RATIOS = ("36/255", "72/255", "108/255", "255/255")
 RNG = np.random.default_rng(0)

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.config import EvaluationConfig, eps_value
+from jobs.config import EvaluationConfig
 from jobs.records import (
     ColumnRecords,
     EvaluationError,
@@ -16,6 +16,7 @@ from jobs.records import (
     samples_parquet,
     scores,
 )
+from model.eps import eps_value
 
 
 def part(shard, keys, label, prediction, radius):

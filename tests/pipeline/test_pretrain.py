@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import pipeline.launch
 import pipeline.zero3
@@ -64,6 +65,42 @@ def refusal(capsys, tmp_path, shards):
         (["--model.input-shape", "1", "16", "16"], ["1x8x8", "1x16x16"]),
         (["--model.num-classes", "9"], ["10 classes", "9 classes"]),
         (["--data.test-split", "validation"], ["test_split=validation", "train_split=fit"]),
+        (["--train.epochs", "inf"], ["epochs", "finite"]),
+        (["--train.epochs", "0"], ["epochs", "greater than 0"]),
+        (["--train.accumulation", "0"], ["accumulation", "greater than or equal to 1"]),
+        (["--train.precision", "fp8"], ["--train.precision", "fp8", "bf16"]),
+        (["--train.grad-clip", "nan"], ["grad_clip", "nan"]),
+        (["--train.seed", "-1"], ["seed", "-1"]),
+        (["--loss.kind", "hinge2"], ["--loss.kind", "hinge2", "ce_hinge"]),
+        (["--loss.eps-end", "nan"], ["eps_end", "finite"]),
+        (["--loss.scale", "inf"], ["scale", "finite"]),
+        (["--loss.ce-from", "0.9", "--loss.ce-to", "0.1"], ["ce_from=0.9", "ce_to=0.1"]),
+        (["--optim.betas", "0.9", "1"], ["betas", "less than 1"]),
+        (["--optim.series", "taylor"], ["--optim.series", "taylor", "spectral"]),
+        (["--optim.lookahead-factor", "0"], ["lookahead_factor", "greater than 0"]),
+        (["--optim.residual-limit", "nan"], ["residual_limit", "finite"]),
+        (["--model.depth", "0"], ["depth=0", "at least 1"]),
+        (["--model.patch", "3"], ["patch=3", "8x8"]),
+        (["--checkpoint.evaluate-eps", "abc"], ["eps 'abc'", "36/255"]),
+        (["--checkpoint.evaluate-eps", "-1/255"], ["eps '-1/255'"]),
+        (["--checkpoint.evaluate-eps", "1/255", "1/255"], ["names a ratio twice"]),
+        (["--checkpoint.evaluate-eps", "36/1"], ["36/1", "larger than 8", "36/255"]),
+        (["--checkpoint.evaluate-eps"], ["evaluate_eps", "at least 1 item"]),
+        (["--checkpoint.every-steps", "-1"], ["every_steps", "-1"]),
+        (["--cluster.device", "tpu"], ["--cluster.device", "tpu", "cuda"]),
+        (["--cluster.workers", "0"], ["workers", "greater than or equal to 1"]),
+        (["--cluster.min-workers", "3"], ["min_workers=3", "workers=2"]),
+        (["--cluster.hang-timeout-s", "700"], ["hang_timeout_s=700", "600"]),
+        (["--cluster.max-failures", "-2"], ["max_failures", "-1"]),
+        (["--data.stream.shift-pixels", "8"], ["shift_pixels=8", "8x8"]),
+        (["--data.stream.randaugment", "2"], ["randaugment", "less than or equal to 1"]),
+        (["--data.stream.crop", "center"], ["crop", "center", "random-resized"]),
+        (["--mlflow", "ftp://host/x"], ["ftp://host/x", "sqlite:///"]),
+        (["--mlflow", "sqlite:///no/such/folder/x.db"], ["/no/such/folder/x.db", "no such folder"]),
+        (["--storage", "/dev/null/x"], ["storage", "/dev/null/x"]),
+        (["--storage", "bogus://x"], ["bogus", "not known"]),
+        (["--name", "a/b"], ["name='a/b'", "without /"]),
+        (["--start-or-resume"], ["start_or_resume", "--name"]),
         (["--resume", "--name", "nothing"], ["--resume", "nothing"]),
         (["--resume"], ["--resume", "no run of preset 'digits'"]),
     ],
@@ -82,6 +119,11 @@ def test_credentials_in_urls_are_refused_and_not_repeated(refusal):
 
 def test_unknown_preset(refusal):
     assert "did you mean 'digits'?" in refusal(preset="digit")
+
+
+def test_a_gpu_that_is_not_there(refusal, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "cluster.device=cuda" in refusal("--cluster.device", "cuda")
 
 
 def test_fp16_without_the_arithmetic(refusal, monkeypatch):
@@ -167,7 +209,7 @@ def test_a_set_without_an_index_is_trained_and_never_certified(refusal, tmp_path
     assert "never certified; give --checkpoint.no-evaluate" in refusal(*asked, data=bare)
     base = ["digits", "--storage", str(tmp_path), "--data.shards", str(bare), *asked]
     prepared = prepare(parse([*base, "--checkpoint.no-evaluate"]), world_size=2)
-    assert (prepared.samples.per_epoch, prepared.experiment) == (1437, "unindexed")
+    assert (prepared.samples.per_epoch, prepared.tracking.experiment) == (1437, "unindexed")
     assert prepared.job.context["shards_digest"] == ""
 
 
