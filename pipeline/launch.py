@@ -62,6 +62,10 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+_HEALTH_CHECK = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+_SILENT = 2
+"""Multiple of `cluster.hang_timeout_s` after which Ray ends a rank that does not answer: later than
+the ranks themselves, who can say more about it."""
 _WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # DeepSpeed on torch >= 2.12 warns once per parameter and step.
@@ -257,6 +261,9 @@ def _trainer(job: Job, run: Store, name: str, settings: dict[str, Any]) -> Any:
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+    if cluster.hang_timeout_s:
+        # Who stands still after the last step keeps no other rank waiting: only Ray can tell.
+        os.environ[_HEALTH_CHECK] = str(_SILENT * cluster.hang_timeout_s)
     if elastic:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
         grace_s = cluster.collective_timeout_s

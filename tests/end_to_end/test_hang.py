@@ -7,10 +7,14 @@ import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
+import pipeline.launch
+from pipeline.launch import _Post
+from pipeline.pretrain import main
 from tests.end_to_end.conftest import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -39,6 +43,29 @@ def stop_one_after(folder, process):
     victim = ranks_of(process)[-1]
     victim.send_signal(signal.SIGSTOP)
     return victim
+
+
+class StopsAtTheEnd(_Post):
+    """Once, the last rank is stopped when it has nothing left to do but to return."""
+
+    def wait(self):
+        super().wait()
+        stopped = Path(os.environ["STOPPED"])
+        if os.environ["RANK"] == "1" and not stopped.exists():
+            stopped.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_rank_that_is_stopped_after_its_last_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("STOPPED", str(tmp_path / "stopped"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the ranks
+    monkeypatch.setattr(pipeline.launch, "_Post", StopsAtTheEnd)
+    flags = ["--train.epochs", "1", *RUN[2:], "--cluster.hang-timeout-s", "10"]
+    assert main(["digits", "--storage", str(tmp_path), *flags, "--cluster.max-failures", "1"]) == 0
+    assert (tmp_path / "stopped").exists()
+    assert "resumed: after step 23" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("launcher", ["ray", "torchrun"])
