@@ -1,7 +1,11 @@
 """What the person sees: a live line on a terminal, plain lines elsewhere, a final table."""
 
+import contextlib
+import os
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -12,6 +16,37 @@ from pipeline.events import Metrics, Started
 _PLAIN_INTERVAL_S = 5.0
 _SMOOTHING = 0.05
 _SMOOTHED = ("train/loss", "train/clean", "train/certified", "train/images_per_s", "perf/mfu")
+
+
+class _Lenient:
+    """A text stream that drops what cannot be written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def lenient_console() -> Iterator[Console]:
+    """Standard output that ends no run: a log on a full disk, a pipe whose reader has gone."""
+    yield Console(file=_Lenient(sys.stdout))  # type: ignore[arg-type]
+    try:
+        sys.stdout.flush()
+    except OSError:  # else the interpreter tries once more, and turns its exit status into 120
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class Display:

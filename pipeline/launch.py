@@ -158,7 +158,10 @@ def _rank_entry(settings: dict[str, Any]) -> None:
 def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterator[None]:
     """Hand the events to `handle` on a thread, in order, to the last one.
 
-    The same thread passes a request to stop on to the workers.
+    The same thread passes a request to stop on to the workers, and stops them if `handle` raises.
+
+    Raises:
+        BaseException: what `handle` has raised.
     """
     import ray
 
@@ -180,6 +183,7 @@ def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterato
                 done.wait(_POLL_S)
         except BaseException as error:
             failures.append(error)
+            orders.give.remote(STOP)  # a run that nobody records any more must not go on
 
     thread = threading.Thread(target=drain, name="events", daemon=True)
     thread.start()

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from pipeline.config import RunConfig
 from pipeline.desk import Desk, desk_for
+from pipeline.display import lenient_console
 from pipeline.errors import REFUSALS
 from pipeline.events import Emit, Event, Hung
 from pipeline.interruption import StopSignal
@@ -49,13 +50,16 @@ def parse(arguments: Sequence[str]) -> RunConfig:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the entry; returns the exit code."""
-    console = Console()
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
     stop = StopSignal()
     stop.install()
+    with lenient_console() as console:
+        return _main(sys.argv[1:] if arguments is None else arguments, console, stop)
+
+
+def _main(arguments: Sequence[str], console: Console, stop: StopSignal) -> int:
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
-        _run(config, console, stop)
+        _run(parse(arguments), console, stop)
     except (*REFUSALS, ValidationError) as error:
         console.print("[bold red]refused:[/bold red]", end=" ")
         console.print(_one_message(error), highlight=False, markup=False, soft_wrap=True)

@@ -3,17 +3,23 @@
 import contextlib
 import json
 import resource
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import ray
 
 from data_shards.store import Store
 from pipeline import tracker as tracker_file
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.events import NotKept, Skipped
+from pipeline.interruption import STOP, StopSignal
 from pipeline.journal import Journal
+from pipeline.launch import _pump
 from pipeline.lines import Lines
 from pipeline.pretrain import main
 from pipeline.restore import committed
@@ -32,6 +38,7 @@ from tests.pipeline.small_runs import (
     whole_state,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH, EVERY = 8, 24, 2
 FULL = (4, 5)  # steps after which the disk of rank 1 is full
 
@@ -153,6 +160,34 @@ def test_records_outlive_a_full_disk(tmp_path, monkeypatch):
     assert server.arrived == [(step, 1.0, step) for step in range(20)]
     rows = [json.loads(line) for line in (tmp_path / "spool.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "metrics"] == list(range(20))
+
+
+def test_output_that_cannot_be_written_ends_no_run(tmp_path):
+    flags = "--cluster.launcher local --cluster.device cpu --checkpoint.no-evaluate --name run"
+    command = [sys.executable, "-m", "pipeline.pretrain", "digits", *flags.split()]
+    command += ["--train.stop-after", "3", "--storage", str(tmp_path)]
+    with open("/dev/full", "w") as nowhere:
+        done = subprocess.run(command, stdout=nowhere, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run/tracking/spool.jsonl").read_text().splitlines()
+    steps = [row["step"] for row in map(json.loads, lines) if "train/loss" in row.get("values", {})]
+    assert steps == [1, 2, 3]
+
+
+def test_ranks_are_stopped_when_nobody_records_them(monkeypatch):
+    monkeypatch.setattr(ray, "get", lambda events: events)
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    mail, orders = mock.Mock(), mock.Mock()
+    mail.take.remote.side_effect = [["an event"], []]
+    told = threading.Event()
+    orders.give.remote.side_effect = lambda order: told.set()
+
+    def handle(event):
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"), _pump(mail, handle, orders, StopSignal()):
+        assert told.wait(10)
+    orders.give.remote.assert_called_once_with(STOP)
 
 
 def test_the_event_log_follows_a_run_to_another_machine(tmp_path):
