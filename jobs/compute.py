@@ -136,9 +136,8 @@ def _find(
     on_progress: OnProgress | None,
 ) -> Findings:
     """Run all tasks: bounds of the matrices, certificates of the samples, attacks."""
-    artifact = ArtifactTask(
-        url=Store(config.artifact).url, digest=info.digest, device=_device(config)
-    )
+    device = task_device(config.device, launcher=config.launcher, num_gpus=config.num_gpus)
+    artifact = ArtifactTask(url=Store(config.artifact).url, digest=info.digest, device=device)
     bounding = matrix_tasks(artifact, info)
     passes = 1 if config.attack == "none" else 2
     total = len(bounding) + passes * len(index.shards_of(config.split))
@@ -239,12 +238,18 @@ def _eval_key(config: EvaluationConfig, info: ArtifactInfo, index: ShardIndex) -
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _device(config: EvaluationConfig) -> str:
-    """A Ray task gets the GPUs it asked for; this process may use what it sees."""
-    if config.device != "auto":
-        return config.device
-    has_gpu = config.num_gpus > 0 if config.launcher == "ray" else torch.cuda.is_available()
-    return "cuda" if has_gpu else "cpu"
+def task_device(device: str, *, launcher: str, num_gpus: float) -> str:
+    """Where a task computes; auto: on the GPUs it asks Ray for, or those that this process sees.
+
+    Raises:
+        EvaluationError: cuda is asked of this process, which sees none.
+    """
+    here = launcher != "ray"
+    if device == "cuda" and here and not torch.cuda.is_available():
+        raise EvaluationError("device=cuda: this machine has no GPU that torch can use")
+    if device != "auto":
+        return device
+    return "cuda" if (torch.cuda.is_available() if here else num_gpus > 0) else "cpu"
 
 
 @contextmanager

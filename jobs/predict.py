@@ -27,7 +27,7 @@ from rich.console import Console
 from data_shards.errors import ShardError
 from data_shards.store import Store
 from jobs.cluster import map_inline, map_shards, session
-from jobs.compute import artifact_info, run_task
+from jobs.compute import artifact_info, run_task, task_device
 from jobs.pictures import Picture, Prepared, find_pictures, prepare
 from jobs.promotion import rule_of
 from jobs.records import EvaluationError
@@ -134,7 +134,8 @@ def predict(config: PredictConfig, write: Callable[[dict[str, Any]], object]) ->
     info = artifact_info(url)
     if digest is not None and info.digest != digest:
         raise EvaluationError(f"the artefact at {url} has digest {info.digest}, not {digest}")
-    artifact = ArtifactTask(url=Store(url).url, digest=info.digest, device=_device(config))
+    device = task_device(config.device, launcher=config.launcher, num_gpus=config.num_gpus)
+    artifact = ArtifactTask(url=Store(url).url, digest=info.digest, device=device)
     count = Count(others=others)
     with _runner(config) as run:
         for row in _rows(config, artifact, info, pictures, eps, run):
@@ -201,13 +202,6 @@ def _predictor(artifact: ArtifactTask, matrices: tuple[MatrixBound, ...]) -> Sou
     return SoundPredictor(
         artifact.url, digest=artifact.digest, device=artifact.device, matrices=matrices
     )
-
-
-def _device(config: PredictConfig) -> str:
-    if config.device != "auto":
-        return config.device
-    has_gpu = config.num_gpus > 0 if config.launcher == "ray" else torch.cuda.is_available()
-    return "cuda" if has_gpu else "cpu"
 
 
 @contextmanager

@@ -237,6 +237,7 @@ def bad_shards(tmp_path):
         (lambda tmp_path: ["--artifact", "nowhere"], "no artefact at"),
         (lambda tmp_path: ["--shards", "nowhere"], "no shard set at"),
         (lambda tmp_path: ["--split", "half"], "'half' is not one of"),
+        (lambda tmp_path: ["--device", "cuda"], "no GPU that torch can use"),
         (bad_shards, "3 classes, the network takes 3x8x8 in 4 classes"),
     ],
 )
@@ -244,6 +245,7 @@ def test_the_entry_refuses_bad_input_with_one_line(
     fields, tmp_path, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     given = ["--artifact", fields["artifact"], "--launcher", "local", "--no-record"]
     assert main([*given, *arguments(tmp_path)]) == 2
     error = capsys.readouterr().err
