@@ -62,7 +62,7 @@ def desk_at(prepared: Prepared, uri: str) -> Iterator[Desk]:
     meter, journal = Meter(config, tracker.last_value), Journal(prepared.spool.parent, prepared.run)
     display = Display(Console(file=io.StringIO()))
     try:
-        yield Desk(display, tracker, None, lambda: None, meter, journal)
+        yield Desk(display, tracker, None, lambda: None, meter, journal, prepared.run)
     finally:
         tracker.close(1.0)
 

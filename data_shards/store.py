@@ -91,7 +91,7 @@ class Store:
 
         Streams of remote stores have the few retries of their client, which are not counted.
         """
-        return cast(BinaryIO, self._fs().open(self._path(name), mode))
+        return cast(BinaryIO, self._fs(streams=True).open(self._path(name), mode))
 
     @contextlib.contextmanager
     def durable(self, name: str) -> Iterator[BinaryIO]:

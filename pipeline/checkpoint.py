@@ -9,6 +9,7 @@ tensor the files and element ranges that hold it, with the sha256 of every file.
 Nothing here is collective, so the writing may happen beside training: ranks meet in the store.
 """
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -130,7 +131,7 @@ def write_snapshot(folder: Store, snapshot: Snapshot, attempt: str) -> None:
         attempt: names this writing, the same on all ranks: a report left by a dead one has another.
 
     Raises:
-        OSError: the store refused; the report says why if it could be written.
+        Exception: the store refused; the report says why if it could be written.
     """
     name = _file_name(snapshot.rank, snapshot.world_size)
     report = _report_name(snapshot.rank, snapshot.world_size)
@@ -138,7 +139,7 @@ def write_snapshot(folder: Store, snapshot: Snapshot, attempt: str) -> None:
         specs = [TensorSpec(k, tuple(v.shape), v.dtype) for k, v in snapshot.tensors.items()]
         with folder.durable(name) as stream:
             digest = write_safetensors(stream, specs, snapshot.tensors.items())
-    except OSError as error:
+    except Exception as error:  # whatever a client of a store raises
         body = {"attempt": attempt, "error": f"cannot write {name}: {error}"}
         folder.write(report, json.dumps(body).encode())
         raise
@@ -179,9 +180,10 @@ def commit(
         reports.append({key: report[key] for key in ("file", "sha256", "size")})
     body = {**snapshot.header, "files": reports}
     folder.write(COMMIT, json.dumps(body, indent=1, sort_keys=True).encode())
-    for stray in set(folder.ls()) - {COMMIT, *(report["file"] for report in reports)}:
-        folder.remove(stray)  # reports, and what an interrupted attempt left
-    folder.remove_drafts()
+    with contextlib.suppress(OSError):  # the checkpoint exists; what is left over costs little
+        for stray in set(folder.ls()) - {COMMIT, *(report["file"] for report in reports)}:
+            folder.remove(stray)  # reports, and what an interrupted attempt left
+        folder.remove_drafts()
 
 
 def _await_report(

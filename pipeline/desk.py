@@ -1,13 +1,18 @@
 """The driver's side of a run: shows, records and certifies what rank 0 reports."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from data_shards.store import Store
+from model.artifact import read_info
 from model.build import FAMILIES
 from pipeline.display import Display
 from pipeline.evaluation import Evaluations
@@ -48,6 +53,7 @@ class Desk:
         after_kept: called when a checkpoint has been kept; must not wait.
         meter: counts what the run uses.
         journal: the run's event log.
+        run: folder of the run.
         began: called when the ranks are about to train.
 
     Attributes:
@@ -62,9 +68,14 @@ class Desk:
         after_kept: Callable[[], object],
         meter: Meter,
         journal: Journal,
+        run: Store,
         began: Callable[[], object] = lambda: None,
     ) -> None:
         self.step = 0
+        self._run = run
+        self._followed: set[int] = set()
+        self._following = threading.Lock()
+        self._errands = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="errands")
         self._began = began
         self._meter = meter
         self._display = display
@@ -90,12 +101,7 @@ class Desk:
         self._journal.add(event)
         match event:
             case Started():
-                self.step = event.step
-                self._began()
-                self._display.started(event)
-                batch = event.micro_batch
-                self._tracker.set_tags({**self._meter.started(event), "micro_batch": str(batch)})
-                self._tracker.log_metrics(event.step, {"train/micro_batch": float(batch)})
+                self._start(event)
             case Metrics():
                 self.step = event.step
                 values = {**event.values, **self._meter.values(event)}
@@ -107,19 +113,20 @@ class Desk:
             case Kept():
                 self._keep(event)
             case NotKept():
-                self._display.message(f"[red]not kept[/red] step {event.step}: {event.error}")
+                reason = escape(event.error)
+                self._display.message(f"[red]not kept[/red] step {event.step}: {reason}")
                 self._tracker.log_metrics(event.step, {"checkpoint/failed": 1.0})
             case Straggling():
                 self._display.message(
-                    f"[yellow]slow[/yellow] rank {event.rank} ({event.host}): its forward pass "
-                    f"takes {event.ratio:.1f} times the median, at step {event.step}"
+                    f"[yellow]slow[/yellow] rank {event.rank} ({escape(event.host)}): its forward "
+                    f"pass takes {event.ratio:.1f} times the median, at step {event.step}"
                 )
                 self._tracker.set_tags({"straggler": f"rank {event.rank}, {event.host}"})
             case Hung():
                 self._hangs += 1
                 self._display.message(
-                    f"[red]hung[/red] in step {event.step}: {event.report}; stacks: "
-                    f"{_where(event.url)}"
+                    f"[red]hung[/red] in step {event.step}: {escape(event.report)}; stacks: "
+                    f"{escape(_where(event.url))}"
                 )
                 self._tracker.log_metrics(event.step, {"faults/hangs": float(self._hangs)})
             case Skipped():
@@ -159,6 +166,17 @@ class Desk:
             )
         self._reprojections = count
 
+    def _start(self, event: Started) -> None:
+        self.step = event.step
+        self._beside(self._began, "changed settings are not kept")
+        if event.step:
+            catch_up = functools.partial(self._catch_up, self._run, event.step)
+            self._beside(catch_up, "earlier checkpoints are not certified")
+        self._display.started(event)
+        batch = event.micro_batch
+        self._tracker.set_tags({**self._meter.started(event), "micro_batch": str(batch)})
+        self._tracker.log_metrics(event.step, {"train/micro_batch": float(batch)})
+
     def _recall(self, event: Recalled) -> None:
         """Record what an execution that was killed has not."""
         known = self._tracker.recorded()
@@ -168,19 +186,46 @@ class Desk:
 
     def _keep(self, event: Kept) -> None:
         self._display.message(
-            f"[green]kept[/green] step {event.step}: {_where(event.checkpoint_url)}, artefact "
-            f"{event.digest[:12]}, orthogonality residual <= {event.residual:.1e}; training waited "
-            f"{event.stall_s:.2f} s"
+            f"[green]kept[/green] step {event.step}: {escape(_where(event.checkpoint_url))}, "
+            f"artefact {event.digest[:12]}, orthogonality residual <= {event.residual:.1e}; "
+            f"training waited {event.stall_s:.2f} s"
         )
         times = {"checkpoint/stall_s": event.stall_s, "checkpoint/write_s": event.seconds}
         self._tracker.log_metrics(event.step, times)
-        where = {"checkpoint_url": event.checkpoint_url}
-        self._tracker.log_checkpoint(
-            event.step, event.artifact_url, event.digest, where, wait_seconds=0
-        )
-        if self._evaluations is not None:
-            self._evaluations.submit(event.artifact_url, event.step)
+        self._follow(event.step, event.artifact_url, event.digest, event.checkpoint_url)
         self._after_kept()
+
+    def settle(self) -> None:
+        """Wait for what is done beside the events; there are no more of them."""
+        self._errands.shutdown(wait=True)
+
+    def _beside(self, errand: Callable[[], object], what: str) -> None:
+        """Do something that asks a store, without keeping the events waiting."""
+
+        def run() -> None:
+            try:
+                errand()
+            except Exception as error:  # whatever a client of a store raises
+                self._display.message(f"[red]{what}[/red]: {escape(str(error))}")
+
+        self._errands.submit(run)
+
+    def _catch_up(self, run: Store, until: int) -> None:
+        """Record and certify artefacts up to a step of which no event has come."""
+        for name in run.child("artifacts").ls():
+            step = int(name.removeprefix("step-"))
+            if step <= until and step not in self._followed:
+                artifact, checkpoint = run.child("artifacts", name), run.child("checkpoints", name)
+                self._follow(step, artifact.url, read_info(artifact.open).digest, checkpoint.url)
+
+    def _follow(self, step: int, artifact_url: str, digest: str, checkpoint_url: str) -> None:
+        """Record an artefact and have it certified; what was done before leaves no trace."""
+        with self._following:
+            self._followed.add(step)
+            where = {"checkpoint_url": checkpoint_url}
+            self._tracker.log_checkpoint(step, artifact_url, digest, where, wait_seconds=0)
+            if self._evaluations is not None:
+                self._evaluations.submit(artifact_url, step)
 
 
 @contextlib.contextmanager
@@ -194,6 +239,7 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
         prepared.tracking,
         prepared.spool,
         run_name=config.name,
+        run_key=prepared.run_key,
         params=prepared.params(),
         tags={**_tags(prepared), **submission_tags()},
     )
@@ -203,7 +249,7 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
     meter = Meter(config, tracker.last_value)
     journal = Journal(prepared.spool.parent, prepared.run)
     after = retention.submit
-    desk = Desk(display, tracker, evaluations, after, meter, journal, prepared.accept)
+    desk = Desk(display, tracker, evaluations, after, meter, journal, prepared.run, prepared.accept)
     system = SystemMetrics(
         # With the time, so that a run which then hangs and is killed has lost it.
         lambda values: tracker.log_metrics(desk.step, {**values, **meter.time()})
@@ -214,6 +260,7 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
         journal.note("Changed", settings=prepared.changed)
     try:
         yield desk
+        desk.settle()
         meter.stop()
         display.close()
         summaries = _results(evaluations, console)
@@ -226,6 +273,7 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
         display.close()
         system.close()
         tracker.finish(status)  # first: what follows may outlast the time that a stop leaves
+        desk.settle()
         if evaluations is not None:
             evaluations.cancel()
         retention.close()
@@ -255,7 +303,10 @@ def _retention(prepared: Prepared, evaluations: Evaluations | None, display: Dis
         summaries = evaluations.finished() if evaluations else []
         return {s.step: s.columns["sound"].cra[policy.evaluate_eps[0]] for s in summaries}
 
-    return Retention(prepared.run, policy, scores, display.message)
+    def unfinished() -> set[int]:
+        return evaluations.unfinished() if evaluations else set()
+
+    return Retention(prepared.run, policy, scores, unfinished, display.message)
 
 
 def _evaluations(prepared: Prepared, tracker: Tracker) -> Evaluations:

@@ -25,7 +25,7 @@ class _Lenient:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeEncodeError):
             self._stream.write(text)
         return len(text)
 

@@ -39,12 +39,14 @@ class Evaluations:
         self._log = log
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="evaluation")
         self._pending: list[concurrent.futures.Future[Any]] = []
+        self._steps: list[int] = []
         self._released = threading.Event()
         if beside_training:
             self._released.set()
 
     def submit(self, artifact_url: str, step: int) -> None:
         """Queue the evaluation of one artefact; returns at once."""
+        self._steps.append(step)
         self._pending.append(self._pool.submit(self._evaluate, artifact_url, step))
 
     def _evaluate(self, artifact_url: str, step: int) -> Any:
@@ -56,6 +58,12 @@ class Evaluations:
     def waiting(self) -> int:
         """Evaluations that are not finished."""
         return sum(not future.done() for future in self._pending)
+
+    def unfinished(self) -> set[int]:
+        """Steps whose evaluations are under way beside training, or were dropped."""
+        futures = zip(self._steps, self._pending, strict=True)
+        open_ = {step for step, future in futures if not future.done() or future.cancelled()}
+        return open_ if self._released.is_set() else set()
 
     def finished(self) -> list[Any]:
         """Summaries of the evaluations that have succeeded so far."""

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Protocol
@@ -52,7 +53,7 @@ class StopSignal:
         Raises:
             SystemExit: with 128 + the number of the signal, if one came.
         """
-        self.install()  # once more: ray.init has put a handler of its own there
+        self.install()
         self._waits = True
         try:
             yield self
@@ -95,6 +96,7 @@ class Orders:
     def __init__(self) -> None:
         self._standing: set[str] = set()
         self._paused: set[int] = set()
+        self._asked = time.monotonic()
 
     def give(self, order: str) -> None:
         """Give STOP or PAUSE."""
@@ -108,7 +110,12 @@ class Orders:
 
     def standing(self) -> frozenset[str]:
         """Orders that have been given."""
+        self._asked = time.monotonic()
         return frozenset(self._standing)
+
+    def silence_s(self) -> float:
+        """Seconds since a rank has asked."""
+        return time.monotonic() - self._asked
 
     def pause(self, rank: int) -> None:
         """A rank has kept its state and waits for its end."""

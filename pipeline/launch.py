@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 import threading
 import time
 import uuid
@@ -19,6 +20,8 @@ from pipeline.worker import Job, run_rank
 
 _POLL_S = 0.2
 _ORDERS_S = 1.0
+_DEAF_S = 15.0
+"""After an order to stop, and without a rank that has asked for orders, as long: there is none."""
 _SPARE_CPUS = 3
 """Logical CPUs of a local Ray beyond the workers: two evaluation tasks and the controller."""
 
@@ -170,12 +173,14 @@ def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterato
 
     def drain() -> None:
         try:
-            ordered = False
+            ordered = 0.0
             while True:
                 final = done.is_set()
                 if stop.stop_requested() and not ordered:
-                    ordered = True
+                    ordered = time.monotonic()
                     orders.give.remote(STOP)
+                if ordered and not final and time.monotonic() > ordered + _DEAF_S:
+                    _stop_if_deaf(orders)
                 for event in ray.get(events.take.remote()):
                     handle(event)
                 if final:
@@ -195,6 +200,17 @@ def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterato
         ray.kill(events)
     if failures:
         raise failures[0]
+
+
+def _stop_if_deaf(orders: Any) -> None:
+    """End this process as a second SIGTERM would, if no rank is there that could hear of one.
+
+    They may wait for a cluster that is full, or for a node that was lost.
+    """
+    import ray
+
+    if ray.get(orders.silence_s.remote()) > _DEAF_S:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def fit(job: Job, handle: Emit, stop: Interruption) -> None:
@@ -219,13 +235,16 @@ def fit(job: Job, handle: Emit, stop: Interruption) -> None:
     # Ray Train would silently continue from a folder of the same name, so each has its own.
     name = f"ray-{uuid.uuid4().hex[:8]}"
     trainer = _trainer(job, run, name, {"job": job, "emit": _Post(events), "orders": orders})
+    interrupt = signal.getsignal(signal.SIGINT)
     with _pump(events, handle, orders, stop):
         try:
             trainer.fit()
         except TrainingFailedError as error:
             raise _clear_error(error) from None
         finally:
-            run.remove(name, recursive=True)
+            signal.signal(signal.SIGINT, interrupt)  # Ray's swallows two of them, also afterwards
+            with contextlib.suppress(OSError):  # a few empty folders: they end no run
+                run.remove(name, recursive=True)
 
 
 def _trainer(job: Job, run: Store, name: str, settings: dict[str, Any]) -> Any:

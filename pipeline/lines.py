@@ -1,5 +1,6 @@
 """Append-only lines on the local disk, which a full disk delays and does not tear."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -32,6 +33,7 @@ class Lines:
             file.truncate(file.read().rfind(b"\n") + 1)
         self.end = self._written = path.stat().st_size
         self._waiting: list[bytes] = []
+        self._torn = False
 
     def append(self, line: bytes) -> int:
         """Add a line, which ends with a newline; returns where it ends in the file."""
@@ -46,13 +48,22 @@ class Lines:
             return
         data = b"".join(self._waiting)
         try:
+            if self._torn:
+                self._cut()
             with self.path.open("ab", buffering=0) as file:
                 if file.write(data) != len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if len(self._waiting) == 1:  # the first of this outage
                 logger.warning("%s: %s; lines wait in memory", self.path, error)
-            os.truncate(self.path, self._written)
+            self._torn = True
+            with contextlib.suppress(OSError):  # else before the next attempt
+                self._cut()
             return
         self._written += len(data)
         self._waiting.clear()
+
+    def _cut(self) -> None:
+        """Take back what an attempt that failed has left."""
+        os.truncate(self.path, self._written)
+        self._torn = False

@@ -6,6 +6,7 @@ import importlib.metadata
 import itertools
 import os
 import subprocess
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pipeline.worker import Job
 from pipeline.zero3 import require_precision
 
 _RECORD = "run.json"
+_KEY = "tracking.key"
 _SQLITE = "sqlite:///"
 _SOURCES = {"digits": digits, "synthetic": synthetic}
 
@@ -40,6 +42,7 @@ class Prepared:
         run: store of the run folder.
         samples: the shard set.
         tracking: resolved MLflow store and experiment.
+        run_key: by which MLflow knows the run, also where its spool is lost.
         spool: local folder of the metrics spool.
         changed: settings of a continued run that are not those it had before.
     """
@@ -48,6 +51,7 @@ class Prepared:
     run: Store
     samples: Samples
     tracking: TrackingConfig
+    run_key: str
     spool: Path
     changed: dict[str, str]
 
@@ -106,6 +110,7 @@ def _prepare(config: RunConfig, world_size: int, *, no_gpu: bool) -> Prepared:
         run=run,
         samples=samples,
         tracking=tracking,
+        run_key=_run_key(run),
         spool=(run.local_path() or Path.home() / ".cache/certified-pretrain" / name) / "tracking",
         changed=changed,
     )
@@ -150,6 +155,12 @@ def _shards(config: RunConfig, storage: Store) -> Store:
     if not shards.exists("index.json"):
         write_shard_set(_SOURCES[source](), shards.url)
     return shards
+
+
+def _run_key(run: Store) -> str:
+    """The key that the first execution of the run has drawn."""
+    run.create(_KEY, uuid.uuid4().hex.encode())
+    return run.read(_KEY).decode()
 
 
 def _new_name(config: RunConfig) -> str:

@@ -58,8 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str], console: Console, stop: StopSignal) -> int:
+    config = None
     try:
-        _run(parse(arguments), console, stop)
+        config = parse(arguments)
+        _run(config, console, stop)
     except (*REFUSALS, ValidationError) as error:
         console.print("[bold red]refused:[/bold red]", end=" ")
         console.print(_one_message(error), highlight=False, markup=False, soft_wrap=True)
@@ -68,8 +70,11 @@ def _main(arguments: Sequence[str], console: Console, stop: StopSignal) -> int:
         console.print("interrupted")
         return 130
     except SystemExit as stopped:
-        if not isinstance(stopped.code, int) or stopped.code <= _SIGNALS:
+        if config is None:  # the parser's own
             raise
+        if not isinstance(stopped.code, int) or stopped.code <= _SIGNALS:
+            console.print("interrupted")  # Ray's handler of SIGINT exits with 0
+            return 130
         console.print("stopped by a signal; --resume goes on after the newest checkpoint")
         return stopped.code
     return 0
@@ -96,12 +101,10 @@ def _run_on_ray(config: RunConfig, console: Console, stop: StopSignal) -> None:
 
     with console.status("preparing"):
         prepared = prepare(config, world_size=config.cluster.workers)
-    with (
-        ray_session(config.cluster),
-        desk_for(prepared, console) as desk,
-        stop.deferred(),
-    ):
-        fit_in_memory(lambda job: fit(job, desk.handle, stop), desk.stamp(prepared.job), stop)
+    with ray_session(config.cluster):
+        stop.install()  # once more: ray.init has put a handler of its own there
+        with desk_for(prepared, console) as desk, stop.deferred():
+            fit_in_memory(lambda job: fit(job, desk.handle, stop), desk.stamp(prepared.job), stop)
 
 
 def _run_here(config: RunConfig, console: Console, stop: StopSignal) -> None:

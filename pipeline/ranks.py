@@ -37,15 +37,15 @@ class World:
         """Wait for all ranks (host side)."""
         dist.barrier(group=self.control)
 
-    def agree(self, error: str | None) -> None:
+    def agree(self, error: str | None, kind: type[PipelineError] = PipelineError) -> None:
         """Raise on every rank if any rank reports an error, instead of leaving the others waiting.
 
         Raises:
-            PipelineError: the first reported error, with its rank.
+            PipelineError: of that kind, the first reported error, with its rank.
         """
         for rank, report in enumerate(self.gather(error)):
             if report is not None:
-                raise PipelineError(f"rank {rank}: {report}")
+                raise kind(f"rank {rank}: {report}")
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, on every rank (small picklable objects)."""

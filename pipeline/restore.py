@@ -19,6 +19,11 @@ from pipeline.events import Metrics
 from pipeline.ranks import World
 from pipeline.trainer import Progress
 
+
+class UnreadableError(PipelineError):
+    """A store does not answer; that does not make a checkpoint a damaged one."""
+
+
 DAMAGED = "commit.damaged.json"
 _BLOCK = 1 << 24
 _RECORDS = TypeAdapter(list[Metrics])
@@ -42,6 +47,7 @@ def load_newest(
 
     Raises:
         PipelineError: there are checkpoints and none is sound; raised on every rank.
+        UnreadableError: the store does not answer; raised on every rank.
     """
     # One listing for all ranks: a store may show them different ones.
     found = world.share(committed(checkpoints) if world.rank == 0 else None)
@@ -69,6 +75,8 @@ def _put_aside(folder: Store) -> None:
 def _try_load(folder: Store, world: World, engine: Partitioned) -> Progress | str:
     try:
         return load_checkpoint(folder, world=world, engine=engine)
+    except UnreadableError:
+        raise
     except PipelineError as error:
         return str(error)
 
@@ -81,8 +89,9 @@ def load_checkpoint(folder: Store, *, world: World, engine: Partitioned) -> Prog
     Raises:
         PipelineError: a file is missing, short or altered, or a tensor does not fit; raised on
             every rank before any state is touched.
+        UnreadableError: the store does not answer; the same.
     """
-    error, commit = None, {}
+    error, unread, commit = None, None, {}
     records: list[Metrics] = []
     try:
         commit = _read_commit(folder)
@@ -101,8 +110,11 @@ def load_checkpoint(folder: Store, *, world: World, engine: Partitioned) -> Prog
                 f"checkpoint {folder.url} does not fit the network: {len(names)} tensors differ, "
                 f"first {first}: stored {stored.get(first)}, expected {expected.get(first)}"
             )
-    except (OSError, ValueError, KeyError, TypeError) as failure:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as failure:
         error = f"{type(failure).__name__}: {failure}"
+    except Exception as failure:  # whatever a client of a store raises
+        unread = f"checkpoint {folder} cannot be read: {type(failure).__name__}: {failure}"
+    world.agree(unread, UnreadableError)
     world.agree(error)
     _fill(folder, commit, engine.optimizer, world.rank)
     engine.optimizer.load_scalar_state(commit["scalars"])
@@ -132,9 +144,8 @@ def _check_file(folder: Store, record: dict[str, Any]) -> None:
             f"checkpoint file {folder.url}/{name} has {size} bytes, committed were {record['size']}"
         )
     digest = hashlib.sha256()
-    with folder.open(name, "rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
+    for start in range(0, size, _BLOCK):  # not a stream: ranges wait for a store that is away
+        digest.update(folder.read_range(name, start, min(start + _BLOCK, size)))
     if digest.hexdigest() != record["sha256"]:
         raise PipelineError(
             f"checkpoint file {folder.url}/{name} has sha256 {digest.hexdigest()}, "

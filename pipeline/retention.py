@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from data_shards.store import Store
 from pipeline.checkpoint import COMMIT
@@ -24,14 +24,17 @@ class Candidate:
     score: float | None = None
     """`cra_sound` at the first radius of the table; None: not certified (yet)."""
     pinned: bool = False
+    pending: bool = False
+    """It is being certified, and might be the best."""
 
 
 def surplus(candidates: Sequence[Candidate], policy: CheckpointConfig) -> list[int]:
     """Steps whose checkpoints may go, oldest first.
 
     Kept are the last `keep_last`, every one whose step `keep_every` divides, the `keep_best` with
-    the highest scores, and pinned ones. Beyond `budget_gb` those go first that are kept for their
-    step alone, then all others but the newest and the pinned, each time the oldest.
+    the highest scores, those that might yet be among them, and pinned ones. Beyond `budget_gb`
+    those go first that are kept for their step alone, then all others but the newest and the
+    pinned, each time the oldest.
 
     Args:
         candidates: all committed checkpoints.
@@ -40,7 +43,8 @@ def surplus(candidates: Sequence[Candidate], policy: CheckpointConfig) -> list[i
     ordered = sorted(candidates, key=lambda c: c.step)
     last = ordered[-policy.keep_last :]  # all of them for 0
     scored = sorted((c for c in ordered if c.score is not None), key=lambda c: (c.score, c.step))
-    best = scored[-policy.keep_best :] if policy.keep_best else []
+    pending = [c for c in ordered if c.pending]
+    best = [*scored[-policy.keep_best :], *pending] if policy.keep_best else []
     pinned = [c for c in ordered if c.pinned]
     regular = [c for c in ordered if policy.keep_every and c.step % policy.keep_every == 0]
     kept = {c.step: c for c in [*last, *best, *pinned, *regular]}
@@ -57,13 +61,19 @@ def _size(kept: Mapping[int, Candidate]) -> int:
     return sum(c.size for c in kept.values())
 
 
-def retain(run: Store, policy: CheckpointConfig, scores: Mapping[int, float]) -> list[int]:
+def retain(
+    run: Store,
+    policy: CheckpointConfig,
+    scores: Mapping[int, float],
+    unfinished: Collection[int] = (),
+) -> list[int]:
     """Remove the surplus checkpoints of a run, and what was left of uncommitted older ones.
 
     Args:
         run: folder of the run.
         policy: what to keep.
         scores: `cra_sound` by step, as far as known.
+        unfinished: steps that are being certified.
 
     Returns:
         Steps of the committed checkpoints that were removed.
@@ -75,7 +85,13 @@ def retain(run: Store, policy: CheckpointConfig, scores: Mapping[int, float]) ->
     for step, folder in names.items():
         sizes = folder.sizes()
         candidates.append(
-            Candidate(step, sum(sizes.values()), scores.get(step), pinned=PINNED in sizes)
+            Candidate(
+                step,
+                sum(sizes.values()),
+                scores.get(step),
+                pinned=PINNED in sizes,
+                pending=step in unfinished,
+            )
         )
     gone = surplus(candidates, policy)
     for step in gone:
@@ -95,6 +111,7 @@ class Retention:
         run: folder of the run.
         policy: what to keep.
         scores: `cra_sound` by step, as far as known when asked.
+        unfinished: steps that are being certified when asked.
         say: shows a line to the person.
     """
 
@@ -103,9 +120,11 @@ class Retention:
         run: Store,
         policy: CheckpointConfig,
         scores: Callable[[], Mapping[int, float]],
+        unfinished: Callable[[], Collection[int]],
         say: Callable[[str], object],
     ) -> None:
-        self._run, self._policy, self._scores, self._say = run, policy, scores, say
+        self._run, self._policy, self._say = run, policy, say
+        self._scores, self._unfinished = scores, unfinished
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="retention")
 
     def submit(self) -> None:
@@ -114,7 +133,8 @@ class Retention:
 
     def _apply(self) -> None:
         try:
-            retain(self._run, self._policy, self._scores())
+            unfinished = self._unfinished()  # before the scores: what ends in between has one
+            retain(self._run, self._policy, self._scores(), unfinished)
         except OSError as error:  # a store that is away for a while costs space, not the run
             self._say(f"surplus checkpoints are not removed: {error}")
 

@@ -48,6 +48,7 @@ class Tracker:
         params: resolved config, nested or flat; recorded flat (``optim.lr``).
         tags: tags of the run.
         run_id: the MLflow run to go on with when the spool is not at hand (resume elsewhere).
+        run_key: by which the server knows the run, for the same purpose; a spool has its own.
         wait_seconds: longest wait for the server's first answer, so that `run` is known.
     """
 
@@ -60,11 +61,12 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
         run_id: str | None = None,
+        run_key: str = "",
         wait_seconds: float = 10.0,
     ) -> None:
         self._config = config
         self._server: Server | None = None
-        self._spool = _Spool(spool, f"{config.uri} {config.experiment}")
+        self._spool = _Spool(spool, f"{config.uri} {config.experiment}", run_key)
         known = self._spool.run
         if run_id and known and known.run_id != run_id:
             raise ValueError(
@@ -124,8 +126,11 @@ class Tracker:
 
         Returns:
             The model id, or None when the server did not answer within `wait_seconds`; the
-            record then follows later and evaluations find the model by its digest.
+            record then follows later and evaluations find the model by its digest. One that the
+            server has is not recorded again.
         """
+        if digest in self._spool.models:
+            return self._spool.models[digest]
         offset = self._append(
             "checkpoint",
             step=step,
@@ -137,7 +142,12 @@ class Tracker:
         return self._spool.models.get(digest)
 
     def log_evaluation(self, record: EvaluationRecord) -> None:
-        """Record an evaluation of this run (as `log_evaluation` of the module, by the spool)."""
+        """Record an evaluation of this run (as `log_evaluation` of the module, by the spool).
+
+        One that the spool holds is not added again.
+        """
+        if record.eval_key in self._spool.evaluations():
+            return
         row = asdict(record)
         row["artifacts"] = {
             name: base64.b64encode(data).decode() for name, data in record.artifacts.items()
@@ -262,13 +272,13 @@ class Tracker:
 class _Spool:
     """Append-only JSON lines, and per server the acknowledged offset and the ids received."""
 
-    def __init__(self, folder: Path, server: str) -> None:
+    def __init__(self, folder: Path, server: str, run_key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "spool.jsonl"
         self._lines = Lines(self.path)
         self._state = folder / f"server-{sha256(server.encode()).hexdigest()[:12]}.json"
-        self.run_key = self._first_run_key() or uuid.uuid4().hex
-        state = json.loads(self._state.read_text()) if self._state.exists() else {}
+        self.run_key = self._first_run_key() or run_key or uuid.uuid4().hex
+        state = self._read_state()
         self.acknowledged: int = state.get("acknowledged", 0)
         self.run = RunReference(*state["run"]) if state.get("run") else None
         self.models: dict[str, str] = state.get("models", {})
@@ -310,6 +320,23 @@ class _Spool:
         with self.path.open("rb") as file:
             rows = [json.loads(line) for line in file if line.endswith(b"\n")]
         return {(row["step"], row["timestamp_ms"]) for row in rows if row["kind"] == "metrics"}
+
+    def evaluations(self) -> set[str]:
+        """Keys of all evaluations."""
+        with self.path.open("rb") as file:
+            lines = [line for line in file if line.startswith(b'{"kind": "evaluation"')]
+        return {json.loads(line)["record"]["eval_key"] for line in lines if line.endswith(b"\n")}
+
+    def _read_state(self) -> dict[str, Any]:
+        """What the server has; nothing if a machine that went down has left a state beyond reason.
+
+        All lines are then shipped once more, which leaves no trace.
+        """
+        try:
+            state: dict[str, Any] = json.loads(self._state.read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return state if state.get("acknowledged", 0) <= self.end else {}
 
     def acknowledge(self, end: int) -> None:
         state = {"acknowledged": end, "run": self.run, "models": self.models}

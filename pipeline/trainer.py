@@ -155,6 +155,7 @@ class Trainer:
             self._beat(step, Phase.CHECKPOINT)
             if self._plan.keeps(self.progress.step) or self._keep_now:
                 self._keep()
+                self._keep_now = False
             self._saver.poll()
             self._stepped()
             if self._stopping:

@@ -127,10 +127,17 @@ class Watch:
                 return
 
     def _end_all(self, own: Beat, beats: Sequence[Beat | None], late: list[int]) -> None:
+        try:
+            self._tell(own, beats, late)
+        finally:  # also where nothing can be said, on a full disk
+            self._end(HUNG)
+
+    def _tell(self, own: Beat, beats: Sequence[Beat | None], late: list[int]) -> None:
         text, stacks = self._report(beats, late), _stacks()
         name = f"hangs/step-{own.step + 1:08d}-rank-{self._world.rank:05d}.txt"
-        sys.stderr.write(f"rank {self._world.rank}: {text}\n{stacks}")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"rank {self._world.rank}: {text}\n{stacks}")
+            sys.stderr.flush()
 
         def last_words() -> None:
             # First the short ones; a store that does not answer must not keep them back.
@@ -141,7 +148,6 @@ class Watch:
 
         threading.Thread(target=last_words, daemon=True).start()
         time.sleep(_FAREWELL_S)
-        self._end(HUNG)
 
     def _report(self, beats: Sequence[Beat | None], late: list[int]) -> str:
         """What is known of every rank, the ones to blame first."""
@@ -172,8 +178,11 @@ def _place(thread: int) -> tuple[bool, str]:
 
 
 def _stacks() -> str:
-    """Stacks of all threads of this process."""
-    with tempfile.TemporaryFile("w+") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read()
+    """Stacks of all threads of this process, or why there are none."""
+    try:
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return file.read()
+    except OSError as error:
+        return f"no stacks: {error}"

@@ -1,6 +1,8 @@
 """The driver's side: what is shown, what is queued, what happens to evaluations."""
 
+import io
 import threading
+from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -51,10 +53,17 @@ def show(*events, terminal, folder):
     console = Console(record=True, force_terminal=terminal, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
     meter = Meter(run_preset("digits"), Recorder().last_value)
     desk = Desk(
-        Display(console), Recorder(), None, lambda: None, meter, Journal(folder, Store(folder))
+        Display(console),
+        Recorder(),
+        None,
+        lambda: None,
+        meter,
+        Journal(folder, Store(folder)),
+        Store(folder),
     )
     for event in events:
         desk.handle(event)
+    desk.settle()
     desk._display.close()
     console.file.close()
     return console.export_text(), desk._tracker
@@ -173,3 +182,33 @@ def test_cancel_drops_what_has_not_begun(monkeypatch):
 
 def test_the_entry_resolves_to_the_evaluation_job():
     assert pipeline.evaluation.resolve(pipeline.evaluation.ENTRY).__module__ == "jobs.evaluate_cra"
+
+
+def test_what_an_earlier_execution_kept_is_recorded_and_certified_once(tmp_path, monkeypatch):
+    run = Store(tmp_path)
+    for step in (10, 20, 30):
+        run.write(f"artifacts/step-{step:08d}/artifact.json", str(step).encode())
+    info = mock.Mock(side_effect=lambda opener: mock.Mock(digest=opener("artifact.json").read()))
+    monkeypatch.setattr("pipeline.desk.read_info", info)
+    recorder, evaluations = Recorder(), mock.Mock()
+    meter = Meter(run_preset("digits"), recorder.last_value)
+    console = Console(file=io.StringIO())
+    journal = Journal(tmp_path, run)
+    desk = Desk(Display(console), recorder, evaluations, lambda: None, meter, journal, run)
+    desk.handle(Started({}, 20, 40))  # 30 was never committed: it will be made again
+    desk.handle(Started({}, 20, 40))
+    desk.settle()
+    steps = [call.args[1] for call in evaluations.submit.call_args_list]
+    assert steps == [step for step, *_ in recorder.checkpoints] == [10, 20]
+    assert [digest for _, _, digest, _ in recorder.checkpoints] == [b"10", b"20"]
+
+
+def test_what_a_store_refuses_keeps_no_event_waiting(tmp_path):
+    recorder, console = Recorder(), Console(file=io.StringIO())
+    meter, run = Meter(run_preset("digits"), recorder.last_value), Store(tmp_path)
+    refuse = mock.Mock(side_effect=OSError("no [room]"))
+    journal = Journal(tmp_path, run)
+    desk = Desk(Display(console), recorder, None, lambda: None, meter, journal, run, refuse)
+    desk.handle(Started({}, 0, 40))
+    desk.settle()
+    assert "changed settings are not kept: no [room]" in console.file.getvalue()

@@ -31,9 +31,9 @@ class Idle(Exchange):
 class Alone(World):
     """A rank whose peers have nothing to object."""
 
-    def agree(self, error):
+    def agree(self, error, kind=PipelineError):
         if error:
-            raise PipelineError(error)
+            raise kind(error)
 
 
 def ranks_of(size):

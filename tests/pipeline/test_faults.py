@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import pytest
 import ray
 
 from data_shards.store import Store
+from pipeline import launch
 from pipeline import tracker as tracker_file
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.events import NotKept, Skipped
@@ -188,6 +191,34 @@ def test_ranks_are_stopped_when_nobody_records_them(monkeypatch):
     with pytest.raises(OSError, match="no room"), _pump(mail, handle, orders, StopSignal()):
         assert told.wait(10)
     orders.give.remote.assert_called_once_with(STOP)
+
+
+def test_a_process_that_is_told_to_stop_waits_for_no_rank_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(launch, "_DEAF_S", 0.3)
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    stop, killed = StopSignal(), threading.Event()
+    stop._number = signal.SIGTERM
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.set())
+    for silence, ended in ((0.1, False), (9.0, True)):
+        mail, orders = mock.Mock(), mock.Mock()
+        mail.take.remote.return_value = []
+        orders.silence_s.remote.return_value = silence
+        with _pump(mail, print, orders, stop):
+            assert killed.wait(2) == ended
+
+
+def test_a_disk_that_lets_nothing_be_taken_back_tears_no_line(tmp_path, monkeypatch):
+    lines = Lines(tmp_path / "lines")
+    lines.append(b"one\n")
+    monkeypatch.setattr(os, "truncate", mock.Mock(side_effect=OSError("read-only")))
+    with full_disk(6):
+        lines.append(b"two\n")
+    lines.append(b"three\n")
+    monkeypatch.undo()
+    assert lines.path.read_bytes() == b"one\ntw"
+    lines.append(b"four\n")
+    assert lines.path.read_bytes() == b"one\ntwo\nthree\nfour\n"
 
 
 def test_the_event_log_follows_a_run_to_another_machine(tmp_path):

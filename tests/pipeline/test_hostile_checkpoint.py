@@ -9,7 +9,8 @@ import pytest
 
 from data_shards.store import Store
 from pipeline.errors import PipelineError
-from pipeline.restore import load_checkpoint
+from pipeline.ranks import World
+from pipeline.restore import UnreadableError, load_checkpoint, load_newest
 from tests.data_shards.test_damage import Bomb
 from tests.pipeline.test_elastic_checkpoint import digests, ranks_of, save
 
@@ -100,3 +101,23 @@ def test_a_commit_of_something_else_is_refused(tmp_path, text):
     (target,) = ranks_of(1)
     with pytest.raises(PipelineError, match=r"schema_version|KeyError: 'files'|is damaged"):
         load_checkpoint(Store(tmp_path), world=target[0], engine=target[1])
+
+
+def test_a_store_that_is_away_makes_no_checkpoint_a_damaged_one(tmp_path, monkeypatch):
+    for step in (2, 3):
+        save(list(ranks_of(2)), Store(tmp_path / f"step-{step:08d}"), step)
+    (target,) = ranks_of(1)
+    before = digests([target])
+    genuine = Store.read_range
+    monkeypatch.setattr(World, "share", lambda world, value: value)
+
+    def away(store, name, start, stop):
+        raise OSError("503: slow down")
+
+    monkeypatch.setattr(Store, "read_range", away)
+    with pytest.raises(UnreadableError, match=r"step-00000003 cannot be read.*503"):
+        load_newest(Store(tmp_path), world=target[0], engine=target[1])
+    assert digests([target]) == before
+    monkeypatch.setattr(Store, "read_range", genuine)
+    progress, damaged = load_newest(Store(tmp_path), world=target[0], engine=target[1])
+    assert (progress.step, damaged) == (3, [])

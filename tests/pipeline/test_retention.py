@@ -45,6 +45,13 @@ def test_the_best_and_the_pinned_stay():
     assert surplus(found, CheckpointConfig(keep_last=1, keep_best=0)) == [20, 30, 40]
 
 
+def test_what_might_be_the_best_stays_within_the_budget():
+    found = [Candidate(10, 10**9, pending=True), *steps(20, 30)]
+    assert surplus(found, CheckpointConfig(keep_last=1)) == [20]
+    assert surplus(found, CheckpointConfig(keep_last=1, keep_best=0)) == [10, 20]
+    assert surplus(found, CheckpointConfig(keep_last=1, budget_gb=1.5)) == [10, 20]
+
+
 @given(
     st.sets(st.integers(1, 60), min_size=1),
     st.integers(0, 6),

@@ -175,6 +175,7 @@ def test_the_person_the_tracker_and_the_event_log_are_told(tmp_path):
         lambda: None,
         Meter(run_preset("digits"), recorder.last_value),
         Journal(tmp_path, Store(tmp_path)),
+        Store(tmp_path),
     )
     values = dict.fromkeys(
         ("train/loss", "train/clean", "train/certified", "train/images_per_s"), 1.0

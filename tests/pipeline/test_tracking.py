@@ -137,6 +137,28 @@ def test_a_run_is_resumed_by_its_id_without_the_spool(config, tmp_path):
         Tracker(config, tmp_path / "b", run_name="x", run_id="0" * 32)
 
 
+def test_a_run_is_resumed_by_its_key_without_the_spool(config, tmp_path):
+    runs = []
+    for machine in ("a", "b"):
+        tracker = Tracker(
+            config, tmp_path / machine, run_name="moved", run_key="moved", wait_seconds=60
+        )
+        assert tracker.close()
+        runs.append(tracker.run)
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("state", ["", '{"acknowledged": 1000000}'], ids=["empty", "ahead"])
+def test_a_state_beyond_reason_ships_everything_once_more(config, tmp_path, state):
+    for step in (1, 2):
+        tracker = Tracker(config, tmp_path, run_name="went down", wait_seconds=60)
+        tracker.log_metrics(step, {"loss": 1.0}, timestamp_ms=step)
+        assert tracker.close()
+        (file,) = tmp_path.glob("server-*.json")
+        file.write_text(state)
+    assert [point[0] for point in series(config, tracker.run.run_id, "loss")] == [1, 2]
+
+
 def test_replaying_the_whole_spool_adds_nothing(config, tmp_path):
     tracker = Tracker(config, tmp_path, run_name="replayed", wait_seconds=60)
     tracker.log_metrics(5, {"loss": 2.0, "nan": float("nan")}, timestamp_ms=1000)

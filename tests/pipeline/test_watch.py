@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -137,6 +139,21 @@ def test_a_lonely_rank_ends_itself_but_not_in_its_first_step(tmp_path, monkeypat
         watching.close()
         assert ended.codes == [HUNG]
         assert (tmp_path / f"hangs/step-{step + 1:08d}-rank-00000.txt").exists()
+
+
+def test_a_rank_that_can_say_nothing_ends_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "_FAREWELL_S", 0.1)
+    monkeypatch.setattr(watch.tempfile, "TemporaryFile", mock.Mock(side_effect=OSError("no room")))
+    world = watch.World(0, 1, torch.device("cpu"), None, ("here",))
+    cluster = ClusterConfig(launcher="local", hang_timeout_s=1)
+    ended = Ended()
+    full = mock.Mock(write=mock.Mock(side_effect=OSError("no room")))
+    with mock.patch.object(sys, "stderr", full):
+        watching = Watch(world, cluster, step=0, run=Store("/dev/null"), emit=print, end=ended)
+        watching.beat(5, Phase.STEP)
+        ended.wait()
+        watching.close()
+    assert ended.codes == [HUNG]
 
 
 def test_a_watch_that_a_collective_would_overtake_is_refused():
