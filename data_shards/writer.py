@@ -80,10 +80,14 @@ def write_shard_set(
     store = Store(out_url)
     options = options or WriteOptions(samples_per_shard=samples_per_shard)
     run = _Run(source, store, options, workers, progress)
-    if store.exists(HEADER_FILE):
-        run.refuse_other_set()
-    else:
-        run.write()
+    if not store.exists(HEADER_FILE):
+        try:
+            run.write()
+        except FileNotFoundError:
+            # Another process that writes the same set may have finished and tidied up meanwhile.
+            if not store.exists(HEADER_FILE):
+                raise
+    run.refuse_other_set()
     # Another process that writes the same set may be at work in there; what it leaves is harmless.
     with contextlib.suppress(OSError):
         store.remove(PROGRESS, recursive=True)

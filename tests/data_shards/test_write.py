@@ -101,6 +101,21 @@ def test_two_processes_write_the_same_set(tmp_path):
     assert list(verify(load_index(str(tmp_path)))) == []
 
 
+def test_a_process_that_finishes_first_tidies_up_under_another(tmp_path, monkeypatch):
+    genuine = Store.write
+
+    def write(store, name, data):
+        if name.startswith(".progress") and not (tmp_path / "index.json").exists():
+            monkeypatch.setattr(Store, "write", genuine)
+            write_shard_set(small(), str(tmp_path), samples_per_shard=5)
+            raise FileNotFoundError(name)
+        genuine(store, name, data)
+
+    monkeypatch.setattr(Store, "write", write)
+    write_shard_set(small(), str(tmp_path), samples_per_shard=5)
+    assert list(verify(load_index(str(tmp_path)))) == []
+
+
 def test_too_few_samples(tmp_path):
     with pytest.raises(ShardError, match="split 'test' of 'synthetic' has 2 samples"):
         write_shard_set(small(samples=6), str(tmp_path))

@@ -139,9 +139,12 @@ def two_threads():
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_no_attack_inside_the_certified_radius_succeeds(digits_run):
+@pytest.mark.parametrize(
+    ("samples", "restarts"), [(50, 1), pytest.param(200, 5, marks=pytest.mark.slow)]
+)
+def test_no_attack_inside_the_certified_radius_succeeds(digits_run, samples, restarts):
     network, images, labels = trained(digits_run)
-    images, labels = images[:200], labels[:200]
+    images, labels = images[:samples], labels[:samples]
     with torch.no_grad():
         certificates = certify(*network.logits_and_margin_factors(images), labels, lipschitz=1.0)
     inside = apgd(
@@ -151,7 +154,7 @@ def test_no_attack_inside_the_certified_radius_succeeds(digits_run):
         certificates.radius * (1 - 1e-6),
         loss=margins,
         steps=100,
-        restarts=5,
+        restarts=restarts,
         generator=torch.Generator().manual_seed(0),
     )
     assert (network(inside).argmax(1) == certificates.prediction).all()
