@@ -31,7 +31,7 @@ from pipeline.events import (
 from pipeline.journal import Journal
 from pipeline.meter import Meter
 from pipeline.prepare import Prepared
-from pipeline.retention import Retention
+from pipeline.retention import retain
 from pipeline.submission import submission_tags
 from pipeline.system import SystemMetrics
 from pipeline.tracker import Tracker
@@ -41,6 +41,8 @@ from pipeline.worker import Job
 _FIGURE = "cra.png"
 _REPROJECTIONS = "orthogonality/reprojections"
 _CLOSE_S = 60.0
+_NOT_CERTIFIED = "earlier checkpoints are not certified"
+_NOT_REMOVED = "surplus checkpoints are not removed"
 
 
 class Desk:
@@ -50,11 +52,11 @@ class Desk:
         display: what the person sees.
         tracker: the MLflow record.
         evaluations: certification of kept checkpoints; None leaves them uncertified.
-        after_kept: called when a checkpoint has been kept; must not wait.
+        after_kept: called beside the events when a checkpoint has been kept.
         meter: counts what the run uses.
         journal: the run's event log.
         run: folder of the run.
-        began: called when the ranks are about to train.
+        began: called beside the events when the ranks are about to train.
 
     Attributes:
         step: of the newest record.
@@ -170,8 +172,7 @@ class Desk:
         self.step = event.step
         self._beside(self._began, "changed settings are not kept")
         if event.step:
-            catch_up = functools.partial(self._catch_up, self._run, event.step)
-            self._beside(catch_up, "earlier checkpoints are not certified")
+            self._beside(functools.partial(self._catch_up, event.step), _NOT_CERTIFIED)
         self._display.started(event)
         batch = event.micro_batch
         self._tracker.set_tags({**self._meter.started(event), "micro_batch": str(batch)})
@@ -193,7 +194,7 @@ class Desk:
         times = {"checkpoint/stall_s": event.stall_s, "checkpoint/write_s": event.seconds}
         self._tracker.log_metrics(event.step, times)
         self._follow(event.step, event.artifact_url, event.digest, event.checkpoint_url)
-        self._after_kept()
+        self._beside(self._after_kept, _NOT_REMOVED)
 
     def settle(self) -> None:
         """Wait for what is done beside the events; there are no more of them."""
@@ -203,20 +204,29 @@ class Desk:
         """Do something that asks a store, without keeping the events waiting."""
 
         def run() -> None:
-            try:
+            with self.saying(what):
                 errand()
-            except Exception as error:  # whatever a client of a store raises
-                self._display.message(f"[red]{what}[/red]: {escape(str(error))}")
 
         self._errands.submit(run)
 
-    def _catch_up(self, run: Store, until: int) -> None:
+    @contextlib.contextmanager
+    def saying(self, what: str) -> Iterator[None]:
+        """Show what the block raises, and go on."""
+        try:
+            yield
+        except Exception as error:  # whatever a client of a store raises
+            self._display.message(f"[red]{what}[/red]: {escape(str(error))}")
+
+    def _catch_up(self, until: int) -> None:
         """Record and certify artefacts up to a step of which no event has come."""
-        for name in run.child("artifacts").ls():
-            step = int(name.removeprefix("step-"))
-            if step <= until and step not in self._followed:
-                artifact, checkpoint = run.child("artifacts", name), run.child("checkpoints", name)
-                self._follow(step, artifact.url, read_info(artifact.open).digest, checkpoint.url)
+        for name in self._run.child("artifacts").ls():
+            with self.saying(_NOT_CERTIFIED):
+                step = int(name.removeprefix("step-"))
+                if step <= until and step not in self._followed:
+                    artifact = self._run.child("artifacts", name)
+                    checkpoint = self._run.child("checkpoints", name)
+                    digest = read_info(artifact.open).digest
+                    self._follow(step, artifact.url, digest, checkpoint.url)
 
     def _follow(self, step: int, artifact_url: str, digest: str, checkpoint_url: str) -> None:
         """Record an artefact and have it certified; what was done before leaves no trace."""
@@ -245,11 +255,10 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
     )
     evaluations = _evaluations(prepared, tracker) if config.checkpoint.evaluate else None
     display = Display(console)
-    retention = _retention(prepared, evaluations, display)
     meter = Meter(config, tracker.last_value)
     journal = Journal(prepared.spool.parent, prepared.run)
-    after = retention.submit
-    desk = Desk(display, tracker, evaluations, after, meter, journal, prepared.run, prepared.accept)
+    tidy = functools.partial(_tidy, prepared, evaluations)
+    desk = Desk(display, tracker, evaluations, tidy, meter, journal, prepared.run, prepared.accept)
     system = SystemMetrics(
         # With the time, so that a run which then hangs and is killed has lost it.
         lambda values: tracker.log_metrics(desk.step, {**values, **meter.time()})
@@ -276,7 +285,8 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
         desk.settle()
         if evaluations is not None:
             evaluations.cancel()
-        retention.close()
+        with desk.saying(_NOT_REMOVED):
+            tidy()
         with contextlib.suppress(OSError):  # the file is complete on this machine
             journal.publish()
         tracker.close(_CLOSE_S)
@@ -296,17 +306,16 @@ def _tags(prepared: Prepared) -> dict[str, str]:
     }
 
 
-def _retention(prepared: Prepared, evaluations: Evaluations | None, display: Display) -> Retention:
+def _tidy(prepared: Prepared, evaluations: Evaluations | None) -> None:
+    """Remove surplus checkpoints."""
     policy = prepared.job.config.checkpoint
-
-    def scores() -> dict[int, float]:
-        summaries = evaluations.finished() if evaluations else []
-        return {s.step: s.columns["sound"].cra[policy.evaluate_eps[0]] for s in summaries}
-
-    def unfinished() -> set[int]:
-        return evaluations.unfinished() if evaluations else set()
-
-    return Retention(prepared.run, policy, scores, unfinished, display.message)
+    unfinished: set[int] = set()
+    scores: dict[int, float] = {}
+    if evaluations is not None:
+        unfinished = evaluations.unfinished()  # before the scores: what ends in between has one
+        for summary in evaluations.finished():
+            scores[summary.step] = summary.columns["sound"].cra[policy.evaluate_eps[0]]
+    retain(prepared.run, policy, scores, unfinished)
 
 
 def _evaluations(prepared: Prepared, tracker: Tracker) -> Evaluations:

@@ -38,16 +38,14 @@ class Evaluations:
         self._settings = dict(settings)
         self._log = log
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="evaluation")
-        self._pending: list[concurrent.futures.Future[Any]] = []
-        self._steps: list[int] = []
+        self._submitted: list[tuple[int, concurrent.futures.Future[Any]]] = []
         self._released = threading.Event()
         if beside_training:
             self._released.set()
 
     def submit(self, artifact_url: str, step: int) -> None:
         """Queue the evaluation of one artefact; returns at once."""
-        self._steps.append(step)
-        self._pending.append(self._pool.submit(self._evaluate, artifact_url, step))
+        self._submitted.append((step, self._pool.submit(self._evaluate, artifact_url, step)))
 
     def _evaluate(self, artifact_url: str, step: int) -> Any:
         self._released.wait()
@@ -57,17 +55,18 @@ class Evaluations:
     @property
     def waiting(self) -> int:
         """Evaluations that are not finished."""
-        return sum(not future.done() for future in self._pending)
+        return sum(not future.done() for _, future in self._submitted)
 
     def unfinished(self) -> set[int]:
         """Steps whose evaluations are under way beside training, or were dropped."""
-        futures = zip(self._steps, self._pending, strict=True)
-        open_ = {step for step, future in futures if not future.done() or future.cancelled()}
-        return open_ if self._released.is_set() else set()
+        if not self._released.is_set():
+            return set()
+        return {step for step, f in self._submitted if not f.done() or f.cancelled()}
 
     def finished(self) -> list[Any]:
         """Summaries of the evaluations that have succeeded so far."""
-        done = [f for f in self._pending if f.done() and not f.cancelled() and not f.exception()]
+        ended = [f for _, f in self._submitted if f.done()]
+        done = [f for f in ended if not f.cancelled() and not f.exception()]
         return [future.result() for future in done]
 
     def results(self) -> list[Any]:
@@ -78,11 +77,11 @@ class Evaluations:
         """
         self._released.set()
         self._pool.shutdown(wait=True)
-        return [future.result() for future in self._pending]
+        return [future.result() for _, future in self._submitted]
 
     def cancel(self) -> None:
         """Drop what has not begun, wait for what has."""
-        for future in self._pending:
+        for _, future in self._submitted:
             future.cancel()
         self._released.set()
         self._pool.shutdown(wait=True)

@@ -1,8 +1,7 @@
 """Which checkpoints of a run stay; artefacts and evaluations always do."""
 
-import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from data_shards.store import Store
 from pipeline.checkpoint import COMMIT
@@ -102,46 +101,6 @@ def retain(
         if _step(name) < newest and _step(name) not in names:
             checkpoints.remove(name, recursive=True)
     return gone
-
-
-class Retention:
-    """Removes surplus checkpoints of a run, on a thread of the driver.
-
-    Args:
-        run: folder of the run.
-        policy: what to keep.
-        scores: `cra_sound` by step, as far as known when asked.
-        unfinished: steps that are being certified when asked.
-        say: shows a line to the person.
-    """
-
-    def __init__(
-        self,
-        run: Store,
-        policy: CheckpointConfig,
-        scores: Callable[[], Mapping[int, float]],
-        unfinished: Callable[[], Collection[int]],
-        say: Callable[[str], object],
-    ) -> None:
-        self._run, self._policy, self._say = run, policy, say
-        self._scores, self._unfinished = scores, unfinished
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="retention")
-
-    def submit(self) -> None:
-        """Look for surplus soon; returns at once."""
-        self._pool.submit(self._apply)
-
-    def _apply(self) -> None:
-        try:
-            unfinished = self._unfinished()  # before the scores: what ends in between has one
-            retain(self._run, self._policy, self._scores(), unfinished)
-        except OSError as error:  # a store that is away for a while costs space, not the run
-            self._say(f"surplus checkpoints are not removed: {error}")
-
-    def close(self) -> None:
-        """Look once more and wait for the end."""
-        self.submit()
-        self._pool.shutdown(wait=True)
 
 
 def _step(url: str) -> int:
