@@ -17,8 +17,8 @@ import tyro
 from benchmarks.processes import in_ranks
 from benchmarks.report import Row, write_result
 from model.config import LipNeXtConfig
-from optim.layout import Slot, plan_rounds
 from optim.sharded import TENSOR_KINDS
+from optim.zero_layout import Slot, plan_rounds
 from pipeline import budget
 from pipeline.config import ClusterConfig, RunConfig, TrainConfig
 from pipeline.estimate import setting_of, weights_of

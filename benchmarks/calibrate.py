@@ -33,7 +33,7 @@ from benchmarks.report import hardware
 from data_shards.decode import decode_crop
 from model.build import build_network
 from model.config import LipNeXtConfig
-from optim.exchange import ProcessGroupExchange
+from optim.collectives import ProcessGroupExchange
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.forecast import MANIFOLD_PRODUCTS

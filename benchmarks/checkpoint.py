@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.report import Row, write_result
 from data_shards.order import Cursor
 from data_shards.store import Store
-from optim.layout import Slot
+from optim.zero_layout import Slot
 from pipeline.checkpoint import HostMemory, commit, take_snapshot, write_snapshot
 from pipeline.config import ClusterConfig, RunConfig
 from pipeline.export import take_export

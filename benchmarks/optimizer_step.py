@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from benchmarks.report import Row, write_result
 from benchmarks.timing import interleaved
+from optim.collectives import LocalExchange
 from optim.config import OptimConfig
-from optim.exchange import LocalExchange
-from optim.groups import parameter_groups
-from optim.layout import FlatPartition, Slot
 from optim.manifolds import ORTHOGONAL, declare
-from optim.products import Precision, symmetric_product
+from optim.matmul import Precision, symmetric_product
+from optim.param_groups import parameter_groups
 from optim.sharded import ShardedManifoldAdam
+from optim.zero_layout import FlatPartition, Slot
 
 LR = 1e-3
 LOOKAHEAD, POLAR, AUDIT = 6, 200, 50

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from optim.products import Precision
-from optim.series import SeriesRule, check_series
+from optim.matmul import Precision
+from optim.matrix_exp import SeriesRule, check_series
 
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -33,7 +33,7 @@ class OptimConfig:
     """Order of the exponential's series: by a proved truncation error, or by the paper's table."""
 
     increment: Precision = "full"
-    """Precision of the products that make a matrix's increment (`optim.series`); X stays float32.
+    """Precision of the products that make a matrix's increment (`optim.matrix_exp`); X stays float32.
 
     TF32 adds nothing to be seen to the drift away from the manifold, bf16 three to seven times
     what float32 has; neither is faster on a CPU.

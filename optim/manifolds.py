@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from optim.errors import OptimizerError
-from optim.products import Precision, float32_products, product, symmetric_product
-from optim.series import SeriesRule, apply_exponential
+from optim.matmul import Precision, float32_products, product, symmetric_product
+from optim.matrix_exp import SeriesRule, apply_exponential
 
 TensorT = TypeVar("TensorT", bound=Tensor)
 
@@ -89,7 +89,7 @@ class Orthogonal:
         rule: SeriesRule = "spectral",
         precision: Precision = "full",
     ) -> Tensor:
-        """X exp(D) by a truncated series (`optim.series`); point and tangent are (n, n)."""
+        """X exp(D) by a truncated series (`optim.matrix_exp`); point and tangent are (n, n)."""
         return apply_exponential(point, tangent, rule, precision)
 
     def project(self, point: Tensor, dtype: torch.dtype | None = None) -> Tensor:

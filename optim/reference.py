@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.audit import Audit
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
 from optim.euclidean import euclidean_average, euclidean_step, new_state
 from optim.manifolds import Manifold, manifold_of
+from optim.orthogonality_audit import Audit
 
 
 class ReferenceManifoldAdam(torch.optim.Optimizer):
     """Manifold Adam for declared matrices, NAdam or AdamW for the rest, in one process.
 
     Args:
-        param_groups: From `optim.groups.parameter_groups`; float32 or float64 parameters.
+        param_groups: From `optim.param_groups.parameter_groups`; float32 or float64 parameters.
         config: Hyper-parameters; learning rates are read from the groups at every step.
 
     Raises:

@@ -5,7 +5,7 @@ ones each. The owner forms the Lie-algebra gradient, which returns to the flat l
 moments are advanced, element by element; the increment goes to the owner, which applies the
 exponential, and the matrix returns. Per rank and step this sends 20 N / W bytes (X, G, A, D, X in
 float32), 24 N / W at a Lookahead synchronisation, and 8 N / W more at a polar retraction without
-one. What a round sends travels during the products of others (`optim.rounds`).
+one. What a round sends travels during the products of others (`optim.manifold_step`).
 
 Every whole-matrix product sees one matrix on one rank, and the rest is element-wise, so for a given
 gradient the result does not depend on W, bit by bit.
@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.audit import Audit
+from optim.collectives import Exchange
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
 from optim.euclidean import euclidean_average, euclidean_step, new_state
-from optim.exchange import Exchange
-from optim.guard import Guard
-from optim.layout import (
+from optim.failure_sync import Guard
+from optim.manifold_step import ManifoldStep, in_sequence, interleaved
+from optim.manifolds import Manifold
+from optim.orthogonality_audit import Audit
+from optim.zero_layout import (
     ROUND_ELEMENTS,
     FlatPartition,
     Round,
@@ -32,8 +34,6 @@ from optim.layout import (
     check_partition,
     plan_rounds,
 )
-from optim.manifolds import Manifold
-from optim.rounds import ManifoldStep, in_sequence, interleaved
 
 TENSOR_KINDS = ("exp_avg", "exp_avg_sq", "slow", "tangent_sum")
 """State tensors, each in the layout of the master."""
@@ -48,7 +48,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
     state of the flat tensor.
 
     Args:
-        param_groups: From `optim.groups.parameter_groups`.
+        param_groups: From `optim.param_groups.parameter_groups`.
         config: Hyper-parameters. Learning rates are read from the groups at every step.
         round_elements: Most elements that an owner assembles in one exchange.
         overlap: Whether rounds overlap where there are several ranks; the results are the same.
@@ -93,7 +93,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
             expected_matrices: Names of all matrices with a declared manifold.
 
         Raises:
-            OptimizerError: See `optim.layout.check_partition` and `check_expected`.
+            OptimizerError: See `optim.zero_layout.check_partition` and `check_expected`.
         """
         for partition in partitions:
             check_partition(partition, exchange.world_size)

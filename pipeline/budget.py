@@ -8,7 +8,7 @@ allocator's own loss and the context of the device come on top (`RESERVE`).
 import dataclasses
 from collections.abc import Sequence
 
-from optim.layout import Slot, plan_rounds
+from optim.zero_layout import Slot, plan_rounds
 
 RESERVE = 0.08
 """Share of a device's memory that is left to its context, the collectives' own buffers and what an
@@ -158,7 +158,7 @@ def optimizer_step(weights: Weights, setting: Setting) -> list[Component]:
 
 
 def _manifold_step(group: tuple[int, ...], setting: Setting) -> list[tuple[str, int]]:
-    """Rows of one sub-group of matrices (optim/rounds.py, ManifoldStep.update)."""
+    """Rows of one sub-group of matrices (optim/manifold_step.py, ManifoldStep.update)."""
     owned, cut, largest, rounds = _rounds(group, setting)
     many = setting.ranks > 1
     series = _SERIES + _ROUNDED * setting.rounds_factors

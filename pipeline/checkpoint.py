@@ -22,8 +22,8 @@ from torch import Tensor
 
 from data_shards.store import Store
 from model.safetensors_io import TensorSpec, write_safetensors
-from optim.layout import Slot
 from optim.sharded import ShardedManifoldAdam
+from optim.zero_layout import Slot
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.ranks import World

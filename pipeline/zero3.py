@@ -13,11 +13,11 @@ from torch import Tensor
 
 from model.build import build_network
 from model.initial import initial_value
-from optim.exchange import ProcessGroupExchange
-from optim.groups import parameter_groups
-from optim.layout import FlatPartition, Slot
+from optim.collectives import ProcessGroupExchange
 from optim.manifolds import manifold_of
+from optim.param_groups import parameter_groups
 from optim.sharded import ShardedManifoldAdam
+from optim.zero_layout import FlatPartition, Slot
 from pipeline.config import RunConfig, TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.objective import Objective

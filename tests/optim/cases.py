@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from optim.collectives import Exchange, LocalExchange, ProcessGroupExchange
 from optim.errors import OptimizerError
-from optim.exchange import Exchange, LocalExchange, ProcessGroupExchange
 from optim.manifolds import ORTHOGONAL
 from tests.optim.emulation import Emulation, Problem, digest, run_reference
 

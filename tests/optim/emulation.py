@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from optim.collectives import Exchange
 from optim.config import OptimConfig
-from optim.exchange import Exchange
-from optim.groups import parameter_groups
-from optim.layout import ROUND_ELEMENTS, FlatPartition, Slot
 from optim.manifolds import ORTHOGONAL, declare, manifold_of
+from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from optim.sharded import ShardedManifoldAdam
+from optim.zero_layout import ROUND_ELEMENTS, FlatPartition, Slot
 
 
 @dataclass(frozen=True)

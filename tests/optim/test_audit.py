@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from optim.collectives import LocalExchange
 from optim.errors import OptimizerError
-from optim.exchange import LocalExchange
-from optim.groups import parameter_groups
 from optim.manifolds import ORTHOGONAL
+from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from tests.optim.emulation import Emulation, Problem, gradient
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optim.collectives import ALIGNMENT, LocalExchange
 from optim.errors import OptimizerError
-from optim.exchange import ALIGNMENT, LocalExchange
-from optim.layout import Slot, plan_rounds
+from optim.zero_layout import Slot, plan_rounds
 
 
 @st.composite

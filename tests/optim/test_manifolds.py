@@ -8,8 +8,8 @@ from torch import nn
 
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
-from optim.groups import parameter_groups
 from optim.manifolds import ORTHOGONAL, Manifold, declare, manifold_of
+from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 
 MANIFOLDS: list[Manifold] = [ORTHOGONAL]

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from optim.collectives import LocalExchange, ProcessGroupExchange
 from optim.errors import OptimizerError
-from optim.exchange import LocalExchange, ProcessGroupExchange
+from optim.manifold_step import in_sequence, interleaved
 from optim.manifolds import ORTHOGONAL, Orthogonal
-from optim.rounds import in_sequence, interleaved
 from tests.harness import run_ranks
 from tests.optim.emulation import Emulation, Problem, digest
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from optim.config import OptimConfig
-from optim.groups import parameter_groups
 from optim.manifolds import ORTHOGONAL
-from optim.products import float32_products, product, rounded, split_product, symmetric_product
-from optim.reference import ReferenceManifoldAdam
-from optim.series import (
+from optim.matmul import float32_products, product, rounded, split_product, symmetric_product
+from optim.matrix_exp import (
     apply_exponential,
     product_rounding,
     spectral_bound,
     term_error,
     term_limit,
 )
+from optim.param_groups import parameter_groups
+from optim.reference import ReferenceManifoldAdam
 from tests.optim.emulation import Problem, gradient
 from tests.optim.test_series import adam_like, exact, normal, orthogonal, plane, rotations
 

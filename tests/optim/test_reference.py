@@ -5,8 +5,8 @@ import torch
 
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
-from optim.groups import parameter_groups
 from optim.manifolds import ORTHOGONAL
+from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from tests.optim.emulation import Problem, gradient, run_reference
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optim.manifolds import ORTHOGONAL
-from optim.products import symmetric_product
-from optim.series import (
+from optim.matmul import symmetric_product
+from optim.matrix_exp import (
     TOLERANCE,
     apply_exponential,
     frobenius_order,

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
+from optim.collectives import Exchange, LocalExchange
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
-from optim.exchange import Exchange, LocalExchange
-from optim.groups import parameter_groups
-from optim.layout import FlatPartition
 from optim.manifolds import ORTHOGONAL
+from optim.param_groups import parameter_groups
 from optim.sharded import ShardedManifoldAdam
+from optim.zero_layout import FlatPartition
 from tests.harness import RankError, run_ranks
 from tests.optim.cases import PROBLEMS, check_everything
 from tests.optim.emulation import Emulation, Problem, cut_slots, gradient

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from optim.exchange import LocalExchange, ProcessGroupExchange
-from optim.layout import plan_rounds
+from optim.collectives import LocalExchange, ProcessGroupExchange
+from optim.zero_layout import plan_rounds
 from pipeline import budget
 from pipeline.rehearsal import LiveBytes
 from tests.harness import run_ranks

@@ -7,7 +7,7 @@ import torch
 
 from data_shards.order import Cursor
 from data_shards.store import Store
-from optim.exchange import Exchange, LocalExchange
+from optim.collectives import Exchange, LocalExchange
 from pipeline.checkpoint import HostMemory, commit, held, take_snapshot, write_snapshot
 from pipeline.errors import PipelineError
 from pipeline.ranks import World

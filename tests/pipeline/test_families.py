@@ -13,7 +13,7 @@ from model.artifact import read_artifact
 from model.build import FAMILIES, Family, build_network
 from model.initial import KINDS
 from model.observed import observed_lipschitz, refute
-from optim.groups import parameter_groups
+from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from pipeline.config import RunConfig
 from pipeline.losses import LOSSES

@@ -16,8 +16,8 @@ from data_shards.stream import SampleStream
 from model.artifact import read_artifact
 from model.build import build_network
 from optim.config import OptimConfig
-from optim.groups import parameter_groups
 from optim.manifolds import ORTHOGONAL, manifold_of
+from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from optim.sharded import TENSOR_KINDS
 from pipeline import losses

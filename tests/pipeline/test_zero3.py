@@ -7,7 +7,7 @@ import torch
 
 import model.layers
 from model.build import build_network
-from optim.groups import parameter_groups
+from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from pipeline.config import TrainConfig, ZeroConfig
 from pipeline.losses import emma_loss

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from optim.layout import Round, Slot
+from optim.zero_layout import Round, Slot
 
 ALIGNMENT = 64
 """Bytes: that of every tensor that torch allocates."""

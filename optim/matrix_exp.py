@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from optim.errors import OptimizerError
-from optim.products import (
+from optim.matmul import (
     Precision,
     float32_products,
     product,
@@ -172,7 +172,7 @@ def product_rounding(D: Tensor, precision: Precision = "full") -> float:
 
     Higham, Accuracy and Stability, 3.5: c = n u / (1 - n u) for any order of summation, with u the
     unit roundoff of D's dtype, and twice that where tensor cores may cut off instead of rounding.
-    The rounding of factors is not in it (`optim.products`).
+    The rounding of factors is not in it (`optim.matmul`).
     """
     truncates = unit_roundoff(D.dtype, precision) > 0.0
     n_u = D.shape[0] * torch.finfo(D.dtype).eps / (1 if truncates else 2)

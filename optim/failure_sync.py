@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from optim.collectives import Exchange
 from optim.errors import OptimizerError
-from optim.exchange import Exchange
-from optim.layout import Slot
+from optim.zero_layout import Slot
 
 
 class Guard:

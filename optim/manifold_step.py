@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.audit import Audit
+from optim.collectives import Exchange, Transfer
 from optim.config import OptimConfig
 from optim.euclidean import adam_increment, update_moments
-from optim.exchange import Exchange, Transfer
-from optim.guard import Guard
-from optim.layout import FlatPartition, Round
+from optim.failure_sync import Guard
 from optim.manifolds import Manifold
+from optim.orthogonality_audit import Audit
+from optim.zero_layout import FlatPartition, Round
 
 
 @dataclass(frozen=True)
