@@ -30,7 +30,7 @@ from benchmarks.decode import photographs
 from benchmarks.optimizer_step import Manifold, Problem
 from benchmarks.processes import in_ranks
 from benchmarks.report import hardware
-from data_shards.decode import decode_crop
+from data_shards.format.decode import decode_crop
 from model.build import build_network
 from model.config import LipNeXtConfig
 from optim.collectives import ProcessGroupExchange

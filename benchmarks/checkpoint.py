@@ -20,8 +20,8 @@ import tyro
 from torch import Tensor
 
 from benchmarks.report import Row, write_result
-from data_shards.order import Cursor
-from data_shards.store import Store
+from data_shards.storage.store import Store
+from data_shards.streaming.sampler import Cursor
 from optim.zero_layout import Slot
 from pipeline.checkpoint import HostMemory, commit, take_snapshot, write_snapshot
 from pipeline.config import ClusterConfig, RunConfig

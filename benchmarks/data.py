@@ -29,12 +29,12 @@ from benchmarks.object_store import local_server
 from benchmarks.report import write_result
 from data_shards import bench
 from data_shards.config import StreamConfig
-from data_shards.index import load_index
-from data_shards.order import Cursor
+from data_shards.format.index import load_index
 from data_shards.sources import imagefolder
 from data_shards.sources.convert import Recipe
-from data_shards.store import Store
-from data_shards.writer import write_shard_set
+from data_shards.storage.store import Store
+from data_shards.streaming.sampler import Cursor
+from data_shards.writing.writer import write_shard_set
 
 CORES, WORKERS = 2, 2
 IMAGES, DISTINCT, CLASSES, PER_SHARD = 4096, 256, 10, 128

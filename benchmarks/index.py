@@ -18,9 +18,8 @@ import numpy as np
 import torch
 
 from benchmarks.report import write_result
-from data_shards import assembly
 from data_shards.config import StreamConfig
-from data_shards.index import (
+from data_shards.format.index import (
     SCHEMA_VERSION,
     Header,
     Shard,
@@ -29,9 +28,10 @@ from data_shards.index import (
     load_index,
     rows_to_parquet,
 )
-from data_shards.order import Cursor
-from data_shards.reading import Shares, SplitReader
-from data_shards.stream import SampleStream
+from data_shards.streaming import batcher
+from data_shards.streaming.fetcher import Shares, SplitReader
+from data_shards.streaming.sampler import Cursor
+from data_shards.streaming.stream import SampleStream
 
 SAMPLES = 1_281_167
 SHARDS = 512
@@ -153,7 +153,7 @@ def measure_rank(folder: str, world: int) -> dict[str, float]:
     cursor = Cursor(seed=1, epoch=3, position=SAMPLES - 20 * GLOBAL_BATCH)
     config = StreamConfig(crop="random-resized")
     with (
-        mock.patch.object(assembly, "decode", without_decoding),
+        mock.patch.object(batcher, "decode", without_decoding),
         SampleStream(
             index,
             config,

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.report import write_result
 from data_shards.config import StreamConfig
-from data_shards.index import (
+from data_shards.format.index import (
     HEADER_FILE,
     ROWS_FILE,
     SCHEMA_VERSION,
@@ -32,9 +32,9 @@ from data_shards.index import (
     load_index,
     rows_to_parquet,
 )
-from data_shards.order import Cursor
-from data_shards.reading import Shares, SplitReader
-from data_shards.store import Store
+from data_shards.storage.store import Store
+from data_shards.streaming.fetcher import Shares, SplitReader
+from data_shards.streaming.sampler import Cursor
 
 SAMPLES, SIZE, PER_SHARD, BATCH = 2000, 110_000, 100, 128
 LATENCY_S, RATE = 0.03, 60e6

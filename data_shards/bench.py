@@ -14,9 +14,9 @@ from rich.table import Table
 
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.index import ShardIndex, load_index
-from data_shards.order import Cursor
-from data_shards.stream import SampleStream
+from data_shards.format.index import ShardIndex, load_index
+from data_shards.streaming.sampler import Cursor
+from data_shards.streaming.stream import SampleStream
 
 _MB = 1e6
 _DEFAULT = StreamConfig()

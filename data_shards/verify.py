@@ -13,14 +13,14 @@ import numpy as np
 import tyro
 import xxhash
 
-from data_shards.decode import decode_image
 from data_shards.errors import ShardError
-from data_shards.index import Shard, ShardIndex, load_index
-from data_shards.pool import Advance, run_tasks, usable_cpus
-from data_shards.progress import Bar
-from data_shards.repair import repair
-from data_shards.shard_file import HashedFile, StoredSample, read_shard_file
-from data_shards.store import Store
+from data_shards.format.decode import decode_image
+from data_shards.format.index import Shard, ShardIndex, load_index
+from data_shards.format.shard_scan import HashedFile, StoredSample, read_shard_file
+from data_shards.storage.store import Store
+from data_shards.writing.process_pool import Advance, run_tasks, usable_cpus
+from data_shards.writing.progress_bar import Bar
+from data_shards.writing.repair import repair
 
 _LISTED = 20  # disagreements of one shard
 _SMALL_SET = 20_000  # images; one process is done before others have started

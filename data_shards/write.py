@@ -16,10 +16,7 @@ from rich.progress import Progress
 
 from data_shards.config import MIB
 from data_shards.errors import ShardError
-from data_shards.index import HEADER_FILE
-from data_shards.plan import WriteOptions
-from data_shards.pool import usable_cpus
-from data_shards.report import REPORT_FILE, summary
+from data_shards.format.index import HEADER_FILE
 from data_shards.sources import (
     Source,
     cifar10,
@@ -32,8 +29,11 @@ from data_shards.sources import (
     tiny_imagenet,
 )
 from data_shards.sources.convert import Recipe
-from data_shards.store import Store
-from data_shards.writer import write_shard_set
+from data_shards.storage.store import Store
+from data_shards.writing.process_pool import usable_cpus
+from data_shards.writing.shard_plan import WriteOptions
+from data_shards.writing.write_report import REPORT_FILE, summary
+from data_shards.writing.writer import write_shard_set
 
 __all__ = ["main", "write_shard_set"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from data_shards.errors import ShardError
-from data_shards.index import ShardIndex, load_index
+from data_shards.format.index import ShardIndex, load_index
 from jobs.claims import Claim, Claims, Phase, State
 from jobs.compute import evaluation_key
 from jobs.config import EvaluationConfig

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.index import Shard, ShardIndex
-from data_shards.reader import ShardBatch, read_shard
+from data_shards.format.index import Shard, ShardIndex
+from data_shards.streaming.sample_reader import ShardBatch, read_shard
 from jobs.config import EvaluationConfig
 from jobs.records import AttackScores, EvaluationError, ShardRecords
 from jobs.shard_task import ArtifactTask, ShardTask, in_program

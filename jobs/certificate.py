@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from data_shards.index import ShardIndex
+from data_shards.format.index import ShardIndex
 from jobs.records import ColumnScores
 from model.artifact import ArtifactInfo, head_rule
 from model.contract import LipschitzBound

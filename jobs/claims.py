@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from jobs.records import EvaluationError
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_shards.index import load_index
-from data_shards.store import Store
+from data_shards.format.index import load_index
+from data_shards.storage.store import Store
 from jobs.compare_config import CompareConfig
 from jobs.records import EvaluationError, EvaluationSummary
 from model.artifact import ArtifactInfo, parameter_shapes, read_info

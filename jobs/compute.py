@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from data_shards.index import ShardIndex, load_index
-from data_shards.store import Store
+from data_shards.format.index import ShardIndex, load_index
+from data_shards.storage.store import Store
 from jobs.attack import attack_tasks, merge_attack
 from jobs.certificate import certificate, to_json
 from jobs.cluster import map_inline, map_shards, session

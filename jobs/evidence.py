@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from jobs.compute import CERTIFICATE, SAMPLES, SUMMARY
 from jobs.gate_rule import Bits, Rule
 from jobs.records import EvaluationError, EvaluationSummary

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from data_shards.decode import EXTENSIONS, decode_image
+from data_shards.format.decode import EXTENSIONS, decode_image
 from data_shards.sources.convert import Recipe, image_extension
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from jobs.records import EvaluationError
 
 

@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 
 from data_shards.errors import ShardError
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from jobs.cluster import map_inline, map_shards, session
 from jobs.compute import artifact_info, run_task, task_device
 from jobs.pictures import Picture, Prepared, find_pictures, prepare

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from jobs.records import ShardRecords
 from model.eps import eps_value
 

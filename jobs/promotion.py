@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from jobs.compute import artifact_info
 from jobs.evidence import Evidence, VerificationError
 from jobs.gate_rule import Comparison, Rule, compare, samples_to_verify

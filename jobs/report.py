@@ -22,7 +22,7 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from data_shards.errors import ShardError
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from jobs.report_data import Board, Entry, Report, collect
 from jobs.report_figure import color_of, cost_svg, curves_svg, time_unit
 from pipeline.tracking import RunReference, TrackingConfig, ui_command

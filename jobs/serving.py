@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from jobs.records import EvaluationError
 from model.artifact import ArtifactInfo, read_artifact
 from model.certificates import Certificates, ProvedCertifier, image_norms

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.index import Shard, ShardIndex
-from data_shards.reader import read_shard
-from data_shards.store import Store
+from data_shards.format.index import Shard, ShardIndex
+from data_shards.storage.store import Store
+from data_shards.streaming.sample_reader import read_shard
 from jobs.records import COLUMNS, ColumnRecords, EvaluationError, ShardRecords
 from model.artifact import Artifact, ArtifactInfo, parameter_shapes, read_artifact, read_tensors
 from model.build import build_network

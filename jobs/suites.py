@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from jobs.config import EvaluationConfig
 from jobs.records import EvaluationError
 

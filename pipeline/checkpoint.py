@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from model.safetensors_io import TensorSpec, write_safetensors
 from optim.sharded import ShardedManifoldAdam
 from optim.zero_layout import Slot

@@ -25,8 +25,8 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from data_shards.index import load_index
-from data_shards.store import Store
+from data_shards.format.index import load_index
+from data_shards.storage.store import Store
 from model.elementwise import c_compiler
 from pipeline.exposure import mlflow_exposure, ray_exposure
 from pipeline.tracking import connect

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from model.artifact import read_info
 from model.build import FAMILIES
 from pipeline.display import Display

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from model.artifact import ArtifactInfo, write_artifact
 from model.build import build_network
 from model.config import NetworkConfig

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from pipeline.events import Event, Metrics, Recalled
 from pipeline.lines import Lines
 

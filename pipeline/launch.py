@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from pipeline.config import ClusterConfig
 from pipeline.counts import world_sizes
 from pipeline.errors import REFUSALS, PipelineError

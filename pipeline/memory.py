@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 

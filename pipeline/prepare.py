@@ -14,7 +14,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from data_shards.sources import digits, synthetic
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.counts import make_plan, world_sizes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, schedule
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 
 FOLDER = "profile"
 _PASSED_OVER = 3

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from pipeline.errors import PipelineError
 from pipeline.interruption import Interruption
 from pipeline.memory import TooLargeError, too_large

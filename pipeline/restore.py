@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from data_shards.order import Cursor
-from data_shards.store import Store
+from data_shards.storage.store import Store
+from data_shards.streaming.sampler import Cursor
 from model.safetensors_io import read_header, tensor_of
 from optim.sharded import ShardedManifoldAdam
 from pipeline.checkpoint import COMMIT, SCHEMA_VERSION, Partitioned, held, slices

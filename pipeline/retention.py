@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from pipeline.checkpoint import COMMIT
 from pipeline.config import CheckpointConfig
 from pipeline.restore import committed

@@ -10,8 +10,8 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from data_shards.order import Cursor
-from data_shards.store import Store
+from data_shards.storage.store import Store
+from data_shards.streaming.sampler import Cursor
 from pipeline.checkpoint import Partitioned
 from pipeline.errors import PipelineError
 from pipeline.events import RolledBack

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from data_shards.index import ShardIndex, load_index
-from data_shards.order import Cursor
-from data_shards.quarantine import Quarantine
-from data_shards.stream import SampleStream, require_crop
-from data_shards.unindexed import UnindexedStream
+from data_shards.format.index import ShardIndex, load_index
+from data_shards.streaming.damage_log import Quarantine
+from data_shards.streaming.sampler import Cursor
+from data_shards.streaming.stream import SampleStream, require_crop
+from data_shards.streaming.webdataset_stream import UnindexedStream
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.export import statistics

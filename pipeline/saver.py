@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from data_shards.errors import ShardError
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from model.artifact import ArtifactInfo
 from model.errors import ModelError
 from pipeline.checkpoint import (

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_shards.order import Cursor
-from data_shards.stream import SampleStream
-from data_shards.unindexed import UnindexedStream
+from data_shards.streaming.sampler import Cursor
+from data_shards.streaming.stream import SampleStream
+from data_shards.streaming.webdataset_stream import UnindexedStream
 from optim.errors import OptimizerError
 from pipeline.config import RunConfig
 from pipeline.counts import Plan

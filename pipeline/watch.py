@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from data_shards.errors import ShardError
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from pipeline.config import ClusterConfig
 from pipeline.events import Emit, Hung
 from pipeline.heartbeat import Beat, Board, Phase, behind

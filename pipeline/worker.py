@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from data_shards.order import Cursor
-from data_shards.quarantine import Quarantine
-from data_shards.store import Store
+from data_shards.storage.store import Store
+from data_shards.streaming.damage_log import Quarantine
+from data_shards.streaming.sampler import Cursor
 from pipeline.config import RunConfig
 from pipeline.counts import Plan, make_plan
 from pipeline.events import Emit, Recalled, Started

@@ -11,7 +11,7 @@ from urllib.request import Request, urlopen
 
 from moto.server import ThreadedMotoServer
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 
 KEY, SECRET = "AKIDEXAMPLE0FORTESTS", "secret+not/to/be+seen0123456789abcdefgh"
 BUCKET = "bucket"

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_shards.errors import ShardError
-from data_shards.store import Store
+from data_shards.storage.store import Store
 
 _REMOTE_BLOCK = 4 << 20  # a request costs as much time as some megabytes
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from data_shards.errors import ShardError
-from data_shards.philox import philox_words
+from data_shards.rng import philox_words
 
 TEST, VALIDATION = 200, 201  # purposes of the words that choose the parts
 _HELD_OUT = 0.2

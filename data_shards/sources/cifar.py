@@ -15,8 +15,8 @@ import numpy.typing as npt
 from data_shards.errors import ShardError
 from data_shards.sources.archive import locate, open_file
 from data_shards.sources.base import VALIDATION, Source, hold_out
-from data_shards.sources.packed import PackedImages
-from data_shards.store import Store
+from data_shards.sources.in_memory import PackedImages
+from data_shards.storage.store import Store
 
 _SIDE = 32
 _MAX_TEXT = 1 << 16

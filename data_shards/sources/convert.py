@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data_shards.decode import MAX_PIXELS, decode_image
 from data_shards.errors import ShardError
+from data_shards.format.decode import MAX_PIXELS, decode_image
 from data_shards.sources.base import encode_png
 
 _SHORT_SIDE = 256 / 224  # of the size that is cut out

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from data_shards.errors import ShardError
 from data_shards.sources.archive import read_small
-from data_shards.store import Store
+from data_shards.storage.store import Store
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 _META = "data/meta.mat"

@@ -8,7 +8,7 @@ from data_shards.errors import ShardError
 from data_shards.sources.archive import Members
 from data_shards.sources.base import VALIDATION, Source, hold_out
 from data_shards.sources.convert import Recipe
-from data_shards.store import Store
+from data_shards.storage.store import Store
 
 _TRAIN = "train"
 _TEST = ("val", "test")

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from data_shards.errors import ShardError
+from data_shards.format.tar import Member, walk
 from data_shards.sources.archive import Members, open_file, require
 from data_shards.sources.base import VALIDATION, Source, hold_out
 from data_shards.sources.convert import Recipe
 from data_shards.sources.devkit import DEVKIT, Devkit, read_devkit
-from data_shards.store import Store
-from data_shards.tar import Member, walk
+from data_shards.storage.store import Store
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VAL = "ILSVRC2012_img_val.tar"

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from data_shards.errors import ShardError
-from data_shards.philox import philox_words, unit_interval
+from data_shards.rng import philox_words, unit_interval
 from data_shards.sources.base import TEST, VALIDATION, Source, hold_out
 
 # Purposes of random words; the stream half of the key is the number of an image or a class.

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.index import load_index
+from data_shards.format.index import load_index
 from data_shards.sources import digits, synthetic
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from tests.faulty_proxy import FaultyProxy
 from tests.object_store import s3_clients, s3_server, upload

@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import xxhash
 
-from data_shards.index import header_to_json, load_header, rows_to_parquet
-from data_shards.store import Store
+from data_shards.format.index import header_to_json, load_header, rows_to_parquet
+from data_shards.storage.store import Store
 
 
 def read_members(path: Path) -> list[tuple[tarfile.TarInfo, bytes]]:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_shards.decode import decode_image
 from data_shards.errors import ShardError
+from data_shards.format.decode import decode_image
 from data_shards.sources import cifar, cifar10, cifar100, imagefolder, mnist, tiny_imagenet
 from data_shards.sources.convert import Recipe, UndecodableError, image_extension
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from data_shards.verify import verify
-from data_shards.writer import write_shard_set
+from data_shards.writing.writer import write_shard_set
 from tests.data_shards.imagenet_archive import encode, pixels_of
 
 

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_shards.augment import place, random_crop_box
 from data_shards.errors import ShardError
+from data_shards.streaming.transforms import place, random_crop_box
 
 
 def words(*rows):

@@ -5,14 +5,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_shards import cache as cache_module
-from data_shards.cache import BlockCache
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.index import load_index
-from data_shards.order import Cursor
-from data_shards.store import Store
-from data_shards.stream import SampleStream
+from data_shards.format.index import load_index
+from data_shards.storage.store import Store
+from data_shards.streaming import block_cache as cache_module
+from data_shards.streaming.block_cache import BlockCache
+from data_shards.streaming.sampler import Cursor
+from data_shards.streaming.stream import SampleStream
 from tests.object_store import s3_clients
 
 BLOCK = 4096

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_shards.decode import decode_image
 from data_shards.errors import ShardError
+from data_shards.format.decode import decode_image
 from data_shards.sources.convert import Recipe, UndecodableError, image_extension
 from tests.data_shards.imagenet_archive import encode, pixels_of
 

@@ -20,13 +20,13 @@ from PIL import Image
 
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.index import load_index
-from data_shards.order import Cursor
-from data_shards.quarantine import Quarantine
+from data_shards.format.index import load_index
 from data_shards.sources import synthetic
-from data_shards.store import Store
-from data_shards.stream import SampleStream
-from data_shards.writer import write_shard_set
+from data_shards.storage.store import Store
+from data_shards.streaming.damage_log import Quarantine
+from data_shards.streaming.sampler import Cursor
+from data_shards.streaming.stream import SampleStream
+from data_shards.writing.writer import write_shard_set
 from tests.data_shards.shard_damage import (
     add_huge_member,
     member,
@@ -319,7 +319,7 @@ def test_a_member_of_10_gb_is_refused_at_opening(folder):
 def test_no_url_starts_a_shell(url, tmp_path):
     code = (
         "import sys\n"
-        "from data_shards.index import load_index\n"
+        "from data_shards.format.index import load_index\n"
         "from data_shards.errors import ShardError\n"
         "try:\n    load_index(sys.argv[1])\n"
         "except ShardError as error:\n    print('refused', error)\n"

@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_shards.config import StreamConfig
-from data_shards.index import load_index
-from data_shards.order import Cursor
+from data_shards.format.index import load_index
 from data_shards.sources import synthetic
-from data_shards.store import Store
-from data_shards.stream import SampleStream
+from data_shards.storage.store import Store
+from data_shards.streaming.sampler import Cursor
+from data_shards.streaming.stream import SampleStream
 from data_shards.write import write_shard_set
 from tests.faulty_proxy import Weather
 from tests.harness import run_ranks

@@ -9,14 +9,14 @@ import pytest
 import scipy.io
 
 from data_shards import write
-from data_shards.decode import decode_image
 from data_shards.errors import ShardError
-from data_shards.index import load_index
-from data_shards.reader import fetch
+from data_shards.format.decode import decode_image
+from data_shards.format.index import load_index
 from data_shards.sources import imagenet
 from data_shards.sources.convert import Recipe
+from data_shards.streaming.sample_reader import fetch
 from data_shards.verify import verify
-from data_shards.writer import write_shard_set
+from data_shards.writing.writer import write_shard_set
 from tests import object_store
 from tests.data_shards import imagenet_archive
 from tests.data_shards.imagenet_archive import DEVKIT, TRAIN, VAL, make_imagenet

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_shards.errors import ShardError
-from data_shards.order import Cursor, EpochOrder, Span, position_words, rank_spans
-from data_shards.philox import philox_words
+from data_shards.rng import philox_words
+from data_shards.streaming.sampler import Cursor, EpochOrder, Span, position_words, rank_spans
 
 counts = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 seeds = st.integers(0, 2**64 - 1)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from data_shards.prefetch import Prefetcher
+from data_shards.streaming.prefetch import Prefetcher
 
 
 def prefetch(items, max_bytes=100, max_items=10):

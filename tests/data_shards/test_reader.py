@@ -3,11 +3,11 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from data_shards import reader
 from data_shards.errors import ShardError
-from data_shards.index import load_index
-from data_shards.reader import fetch, read_shard
+from data_shards.format.index import load_index
 from data_shards.sources import digits
+from data_shards.streaming import sample_reader
+from data_shards.streaming.sample_reader import fetch, read_shard
 from data_shards.write import write_shard_set
 
 
@@ -88,7 +88,7 @@ def requested(index, rows, monkeypatch):
 def test_neighbours_are_read_together(digits_set, monkeypatch):
     index = load_index(str(digits_set))
     assert len(requested(index, [3, 4, 5, 100, 350], monkeypatch)) == 1
-    monkeypatch.setattr(reader, "MAX_GAP", 3000)
+    monkeypatch.setattr(sample_reader, "MAX_GAP", 3000)
     # Images of about 100 bytes: gaps of 2 KB are more than the images, so four gaps are read.
     assert len(requested(index, list(range(3, 23)), monkeypatch)) > 10
 
@@ -97,7 +97,7 @@ def test_gaps_and_lengths_are_limited(synthetic_set, monkeypatch):
     index = load_index(str(synthetic_set))
     rows = list(range(20))
     assert len(requested(index, rows, monkeypatch)) < 20
-    monkeypatch.setattr(reader, "MAX_GAP", 100)
+    monkeypatch.setattr(sample_reader, "MAX_GAP", 100)
     assert len(requested(index, rows, monkeypatch)) == 20
     total = sum(stop - start for _, start, stop in requested(index, rows, monkeypatch))
     assert total == index.rows.size[rows].sum()

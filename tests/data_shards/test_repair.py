@@ -4,13 +4,13 @@ import re
 import pytest
 
 from data_shards.errors import ShardError
-from data_shards.index import load_index
-from data_shards.repair import repair
+from data_shards.format.index import load_index
 from data_shards.sources import digits
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from data_shards.verify import main as verify_main
 from data_shards.verify import verify
-from data_shards.writer import write_shard_set
+from data_shards.writing.repair import repair
+from data_shards.writing.writer import write_shard_set
 from tests.data_shards.shard_damage import (
     add_huge_member,
     member,

@@ -9,10 +9,10 @@ from botocore.exceptions import (
     ReadTimeoutError,
 )
 
-from data_shards import retry
 from data_shards.errors import ShardError
-from data_shards.ranges import read_ranges
-from data_shards.retry import Patience, RetryCount, is_transient, patiently
+from data_shards.storage import retry
+from data_shards.storage.range_reader import read_ranges
+from data_shards.storage.retry import Patience, RetryCount, is_transient, patiently
 
 URL = {"endpoint_url": "http://127.0.0.1"}
 

@@ -7,11 +7,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from data_shards import ranges, retry
 from data_shards.errors import ShardError
-from data_shards.index import load_index
-from data_shards.reader import fetch
-from data_shards.store import Store
+from data_shards.format.index import load_index
+from data_shards.storage import range_reader, retry
+from data_shards.storage.store import Store
+from data_shards.streaming.sample_reader import fetch
 from tests.faulty_proxy import FaultyProxy, Weather
 from tests.object_store import BUCKET, KEY, SECRET, s3_clients
 
@@ -66,7 +66,7 @@ WEATHERS = {
 @pytest.mark.parametrize("name", WEATHERS)
 def test_every_byte_arrives_in_bad_weather(name, proxy, s3_set, small_rows, monkeypatch):
     configure(monkeypatch, config_kwargs={"read_timeout": 0.3})
-    monkeypatch.setattr(ranges, "_SLOWEST", 1 << 16)
+    monkeypatch.setattr(range_reader, "_SLOWEST", 1 << 16)
     proxy.weather = WEATHERS[name]
     index = load_index(s3_set)
     assert index.digest == small_rows[0]
@@ -103,7 +103,7 @@ def test_many_requests_are_under_way_together(proxy, large):
     proxy.weather = Weather(latency_s=0.1)
     wanted = [("object", 1000 * i, 1000 * i + 500) for i in range(100)]
     assert store.read_ranges(wanted) == [data[start:stop] for _, start, stop in wanted]
-    assert 16 <= proxy.most_at_once <= ranges.IN_FLIGHT
+    assert 16 <= proxy.most_at_once <= range_reader.IN_FLIGHT
 
 
 def test_patience_ends_with_a_clear_error(proxy, s3_set, monkeypatch):

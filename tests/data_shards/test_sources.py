@@ -7,8 +7,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import SVC
 
-from data_shards.decode import decode_image
 from data_shards.errors import ShardError
+from data_shards.format.decode import decode_image
 from data_shards.sources import digits, synthetic
 from data_shards.sources.base import VALIDATION, hold_out
 from data_shards.sources.convert import image_extension

@@ -4,7 +4,7 @@ import pickle
 import pytest
 
 from data_shards.errors import ShardError
-from data_shards.store import Store
+from data_shards.storage.store import Store
 
 
 @pytest.fixture(params=["file", "memory"])

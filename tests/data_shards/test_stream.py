@@ -8,14 +8,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_shards import reading
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.index import load_index
-from data_shards.order import Cursor
-from data_shards.reader import read_shard
+from data_shards.format.index import load_index
 from data_shards.sources import synthetic
-from data_shards.stream import SampleStream
+from data_shards.streaming import fetcher
+from data_shards.streaming.sample_reader import read_shard
+from data_shards.streaming.sampler import Cursor
+from data_shards.streaming.stream import SampleStream
 from data_shards.write import write_shard_set
 
 START = Cursor(seed=3)
@@ -112,13 +112,13 @@ def test_read_ahead_does_not_change_the_order(small):
 
 def test_encoded_bytes_are_bounded(small, monkeypatch):
     fetched = []
-    original = reading.fetch
+    original = fetcher.fetch
 
     def spy(index, rows):
         fetched.append(int(index.rows.size[rows].sum()))
         return original(index, rows)
 
-    monkeypatch.setattr(reading, "fetch", spy)
+    monkeypatch.setattr(fetcher, "fetch", spy)
     take(small, 30, StreamConfig(cache_bytes=0, read_ahead_bytes=80_000))
     assert max(fetched) <= 80_000 // 16
     assert len(fetched) > 30  # smaller than a batch
@@ -126,13 +126,13 @@ def test_encoded_bytes_are_bounded(small, monkeypatch):
 
 def test_cached_set_is_read_once(small, monkeypatch):
     rows = []
-    original = reading.fetch
+    original = fetcher.fetch
 
     def spy(index, wanted):
         rows.extend(wanted)
         return original(index, wanted)
 
-    monkeypatch.setattr(reading, "fetch", spy)
+    monkeypatch.setattr(fetcher, "fetch", spy)
     take(small, 60)
     assert sorted(rows) == small.select("train").tolist()
 

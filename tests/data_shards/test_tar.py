@@ -4,7 +4,7 @@ import tarfile
 import pytest
 
 from data_shards.errors import ShardError
-from data_shards.tar import BLOCK, add_end, add_member, walk
+from data_shards.format.tar import BLOCK, add_end, add_member, walk
 
 FILES = {"a.txt": b"first", "b.bin": bytes(range(256)) * 3, "empty": b"", "d.txt": b"last"}
 

@@ -7,8 +7,8 @@ import pytest
 
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.order import Cursor
-from data_shards.unindexed import UnindexedStream
+from data_shards.streaming.sampler import Cursor
+from data_shards.streaming.webdataset_stream import UnindexedStream
 from tests.data_shards.shard_damage import member, read_members, write_members
 
 pytestmark = [

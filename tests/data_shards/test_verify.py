@@ -7,15 +7,15 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from data_shards import shard_file
 from data_shards.errors import ShardError
-from data_shards.index import load_index
-from data_shards.shard_file import HashedFile
+from data_shards.format import shard_scan
+from data_shards.format.index import load_index
+from data_shards.format.shard_scan import HashedFile
 from data_shards.sources import synthetic
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from data_shards.verify import main as verify_main
 from data_shards.verify import verify
-from data_shards.writer import write_shard_set
+from data_shards.writing.writer import write_shard_set
 from tests.data_shards.shard_damage import (
     add_huge_member,
     member,
@@ -247,7 +247,7 @@ def test_a_member_that_declares_ten_gigabytes(folder):
 
 
 def test_an_image_over_the_limit_is_not_read(folder, monkeypatch):
-    monkeypatch.setattr(shard_file, "_MAX_IMAGE", 2000)
+    monkeypatch.setattr(shard_scan, "_MAX_IMAGE", 2000)
     members = read_members(folder / FILE)
     write_members(folder / FILE, [member("big.png", bytes(3000)), *members])
     reindex(folder, FILE)
@@ -265,7 +265,7 @@ def test_many_faults_of_a_shard_are_counted(folder):
 
 
 def test_shards_are_read_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_file, "_BLOCK", 1 << 16)
+    monkeypatch.setattr(shard_scan, "_BLOCK", 1 << 16)
     size = 32 << 20
     with (tmp_path / "x.tar").open("wb") as file:
         file.truncate(size)
@@ -277,7 +277,7 @@ def test_shards_are_read_in_bounded_memory(tmp_path, monkeypatch):
 
 
 def test_hashed_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_file, "_BLOCK", 7)
+    monkeypatch.setattr(shard_scan, "_BLOCK", 7)
     data = bytes(range(100))
     (tmp_path / "x").write_bytes(data)
     file = HashedFile(Store(tmp_path), "x", 100)

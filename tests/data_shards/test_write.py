@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_shards import write, writer
+from data_shards import write
 from data_shards.errors import ShardError
-from data_shards.index import load_index
-from data_shards.plan import WriteOptions, plan_shards
+from data_shards.format.index import load_index
 from data_shards.sources import digits, synthetic
 from data_shards.sources.convert import Recipe
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from data_shards.verify import verify
 from data_shards.write import write_shard_set
+from data_shards.writing import writer
+from data_shards.writing.shard_plan import WriteOptions, plan_shards
 
 
 def small(**fields):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
 from pipeline.restore import committed
 from tests.end_to_end.ray_cluster import ROOT, Cluster

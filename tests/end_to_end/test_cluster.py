@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
 from jobs.suites import SUITES
 from pipeline.tracking_watch import Watch

@@ -9,9 +9,9 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from data_shards.index import load_index
-from data_shards.reader import read_shard
-from data_shards.store import Store
+from data_shards.format.index import load_index
+from data_shards.storage.store import Store
+from data_shards.streaming.sample_reader import read_shard
 from model.artifact import read_artifact
 from model.attack import apgd, margins
 from model.certificates import certify

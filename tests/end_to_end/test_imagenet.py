@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.index import load_index
+from data_shards.format.index import load_index
 from tests.data_shards.imagenet_archive import make_imagenet
 from tests.object_store import BUCKET, s3_clients, s3_environment, s3_server
 

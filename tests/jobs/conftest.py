@@ -3,7 +3,7 @@ import tempfile
 import pytest
 
 from data_shards.sources import synthetic
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from model.artifact import write_artifact
 from model.build import build_network

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from data_shards.decode import decode_image
+from data_shards.format.decode import decode_image
 from data_shards.sources import synthetic
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import evaluate
 from jobs.gate_rule import Rule

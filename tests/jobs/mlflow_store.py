@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from data_shards.store import Store as Folder
+from data_shards.storage.store import Store as Folder
 from jobs.compute import artifact_info, evaluation_key
 from jobs.schedule_config import ScheduleConfig
 from model.artifact import write_artifact

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import jobs.attack
-from data_shards.index import load_index
-from data_shards.reader import read_shard
-from data_shards.store import Store
+from data_shards.format.index import load_index
+from data_shards.storage.store import Store
+from data_shards.streaming.sample_reader import read_shard
 from jobs.attack import (
     SUITES,
     CertificateViolationError,

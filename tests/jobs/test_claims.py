@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from jobs.claims import Claim, Claims, Holding, Phase
 from jobs.records import EvaluationError
 from tests.object_store import BUCKET, s3_clients, s3_server

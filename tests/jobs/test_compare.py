@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
-from data_shards.index import load_index
+from data_shards.format.index import load_index
 from jobs import compare_runs
 from jobs.compare import compare, main, write
 from jobs.compare_config import CompareConfig

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_shards.decode import decode_image
-from data_shards.index import load_index
+from data_shards.format.decode import decode_image
+from data_shards.format.index import load_index
 from data_shards.sources import synthetic
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.compute import artifact_info
 from jobs.config import EvaluationConfig

@@ -5,9 +5,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_shards.index import load_index
-from data_shards.reader import read_shard
-from data_shards.store import Store
+from data_shards.format.index import load_index
+from data_shards.storage.store import Store
+from data_shards.streaming.sample_reader import read_shard
 from jobs import promotion
 from jobs.gate import NOT_PROMOTED, main
 from jobs.records import EvaluationError

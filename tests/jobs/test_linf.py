@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
 from jobs.records import EvaluationError
 from model.artifact import write_artifact

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from jobs.cluster import TaskLostError, map_shards
 from jobs.evaluate_cra import evaluate
 

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_shards.format.tar import add_end, add_member
 from data_shards.sources.base import Source, encode_png
-from data_shards.store import Store
-from data_shards.tar import add_end, add_member
+from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from model import verify_numpy as derive
 from model.artifact import write_artifact

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from model.artifact import read_without_parameters, write_artifact
 from model.build import build_network, parameter_count
 from model.rounding import FLOAT32, FLOAT64, Carried

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from data_shards.sources import digits, synthetic
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import main as evaluate
 from model.artifact import write_artifact

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from optim.config import OptimConfig
 from pipeline.config import CheckpointConfig, TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError

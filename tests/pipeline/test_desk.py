@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import pipeline.evaluation
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from pipeline.desk import Desk
 from pipeline.display import Display
 from pipeline.evaluation import Evaluations

@@ -88,7 +88,7 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path, dead_port, monkeypatc
     assert refused.status == "FAIL"
     assert "NotADirectoryError" in refused.value
 
-    monkeypatch.setattr("data_shards.retry.PATIENCE_S", 0.2)
+    monkeypatch.setattr("data_shards.storage.retry.PATIENCE_S", 0.2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{dead_port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")

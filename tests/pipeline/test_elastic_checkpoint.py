@@ -5,8 +5,8 @@ import hashlib
 import pytest
 import torch
 
-from data_shards.order import Cursor
-from data_shards.store import Store
+from data_shards.storage.store import Store
+from data_shards.streaming.sampler import Cursor
 from optim.collectives import Exchange, LocalExchange
 from pipeline.checkpoint import HostMemory, commit, held, take_snapshot, write_snapshot
 from pipeline.errors import PipelineError

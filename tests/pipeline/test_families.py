@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
 from model.artifact import read_artifact
 from model.build import FAMILIES, Family, build_network

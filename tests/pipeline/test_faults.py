@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import ray
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from pipeline import launch
 from pipeline import tracker as tracker_file
 from pipeline.config import CheckpointConfig, TrainConfig

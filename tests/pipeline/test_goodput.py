@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data_shards.order import Cursor
+from data_shards.streaming.sampler import Cursor
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.counts import make_plan
 from pipeline.events import Metrics

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from pipeline.errors import PipelineError
 from pipeline.ranks import World
 from pipeline.restore import UnreadableError, load_checkpoint, load_newest

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_shards.sources import digits
-from data_shards.writer import write_shard_set
+from data_shards.writing.writer import write_shard_set
 from tests.faulty_proxy import FAULTS, FaultyProxy, Weather
 from tests.object_store import BUCKET, KEY, SECRET, s3_clients, s3_environment, s3_server, upload
 

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from pipeline import worker
 from pipeline.config import TrainConfig, changes, decides_result
 from pipeline.errors import PipelineError

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from pipeline.profile import profiled
 
 

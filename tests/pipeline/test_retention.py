@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from pipeline.checkpoint import COMMIT
 from pipeline.config import CheckpointConfig
 from pipeline.restore import committed

@@ -10,9 +10,9 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-from data_shards.order import Cursor
-from data_shards.store import Store
-from data_shards.stream import SampleStream
+from data_shards.storage.store import Store
+from data_shards.streaming.sampler import Cursor
+from data_shards.streaming.stream import SampleStream
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.desk import Desk
 from pipeline.display import Display

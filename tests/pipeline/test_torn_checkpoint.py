@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from pipeline import checkpoint
 from pipeline.checkpoint import COMMIT, Snapshot, commit, write_snapshot
 from pipeline.errors import PipelineError

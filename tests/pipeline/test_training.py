@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from data_shards.index import load_index
-from data_shards.order import Cursor
-from data_shards.store import Store
-from data_shards.stream import SampleStream
+from data_shards.format.index import load_index
+from data_shards.storage.store import Store
+from data_shards.streaming.sampler import Cursor
+from data_shards.streaming.stream import SampleStream
 from model.artifact import read_artifact
 from model.build import build_network
 from optim.config import OptimConfig

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_shards.store import Store
+from data_shards.storage.store import Store
 from pipeline import watch
 from pipeline.config import ClusterConfig
 from pipeline.events import Hung, Straggling

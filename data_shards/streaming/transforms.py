@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_shards.errors import ShardError
-from data_shards.philox import philox_words, unit_interval
+from data_shards.rng import philox_words, unit_interval
 
 SCALE = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from data_shards.config import MIB
 from data_shards.errors import ShardError
-from data_shards.index import ShardIndex
-from data_shards.retry import PATIENCE_S
+from data_shards.format.index import ShardIndex
+from data_shards.storage.retry import PATIENCE_S
 
 _logger = logging.getLogger(__name__)
 

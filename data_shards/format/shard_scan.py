@@ -9,10 +9,10 @@ import hashlib
 import re
 from collections.abc import Iterator
 
-from data_shards.decode import EXTENSIONS
 from data_shards.errors import ShardError
-from data_shards.store import Store
-from data_shards.tar import Member, walk
+from data_shards.format.decode import EXTENSIONS
+from data_shards.format.tar import Member, walk
+from data_shards.storage.store import Store
 
 _BLOCK = 8 << 20
 _MAX_IMAGE = 64 << 20

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards import decode as codec
-from data_shards.assembly import Batch, put
-from data_shards.augment import Words
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.order import AUGMENT, CROP, RANDAUGMENT, Cursor, Span, position_words
-from data_shards.prefetch import Prefetcher
-from data_shards.store import Store
+from data_shards.format import decode as codec
+from data_shards.storage.store import Store
+from data_shards.streaming.batcher import Batch, put
+from data_shards.streaming.prefetch import Prefetcher
+from data_shards.streaming.sampler import AUGMENT, CROP, RANDAUGMENT, Cursor, Span, position_words
+from data_shards.streaming.transforms import Words
 
 _logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_shards.errors import ShardError
-from data_shards.philox import WORDS_PER_COUNTER, philox_words, unit_interval
+from data_shards.rng import WORDS_PER_COUNTER, philox_words, unit_interval
 
 # Purposes of random words that share the key (seed, epoch).
 _SHARDS, _ROTATION, _WINDOW, AUGMENT, REPLACE, CROP, RANDAUGMENT = range(7)

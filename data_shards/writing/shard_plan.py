@@ -13,8 +13,8 @@ import simplejpeg
 
 from data_shards.config import MIB
 from data_shards.errors import ShardError
-from data_shards.index import SCHEMA_VERSION
-from data_shards.philox import philox_words
+from data_shards.format.index import SCHEMA_VERSION
+from data_shards.rng import philox_words
 from data_shards.sources.base import Source
 from data_shards.sources.convert import UndecodableError
 

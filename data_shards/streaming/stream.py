@@ -10,14 +10,14 @@ import weakref
 
 import numpy as np
 
-from data_shards.assembly import Assembler, Batch
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.index import ShardIndex
-from data_shards.order import Cursor
-from data_shards.prefetch import Prefetcher
-from data_shards.quarantine import Quarantine
-from data_shards.reading import MAX_BATCHES_AHEAD, Reading, Shares, SplitReader
+from data_shards.format.index import ShardIndex
+from data_shards.streaming.batcher import Assembler, Batch
+from data_shards.streaming.damage_log import Quarantine
+from data_shards.streaming.fetcher import MAX_BATCHES_AHEAD, Reading, Shares, SplitReader
+from data_shards.streaming.prefetch import Prefetcher
+from data_shards.streaming.sampler import Cursor
 
 
 class SampleStream:

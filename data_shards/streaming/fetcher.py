@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_shards.cache import BlockCache
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.index import ShardIndex
-from data_shards.order import Cursor, EpochOrder, Span, rank_spans
-from data_shards.reader import Encoded, fetch
+from data_shards.format.index import ShardIndex
+from data_shards.streaming.block_cache import BlockCache
+from data_shards.streaming.sample_reader import Encoded, fetch
+from data_shards.streaming.sampler import Cursor, EpochOrder, Span, rank_spans
 
 MAX_BATCHES_AHEAD = 64  # more would only cost start-up time where batches are tiny
 # Encoded images are held three times: being read, waiting, being decoded; `fetch` holds a quarter

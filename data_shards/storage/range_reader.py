@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from data_shards.retry import Describe, Patience, RetryCount
+from data_shards.storage.retry import Describe, Patience, RetryCount
 
 IN_FLIGHT = 32
 """Requests under way at the same time, per process."""

@@ -15,15 +15,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_shards.augment import Words, place
 from data_shards.config import MIB, StreamConfig
 from data_shards.errors import ShardError
-from data_shards.index import ShardIndex
-from data_shards.order import AUGMENT, CROP, RANDAUGMENT, REPLACE, Cursor, position_words
-from data_shards.philox import unit_interval
-from data_shards.randaugment import randaugment
-from data_shards.reader import DamagedSampleError, Encoded, decode
-from data_shards.reading import Part, Plan, Reading, SplitReader
+from data_shards.format.index import ShardIndex
+from data_shards.rng import unit_interval
+from data_shards.streaming.fetcher import Part, Plan, Reading, SplitReader
+from data_shards.streaming.randaugment import randaugment
+from data_shards.streaming.sample_reader import DamagedSampleError, Encoded, decode
+from data_shards.streaming.sampler import (
+    AUGMENT,
+    CROP,
+    RANDAUGMENT,
+    REPLACE,
+    Cursor,
+    position_words,
+)
+from data_shards.streaming.transforms import Words, place
 
 _logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pydantic
 import xxhash
 
-from data_shards.decode import decode_image
 from data_shards.errors import ShardError
-from data_shards.index import (
+from data_shards.format.decode import decode_image
+from data_shards.format.index import (
     HEADER_FILE,
     ROWS_FILE,
     SCHEMA_VERSION,
@@ -33,11 +33,11 @@ from data_shards.index import (
     load_index,
     rows_to_parquet,
 )
-from data_shards.pool import Advance, run_tasks
-from data_shards.progress import Bar
-from data_shards.shard_file import HashedFile, read_shard_file
+from data_shards.format.shard_scan import HashedFile, read_shard_file
 from data_shards.sources.base import VALIDATION, hold_out
-from data_shards.store import Store
+from data_shards.storage.store import Store
+from data_shards.writing.process_pool import Advance, run_tasks
+from data_shards.writing.progress_bar import Bar
 
 Shape = tuple[int, ...]
 

@@ -20,8 +20,7 @@ import pyarrow as pa
 import xxhash
 
 from data_shards.errors import ShardError
-from data_shards.fragment import SOURCE_HASH, Fragment
-from data_shards.index import (
+from data_shards.format.index import (
     HEADER_FILE,
     ROWS_FILE,
     SCHEMA_VERSION,
@@ -34,14 +33,21 @@ from data_shards.index import (
     load_index,
     rows_to_parquet,
 )
-from data_shards.plan import ShardPlan, WriteOptions, identity, plan_shards, progress_key
-from data_shards.pool import Advance, run_tasks
-from data_shards.progress import Bar
-from data_shards.report import REPORT_FILE, duplicates_of, report, report_to_json
+from data_shards.format.tar import add_end, add_member
 from data_shards.sources.base import Source
 from data_shards.sources.convert import UndecodableError, image_extension
-from data_shards.store import Store
-from data_shards.tar import add_end, add_member
+from data_shards.storage.store import Store
+from data_shards.writing.manifest_part import SOURCE_HASH, Fragment
+from data_shards.writing.process_pool import Advance, run_tasks
+from data_shards.writing.progress_bar import Bar
+from data_shards.writing.shard_plan import (
+    ShardPlan,
+    WriteOptions,
+    identity,
+    plan_shards,
+    progress_key,
+)
+from data_shards.writing.write_report import REPORT_FILE, duplicates_of, report, report_to_json
 
 PROGRESS = ".progress"
 _AT_ONCE = 64  # images loaded together: enough to overlap requests, some megabytes

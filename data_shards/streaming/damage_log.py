@@ -6,8 +6,8 @@ import json
 import logging
 from collections.abc import Iterable
 
-from data_shards.assembly import Damage
-from data_shards.store import Store
+from data_shards.storage.store import Store
+from data_shards.streaming.batcher import Damage
 
 _logger = logging.getLogger(__name__)
 

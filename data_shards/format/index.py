@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pydantic
 from pydantic import ConfigDict, Field
 
-from data_shards.decode import EXTENSIONS
 from data_shards.errors import ShardError
-from data_shards.store import Store
+from data_shards.format.decode import EXTENSIONS
+from data_shards.storage.store import Store
 
 _logger = logging.getLogger(__name__)
 

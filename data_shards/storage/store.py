@@ -17,8 +17,8 @@ from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
 from data_shards.errors import ShardError
-from data_shards.ranges import IN_FLIGHT, chunks_of, read_ranges
-from data_shards.retry import RetryCount, patiently
+from data_shards.storage.range_reader import IN_FLIGHT, chunks_of, read_ranges
+from data_shards.storage.retry import RetryCount, patiently
 
 T = TypeVar("T")
 
