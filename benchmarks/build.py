@@ -16,7 +16,7 @@ import tyro
 
 from benchmarks.processes import in_ranks
 from benchmarks.report import Row, write_result
-from model.config import LipNeXtConfig
+from model.networks.config import LipNeXtConfig
 from optim.sharded import TENSOR_KINDS
 from optim.zero_layout import Slot, plan_rounds
 from pipeline import budget

@@ -22,10 +22,10 @@ from benchmarks.report import Row, write_result
 from benchmarks.timing import interleaved
 from jobs.evaluate_cra import evaluate
 from jobs.records import EvaluationSummary
-from model.build import build_network, parameter_count
-from model.config import LipNeXtConfig
-from model.contract import CertifiedNetwork
-from model.lipschitz import matrix_bound
+from model.certification.matrix_bounds import matrix_bound
+from model.networks.base import CertifiedNetwork
+from model.networks.config import LipNeXtConfig
+from model.networks.registry import build_network, parameter_count
 from pipeline.presets import run_preset
 
 _ORDER = 4096

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from benchmarks import family_peers
 from benchmarks.family_peers import Pass, Peer
 from benchmarks.report import Row, write_result
-from model.bronet import BRONetConfig
-from model.build import build_network
-from model.config import NetworkConfig
-from model.liresnet import LiResNetConfig
-from model.skew import SkewConvolution
-from model.sll import SllConfig
-from model.sll_layers import AlmostOrthogonal
-from model.soc import SocConfig
+from model.networks.config import NetworkConfig
+from model.networks.liresnet.bronet import BRONetConfig
+from model.networks.liresnet.liresnet import LiResNetConfig
+from model.networks.registry import build_network
+from model.networks.sll.layers import AlmostOrthogonal
+from model.networks.sll.network import SllConfig
+from model.networks.soc.network import SocConfig
+from model.networks.soc.skew_conv import SkewConvolution
 
 TARGET = 1.1
 _IMAGES: dict[str, Any] = {"input_shape": (3, 32, 32), "num_classes": 10}

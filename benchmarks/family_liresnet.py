@@ -22,12 +22,12 @@ from benchmarks import family_peers
 from benchmarks.family_peers import Peer
 from benchmarks.report import Row, write_result
 from benchmarks.timing import interleaved
-from model import orthogonal_layers
-from model.bronet import BRONetConfig
-from model.build import build_network
-from model.config import NetworkConfig
-from model.liresnet import LiResNetConfig
-from model.regularised import RegularisedConvolution
+from model.networks.config import NetworkConfig
+from model.networks.liresnet import layers
+from model.networks.liresnet.bronet import BRONetConfig
+from model.networks.liresnet.free_conv import RegularisedConvolution
+from model.networks.liresnet.liresnet import LiResNetConfig
+from model.networks.registry import build_network
 
 _SIZES = {"input_shape": (3, 32, 32), "num_classes": 10, "dense_layers": 8}
 
@@ -44,7 +44,7 @@ def _free_of_charge() -> Iterator[None]:
         return kernel.new_ones(())
 
     with (
-        mock.patch.object(orthogonal_layers, "orthonormal_rows", _stored),
+        mock.patch.object(layers, "orthonormal_rows", _stored),
         mock.patch.object(RegularisedConvolution, "_estimate", no_estimate),
     ):
         yield

@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.report import Row, write_result
 from benchmarks.timing import interleaved
-from model import skew
-from model.build import build_network
-from model.skew import SkewConvolution, fast_series, series
-from model.soc import SocConfig
+from model.networks.registry import build_network
+from model.networks.soc import skew_conv
+from model.networks.soc.network import SocConfig
+from model.networks.soc.skew_conv import SkewConvolution, fast_series, series
 
 # Channels, side of the image and of the filter: one layer of each stage of LipConvnet-20.
 _LAYERS = ((32, 32, 3), (64, 16, 3), (128, 8, 3), (256, 4, 3), (2048, 1, 1))
@@ -35,7 +35,7 @@ def _compare(work: Callable[[], torch.Tensor], device: torch.device, repeats: in
 
     def with_series(function: object) -> Callable[[], None]:
         def step() -> None:
-            with mock.patch.object(skew, "fast_series", function):
+            with mock.patch.object(skew_conv, "fast_series", function):
                 _step(work)()
 
         return step

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.report import Row, write_result
 from benchmarks.timing import interleaved
-from model.distance import PowerMean, RankedSum, Reduction, distance
-from model.sortnet import SortNetConfig
+from model.networks.linf.distance import PowerMean, RankedSum, Reduction, distance
+from model.networks.linf.sortnet import SortNetConfig
 
 BATCH, WIDTH, POWER = 128, 1024, 8.0
 SORTED = SortNetConfig(input_shape=(1, 1, 1), num_classes=2, width=1, depth=2, keep=0.85)

@@ -33,9 +33,9 @@ from jobs.schedule import Scheduler
 from jobs.schedule_config import ScheduleConfig
 from jobs.shard_task import ArtifactTask, exact_program, forget, in_program, shard_tasks
 from jobs.submit import Processes
-from model.artifact import write_artifact
-from model.build import build_network
-from model.config import LipNeXtConfig
+from model.artifact.artifact import write_artifact
+from model.networks.config import LipNeXtConfig
+from model.networks.registry import build_network
 from pipeline.tracking import Server, TrackingConfig, now_ms
 from pipeline.tracking_watch import Watch
 

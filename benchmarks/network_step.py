@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from benchmarks.optimizer_step import AUDIT, LOOKAHEAD, LR, POLAR, Manifold, Problem, Work
 from benchmarks.report import Row, write_result
 from benchmarks.timing import interleaved
-from model import elementwise
-from model.build import build_network
-from model.config import LipNeXtConfig
-from model.layers import Block
+from model.networks.config import LipNeXtConfig
+from model.networks.lipnext import ops
+from model.networks.lipnext.layers import Block
+from model.networks.registry import build_network
 from pipeline.config import LossConfig
 from pipeline.objective import Objective
 from pipeline.schedules import Moment
@@ -195,17 +195,17 @@ def kernel_rows(setting: Setting, repeats: int) -> list[Row]:
     moved = 4 * config.shifted_channels / setting.width
     work: dict[str, tuple[Work, float]] = {
         "copy": (lambda: other.copy_(x), 2 * x.nbytes),
-        "shift": (lambda: elementwise.shift_(x, config.shifted_channels), 2 * moved * x.nbytes),
+        "shift": (lambda: ops.shift_(x, config.shifted_channels), 2 * moved * x.nbytes),
         "shift back": (
-            lambda: elementwise.shift_(x, config.shifted_channels, back=True),
+            lambda: ops.shift_(x, config.shifted_channels, back=True),
             2 * moved * x.nbytes,
         ),
         "beta-Abs": (
-            lambda: elementwise.fold_(rows, folded, keep=True),
+            lambda: ops.fold_(rows, folded, keep=True),
             2 * folded / setting.width * x.nbytes + signs.nbytes,
         ),
         "gradient of beta-Abs and bias": (
-            lambda: elementwise.unfold(rows, signs),
+            lambda: ops.unfold(rows, signs),
             2 * x.nbytes + signs.nbytes,
         ),
     }

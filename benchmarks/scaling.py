@@ -15,7 +15,7 @@ import tyro
 from benchmarks.calibrate import measure
 from benchmarks.processes import in_ranks
 from benchmarks.report import Row, write_result
-from model.config import LipNeXtConfig
+from model.networks.config import LipNeXtConfig
 from optim.config import OptimConfig
 from pipeline.config import ClusterConfig, LossConfig, RunConfig, TrainConfig
 from pipeline.estimate import estimate

@@ -22,9 +22,9 @@ from data_shards.streaming.sample_reader import ShardBatch, read_shard
 from jobs.config import EvaluationConfig
 from jobs.records import AttackScores, EvaluationError, ShardRecords
 from jobs.shard_task import ArtifactTask, ShardTask, in_program
-from model.attack import apgd, apgd_targeted, pgd
-from model.eps import eps_value
-from model.rounding import FLOAT32, FLOAT64
+from model.attacks import apgd, apgd_targeted, pgd
+from model.certification.eps import eps_value
+from model.certification.rounding import FLOAT32, FLOAT64
 
 INSIDE = 1 - 1e-6
 """Share of a radius that is searched: rounding cannot carry a point out of the open ball."""
@@ -35,7 +35,7 @@ class Suite:
     """Attacks that are tried in this order on the samples that still hold."""
 
     methods: Mapping[str, Callable[..., Tensor]]
-    """Functions of model.attack by name."""
+    """Functions of model.attacks by name."""
     steps: int
     """Gradient steps of a run."""
     restarts: int = 1

@@ -13,9 +13,9 @@ from pydantic import TypeAdapter
 
 from data_shards.format.index import ShardIndex
 from jobs.records import ColumnScores
-from model.artifact import ArtifactInfo, head_rule
-from model.contract import LipschitzBound
-from model.lipschitz import MatrixBound
+from model.artifact.artifact import ArtifactInfo, head_rule
+from model.certification.matrix_bounds import MatrixBound
+from model.networks.base import LipschitzBound
 
 SCHEMA = "certified-radius/1"
 PERTURBATION = "exact real norm, any real vector"

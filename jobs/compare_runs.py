@@ -22,7 +22,7 @@ from data_shards.format.index import load_index
 from data_shards.storage.store import Store
 from jobs.compare_config import CompareConfig
 from jobs.records import EvaluationError, EvaluationSummary
-from model.artifact import ArtifactInfo, parameter_shapes, read_info
+from model.artifact.artifact import ArtifactInfo, parameter_shapes, read_info
 
 logger = logging.getLogger(__name__)
 

@@ -35,12 +35,12 @@ from jobs.records import (
     scores,
 )
 from jobs.shard_task import ArtifactTask, exact_program, forget, matrix_tasks, shard_tasks
-from model.artifact import ArtifactInfo, read_info, read_without_parameters
-from model.contract import LipschitzBound
-from model.eps import check_reach
-from model.lipschitz import MatrixBound
-from model.observed import refute
-from model.rounding import PROGRAMS
+from model.artifact.artifact import ArtifactInfo, read_info, read_without_parameters
+from model.certification.eps import check_reach
+from model.certification.matrix_bounds import MatrixBound
+from model.certification.rounding import PROGRAMS
+from model.empirical_lipschitz import refute
+from model.networks.base import LipschitzBound
 
 CERTIFICATE, SAMPLES, SUMMARY = "certificate.json", "samples.parquet", "summary.json"
 FIGURE, HISTOGRAM, LAYERS = "cra.png", "radius.png", "bounds.png"

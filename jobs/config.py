@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from model.eps import check_table
+from model.certification.eps import check_table
 from pipeline.tracking import TrackingConfig
 
 _USUAL = {

@@ -21,7 +21,7 @@ from data_shards.storage.store import Store
 from jobs.compute import CERTIFICATE, SAMPLES, SUMMARY
 from jobs.gate_rule import Bits, Rule
 from jobs.records import EvaluationError, EvaluationSummary
-from model.eps import eps_value
+from model.certification.eps import eps_value
 
 FILES = (CERTIFICATE, SAMPLES, SUMMARY)
 VERIFY_TIMEOUT_S = 6 * 3600.0

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pydantic
 from scipy.stats import binomtest
 
-from model.eps import eps_value
+from model.certification.eps import eps_value
 
 MISSED_FORGERY = 1e-3
 """Largest probability that a forgery which decided the comparison is not met."""

@@ -33,10 +33,10 @@ from jobs.promotion import rule_of
 from jobs.records import EvaluationError
 from jobs.serving import SoundPredictor
 from jobs.shard_task import ArtifactTask, matrix_tasks
-from model.artifact import ArtifactInfo
-from model.eps import eps_value
+from model.artifact.artifact import ArtifactInfo
+from model.certification.eps import eps_value
+from model.certification.matrix_bounds import MatrixBound
 from model.errors import ModelError
-from model.lipschitz import MatrixBound
 from pipeline.tracking import TrackingConfig
 from pipeline.tracking_registry import Registry, RegistryError
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_shards.storage.store import Store
 from jobs.records import ShardRecords
-from model.eps import eps_value
+from model.certification.eps import eps_value
 
 PROGRESS = "progress.json"
 _WRITE_EVERY_S = 5.0

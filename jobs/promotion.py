@@ -22,7 +22,7 @@ from jobs.compute import artifact_info
 from jobs.evidence import Evidence, VerificationError
 from jobs.gate_rule import Comparison, Rule, compare, samples_to_verify
 from jobs.records import EvaluationError
-from model.artifact import WEIGHTS
+from model.artifact.artifact import WEIGHTS
 from pipeline.tracking import RunReference
 from pipeline.tracking_registry import Registry, RegistryError, Version
 

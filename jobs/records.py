@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model.eps import eps_value
+from model.certification.eps import eps_value
 from model.verify_files import CHOICES
 
 COLUMNS = ("nominal", "sound", "deployed")
@@ -60,7 +60,7 @@ class ShardRecords:
         pixels_sha256: digests of the decoded images.
         label: true classes.
         columns: certificates by column.
-        observed_lipschitz: largest constant that a gradient showed, see model.observed.
+        observed_lipschitz: largest constant that a gradient showed, see model.empirical_lipschitz.
         largest_factor: largest proved margin factor of the head.
     """
 

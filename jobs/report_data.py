@@ -11,7 +11,7 @@ from functools import cached_property
 
 from jobs.records import EvaluationSummary
 from jobs.report_cost import Cost, training_cost
-from model.eps import eps_value
+from model.certification.eps import eps_value
 from pipeline.tracking_query import Reader, TrackedModel, TrackedRun
 
 CERTIFICATE, SUMMARY = "certificate.json", "summary.json"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from jobs.records import EvaluationSummary
 from jobs.report_data import Board, Entry
-from model.eps import eps_value
+from model.certification.eps import eps_value
 
 COLORS = (
     "#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b",

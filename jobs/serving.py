@@ -12,11 +12,11 @@ from torch import Tensor
 
 from data_shards.storage.store import Store
 from jobs.records import EvaluationError
-from model.artifact import ArtifactInfo, read_artifact
-from model.certificates import Certificates, ProvedCertifier, image_norms
-from model.eps import eps_value
-from model.lipschitz import MatrixBound, tensor_digest
-from model.rounding import FLOAT64
+from model.artifact.artifact import ArtifactInfo, read_artifact
+from model.certification.eps import eps_value
+from model.certification.matrix_bounds import MatrixBound, tensor_digest
+from model.certification.rounding import FLOAT64
+from model.certify import Certificates, ProvedCertifier, image_norms
 
 _BATCH = 256
 

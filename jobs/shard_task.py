@@ -16,14 +16,20 @@ from data_shards.format.index import Shard, ShardIndex
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
 from jobs.records import COLUMNS, ColumnRecords, EvaluationError, ShardRecords
-from model.artifact import Artifact, ArtifactInfo, parameter_shapes, read_artifact, read_tensors
-from model.build import build_network
-from model.certificates import Certificates, ProvedCertifier, certify, image_norms
-from model.config import NetworkConfig
-from model.contract import CertifiedNetwork
-from model.lipschitz import MatrixBound, tensor_digest
-from model.observed import observed_lipschitz
-from model.rounding import FLOAT32, FLOAT64, PROGRAMS
+from model.artifact.artifact import (
+    Artifact,
+    ArtifactInfo,
+    parameter_shapes,
+    read_artifact,
+    read_tensors,
+)
+from model.certification.matrix_bounds import MatrixBound, tensor_digest
+from model.certification.rounding import FLOAT32, FLOAT64, PROGRAMS
+from model.certify import Certificates, ProvedCertifier, certify, image_norms
+from model.empirical_lipschitz import observed_lipschitz
+from model.networks.base import CertifiedNetwork
+from model.networks.config import NetworkConfig
+from model.networks.registry import build_network
 
 _TASK_ELEMENTS = 1 << 24
 _OBSERVED_SAMPLES = 8

@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from jobs.report_data import differing_settings
-from model.eps import eps_value
+from model.certification.eps import eps_value
 from pipeline.tracking import RunReference, TrackingConfig, ui_command
 from pipeline.tracking_query import Reader, TrackedRun, TrackingError
 from pipeline.tracking_views import (

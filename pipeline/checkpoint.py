@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from data_shards.storage.store import Store
-from model.safetensors_io import TensorSpec, write_safetensors
+from model.artifact.safetensors_io import TensorSpec, write_safetensors
 from optim.sharded import ShardedManifoldAdam
 from optim.zero_layout import Slot
 from pipeline.config import RunConfig

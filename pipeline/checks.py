@@ -27,7 +27,7 @@ from packaging.specifiers import SpecifierSet
 
 from data_shards.format.index import load_index
 from data_shards.storage.store import Store
-from model.elementwise import c_compiler
+from model.networks.lipnext.ops import c_compiler
 from pipeline.exposure import mlflow_exposure, ray_exposure
 from pipeline.tracking import connect
 

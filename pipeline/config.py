@@ -10,8 +10,8 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
 from data_shards.config import SAME_SAMPLES, StreamConfig
-from model.build import FAMILIES, AnyNetwork
-from model.eps import check_reach, check_table
+from model.certification.eps import check_reach, check_table
+from model.networks.registry import FAMILIES, AnyNetwork
 from optim.config import OptimConfig
 from pipeline.errors import PipelineError
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from data_shards.storage.store import Store
-from model.artifact import read_info
-from model.build import FAMILIES
+from model.artifact.artifact import read_info
+from model.networks.registry import FAMILIES
 from pipeline.display import Display
 from pipeline.evaluation import Evaluations
 from pipeline.events import (

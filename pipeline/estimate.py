@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from model.build import build_network
+from model.networks.registry import build_network
 from optim.manifolds import manifold_of
 from pipeline import budget
 from pipeline.budget import Component, Setting, Traffic, Weights

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from data_shards.storage.store import Store
-from model.artifact import ArtifactInfo, write_artifact
-from model.build import build_network
-from model.config import NetworkConfig
+from model.artifact.artifact import ArtifactInfo, write_artifact
+from model.networks.config import NetworkConfig
+from model.networks.registry import build_network
 from pipeline.checkpoint import Partitioned
 from pipeline.ranks import World
 

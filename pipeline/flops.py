@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from model.config import LipNeXtConfig
-from model.sortnet import SortNetConfig
+from model.networks.config import LipNeXtConfig
+from model.networks.linf.sortnet import SortNetConfig
 from pipeline.config import RunConfig
 from pipeline.rehearsal import DTYPES, rehearse
 

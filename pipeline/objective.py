@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from model.contract import CertifiedNetwork
+from model.networks.base import CertifiedNetwork
 from pipeline.config import LossConfig
 from pipeline.losses import LOSSES
 from pipeline.schedules import Moment

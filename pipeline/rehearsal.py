@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.build import build_network
+from model.networks.registry import build_network
 from pipeline.config import RunConfig
 from pipeline.objective import Objective
 from pipeline.schedules import Moment

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
-from model.safetensors_io import read_header, tensor_of
+from model.artifact.safetensors_io import read_header, tensor_of
 from optim.sharded import ShardedManifoldAdam
 from pipeline.checkpoint import COMMIT, SCHEMA_VERSION, Partitioned, held, slices
 from pipeline.errors import PipelineError

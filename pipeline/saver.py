@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
-from model.artifact import ArtifactInfo
+from model.artifact.artifact import ArtifactInfo
 from model.errors import ModelError
 from pipeline.checkpoint import (
     HostMemory,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.build import build_network
-from model.initial import initial_value
+from model.networks.init import initial_value
+from model.networks.registry import build_network
 from optim.collectives import ProcessGroupExchange
 from optim.manifolds import manifold_of
 from optim.param_groups import parameter_groups

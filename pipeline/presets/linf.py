@@ -6,8 +6,8 @@ from functools import partial
 from typing import NamedTuple
 
 from data_shards.config import StreamConfig
-from model.groupsort import GroupSortConfig
-from model.sortnet import SortNetConfig
+from model.networks.linf.groupsort import GroupSortConfig
+from model.networks.linf.sortnet import SortNetConfig
 from optim.config import OptimConfig
 from pipeline.config import (
     CheckpointConfig,

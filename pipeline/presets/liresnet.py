@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 from data_shards.config import StreamConfig
-from model.bronet import BRONetConfig
-from model.config import NetworkConfig
-from model.liresnet import LiResNetConfig
+from model.networks.config import NetworkConfig
+from model.networks.liresnet.bronet import BRONetConfig
+from model.networks.liresnet.liresnet import LiResNetConfig
 from optim.config import OptimConfig
 from pipeline.config import (
     CheckpointConfig,

@@ -5,9 +5,9 @@ from functools import partial
 from typing import Literal
 
 from data_shards.config import StreamConfig
-from model.aol import AolConfig
-from model.config import NetworkConfig
-from model.sll import SllConfig
+from model.networks.config import NetworkConfig
+from model.networks.sll.aol import AolConfig
+from model.networks.sll.network import SllConfig
 from optim.config import OptimConfig
 from pipeline.config import (
     CheckpointConfig,

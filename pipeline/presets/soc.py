@@ -5,7 +5,7 @@ from functools import partial
 from typing import Literal
 
 from data_shards.config import StreamConfig
-from model.soc import SocConfig
+from model.networks.soc.network import SocConfig
 from optim.config import OptimConfig
 from pipeline.config import (
     CheckpointConfig,

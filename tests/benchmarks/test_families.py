@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import families, family_peers
 from benchmarks.family_peers import Peer
-from model import sortnet
+from model.networks.linf import sortnet
 
 SOURCE = """
 import absent_module
@@ -39,7 +39,7 @@ def test_a_peer_may_have_modules_of_our_names(tmp_path):
     peer = Peer("owner/net", build, absent=("absent_module",))
     assert len(family_peers.commit(tmp_path, peer)) >= 7
     forward = family_peers.load(tmp_path, peer)
-    assert sys.modules["model.sortnet"] is sortnet
+    assert sys.modules["model.networks.linf.sortnet"] is sortnet
     assert not str(sys.modules["model"].__file__).startswith(str(tmp_path))
     assert "absent_module" not in sys.modules
     pair = families.Pair("layer", (2, 4, 8, 8), lambda: lambda x: x.square().sum(), peer)

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.build import computed, resident, run_of
 from benchmarks.calibrate import measure
 from benchmarks.scaling import Setup, in_ranks, predicted, volume_rows
-from model.groupsort import GroupSortConfig
+from model.networks.linf.groupsort import GroupSortConfig
 from pipeline.config import ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.measured import Measured

@@ -12,9 +12,9 @@ from mlflow import MlflowClient
 from data_shards.format.index import load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
-from model.artifact import read_artifact
-from model.attack import apgd, margins
-from model.certificates import certify
+from model.artifact.artifact import read_artifact
+from model.attacks import apgd, margins
+from model.certify import certify
 from tests.end_to_end.conftest import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]

@@ -5,9 +5,9 @@ import pytest
 from data_shards.sources import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
-from model.artifact import write_artifact
-from model.build import build_network
-from model.config import LipNeXtConfig
+from model.artifact.artifact import write_artifact
+from model.networks.config import LipNeXtConfig
+from model.networks.registry import build_network
 
 NETWORK = LipNeXtConfig(input_shape=(3, 8, 8), num_classes=4, patch=2, width=16, depth=1)
 

@@ -17,8 +17,8 @@ from data_shards.write import write_shard_set
 from jobs.evaluate_cra import evaluate
 from jobs.gate_rule import Rule
 from jobs.serving import SoundPredictor
-from model.artifact import write_artifact
-from model.build import build_network
+from model.artifact.artifact import write_artifact
+from model.networks.registry import build_network
 from pipeline.tracking import TrackingConfig
 from pipeline.tracking_registry import Registry
 from tests.jobs.conftest import NETWORK

@@ -6,8 +6,8 @@ from pathlib import Path
 from data_shards.storage.store import Store as Folder
 from jobs.compute import artifact_info, evaluation_key
 from jobs.schedule_config import ScheduleConfig
-from model.artifact import write_artifact
-from model.build import build_network
+from model.artifact.artifact import write_artifact
+from model.networks.registry import build_network
 from pipeline.tracking import Server, TrackingConfig, now_ms
 from pipeline.tracking_watch import Watch
 from tests.jobs.conftest import NETWORK

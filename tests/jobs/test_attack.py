@@ -21,9 +21,9 @@ from jobs.config import EvaluationConfig
 from jobs.evaluate_cra import evaluate
 from jobs.records import EvaluationError, merge
 from jobs.shard_task import ArtifactTask, forget, shard_tasks
-from model.artifact import read_info
-from model.certificates import ProvedCertifier
-from model.eps import eps_value
+from model.artifact.artifact import read_info
+from model.certification.eps import eps_value
+from model.certify import ProvedCertifier
 
 EPS = ("36/255", "1/255", "255/255")
 

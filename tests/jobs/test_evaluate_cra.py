@@ -19,7 +19,7 @@ from jobs.config import EvaluationConfig
 from jobs.evaluate_cra import evaluate, main
 from jobs.records import EvaluationError, EvaluationSummary
 from jobs.shard_task import ArtifactTask, matrix_tasks, shard_tasks
-from model.certificates import certify
+from model.certify import certify
 
 COLUMNS = ("nominal", "sound", "deployed")
 

@@ -19,7 +19,7 @@ from jobs.records import (
     EvaluationSummary,
     LayerRow,
 )
-from model.eps import eps_value
+from model.certification.eps import eps_value
 
 RATIOS = ("36/255", "72/255", "108/255", "255/255")
 RNG = np.random.default_rng(0)

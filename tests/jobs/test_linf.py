@@ -8,12 +8,12 @@ import torch
 from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
 from jobs.records import EvaluationError
-from model.artifact import write_artifact
-from model.build import build_network
-from model.contract import LipschitzBound
+from model.artifact.artifact import write_artifact
 from model.errors import ModelError
-from model.groupsort import GroupSortConfig
-from model.sortnet import SortNet, SortNetConfig
+from model.networks.base import LipschitzBound
+from model.networks.linf.groupsort import GroupSortConfig
+from model.networks.linf.sortnet import SortNet, SortNetConfig
+from model.networks.registry import build_network
 
 SHAPE = {"input_shape": (3, 8, 8), "num_classes": 4}
 SORTNET = SortNetConfig(**SHAPE, width=12, depth=2, keep=0.7, input_scale=2.0)

@@ -12,7 +12,7 @@ from jobs.pictures import find_pictures, prepare
 from jobs.predict import FIELDS, PredictConfig, main, predict
 from jobs.records import EvaluationError
 from jobs.serving import SoundPredictor
-from model.lipschitz import matrix_bound
+from model.certification.matrix_bounds import matrix_bound
 from tests.jobs.conftest import NETWORK
 
 SHAPE = NETWORK.input_shape

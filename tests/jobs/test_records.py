@@ -16,7 +16,7 @@ from jobs.records import (
     samples_parquet,
     scores,
 )
-from model.eps import eps_value
+from model.certification.eps import eps_value
 
 
 def part(shard, keys, label, prediction, radius):

@@ -23,8 +23,8 @@ from data_shards.sources.base import Source, encode_png
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from model import verify_numpy as derive
-from model.artifact import write_artifact
-from model.config import LipNeXtConfig
+from model.artifact.artifact import write_artifact
+from model.networks.config import LipNeXtConfig
 from model.verify import COLUMNS, main
 from tests.model.small_networks import trained_like
 

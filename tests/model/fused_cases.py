@@ -9,8 +9,8 @@ import sys
 
 import torch
 
-from model import elementwise, fused
-from model.layers import Block
+from model.networks.lipnext import ops, triton_kernels
+from model.networks.lipnext.layers import Block
 from tests.model.small_networks import filled, tiny_config
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -37,8 +37,8 @@ def check_shift(shape, dtype, device):
     x = values(*grid, width, dtype=dtype, device=device)
     for back in (False, True):
         found, expected = x.clone(), x.cpu()
-        fused.shift_(found, shifted, back=back)
-        assert same(found.cpu(), elementwise.shift_(expected.clone(), shifted, back=back))
+        triton_kernels.shift_(found, shifted, back=back)
+        assert same(found.cpu(), ops.shift_(expected.clone(), shifted, back=back))
         assert torch.equal(found, x) == (grid[1:] == (1, 1) or not shifted)
 
 
@@ -48,9 +48,9 @@ def check_fold(shape, dtype, device):
     for folded in {0, 2 * shifted, width}:
         mine, theirs, silent = x.clone(), x.to("cpu", copy=True), x.clone()
         signs = torch.empty(len(x), folded, dtype=torch.int8, device=device)
-        fused.fold_(mine, folded, signs)
-        fused.fold_(silent, folded, None)
-        expected = elementwise.fold_(theirs, folded, keep=True)
+        triton_kernels.fold_(mine, folded, signs)
+        triton_kernels.fold_(silent, folded, None)
+        expected = ops.fold_(theirs, folded, keep=True)
         assert same(mine.cpu(), theirs)
         assert same(silent.cpu(), theirs)
         assert torch.equal(signs.cpu(), expected)
@@ -59,8 +59,8 @@ def check_fold(shape, dtype, device):
 
 def check_unfold(gradient, signs):
     """Products bit for bit; sums to the accuracy of their type."""
-    out, sums = fused.unfold(gradient, signs)
-    plain, _ = elementwise.unfold(gradient.cpu(), signs.cpu())
+    out, sums = triton_kernels.unfold(gradient, signs)
+    plain, _ = ops.unfold(gradient.cpu(), signs.cpu())
     assert same(out.cpu(), plain)
     exact = plain.double()
     wide = torch.promote_types(plain.dtype, torch.float32)
@@ -83,14 +83,14 @@ def check_block(fold, dtype, device):
     x = values(3, 3, 5, 20, dtype=dtype, device=device).clamp(-3, 3)
     x = x.transpose(1, 2).contiguous().transpose(1, 2)
     gradient = x.flip(0)
-    choice = elementwise.uses_kernels
+    choice = ops.uses_kernels
     try:
-        elementwise.uses_kernels = lambda _: True
+        ops.uses_kernels = lambda _: True
         found = block_and_gradients(block, x, gradient)
-        elementwise.uses_kernels = lambda _: False
+        ops.uses_kernels = lambda _: False
         expected = block_and_gradients(block, x, gradient)
     finally:
-        elementwise.uses_kernels = choice
+        ops.uses_kernels = choice
     names = ["out", "x", *dict(block.named_parameters())]
     for name, mine, theirs in zip(names, found, expected, strict=True):
         # The gradient of the bias alone is added up in another order.

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from model.build import build_network
-from model.config import LipNeXtConfig, NetworkConfig
-from model.contract import CertifiedNetwork
-from model.initial import initial_value
+from model.networks.base import CertifiedNetwork
+from model.networks.config import LipNeXtConfig, NetworkConfig
+from model.networks.init import initial_value
+from model.networks.registry import build_network
 
 
 def tiny_config(**changes) -> LipNeXtConfig:

@@ -7,9 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from model.artifact import parameter_shapes, read_artifact, read_info, write_artifact
+from model.artifact.artifact import parameter_shapes, read_artifact, read_info, write_artifact
+from model.artifact.safetensors_io import TensorSpec, read_header, tensor_of, write_safetensors
 from model.errors import ModelError
-from model.safetensors_io import TensorSpec, read_header, tensor_of, write_safetensors
 from optim.manifolds import ORTHOGONAL
 from tests.model.small_networks import tiny_config, trained_like
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from model.attack import (
+from model.attacks import (
     Balls,
     apgd,
     apgd_targeted,
@@ -209,7 +209,7 @@ def test_refuses(attack, changes, message):
 
 def test_the_library_is_imported_on_use_only_and_quietly():
     code = (
-        "import sys, torch, model.attack as a; assert 'foolbox' not in sys.modules;"
+        "import sys, torch, model.attacks as a; assert 'foolbox' not in sys.modules;"
         "n = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval();"
         "a.pgd(n, torch.zeros(1, 1, 2, 2), torch.tensor([0]), torch.ones(1), steps=1);"
         "assert 'foolbox' in sys.modules"

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.layers import Block
+from model.networks.lipnext.layers import Block
 from tests.model.small_networks import filled, tiny_config
 
 WIDTH = 20
@@ -177,8 +177,8 @@ def test_kernels_equal_the_operators_in_the_interpreter():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_kernels_equal_the_operators_on_the_device():
     pytest.importorskip("triton")
-    from model import elementwise
+    from model.networks.lipnext import ops
     from tests.model import fused_cases
 
-    assert elementwise.uses_kernels(torch.empty(0, device="cuda"))
+    assert ops.uses_kernels(torch.empty(0, device="cuda"))
     assert fused_cases.check_all("cuda") > 30

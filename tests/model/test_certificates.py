@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from model.certificates import STANDARD_EPS, certify, cra
+from model.certification.radii import feature_radius
+from model.certify import STANDARD_EPS, certify, cra
 from model.errors import ModelError
-from model.head import pairwise_distances
-from model.radii import feature_radius
+from model.networks.head import pairwise_distances
 
 
 def test_radius_of_a_linear_classifier_is_the_distance_to_its_boundary(generator):

@@ -5,20 +5,20 @@ import math
 import pytest
 import torch
 
-from model.aol import AolConfig
-from model.attack import apgd, margins
-from model.bronet import BRONetConfig
-from model.build import build_network, parameter_count
-from model.certificates import certify
+from model.attacks import apgd, margins
+from model.certification.rounding import FLOAT32, FLOAT64
+from model.certify import certify
+from model.empirical_lipschitz import observed_lipschitz, refute
 from model.errors import ModelError
-from model.groupsort import GroupSortConfig
-from model.initial import KINDS
-from model.liresnet import LiResNetConfig
-from model.observed import observed_lipschitz, refute
-from model.rounding import FLOAT32, FLOAT64
-from model.sll import SllConfig
-from model.soc import SocConfig
-from model.sortnet import SortNetConfig
+from model.networks.init import KINDS
+from model.networks.linf.groupsort import GroupSortConfig
+from model.networks.linf.sortnet import SortNetConfig
+from model.networks.liresnet.bronet import BRONetConfig
+from model.networks.liresnet.liresnet import LiResNetConfig
+from model.networks.registry import build_network, parameter_count
+from model.networks.sll.aol import AolConfig
+from model.networks.sll.network import SllConfig
+from model.networks.soc.network import SocConfig
 from optim.manifolds import manifold_of
 from tests.model.small_networks import tiny_config, trained_like
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import distance as module
-from model.distance import PowerMean, RankedSum, Subsets, distance, largest
+from model.networks.linf import distance as module
+from model.networks.linf.distance import PowerMean, RankedSum, Subsets, distance, largest
 
 COEFFICIENTS = (0.5, 0.25, 0.15)
 

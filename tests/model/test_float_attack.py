@@ -10,9 +10,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from model.attack import apgd, margins
-from model.certificates import ProvedCertifier, certify
-from model.rounding import FLOAT32, FLOAT64
+from model.attacks import apgd, margins
+from model.certification.rounding import FLOAT32, FLOAT64
+from model.certify import ProvedCertifier, certify
 from tests.model.small_networks import tiny_config, trained_like
 
 # One token of as many channels as there are pixels: margins are piecewise linear in the pixels,

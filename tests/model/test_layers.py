@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from model.head import Head, pairwise_distances
-from model.layers import Block, Stem, beta_abs, l2_pool, shift, space_to_depth
+from model.networks.head import Head, pairwise_distances
+from model.networks.lipnext.layers import Block, Stem, beta_abs, l2_pool, shift, space_to_depth
 from optim.manifolds import ORTHOGONAL
 from tests.model.small_networks import tiny_config
 

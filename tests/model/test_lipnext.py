@@ -4,10 +4,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from model.build import build_network, parameter_count
-from model.config import LipNeXtConfig
 from model.errors import ModelError
-from model.initial import initial_value
+from model.networks.config import LipNeXtConfig
+from model.networks.init import initial_value
+from model.networks.registry import build_network, parameter_count
 from optim.manifolds import ORTHOGONAL, manifold_of
 from pipeline.presets import run_preset
 from pipeline.presets.lipnext import PRESETS

@@ -4,11 +4,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from model.bronet import BRONetConfig
-from model.build import build_network, parameter_count
-from model.certificates import certify
+from model.certify import certify
 from model.errors import ModelError
-from model.liresnet import LiResNetConfig
+from model.networks.liresnet.bronet import BRONetConfig
+from model.networks.liresnet.liresnet import LiResNetConfig
+from model.networks.registry import build_network, parameter_count
 from pipeline.presets import run_preset
 from pipeline.presets.liresnet import PRESETS
 from tests.model.small_networks import trained_like

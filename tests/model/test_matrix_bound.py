@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.certification.matrix_bounds import matrix_bound, tensor_digest
+from model.certification.rounding import U64, gamma
 from model.errors import ModelError
-from model.lipschitz import matrix_bound, tensor_digest
-from model.rounding import U64, gamma
 from optim.manifolds import ORTHOGONAL
 
 KINDS = ("plain", "orthogonal", "near", "rank_one", "zero", "ill", "equal", "sparse", "integers")

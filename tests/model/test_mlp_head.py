@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from model.build import build_network
-from model.certificates import ProvedCertifier
+from model.certification.radii import feature_radius
+from model.certification.rounding import FLOAT32, FLOAT64, Carried
+from model.certify import ProvedCertifier
 from model.errors import ModelError
-from model.mlp_head import MLPHead, weighted_norm
-from model.radii import feature_radius
-from model.rounding import FLOAT32, FLOAT64, Carried
-from model.soc import SocConfig
+from model.networks.registry import build_network
+from model.networks.soc.mlp_head import MLPHead, weighted_norm
+from model.networks.soc.network import SocConfig
 from tests.model.small_networks import trained_like
 
 
@@ -47,7 +47,7 @@ def test_slopes_and_curvature_are_those_of_autograd(generator):
 def test_the_three_curvature_bounds_are_ordered_and_the_smallest_is_taken(monkeypatch):
     head = made(features=6, hidden=20, classes=3)
     fine = head.curvature_bounds()
-    monkeypatch.setattr("model.mlp_head._PAIRWISE_WORK", 0)
+    monkeypatch.setattr("model.networks.soc.mlp_head._PAIRWISE_WORK", 0)
     coarse = head.curvature_bounds()
     assert (fine <= coarse).all()
     assert (fine < coarse).any()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.errors import ModelError
-from model.layers import l2_pool
+from model.networks.lipnext.layers import l2_pool
 from tests.model.small_networks import tiny_config, trained_like
 
 EYE_16 = torch.eye(16, dtype=torch.float64).reshape(16, 1, 4, 4)

@@ -6,14 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.definite import proved_least, proved_norm
+from model.certification.conv_bounds import convolve, kernel_bound, power_pair
+from model.certification.eigen_bounds import proved_least, proved_norm
+from model.certification.rounding import FLOAT32, FLOAT64
 from model.errors import ModelError
-from model.kernel_bound import convolve, kernel_bound, power_pair
-from model.orthogonal_layers import CholeskyDense, DenseReflection, ReflectionConvolution
-from model.orthogonal_parts import entry_error, orthonormal_rows, regularised_gram, rows_error
-from model.regularised import LinearResidual, RegularisedConvolution
-from model.rounding import FLOAT32, FLOAT64
-from model.spectrum import images_of, spectrum
+from model.networks.liresnet.cholesky import (
+    entry_error,
+    orthonormal_rows,
+    regularised_gram,
+    rows_error,
+)
+from model.networks.liresnet.fft import images_of, spectrum
+from model.networks.liresnet.free_conv import LinearResidual, RegularisedConvolution
+from model.networks.liresnet.layers import CholeskyDense, DenseReflection, ReflectionConvolution
 from tests.model.small_networks import filled
 
 TYPES = [torch.float64, torch.complex128]
@@ -122,7 +127,7 @@ GEOMETRIES = [(5, 3, 5, 2, 2, (9, 8)), (4, 4, 3, 1, 1, (5, 6)), (6, 2, 4, 4, 0, 
 @pytest.mark.parametrize("whole", [2048, 0])
 def test_kernel_bound_is_above_and_close(generator, geometry, whole, monkeypatch):
     outputs, inputs, side, stride, padding, shape = geometry
-    monkeypatch.setattr("model.kernel_bound._WHOLE", whole)
+    monkeypatch.setattr("model.certification.conv_bounds._WHOLE", whole)
     kernel = random(generator, outputs, inputs, side, side) / 4
     how = {"stride": stride, "padding": padding}
     basis = torch.eye(inputs * shape[0] * shape[1], dtype=torch.float64)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from model.pairs import Householder, MaxMin, MaxPool, ProjectionPool
-from model.rounding import BFLOAT16, FLOAT32, FLOAT64, Carried
+from model.certification.rounding import BFLOAT16, FLOAT32, FLOAT64, Carried
+from model.networks.soc.activations import Householder, MaxMin, MaxPool, ProjectionPool
 
 MODULES = {
     "maxmin": MaxMin,

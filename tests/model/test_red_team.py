@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from model.build import build_network
-from model.certificates import ProvedCertifier, certify, image_norms
-from model.contract import LipschitzBound
+from model.certification.rounding import FLOAT64
+from model.certify import ProvedCertifier, certify, image_norms
+from model.empirical_lipschitz import observed_lipschitz, refute
 from model.errors import ModelError
-from model.lipnext import LipNeXt
-from model.observed import observed_lipschitz, refute
-from model.rounding import FLOAT64
+from model.networks.base import LipschitzBound
+from model.networks.lipnext.network import LipNeXt
+from model.networks.registry import build_network
 from tests.model.small_networks import tiny_config, trained_like
 
 CONFIG = tiny_config(width=32, depth=3, num_classes=5)

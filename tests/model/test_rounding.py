@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.build import build_network
-from model.certificates import ProvedCertifier, image_norms
+from model.certification.rounding import BFLOAT16, FLOAT32, FLOAT64, gamma
+from model.certify import ProvedCertifier, image_norms
 from model.errors import ModelError
-from model.rounding import BFLOAT16, FLOAT32, FLOAT64, gamma
+from model.networks.registry import build_network
 from tests.model.small_networks import tiny_config, trained_like
 
 CONFIGS = {

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from model.aol import AolConfig
-from model.build import build_network, parameter_count
+from model.certification.rounding import BFLOAT16, FLOAT32, FLOAT64, Carried
 from model.errors import ModelError
-from model.initial import initial_value
-from model.rescaled import gram, norm_bound, norm_estimate, row_sums
-from model.rounding import BFLOAT16, FLOAT32, FLOAT64, Carried
-from model.sll import SllConfig
-from model.sll_layers import AlmostOrthogonal, Residual, max_min
+from model.networks.init import initial_value
+from model.networks.registry import build_network, parameter_count
+from model.networks.sll.aol import AolConfig
+from model.networks.sll.layers import AlmostOrthogonal, Residual, max_min
+from model.networks.sll.network import SllConfig
+from model.networks.sll.scaling import gram, norm_bound, norm_estimate, row_sums
 from pipeline.presets import run_preset
 from tests.model.small_networks import trained_like
 

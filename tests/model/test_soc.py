@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from data_shards.storage.store import Store
-from model.artifact import read_without_parameters, write_artifact
-from model.build import build_network, parameter_count
-from model.rounding import FLOAT32, FLOAT64, Carried
-from model.skew import (
+from model.artifact.artifact import read_without_parameters, write_artifact
+from model.certification.rounding import FLOAT32, FLOAT64, Carried
+from model.networks.registry import build_network, parameter_count
+from model.networks.soc.network import SocConfig
+from model.networks.soc.skew_conv import (
     SkewConvolution,
     fast_series,
     kernel_bound,
@@ -21,7 +22,6 @@ from model.skew import (
     skew,
     transposed,
 )
-from model.soc import SocConfig
 from optim.manifolds import manifold_of
 
 SMALL = {"input_shape": (1, 4, 4), "num_classes": 3, "stages": 2, "width": 4}

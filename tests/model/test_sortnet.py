@@ -7,14 +7,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from model.build import build_network, parameter_count
-from model.certificates import ProvedCertifier, certify, image_norms
-from model.distance import Subsets
+from model.certification.rounding import BFLOAT16, FLOAT32, FLOAT64
+from model.certify import ProvedCertifier, certify, image_norms
+from model.empirical_lipschitz import observed_lipschitz, refute
 from model.errors import ModelError
-from model.groupsort import GroupSortConfig, bounded_rows, group_sort, row_distances
-from model.observed import observed_lipschitz, refute
-from model.rounding import BFLOAT16, FLOAT32, FLOAT64
-from model.sortnet import SampledCentering, SortNetConfig
+from model.networks.linf.distance import Subsets
+from model.networks.linf.groupsort import GroupSortConfig, bounded_rows, group_sort, row_distances
+from model.networks.linf.sortnet import SampledCentering, SortNetConfig
+from model.networks.registry import build_network, parameter_count
 from pipeline.presets import run_preset
 from tests.model.small_networks import trained_like
 

@@ -4,8 +4,8 @@ import mpmath
 import pytest
 import torch
 
-from model.rounding import BFLOAT16, FLOAT32, FLOAT64, Carried
-from model.tanh_head import TanhHead
+from model.certification.rounding import BFLOAT16, FLOAT32, FLOAT64, Carried
+from model.networks.linf.tanh_head import TanhHead
 
 
 def made(features=2, hidden=12, classes=4, *, seed=0, size=2.0):
@@ -136,7 +136,7 @@ def test_rates_are_the_falls_over_the_radius_in_parts_as_in_one(generator, monke
     labels = torch.randint(4, (7,), generator=generator)
     gradients = []
     for elements in (1 << 26, 80):
-        monkeypatch.setattr("model.tanh_head._ELEMENTS", elements)
+        monkeypatch.setattr("model.networks.linf.tanh_head._ELEMENTS", elements)
         h = points.clone().requires_grad_()
         logits, rates = head(h, labels, 0.3)
         torch.testing.assert_close(logits, head(h)[0])

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from model import verify_numpy
-from model.build import build_network
-from model.certificates import ProvedCertifier, image_norms
-from model.config import LipNeXtConfig
+from model.certification.rounding import FLOAT32, FLOAT64
+from model.certify import ProvedCertifier, image_norms
 from model.errors import ModelError
-from model.rounding import FLOAT32, FLOAT64
+from model.networks.config import LipNeXtConfig
+from model.networks.registry import build_network
 
 UP, DOWN = 2.0**126, 2.0**-126
 

@@ -17,8 +17,8 @@ from data_shards.sources import digits, synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import main as evaluate
-from model.artifact import write_artifact
-from model.config import LipNeXtConfig
+from model.artifact.artifact import write_artifact
+from model.networks.config import LipNeXtConfig
 from model.verify import COLUMNS, FIELDS, count_greater, main
 from tests.model.certificate_maker import (
     CERTIFICATE,

@@ -6,13 +6,13 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from model.centering import Centering
-from model.config import STRICT, NetworkConfig
-from model.contract import CertifiedNetwork, LipschitzBound
-from model.head import Head
-from model.initial import set_initial
-from model.lipschitz import Matrices
-from model.rounding import Carried, Program, gamma
+from model.certification.matrix_bounds import Matrices
+from model.certification.rounding import Carried, Program, gamma
+from model.networks.base import CertifiedNetwork, LipschitzBound
+from model.networks.centering import Centering
+from model.networks.config import STRICT, NetworkConfig
+from model.networks.head import Head
+from model.networks.init import set_initial
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

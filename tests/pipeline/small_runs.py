@@ -12,7 +12,7 @@ import torch
 
 from data_shards.sources import digits
 from data_shards.write import write_shard_set
-from model.config import LipNeXtConfig
+from model.networks.config import LipNeXtConfig
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
 from pipeline import worker

@@ -9,10 +9,10 @@ from pydantic import TypeAdapter
 
 from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
-from model.artifact import read_artifact
-from model.build import FAMILIES, Family, build_network
-from model.initial import KINDS
-from model.observed import observed_lipschitz, refute
+from model.artifact.artifact import read_artifact
+from model.empirical_lipschitz import observed_lipschitz, refute
+from model.networks.init import KINDS
+from model.networks.registry import FAMILIES, Family, build_network
 from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from pipeline.config import RunConfig

@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from model.build import build_network
-from model.groupsort import GroupSortConfig
+from model.networks.linf.groupsort import GroupSortConfig
+from model.networks.registry import build_network
 from pipeline.config import ClusterConfig, RunConfig, TrainConfig
 from pipeline.events import Metrics, Started
 from pipeline.flops import measured_flops, peak_flops, training_flops

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.config import LipNeXtConfig
+from model.networks.config import LipNeXtConfig
 from optim.config import OptimConfig
 from pipeline import budget
 from pipeline.config import TrainConfig, ZeroConfig

@@ -13,8 +13,8 @@ from data_shards.format.index import load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream
-from model.artifact import read_artifact
-from model.build import build_network
+from model.artifact.artifact import read_artifact
+from model.networks.registry import build_network
 from optim.config import OptimConfig
 from optim.manifolds import ORTHOGONAL, manifold_of
 from optim.param_groups import parameter_groups

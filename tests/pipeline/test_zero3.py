@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-import model.layers
-from model.build import build_network
+import model.networks.lipnext.layers
+from model.networks.registry import build_network
 from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from pipeline.config import TrainConfig, ZeroConfig
@@ -52,7 +52,7 @@ CASES = {
 
 def train_partitioned(rank, world_size, names):
     """Train every case; returns per case this rank's slices of the masters."""
-    model.layers.fold_ = smooth_fold_
+    model.networks.lipnext.layers.fold_ = smooth_fold_
     results = {}
     with rank_world(rank, world_size) as world:
         for name in names:
@@ -86,8 +86,8 @@ def train_partitioned(rank, world_size, names):
 
 def train_reference(config, monkeypatch):
     """The same training on one process in float64, with the operators that autograd knows."""
-    monkeypatch.setattr(model.layers, "beta_abs", smooth_abs)
-    monkeypatch.setattr(model.layers.Block, "plain", True)
+    monkeypatch.setattr(model.networks.lipnext.layers, "beta_abs", smooth_abs)
+    monkeypatch.setattr(model.networks.lipnext.layers.Block, "plain", True)
     network = build_network(config.model).double()
     network.initialise(seed=3)
     optimizer = ReferenceManifoldAdam(

@@ -1,0 +1,294 @@
+"""Model artefact: fp32 weights and a JSON description; where training and evaluation meet.
+
+weights.safetensors   every parameter and stored statistic, float32
+artifact.json         ArtifactInfo; written last, so an artefact without it is incomplete
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import IO, Any, Literal
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from model.artifact.safetensors_io import TensorSpec, read_header, tensor_of, write_safetensors
+from model.errors import ModelError
+from model.networks.base import CertifiedNetwork
+from model.networks.config import NetworkConfig
+from model.networks.registry import AnyNetwork, build_network
+from optim.manifolds import manifold_of
+
+SCHEMA_VERSION = 1
+WEIGHTS = "weights.safetensors"
+DESCRIPTION = "artifact.json"
+PIXEL_UNIT = "[0, 1], 0.5 subtracted inside"
+
+OpenBinary = Callable[[str, str], AbstractContextManager[IO[bytes]]]
+"""open_binary(name, mode): a file of the artefact's folder, mode `rb` or `wb`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class ArtifactInfo:
+    """The content of artifact.json."""
+
+    schema_version: int
+    """Version of this layout."""
+    network: AnyNetwork
+    """Configuration from which the network is built."""
+    norm: Literal["l2", "linf"]
+    """Norm in which the network is Lipschitz."""
+    pixel_unit: str
+    """Unit of the certified radius."""
+    native_input_shape: tuple[int, int, int]
+    """(C, H, W) of the images as the source has them; the certificate speaks of these."""
+    network_input_shape: tuple[int, int, int]
+    """(C, H, W) that the network sees; equal, because nothing is resized or replicated."""
+    orthogonality_residuals: dict[str, float]
+    """||X^T X - I||_F in float64 of every constrained matrix as stored."""
+    largest_residual: float
+    """Largest of the orthogonality residuals."""
+    weights_sha256: str
+    """Digest of weights.safetensors."""
+    weights_bytes: int
+    """Size of weights.safetensors."""
+    digest: str
+    """sha256 over the network configuration and weights_sha256: identifies the function."""
+    context: dict[str, Any]
+    """Where it comes from: run, step, code version."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A network read back, with its description."""
+
+    network: CertifiedNetwork
+    info: ArtifactInfo
+
+
+def parameter_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all parameters."""
+    return {name: tuple(p.shape) for name, p in _on_meta(config).named_parameters()}
+
+
+def head_rule(config: NetworkConfig) -> str:
+    """How margins become radii in this network, see CertifiedNetwork.head_rule."""
+    return _on_meta(config).head_rule
+
+
+def _stored_tensors(network: CertifiedNetwork) -> dict[str, Tensor]:
+    """Parameters and statistics, in the order in which an artefact stores them by default."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+def write_artifact(
+    open_binary: OpenBinary,
+    *,
+    network_config: NetworkConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    context: Mapping[str, Any],
+    order: Sequence[str] | None = None,
+) -> ArtifactInfo:
+    """Write an artefact while its tensors arrive; only one is held at a time.
+
+    Args:
+        open_binary: opens a file of the artefact's folder.
+        network_config: the network.
+        tensors: all parameters and buffers, any floating type and device; stored in float32.
+        context: JSON values that say where the weights come from.
+        order: names in the order in which the tensors arrive; default: parameters, then buffers.
+
+    Raises:
+        ModelError: a tensor is missing, surplus, out of order, of a wrong shape or not finite.
+    """
+    network = _on_meta(network_config)
+    parameters = _stored_tensors(network)
+    residuals: dict[str, float] = {}
+
+    def stored() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            value = tensor.detach().to(torch.float32)
+            if not bool(value.isfinite().all()):
+                raise ModelError(f"tensor {name} holds values that are not finite")
+            manifold = manifold_of(parameters[name]) if name in parameters else None
+            if manifold is not None:
+                residuals[name] = manifold.residual(value)
+            yield name, value
+
+    names = list(parameters if order is None else order)
+    if sorted(names) != sorted(parameters):
+        raise ModelError(f"order names {sorted(names)}, the network has {sorted(parameters)}")
+    specs = [TensorSpec(name, tuple(parameters[name].shape)) for name in names]
+    with open_binary(WEIGHTS, "wb") as stream:
+        weights = write_safetensors(stream, specs, stored())
+    info = ArtifactInfo(
+        schema_version=SCHEMA_VERSION,
+        network=network_config,
+        norm=network.norm,
+        pixel_unit=PIXEL_UNIT,
+        native_input_shape=network.input_shape,
+        network_input_shape=network.input_shape,
+        orthogonality_residuals=residuals,
+        largest_residual=max(residuals.values(), default=0.0),
+        weights_sha256=weights.sha256,
+        weights_bytes=weights.size,
+        digest=_model_digest(network_config, weights.sha256),
+        context=dict(context),
+    )
+    text = json.dumps(_as_json(info), indent=1, sort_keys=True, allow_nan=False)
+    with open_binary(DESCRIPTION, "wb") as stream:
+        stream.write(text.encode())
+    return info
+
+
+def read_info(open_binary: OpenBinary) -> ArtifactInfo:
+    """Read and check artifact.json alone.
+
+    Raises:
+        ModelError: another schema version, a field that does not validate, a digest that does not
+            fit, or units in which a radius would not be a distance between stored images.
+    """
+    with open_binary(DESCRIPTION, "rb") as stream:
+        text = stream.read()
+    try:
+        body = json.loads(text)
+        version = body.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ModelError(
+                f"{DESCRIPTION} has schema_version={version}; this code reads {SCHEMA_VERSION}"
+            )
+        info = TypeAdapter(ArtifactInfo).validate_python(body)
+    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ModelError(f"{DESCRIPTION} is damaged: {error}") from error
+    digest = _model_digest(info.network, info.weights_sha256)
+    if digest != info.digest:
+        raise ModelError(
+            f"{DESCRIPTION} states digest {info.digest}, but its network and weights have {digest}"
+        )
+    _check_units(info)
+    return info
+
+
+def _check_units(info: ArtifactInfo) -> None:
+    """A radius is a distance between stored images only if the network sees them as they are."""
+    network = _on_meta(info.network)
+    shape = tuple(network.input_shape)
+    stated = {
+        "norm": (info.norm, network.norm),
+        "pixel_unit": (info.pixel_unit, PIXEL_UNIT),
+        "native_input_shape": (tuple(info.native_input_shape), shape),
+        "network_input_shape": (tuple(info.network_input_shape), shape),
+    }
+    for name, (found, expected) in stated.items():
+        if found != expected:
+            raise ModelError(
+                f"{DESCRIPTION} has {name}={found}, its network has {expected}: pixels that are "
+                "rescaled, resized or replicated before the network change what a radius means"
+            )
+
+
+def read_tensors(open_binary: OpenBinary, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Read some parameters by byte range; their digests are for the caller to compare.
+
+    Raises:
+        ModelError: a name that the file does not hold, or a damaged file.
+    """
+    with open_binary(WEIGHTS, "rb") as stream:
+        ranges, _ = read_header(stream)
+        for name in names:
+            if name not in ranges:
+                raise ModelError(f"{WEIGHTS} holds no tensor {name}")
+            r = ranges[name]
+            stream.seek(r.start)
+            yield name, tensor_of(stream.read(r.stop - r.start), r.dtype, r.shape)
+
+
+def read_without_parameters(open_binary: OpenBinary, info: ArtifactInfo) -> CertifiedNetwork:
+    """The network on the meta device, with its stored statistics: enough to compose bounds.
+
+    Raises:
+        ModelError: see read_tensors.
+    """
+    network = _on_meta(info.network)
+    names = [name for name, _ in network.named_buffers()]
+    if names:
+        statistics = dict(read_tensors(open_binary, names))
+        network.load_state_dict(statistics, strict=False, assign=True)
+    return network
+
+
+@torch.no_grad()
+def read_artifact(open_binary: OpenBinary, *, device: torch.device | str | None = None) -> Artifact:
+    """Read an artefact and check every digest, name and shape.
+
+    Args:
+        open_binary: opens a file of the artefact's folder.
+        device: where the network goes; the CPU by default.
+
+    Returns:
+        The network in float32 and evaluation mode, and its description.
+
+    Raises:
+        ModelError: whatever differs from what was written.
+    """
+    info = read_info(open_binary)
+    with torch.device(device or "cpu"):
+        network = build_network(info.network).float().eval()
+    with open_binary(WEIGHTS, "rb") as stream:
+        digest = _load(network, stream)
+    if digest != info.weights_sha256:
+        raise ModelError(f"{WEIGHTS} has sha256 {digest}, {DESCRIPTION} says {info.weights_sha256}")
+    return Artifact(network, info)
+
+
+def _load(network: CertifiedNetwork, stream: IO[bytes]) -> str:
+    """Fill the network from the file; returns the sha256 of all its bytes."""
+    hashing = _HashingReader(stream)
+    ranges, _ = read_header(hashing)  # type: ignore[arg-type]
+    parameters = _stored_tensors(network)
+    stored = {name: (r.shape, r.dtype) for name, r in ranges.items()}
+    expected = {name: (tuple(p.shape), torch.float32) for name, p in parameters.items()}
+    if stored != expected:
+        wrong = sorted(name for name in stored | expected if stored.get(name) != expected.get(name))
+        first = wrong[0]
+        raise ModelError(
+            f"{WEIGHTS}: {len(wrong)} tensors differ from the network, first {first}: "
+            f"stored {stored.get(first)}, expected {expected.get(first)}"
+        )
+    for name, r in ranges.items():
+        parameters[name].copy_(tensor_of(hashing.read(r.stop - r.start), r.dtype, r.shape))
+    if hashing.read(1):
+        raise ModelError(f"{WEIGHTS} goes on after its last tensor")
+    return hashing.digest.hexdigest()
+
+
+class _HashingReader:
+    """Reads a stream and hashes what was read."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.digest = hashlib.sha256()
+
+    def read(self, count: int) -> bytes:
+        data = self._stream.read(count)
+        self.digest.update(data)
+        return data
+
+
+def _on_meta(config: NetworkConfig) -> CertifiedNetwork:
+    with torch.device("meta"):
+        return build_network(config)
+
+
+def _as_json(value: object) -> Any:
+    return TypeAdapter(type(value)).dump_python(value, mode="json")
+
+
+def _model_digest(config: NetworkConfig, weights_sha256: str) -> str:
+    body = {"network": _as_json(config), "weights_sha256": weights_sha256}
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,207 @@
+"""Layers of LipNeXt (arXiv 2601.18513): each is 1-Lipschitz in l2 by construction.
+
+Tokens are channels-last, shape (B, H, W, C). Every module reads its own parameters in its own
+forward only: under ZeRO-3 they exist nowhere else.
+"""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.networks.config import LipNeXtConfig
+from model.networks.init import set_initial
+from model.networks.lipnext.ops import ROLLS, fold_, shift_, unfold
+from optim.manifolds import ORTHOGONAL, declare
+
+
+def _orthogonal(size: int, initial: str) -> nn.Parameter:
+    parameter = nn.Parameter(torch.empty(size, size))
+    declare(parameter, ORTHOGONAL)
+    return set_initial(parameter, initial)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor itself, or widened to float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def space_to_depth(images: Tensor, patch: int) -> Tensor:
+    """Cut (B, C, H, W) into patches: (B, H/patch, W/patch, C * patch^2), a permutation."""
+    b, c, h, w = images.shape
+    x = images.reshape(b, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, h // patch, w // patch, c * patch**2)
+
+
+def shift(x: Tensor, channels: int) -> Tensor:
+    """Roll four groups of channels by one position, up, down, left and right, with wrap-around.
+
+    A circular shift is the only norm-preserving depthwise convolution (Theorem 1 of the paper).
+
+    Args:
+        x: shape (B, H, W, C).
+        channels: size of each of the four groups; the other channels stay.
+    """
+    parts = x.split([channels] * 4 + [x.shape[-1] - 4 * channels], dim=-1)
+    rolled = [part.roll(step, axis) for part, (axis, step) in zip(parts, ROLLS, strict=False)]
+    return torch.cat([*rolled, parts[4]], dim=-1)
+
+
+def beta_abs(x: Tensor, channels: int) -> Tensor:
+    """Absolute value of the first `channels` channels; the other channels pass."""
+    return torch.cat([x[..., :channels].abs(), x[..., channels:]], dim=-1)
+
+
+def l2_pool(x: Tensor, tau: float) -> Tensor:
+    """Norm of every channel over the grid, sqrt(sum x^2 + tau^2), in float32 or wider.
+
+    1-Lipschitz by the reverse triangle inequality; tau keeps the gradient finite at zero.
+
+    Args:
+        x: shape (B, H, W, C).
+        tau: smoothing.
+
+    Returns:
+        Features, shape (B, C).
+    """
+    return (at_least_float32(x).square().sum((1, 2)) + tau**2).sqrt()
+
+
+class Stem(nn.Module):
+    """Images to tokens: x - 0.5, patches to channels, zero channels up to C, orthogonal matrix."""
+
+    def __init__(self, config: LipNeXtConfig) -> None:
+        super().__init__()
+        self.patch = config.patch
+        self.used = config.stem_channels
+        self.weight = _orthogonal(config.width, "haar")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Tokens (B, H/patch, W/patch, C) of images (B, C, H, W), in the type of the weight."""
+        # 0.5 is subtracted in the wider type: a bf16 pixel in [0, 1] has half as many bits.
+        x = images.to(torch.promote_types(images.dtype, self.weight.dtype)) - 0.5
+        x = space_to_depth(x.to(self.weight.dtype), self.patch)
+        # The padding is never made: zeros meet all other columns.
+        return F.linear(x, self.weight[:, : self.used])
+
+
+class Block(nn.Module):
+    """sigma(M R^T S(R (X + p)) + b): orthogonal R and M, circular shift S, beta-Abs sigma.
+
+    Attributes:
+        plain: Run the operators of the formula one by one and let autograd differentiate them: the
+            meaning of the fast pass, for comparisons.
+    """
+
+    plain = False
+
+    def __init__(self, config: LipNeXtConfig) -> None:
+        super().__init__()
+        self.shifted = config.shifted_channels
+        self.absolute = config.absolute_channels
+        self.fold = config.fold
+        self.R = _orthogonal(config.width, "haar")
+        self.M = _orthogonal(config.width, "haar" if config.initial == "haar" else "identity")
+        self.b = set_initial(nn.Parameter(torch.empty(config.width)), "zeros")
+        self.p: nn.Parameter | None = None
+        if config.position:
+            self.p = set_initial(nn.Parameter(torch.empty(*config.grid, 1)), "zeros")
+
+    def forward(self, x: Tensor, *, recompute: bool = False) -> Tensor:
+        """Tokens (B, H, W, C) to tokens of the same shape.
+
+        Args:
+            x: (B, H, W, C).
+            recompute: Keep the input and the signs for the backward pass and nothing else, which
+                then repeats the first product and M R^T.
+        """
+        if self.p is not None:
+            x = x + self.p
+        tokens, width = x.numel() // x.shape[-1], x.shape[-1]
+        folded = self.fold == "always" or (self.fold == "auto" and tokens > width)
+        shape = _Shape(self.shifted, self.absolute, folded, recompute, torch.is_grad_enabled())
+        if self.plain:
+            return _operators(x, self.R, self.M, self.b, shape)
+        return cast(Tensor, _BlockPass.apply(x, self.R, self.M, self.b, shape))
+
+
+class _Shape(NamedTuple):
+    shifted: int
+    absolute: int
+    folded: bool
+    recompute: bool
+    differentiated: bool
+
+
+def _operators(x: Tensor, R: Tensor, M: Tensor, b: Tensor, shape: _Shape) -> Tensor:
+    """A block after its translation, (B, H, W, C) to (B, H, W, C)."""
+    v = shift(F.linear(x, R), shape.shifted)
+    z = F.linear(v, M @ R.mT, b) if shape.folded else F.linear(F.linear(v, R.mT), M, b)
+    return beta_abs(z, shape.absolute)
+
+
+def _factors(x: Tensor, R: Tensor, M: Tensor, shape: _Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Shifted tokens (T, C), and the factors of the last product: (T, C) and (C, C)."""
+    u = F.linear(x.reshape(-1, x.shape[-1]), R)
+    v = shift_(u.view(x.shape), shape.shifted).view_as(u)
+    return (v, v, M @ R.mT) if shape.folded else (v, F.linear(v, R.mT), M)
+
+
+class _BlockPass(torch.autograd.Function):
+    """`_operators`, bit for bit, with little traffic beside the products.
+
+    What no other function can hold is overwritten, and what a product reads is all that is kept:
+    its two (unfolded three) inputs of tokens, M R^T, and a byte for each folded value. Weights are
+    kept as the parameters that they are, where a product of autograd keeps a transposed view, with
+    which ZeRO-3 could not release them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, R: Tensor, M: Tensor, b: Tensor, shape: _Shape) -> Tensor:
+        v, inner, outer = _factors(x, R, M, shape)
+        # The bias joins the product, where it costs no pass and is rounded with it.
+        z = F.linear(inner, outer, b)
+        signs = fold_(z, shape.absolute, keep=shape.differentiated)
+        ctx.shape = shape
+        factors = () if shape.recompute else (v, inner, outer)
+        ctx.save_for_backward(x, R, M, b, signs, *factors)
+        return z.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, R, M, b, signs, *factors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            return (*_recorded(gradients[0], (x, R, M, b), wanted, ctx.shape), None)
+        width = x.shape[-1]
+        v, inner, outer = factors or _factors(x, R, M, ctx.shape)
+        dz, db = unfold(gradients[0].reshape(-1, width).contiguous(), signs)
+        d_inner = dz @ outer
+        dv = d_inner if ctx.shape.folded else F.linear(d_inner, R)
+        dR, dM = None, None
+        if any(wanted[1:]):
+            d_outer = dz.mT @ inner
+            if ctx.shape.folded:
+                dM, dR = d_outer @ R, d_outer.mT @ M
+            else:
+                dM, dR = d_outer, v.mT @ d_inner
+        du = shift_(dv.view(x.shape), ctx.shape.shifted, back=True).view_as(dv)
+        if dR is not None:
+            dR = torch.addmm(dR, du.mT, x.reshape(-1, width))
+        dx = (du @ R).view(x.shape) if wanted[0] else None
+        return dx, dR, dM, db, None
+
+
+def _recorded(
+    gradient: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    wanted: tuple[bool, ...],
+    shape: _Shape,
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again: from the inputs, by operators that record."""
+    sources = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(
+        torch.autograd.grad(_operators(*inputs, shape), sources, gradient, create_graph=True)
+    )
+    return [next(found) if want else None for want in wanted]
