@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.report import Row, write_result
 from benchmarks.timing import interleaved
 from jobs.evaluate_cra import evaluate
-from jobs.records import EvaluationSummary
+from jobs.evaluation.results import EvaluationSummary
 from model.certification.matrix_bounds import matrix_bound
 from model.networks.base import CertifiedNetwork
 from model.networks.config import LipNeXtConfig

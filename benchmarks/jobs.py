@@ -24,15 +24,15 @@ from data_shards.sources import synthetic
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
 from data_shards.write import write_shard_set
-from jobs.agenda import Agenda
-from jobs.claims import Claims
-from jobs.cluster import session
-from jobs.compute import artifact_info
 from jobs.evaluate_cra import evaluate
+from jobs.evaluation.executor import session
+from jobs.evaluation.runner import artifact_info
+from jobs.evaluation.tasks import ArtifactTask, exact_program, forget, in_program, shard_tasks
 from jobs.schedule import Scheduler
-from jobs.schedule_config import ScheduleConfig
-from jobs.shard_task import ArtifactTask, exact_program, forget, in_program, shard_tasks
-from jobs.submit import Processes
+from jobs.scheduling.backlog import Agenda
+from jobs.scheduling.claims import Claims
+from jobs.scheduling.config import ScheduleConfig
+from jobs.scheduling.launchers import Processes
 from model.artifact.artifact import write_artifact
 from model.networks.config import LipNeXtConfig
 from model.networks.registry import build_network

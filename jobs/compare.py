@@ -18,10 +18,10 @@ import tyro
 from pydantic import ValidationError
 from rich.console import Console
 
-from jobs.compare_config import CompareConfig, parse_change
-from jobs.compare_report import System, by_norm, comparison_png, markdown
-from jobs.compare_runs import Order, Outcome, Runs
-from jobs.records import EvaluationError
+from jobs.evaluation.results import EvaluationError
+from jobs.reporting.comparison_config import CompareConfig, parse_change
+from jobs.reporting.comparison_report import System, by_norm, comparison_png, markdown
+from jobs.reporting.comparison_runs import Order, Outcome, Runs
 from pipeline.tracking import log_comparison, ui_command
 
 TABLE = "compare.md"

@@ -19,7 +19,11 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from data_shards.errors import ShardError
-from jobs.compute import (
+from jobs.evaluation.config import EvaluationConfig
+from jobs.evaluation.console import following, report
+from jobs.evaluation.progress import OnProgress
+from jobs.evaluation.results import EvaluationError, EvaluationSummary
+from jobs.evaluation.runner import (
     CERTIFICATE,
     FIGURE,
     HISTOGRAM,
@@ -29,10 +33,6 @@ from jobs.compute import (
     compute,
     output,
 )
-from jobs.config import EvaluationConfig
-from jobs.console import following, report
-from jobs.progress import OnProgress
-from jobs.records import EvaluationError, EvaluationSummary
 from model.errors import ModelError
 from pipeline.tracking import EvaluationRecord, RunReference, log_evaluation, ui_command
 

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from data_shards.errors import ShardError
-from jobs import promotion
-from jobs.gate_rule import Rule
-from jobs.records import EvaluationError
+from jobs.evaluation.results import EvaluationError
+from jobs.registry import promotion
+from jobs.registry.promotion_rule import Rule
 from model.errors import ModelError
 from pipeline.tracking import TrackingConfig, ui_command
 from pipeline.tracking_registry import Registry, RegistryError

@@ -26,13 +26,13 @@ from rich.console import Console
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
-from jobs.cluster import map_inline, map_shards, session
-from jobs.compute import artifact_info, run_task, task_device
-from jobs.pictures import Picture, Prepared, find_pictures, prepare
-from jobs.promotion import rule_of
-from jobs.records import EvaluationError
-from jobs.serving import SoundPredictor
-from jobs.shard_task import ArtifactTask, matrix_tasks
+from jobs.evaluation.executor import map_inline, map_shards, session
+from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.runner import artifact_info, run_task, task_device
+from jobs.evaluation.tasks import ArtifactTask, matrix_tasks
+from jobs.registry.image_files import Picture, Prepared, find_pictures, prepare
+from jobs.registry.promotion import rule_of
+from jobs.registry.serving import SoundPredictor
 from model.artifact.artifact import ArtifactInfo
 from model.certification.eps import eps_value
 from model.certification.matrix_bounds import MatrixBound

@@ -23,8 +23,8 @@ from scipy.stats import binomtest
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
-from jobs.report_data import Board, Entry, Report, collect
-from jobs.report_figure import color_of, cost_svg, curves_svg, time_unit
+from jobs.reporting.data import Board, Entry, Report, collect
+from jobs.reporting.figures import color_of, cost_svg, curves_svg, time_unit
 from pipeline.tracking import RunReference, TrackingConfig, ui_command
 from pipeline.tracking_query import Reader, TrackedRun, TrackingError
 

@@ -1,7 +1,7 @@
 """Scheduled evaluation: `python -m jobs.schedule --rules SUITE@WHEN ... [--once | --status]`.
 
 Watches the checkpoints of an MLflow store and has each evaluated once by each suite, however many
-schedulers run and however often they are killed (`jobs.claims`). A look always considers every
+schedulers run and however often they are killed (`jobs.scheduling.claims`). A look always considers every
 checkpoint, so what came while no scheduler ran is caught up by the next one.
 """
 
@@ -27,13 +27,13 @@ from apscheduler.triggers.interval import IntervalTrigger
 from pydantic import ValidationError
 from rich.console import Console
 
-from jobs.agenda import Agenda, Entry
-from jobs.claims import Claim, Claims, Phase
-from jobs.records import EvaluationError
-from jobs.schedule_config import ScheduleConfig, arguments, log_folder
-from jobs.schedule_page import page
-from jobs.scheduled import Options, command
-from jobs.submit import Processes, RayJobs, Submitter
+from jobs.evaluation.results import EvaluationError
+from jobs.scheduling.backlog import Agenda, Entry
+from jobs.scheduling.claimed_evaluation import Options, command
+from jobs.scheduling.claims import Claim, Claims, Phase
+from jobs.scheduling.config import ScheduleConfig, arguments, log_folder
+from jobs.scheduling.launchers import Processes, RayJobs, Submitter
+from jobs.scheduling.status_page import page
 from pipeline.exposure import ExposureError, require_closed
 from pipeline.tracking_watch import Watch
 

@@ -17,7 +17,7 @@ import pydantic
 import tyro
 from rich.console import Console
 
-from jobs.report_data import differing_settings
+from jobs.reporting.data import differing_settings
 from model.certification.eps import eps_value
 from pipeline.tracking import RunReference, TrackingConfig, ui_command
 from pipeline.tracking_query import Reader, TrackedRun, TrackingError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from jobs.config import EvaluationConfig
+from jobs.evaluation.config import EvaluationConfig
 from pipeline.tracking import EvaluationRecord, log_evaluation
 
 

@@ -15,8 +15,8 @@ from data_shards.sources import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import evaluate
-from jobs.gate_rule import Rule
-from jobs.serving import SoundPredictor
+from jobs.registry.promotion_rule import Rule
+from jobs.registry.serving import SoundPredictor
 from model.artifact.artifact import write_artifact
 from model.networks.registry import build_network
 from pipeline.tracking import TrackingConfig

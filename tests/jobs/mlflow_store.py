@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from data_shards.storage.store import Store as Folder
-from jobs.compute import artifact_info, evaluation_key
-from jobs.schedule_config import ScheduleConfig
+from jobs.evaluation.runner import artifact_info, evaluation_key
+from jobs.scheduling.config import ScheduleConfig
 from model.artifact.artifact import write_artifact
 from model.networks.registry import build_network
 from pipeline.tracking import Server, TrackingConfig, now_ms

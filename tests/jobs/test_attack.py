@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-import jobs.attack
+import jobs.evaluation.attack_task
 from data_shards.format.index import load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
-from jobs.attack import (
+from jobs.evaluate_cra import evaluate
+from jobs.evaluation.attack_task import (
     SUITES,
     CertificateViolationError,
     attack_tasks,
     lies_inside,
     merge_attack,
 )
-from jobs.config import EvaluationConfig
-from jobs.evaluate_cra import evaluate
-from jobs.records import EvaluationError, merge
-from jobs.shard_task import ArtifactTask, forget, shard_tasks
+from jobs.evaluation.config import EvaluationConfig
+from jobs.evaluation.results import EvaluationError, merge
+from jobs.evaluation.tasks import ArtifactTask, forget, shard_tasks
 from model.artifact.artifact import read_info
 from model.certification.eps import eps_value
 from model.certify import ProvedCertifier
@@ -170,7 +170,7 @@ def test_a_radius_that_is_too_large_at_the_radii_of_the_table_is_refuted_too(att
     """Without the search inside the radius, the one at eps below the radius still counts."""
     task = dataclasses.replace(inflated(attacks[0]), eps=("255/255",))
     (batch,) = read_shard(task.index, task.shard, 100)
-    attack = jobs.attack._BatchAttack(task, batch, 0, task.prediction, task.radius)
+    attack = jobs.evaluation.attack_task._BatchAttack(task, batch, 0, task.prediction, task.radius)
     holding = attack.at_eps()["255/255"].numpy()
     broken = {
         key

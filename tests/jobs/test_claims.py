@@ -6,8 +6,8 @@ import time
 import pytest
 
 from data_shards.storage.store import Store
-from jobs.claims import Claim, Claims, Holding, Phase
-from jobs.records import EvaluationError
+from jobs.evaluation.results import EvaluationError
+from jobs.scheduling.claims import Claim, Claims, Holding, Phase
 from tests.object_store import BUCKET, s3_clients, s3_server
 
 FIRST = Claim("0123abcd", 1)

@@ -10,13 +10,13 @@ import pytest
 from pydantic import ValidationError
 
 from data_shards.format.index import load_index
-from jobs import compare_runs
 from jobs.compare import compare, main, write
-from jobs.compare_config import CompareConfig
-from jobs.compare_report import comparison_png
-from jobs.compare_runs import Order
 from jobs.evaluate_cra import evaluate
-from jobs.records import EvaluationError
+from jobs.evaluation.results import EvaluationError
+from jobs.reporting import comparison_runs
+from jobs.reporting.comparison_config import CompareConfig
+from jobs.reporting.comparison_report import comparison_png
+from jobs.reporting.comparison_runs import Order
 from pipeline.tracking import connect
 
 SETTINGS = {

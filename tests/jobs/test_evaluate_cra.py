@@ -14,11 +14,11 @@ from data_shards.format.index import load_index
 from data_shards.sources import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
-from jobs.compute import artifact_info
-from jobs.config import EvaluationConfig
 from jobs.evaluate_cra import evaluate, main
-from jobs.records import EvaluationError, EvaluationSummary
-from jobs.shard_task import ArtifactTask, matrix_tasks, shard_tasks
+from jobs.evaluation.config import EvaluationConfig
+from jobs.evaluation.results import EvaluationError, EvaluationSummary
+from jobs.evaluation.runner import artifact_info
+from jobs.evaluation.tasks import ArtifactTask, matrix_tasks, shard_tasks
 from model.certify import certify
 
 COLUMNS = ("nominal", "sound", "deployed")

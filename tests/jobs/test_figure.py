@@ -9,10 +9,10 @@ from matplotlib._pylab_helpers import Gcf
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
-import jobs.figure
-from jobs.console import report
-from jobs.figure import bounds_png, cra_png, radius_histogram_png
-from jobs.records import (
+import jobs.evaluation.plots
+from jobs.evaluation.console import report
+from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
+from jobs.evaluation.results import (
     CURVE_EPS,
     AttackScores,
     ColumnScores,
@@ -114,7 +114,7 @@ def drawn(monkeypatch):
         FigureCanvasAgg(figure).draw()
         return figure
 
-    monkeypatch.setattr(jobs.figure, "_png", draw)
+    monkeypatch.setattr(jobs.evaluation.plots, "_png", draw)
 
 
 def words(figure):

@@ -8,9 +8,9 @@ import pytest
 from data_shards.format.index import load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
-from jobs import promotion
+from jobs.evaluation.results import EvaluationError
 from jobs.gate import NOT_PROMOTED, main
-from jobs.records import EvaluationError
+from jobs.registry import promotion
 from pipeline.tracking_registry import RegistryError
 from tests.jobs.gated import Gated
 
@@ -215,7 +215,7 @@ def test_a_registered_model_predicts_with_its_certified_radius(gated, name, monk
 
 
 def test_a_registered_model_refuses_other_weights(gated, name, tmp_path, monkeypatch):
-    from jobs.serving import CertifiedModel
+    from jobs.registry.serving import CertifiedModel
 
     with pytest.raises(EvaluationError, match="has digest"):
         CertifiedModel(artifact_url=gated.sharp, artifact_digest="0" * 64, eps="1/255")

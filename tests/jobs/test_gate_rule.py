@@ -5,7 +5,13 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from scipy.stats import hypergeom
 
-from jobs.gate_rule import MISSED_FORGERY, Comparison, Rule, compare, samples_to_verify
+from jobs.registry.promotion_rule import (
+    MISSED_FORGERY,
+    Comparison,
+    Rule,
+    compare,
+    samples_to_verify,
+)
 
 RULE = Rule(eps="36/255")
 

@@ -10,7 +10,7 @@ import tyro
 import yaml
 
 from jobs.schedule import rules_by_time, trigger
-from jobs.schedule_config import ScheduleConfig
+from jobs.scheduling.config import ScheduleConfig
 from pipeline.pretrain import parse
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from data_shards.storage.store import Store
-from jobs.cluster import TaskLostError, map_shards
 from jobs.evaluate_cra import evaluate
+from jobs.evaluation.executor import TaskLostError, map_shards
 
 pytestmark = pytest.mark.ray
 

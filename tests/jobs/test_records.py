@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.config import EvaluationConfig
-from jobs.records import (
+from jobs.evaluation.config import EvaluationConfig
+from jobs.evaluation.results import (
     ColumnRecords,
     EvaluationError,
     ShardRecords,

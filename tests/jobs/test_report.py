@@ -7,8 +7,8 @@ from mlflow import MlflowClient
 
 from jobs.evaluate_cra import evaluate
 from jobs.report import PAGE, TEXT, cell, duration, interval, main, per_further_point, render
-from jobs.report_cost import Cost, passed_epochs
-from jobs.report_data import collect
+from jobs.reporting.cost import Cost, passed_epochs
+from jobs.reporting.data import collect
 from pipeline.tracking import Server, TrackingConfig, now_ms
 from pipeline.tracking_query import Point, Reader, TrackingError
 from tests.jobs.conftest import NETWORK, export

@@ -11,15 +11,15 @@ from mlflow import MlflowClient
 from pydantic import ValidationError
 from rich.console import Console
 
-from jobs.agenda import Agenda
-from jobs.claims import Claim, Claims, Phase
-from jobs.config import EvaluationConfig
-from jobs.records import EvaluationError
+from jobs.evaluation.config import EvaluationConfig
+from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.suites import SUITES, suite_config
 from jobs.schedule import Scheduler, _apply, _due_now, main, rules_by_time, trigger
-from jobs.schedule_config import ScheduleConfig, arguments
-from jobs.schedule_page import page
-from jobs.submit import submission_id
-from jobs.suites import SUITES, suite_config
+from jobs.scheduling.backlog import Agenda
+from jobs.scheduling.claims import Claim, Claims, Phase
+from jobs.scheduling.config import ScheduleConfig, arguments
+from jobs.scheduling.launchers import submission_id
+from jobs.scheduling.status_page import page
 from pipeline.tracking import TrackingConfig
 from tests.jobs.mlflow_store import Store
 
@@ -190,7 +190,7 @@ def test_two_schedulers_share_the_work_and_keep_their_bounds(store):
     assert len({claim.key for claim in claims}) == 5
     assert schedulers[0].failures == 1
     _, words, facts = submitters[0].submitted[0]
-    assert words[:2] == ["-m", "jobs.scheduled"]
+    assert words[:2] == ["-m", "jobs.scheduling.claimed_evaluation"]
     assert facts["suite"] == "standard"
     assert submission_id(Claim("ab", 2)) == "cra-ab-0002"
 

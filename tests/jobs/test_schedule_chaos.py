@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = 50
-KILLS = {"jobs.schedule": 6, "jobs.scheduled": 15}
+KILLS = {"jobs.schedule": 6, "jobs.scheduling.claimed_evaluation": 15}
 
 
 class Schedulers:
@@ -75,7 +75,9 @@ def test_every_checkpoint_is_evaluated_once(tmp_path, shards):
             schedulers.keep_two()
             time.sleep(dice.uniform(0.5, 3.0))
             # Schedulers at times only: they take seconds to start and are to do something.
-            module = "jobs.schedule" if dice.random() < 0.1 else "jobs.scheduled"
+            module = (
+                "jobs.schedule" if dice.random() < 0.1 else "jobs.scheduling.claimed_evaluation"
+            )
             victims = schedulers.victims(module)
             if victims and kills[module] < KILLS[module]:
                 dice.choice(victims).send_signal(signal.SIGKILL)

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from jobs import schedule
-from jobs.submit import RayJobs
+from jobs.scheduling.launchers import RayJobs
 from pipeline import exposure, pretrain
 from pipeline.exposure import TRUST, ExposureError, is_loopback, own_addresses, require_closed
 

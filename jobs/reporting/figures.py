@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from jobs.records import EvaluationSummary
-from jobs.report_data import Board, Entry
+from jobs.evaluation.results import EvaluationSummary
+from jobs.reporting.data import Board, Entry
 from model.certification.eps import eps_value
 
 COLORS = (

@@ -13,13 +13,13 @@ import torch
 
 from data_shards.format.index import ShardIndex, load_index
 from data_shards.storage.store import Store
-from jobs.attack import attack_tasks, merge_attack
-from jobs.certificate import certificate, to_json
-from jobs.cluster import map_inline, map_shards, session
-from jobs.config import EvaluationConfig
-from jobs.figure import bounds_png, cra_png, radius_histogram_png
-from jobs.progress import PROGRESS, Counting, OnProgress
-from jobs.records import (
+from jobs.evaluation.attack_task import attack_tasks, merge_attack
+from jobs.evaluation.certificate_file import certificate, to_json
+from jobs.evaluation.config import EvaluationConfig
+from jobs.evaluation.executor import map_inline, map_shards, session
+from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
+from jobs.evaluation.progress import PROGRESS, Counting, OnProgress
+from jobs.evaluation.results import (
     COLUMNS,
     AttackScores,
     ColumnScores,
@@ -34,7 +34,7 @@ from jobs.records import (
     samples_parquet,
     scores,
 )
-from jobs.shard_task import ArtifactTask, exact_program, forget, matrix_tasks, shard_tasks
+from jobs.evaluation.tasks import ArtifactTask, exact_program, forget, matrix_tasks, shard_tasks
 from model.artifact.artifact import ArtifactInfo, read_info, read_without_parameters
 from model.certification.eps import check_reach
 from model.certification.matrix_bounds import MatrixBound

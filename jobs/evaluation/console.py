@@ -11,9 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from jobs.compute import CERTIFICATE, FIGURE, HISTOGRAM, LAYERS
-from jobs.progress import OnProgress, Progress
-from jobs.records import AttackScores, EvaluationSummary
+from jobs.evaluation.progress import OnProgress, Progress
+from jobs.evaluation.results import AttackScores, EvaluationSummary
+from jobs.evaluation.runner import CERTIFICATE, FIGURE, HISTOGRAM, LAYERS
 
 _LINE_EVERY_S = 30.0
 

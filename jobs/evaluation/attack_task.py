@@ -19,9 +19,9 @@ from torch import Tensor
 
 from data_shards.format.index import Shard, ShardIndex
 from data_shards.streaming.sample_reader import ShardBatch, read_shard
-from jobs.config import EvaluationConfig
-from jobs.records import AttackScores, EvaluationError, ShardRecords
-from jobs.shard_task import ArtifactTask, ShardTask, in_program
+from jobs.evaluation.config import EvaluationConfig
+from jobs.evaluation.results import AttackScores, EvaluationError, ShardRecords
+from jobs.evaluation.tasks import ArtifactTask, ShardTask, in_program
 from model.attacks import apgd, apgd_targeted, pgd
 from model.certification.eps import eps_value
 from model.certification.rounding import FLOAT32, FLOAT64

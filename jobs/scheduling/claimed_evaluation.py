@@ -1,4 +1,4 @@
-"""One scheduled evaluation: `python -m jobs.scheduled --claim NAME ... -- EVALUATION ARGUMENTS`.
+"""One scheduled evaluation: `python -m jobs.scheduling.claimed_evaluation --claim NAME ... -- EVALUATION ARGUMENTS`.
 
 Keeps its claim alive while it evaluates, records only while the claim holds, and says how it ended.
 The scheduler starts it; it goes on when the scheduler dies.
@@ -17,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from jobs.claims import LOST_CODE, Claim, Claims, Holding
+from jobs.scheduling.claims import LOST_CODE, Claim, Claims, Holding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +41,14 @@ def command(options: Options, evaluation: Sequence[str]) -> list[str]:
     """Return the command of an evaluation, without the interpreter."""
     flags = ("--claims", options.claims, "--claim", options.claim)
     lease = ("--lease-s", repr(options.lease_s), "--entry", options.entry)
-    return ["-m", "jobs.scheduled", *flags, *lease, "--", *evaluation]
+    return ["-m", "jobs.scheduling.claimed_evaluation", *flags, *lease, "--", *evaluation]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the evaluation; returns its exit code, 75 if the claim was lost."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     split = words.index("--") if "--" in words else len(words)
-    options = tyro.cli(Options, args=words[:split], prog="jobs.scheduled")
+    options = tyro.cli(Options, args=words[:split], prog="jobs.scheduling.claimed_evaluation")
     signal.signal(signal.SIGTERM, _stop)
     claims, claim = Claims(options.claims, lease_s=options.lease_s), Claim.parse(options.claim)
     holding = Holding(claims, claim, lease_s=options.lease_s, lost=_lost)

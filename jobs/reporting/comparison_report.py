@@ -13,8 +13,8 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from jobs.compare_config import CompareConfig
-from jobs.compare_runs import Outcome
+from jobs.reporting.comparison_config import CompareConfig
+from jobs.reporting.comparison_runs import Outcome
 
 
 @dataclass(frozen=True)

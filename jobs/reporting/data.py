@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from jobs.records import EvaluationSummary
-from jobs.report_cost import Cost, training_cost
+from jobs.evaluation.results import EvaluationSummary
+from jobs.reporting.cost import Cost, training_cost
 from model.certification.eps import eps_value
 from pipeline.tracking_query import Reader, TrackedModel, TrackedRun
 

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import pydantic
 
-from jobs.config import EvaluationConfig
-from jobs.suites import SUITES, suite_config
+from jobs.evaluation.config import EvaluationConfig
+from jobs.evaluation.suites import SUITES, suite_config
 from pipeline.tracking import TrackingConfig
 from pipeline.tracking_watch import Checkpoint
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_shards.storage.store import Store
-from jobs.config import EvaluationConfig
-from jobs.records import EvaluationError
+from jobs.evaluation.config import EvaluationConfig
+from jobs.evaluation.results import EvaluationError
 
 SUITES: Mapping[str, Mapping[str, Any]] = {
     # The certificate alone: the evaluation that training itself makes of every kept checkpoint.

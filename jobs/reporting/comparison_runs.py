@@ -20,8 +20,8 @@ from typing import Any
 
 from data_shards.format.index import load_index
 from data_shards.storage.store import Store
-from jobs.compare_config import CompareConfig
-from jobs.records import EvaluationError, EvaluationSummary
+from jobs.evaluation.results import EvaluationError, EvaluationSummary
+from jobs.reporting.comparison_config import CompareConfig
 from model.artifact.artifact import ArtifactInfo, parameter_shapes, read_info
 
 logger = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from jobs.agenda import Entry
-from jobs.claims import Claims, Phase
-from jobs.compute import output
-from jobs.progress import PROGRESS, Progress
-from jobs.schedule_config import ScheduleConfig
+from jobs.evaluation.progress import PROGRESS, Progress
+from jobs.evaluation.runner import output
+from jobs.scheduling.backlog import Entry
+from jobs.scheduling.claims import Claims, Phase
+from jobs.scheduling.config import ScheduleConfig
 
 _LINES = 15
 

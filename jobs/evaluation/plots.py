@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.lib.stride_tricks import sliding_window_view
 
-from jobs.records import AttackScores, ColumnScores, EvaluationSummary
+from jobs.evaluation.results import AttackScores, ColumnScores, EvaluationSummary
 from model.certification.eps import eps_value
 
 _STYLE: Mapping[str, dict[str, Any]] = {

@@ -10,12 +10,12 @@ from functools import lru_cache
 
 from data_shards.errors import ShardError
 from data_shards.format.index import ShardIndex, load_index
-from jobs.claims import Claim, Claims, Phase, State
-from jobs.compute import evaluation_key
-from jobs.config import EvaluationConfig
-from jobs.records import EvaluationError
-from jobs.schedule_config import ScheduleConfig
-from jobs.suites import SUITES
+from jobs.evaluation.config import EvaluationConfig
+from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.runner import evaluation_key
+from jobs.evaluation.suites import SUITES
+from jobs.scheduling.claims import Claim, Claims, Phase, State
+from jobs.scheduling.config import ScheduleConfig
 from model.errors import ModelError
 from pipeline.tracking_watch import Checkpoint, Watch
 

@@ -31,7 +31,7 @@ from enum import Enum
 from typing import Any
 
 from data_shards.storage.store import Store
-from jobs.records import EvaluationError
+from jobs.evaluation.results import EvaluationError
 
 logger = logging.getLogger(__name__)
 

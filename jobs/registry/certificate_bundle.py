@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_shards.storage.store import Store
-from jobs.compute import CERTIFICATE, SAMPLES, SUMMARY
-from jobs.gate_rule import Bits, Rule
-from jobs.records import EvaluationError, EvaluationSummary
+from jobs.evaluation.results import EvaluationError, EvaluationSummary
+from jobs.evaluation.runner import CERTIFICATE, SAMPLES, SUMMARY
+from jobs.registry.promotion_rule import Bits, Rule
 from model.certification.eps import eps_value
 
 FILES = (CERTIFICATE, SAMPLES, SUMMARY)

@@ -18,10 +18,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from data_shards.storage.store import Store
-from jobs.compute import artifact_info
-from jobs.evidence import Evidence, VerificationError
-from jobs.gate_rule import Comparison, Rule, compare, samples_to_verify
-from jobs.records import EvaluationError
+from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.runner import artifact_info
+from jobs.registry.certificate_bundle import Evidence, VerificationError
+from jobs.registry.promotion_rule import Comparison, Rule, compare, samples_to_verify
 from model.artifact.artifact import WEIGHTS
 from pipeline.tracking import RunReference
 from pipeline.tracking_registry import Registry, RegistryError, Version

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from data_shards.format.index import ShardIndex
-from jobs.records import ColumnScores
+from jobs.evaluation.results import ColumnScores
 from model.artifact.artifact import ArtifactInfo, head_rule
 from model.certification.matrix_bounds import MatrixBound
 from model.networks.base import LipschitzBound

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from jobs.claims import Claim
-from jobs.cluster import job_client
+from jobs.evaluation.executor import job_client
+from jobs.scheduling.claims import Claim
 from pipeline.exposure import require_closed
 
 logger = logging.getLogger(__name__)
