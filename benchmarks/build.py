@@ -19,12 +19,12 @@ from benchmarks.report import Row, write_result
 from model.networks.config import LipNeXtConfig
 from optim.sharded import TENSOR_KINDS
 from optim.zero_layout import Slot, plan_rounds
-from pipeline import budget
 from pipeline.config import ClusterConfig, RunConfig, TrainConfig
-from pipeline.estimate import setting_of, weights_of
+from pipeline.planner import memory as budget
+from pipeline.planner.estimate import setting_of, weights_of
 from pipeline.presets import run_preset
-from pipeline.ranks import join_world
-from pipeline.zero3 import Zero3
+from pipeline.run.distributed import join_world
+from pipeline.training.zero3 import Zero3
 
 _MB = 1e6
 _QR = 5

@@ -36,14 +36,14 @@ from model.networks.registry import build_network
 from optim.collectives import ProcessGroupExchange
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
-from pipeline.forecast import MANIFOLD_PRODUCTS
-from pipeline.measured import Measured
-from pipeline.objective import Objective
+from pipeline.planner.calibration import Measured
+from pipeline.planner.meta_step import DTYPES, rehearse
+from pipeline.planner.step_time import MANIFOLD_PRODUCTS
 from pipeline.presets import run_preset
-from pipeline.ranks import World, join_world
-from pipeline.rehearsal import DTYPES, rehearse
-from pipeline.schedules import Moment
-from pipeline.zero3 import engine_settings, gathered_sizes
+from pipeline.run.distributed import World, join_world
+from pipeline.training.objective import Objective
+from pipeline.training.schedules import Moment
+from pipeline.training.zero3 import engine_settings, gathered_sizes
 
 REPEATS = 3
 DEPTH = 2  # blocks of the pass that is timed

@@ -23,13 +23,13 @@ from benchmarks.report import Row, write_result
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from optim.zero_layout import Slot
-from pipeline.checkpoint import HostMemory, commit, take_snapshot, write_snapshot
+from pipeline.checkpoint.export import take_export
+from pipeline.checkpoint.writer import HostMemory, commit, take_snapshot, write_snapshot
 from pipeline.config import ClusterConfig, RunConfig
-from pipeline.export import take_export
 from pipeline.presets import run_preset
-from pipeline.ranks import World, join_world
-from pipeline.trainer import Progress
-from pipeline.zero3 import Zero3
+from pipeline.run.distributed import World, join_world
+from pipeline.training.trainer import Progress
+from pipeline.training.zero3 import Zero3
 
 _PRESET = "cifar10-L32W2048"
 

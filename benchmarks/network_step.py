@@ -26,8 +26,8 @@ from model.networks.lipnext import ops
 from model.networks.lipnext.layers import Block
 from model.networks.registry import build_network
 from pipeline.config import LossConfig
-from pipeline.objective import Objective
-from pipeline.schedules import Moment
+from pipeline.training.objective import Objective
+from pipeline.training.schedules import Moment
 
 TOKENS = 2048
 SIDE = 32  # CIFAR size; patches of 2 leave 16 x 16 tokens

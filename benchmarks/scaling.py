@@ -18,12 +18,12 @@ from benchmarks.report import Row, write_result
 from model.networks.config import LipNeXtConfig
 from optim.config import OptimConfig
 from pipeline.config import ClusterConfig, LossConfig, RunConfig, TrainConfig
-from pipeline.estimate import estimate
-from pipeline.forecast import StepTime, device_of
-from pipeline.measured import Measured
-from pipeline.ranks import join_world
-from pipeline.schedules import Moment
-from pipeline.zero3 import Zero3
+from pipeline.planner.calibration import Measured
+from pipeline.planner.estimate import estimate
+from pipeline.planner.step_time import StepTime, device_of
+from pipeline.run.distributed import join_world
+from pipeline.training.schedules import Moment
+from pipeline.training.zero3 import Zero3
 
 SIDE = 32  # patches of 2 leave 256 tokens an image
 

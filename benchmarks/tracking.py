@@ -22,17 +22,17 @@ from rich.console import Console
 
 from benchmarks.report import write_result
 from pipeline.config import RunConfig
-from pipeline.desk import Desk
-from pipeline.display import Display
-from pipeline.events import Event, Metrics
-from pipeline.interruption import Flag
-from pipeline.journal import Journal
-from pipeline.meter import Meter
-from pipeline.prepare import Prepared, prepare
+from pipeline.driver.console import Display
+from pipeline.driver.event_log import Journal
+from pipeline.driver.monitor import Desk
+from pipeline.driver.preflight import Prepared, prepare
+from pipeline.driver.usage import Meter
 from pipeline.pretrain import parse
-from pipeline.ranks import join_world
-from pipeline.tracker import Tracker
-from pipeline.worker import run_rank
+from pipeline.resilience.signals import Flag
+from pipeline.run.distributed import join_world
+from pipeline.run.events import Event, Metrics
+from pipeline.tracking.outbox import Tracker
+from pipeline.training.worker import run_rank
 
 _WARM_UP = 5
 

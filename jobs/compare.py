@@ -22,7 +22,7 @@ from jobs.evaluation.results import EvaluationError
 from jobs.reporting.comparison_config import CompareConfig, parse_change
 from jobs.reporting.comparison_report import System, by_norm, comparison_png, markdown
 from jobs.reporting.comparison_runs import Order, Outcome, Runs
-from pipeline.tracking import log_comparison, ui_command
+from pipeline.tracking.client import log_comparison, ui_command
 
 TABLE = "compare.md"
 _TUNING = {"data.train-split": "fit", "data.test-split": "validation"}

@@ -34,7 +34,7 @@ from jobs.evaluation.runner import (
     output,
 )
 from model.errors import ModelError
-from pipeline.tracking import EvaluationRecord, RunReference, log_evaluation, ui_command
+from pipeline.tracking.client import EvaluationRecord, RunReference, log_evaluation, ui_command
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from jobs.evaluation.results import EvaluationError
 from jobs.registry import promotion
 from jobs.registry.promotion_rule import Rule
 from model.errors import ModelError
-from pipeline.tracking import TrackingConfig, ui_command
-from pipeline.tracking_registry import Registry, RegistryError
+from pipeline.tracking.client import TrackingConfig, ui_command
+from pipeline.tracking.registry import Registry, RegistryError
 
 NOT_PROMOTED = 3
 Name = Annotated[str, tyro.conf.Positional]

@@ -37,8 +37,8 @@ from model.artifact.artifact import ArtifactInfo
 from model.certification.eps import eps_value
 from model.certification.matrix_bounds import MatrixBound
 from model.errors import ModelError
-from pipeline.tracking import TrackingConfig
-from pipeline.tracking_registry import Registry, RegistryError
+from pipeline.tracking.client import TrackingConfig
+from pipeline.tracking.registry import Registry, RegistryError
 
 FIELDS = ("path", "label", "radius", "norm", "eps", "certified", "size", "resize", "error")
 _TASKS_PER_WAVE = 64

@@ -25,8 +25,8 @@ from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from jobs.reporting.data import Board, Entry, Report, collect
 from jobs.reporting.figures import color_of, cost_svg, curves_svg, time_unit
-from pipeline.tracking import RunReference, TrackingConfig, ui_command
-from pipeline.tracking_query import Reader, TrackedRun, TrackingError
+from pipeline.tracking.client import RunReference, TrackingConfig, ui_command
+from pipeline.tracking.reader import Reader, TrackedRun, TrackingError
 
 PAGE, TEXT = "report.html", "report.md"
 _NONE = "–"

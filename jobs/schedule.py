@@ -34,8 +34,8 @@ from jobs.scheduling.claims import Claim, Claims, Phase
 from jobs.scheduling.config import ScheduleConfig, arguments, log_folder
 from jobs.scheduling.launchers import Processes, RayJobs, Submitter
 from jobs.scheduling.status_page import page
-from pipeline.exposure import ExposureError, require_closed
-from pipeline.tracking_watch import Watch
+from pipeline.run.exposure import ExposureError, require_closed
+from pipeline.tracking.watch import Watch
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from rich.console import Console
 
 from jobs.reporting.data import differing_settings
 from model.certification.eps import eps_value
-from pipeline.tracking import RunReference, TrackingConfig, ui_command
-from pipeline.tracking_query import Reader, TrackedRun, TrackingError
-from pipeline.tracking_views import (
+from pipeline.tracking.client import RunReference, TrackingConfig, ui_command
+from pipeline.tracking.reader import Reader, TrackedRun, TrackingError
+from pipeline.tracking.ui_views import (
     Section,
     View,
     bar,

@@ -3,7 +3,7 @@
 from data_shards.errors import ShardError
 from model.errors import ModelError
 from optim.errors import OptimizerError
-from pipeline.exposure import ExposureError
+from pipeline.run.exposure import ExposureError
 
 
 class PipelineError(ValueError):

@@ -16,12 +16,12 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import budget
 from pipeline.config import RunConfig
 from pipeline.errors import REFUSALS, PipelineError
-from pipeline.estimate import Estimate, estimate, trials
-from pipeline.forecast import DEVICES, Device, device_of
-from pipeline.measured import Measured
+from pipeline.planner import memory as budget
+from pipeline.planner.calibration import Measured
+from pipeline.planner.estimate import Estimate, estimate, trials
+from pipeline.planner.step_time import DEVICES, Device, device_of
 from pipeline.presets import PRESETS, run_preset
 
 _DEFAULT_PRESET = "digits"

@@ -14,16 +14,16 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from pipeline.config import RunConfig
-from pipeline.desk import Desk, desk_for
-from pipeline.display import lenient_console
+from pipeline.driver.console import lenient_console
+from pipeline.driver.monitor import Desk, desk_for
+from pipeline.driver.preflight import prepare
 from pipeline.errors import REFUSALS
-from pipeline.events import Emit, Event, Hung
-from pipeline.interruption import StopSignal
-from pipeline.prepare import prepare
 from pipeline.presets import PRESETS, run_preset
-from pipeline.ranks import join_world
-from pipeline.restarts import fit_here, fit_in_memory
-from pipeline.worker import run_rank
+from pipeline.resilience.oom_restart import fit_here, fit_in_memory
+from pipeline.resilience.signals import StopSignal
+from pipeline.run.distributed import join_world
+from pipeline.run.events import Emit, Event, Hung
+from pipeline.training.worker import run_rank
 
 _DEFAULT_PRESET = "digits"
 _SIGNALS = 128
@@ -97,7 +97,7 @@ def _run(config: RunConfig, console: Console, stop: StopSignal) -> None:
 
 
 def _run_on_ray(config: RunConfig, console: Console, stop: StopSignal) -> None:
-    from pipeline.launch import fit, ray_session
+    from pipeline.launch.ray_launcher import fit, ray_session
 
     with console.status("preparing"):
         prepared = prepare(config, world_size=config.cluster.workers)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from model.certification.eps import check_table
-from pipeline.tracking import TrackingConfig
+from pipeline.tracking.client import TrackingConfig
 
 _USUAL = {
     "l2": ("36/255", "72/255", "108/255", "255/255"),

@@ -23,8 +23,8 @@ from jobs.evaluation.runner import artifact_info
 from jobs.registry.certificate_bundle import Evidence, VerificationError
 from jobs.registry.promotion_rule import Comparison, Rule, compare, samples_to_verify
 from model.artifact.artifact import WEIGHTS
-from pipeline.tracking import RunReference
-from pipeline.tracking_registry import Registry, RegistryError, Version
+from pipeline.tracking.client import RunReference
+from pipeline.tracking.registry import Registry, RegistryError, Version
 
 CHAMPION, CANDIDATE = "champion", "candidate"
 DECISION = "decision.json"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from pipeline.tracking import TrackingConfig
+from pipeline.tracking.client import TrackingConfig
 
 _CHANGE = re.compile(r"([a-z][\w.-]*)\*(\d+(?:\.\d+)?)")
 

@@ -1,4 +1,4 @@
-"""What a training run took, from the meter's records (pipeline/meter.py)."""
+"""What a training run took, from the meter's records (pipeline/driver/usage.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import harmonic_mean, median
 
-from pipeline.tracking_query import Point, Reader, TrackedRun
+from pipeline.tracking.reader import Point, Reader, TrackedRun
 
 _HOURS, _TOTAL, _MFU = "cost/device_hours", "cost/total", "perf/mfu"
 _RATE, _EPOCH = "train/images_per_s", "train/epoch"

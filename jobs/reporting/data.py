@@ -12,7 +12,7 @@ from functools import cached_property
 from jobs.evaluation.results import EvaluationSummary
 from jobs.reporting.cost import Cost, training_cost
 from model.certification.eps import eps_value
-from pipeline.tracking_query import Reader, TrackedModel, TrackedRun
+from pipeline.tracking.reader import Reader, TrackedModel, TrackedRun
 
 CERTIFICATE, SUMMARY = "certificate.json", "summary.json"
 FIGURES = ("cra.png", "radius.png")

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from jobs.evaluation.executor import job_client
 from jobs.scheduling.claims import Claim
-from pipeline.exposure import require_closed
+from pipeline.run.exposure import require_closed
 
 logger = logging.getLogger(__name__)
 

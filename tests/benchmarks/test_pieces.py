@@ -10,9 +10,9 @@ from benchmarks.scaling import Setup, in_ranks, predicted, volume_rows
 from model.networks.linf.groupsort import GroupSortConfig
 from pipeline.config import ZeroConfig
 from pipeline.errors import PipelineError
-from pipeline.measured import Measured
-from pipeline.rehearsal import LiveBytes
-from pipeline.zero3 import Zero3
+from pipeline.planner.calibration import Measured
+from pipeline.planner.meta_step import LiveBytes
+from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import rank_world, small_run
 

@@ -15,7 +15,7 @@ import psutil
 
 from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
-from pipeline.restore import committed
+from pipeline.checkpoint.reader import committed
 from tests.end_to_end.ray_cluster import ROOT, Cluster
 
 INTERVAL = 10

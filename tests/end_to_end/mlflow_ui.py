@@ -22,9 +22,9 @@ from pathlib import Path
 from jobs.report import PAGE
 from jobs.report import main as report
 from jobs.views import views
-from pipeline.tracking import TrackingConfig
-from pipeline.tracking_query import Reader
-from pipeline.tracking_views import save_views
+from pipeline.tracking.client import TrackingConfig
+from pipeline.tracking.reader import Reader
+from pipeline.tracking.ui_views import save_views
 
 WAIT_MS = 120_000  # the first page compiles several MB of script on a busy machine
 # Closes the assistant, which hides a third of the page on the first visit.

@@ -7,7 +7,7 @@ import pytest
 from jobs.evaluate_cra import evaluate
 from jobs.report import PAGE
 from jobs.report import main as report
-from pipeline.tracking import TrackingConfig
+from pipeline.tracking.client import TrackingConfig
 from tests.end_to_end.conftest import pretrain
 from tests.end_to_end.mlflow_ui import browser, chromium, report_picture, server, shots
 

@@ -19,7 +19,7 @@ from pipeline.pretrain import main
 def entry(settings):
     import torch
     from pipeline import launch
-    from pipeline.objective import Objective
+    from pipeline.training.objective import Objective
     genuine = Objective.forward
 
     def forward(self, images, labels, now):

@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 
 from jobs.evaluation.config import EvaluationConfig
-from pipeline.tracking import EvaluationRecord, log_evaluation
+from pipeline.tracking.client import EvaluationRecord, log_evaluation
 
 
 def main(arguments, *, before_record):

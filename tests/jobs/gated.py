@@ -19,8 +19,8 @@ from jobs.registry.promotion_rule import Rule
 from jobs.registry.serving import SoundPredictor
 from model.artifact.artifact import write_artifact
 from model.networks.registry import build_network
-from pipeline.tracking import TrackingConfig
-from pipeline.tracking_registry import Registry
+from pipeline.tracking.client import TrackingConfig
+from pipeline.tracking.registry import Registry
 from tests.jobs.conftest import NETWORK
 
 _FAVOURED = 0.6  # share of the samples that are of class 0

@@ -17,7 +17,7 @@ from jobs.reporting import comparison_runs
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_report import comparison_png
 from jobs.reporting.comparison_runs import Order
-from pipeline.tracking import connect
+from pipeline.tracking.client import connect
 
 SETTINGS = {
     "data": {"train_split": "train", "test_split": "test"},

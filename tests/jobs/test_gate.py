@@ -11,7 +11,7 @@ from data_shards.streaming.sample_reader import read_shard
 from jobs.evaluation.results import EvaluationError
 from jobs.gate import NOT_PROMOTED, main
 from jobs.registry import promotion
-from pipeline.tracking_registry import RegistryError
+from pipeline.tracking.registry import RegistryError
 from tests.jobs.gated import Gated
 
 _numbers = itertools.count()

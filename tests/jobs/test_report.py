@@ -9,8 +9,8 @@ from jobs.evaluate_cra import evaluate
 from jobs.report import PAGE, TEXT, cell, duration, interval, main, per_further_point, render
 from jobs.reporting.cost import Cost, passed_epochs
 from jobs.reporting.data import collect
-from pipeline.tracking import Server, TrackingConfig, now_ms
-from pipeline.tracking_query import Point, Reader, TrackingError
+from pipeline.tracking.client import Server, TrackingConfig, now_ms
+from pipeline.tracking.reader import Point, Reader, TrackingError
 from tests.jobs.conftest import NETWORK, export
 
 EPS = ("1/255", "36/255")

@@ -20,7 +20,7 @@ from jobs.scheduling.claims import Claim, Claims, Phase
 from jobs.scheduling.config import ScheduleConfig, arguments
 from jobs.scheduling.launchers import submission_id
 from jobs.scheduling.status_page import page
-from pipeline.tracking import TrackingConfig
+from pipeline.tracking.client import TrackingConfig
 from tests.jobs.mlflow_store import Store
 
 

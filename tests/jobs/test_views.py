@@ -8,9 +8,9 @@ import pytest
 from mlflow import MlflowClient
 
 from jobs.views import certified_radii, main, views
-from pipeline.tracking import Server, TrackingConfig, now_ms
-from pipeline.tracking_query import Reader, TrackingError
-from pipeline.tracking_views import Section, View, bar, line, save_views
+from pipeline.tracking.client import Server, TrackingConfig, now_ms
+from pipeline.tracking.reader import Reader, TrackingError
+from pipeline.tracking.ui_views import Section, View, bar, line, save_views
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PREFIX = "mlflow.sharedViewState."

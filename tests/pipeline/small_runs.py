@@ -15,13 +15,13 @@ from data_shards.write import write_shard_set
 from model.networks.config import LipNeXtConfig
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
-from pipeline import worker
 from pipeline.config import ClusterConfig, LossConfig, RunConfig, TrainConfig
 from pipeline.errors import PipelineError
-from pipeline.events import Event, Kept, Metrics
-from pipeline.interruption import Interruption
-from pipeline.ranks import join_world
-from pipeline.zero3 import Zero3
+from pipeline.resilience.signals import Interruption
+from pipeline.run.distributed import join_world
+from pipeline.run.events import Event, Kept, Metrics
+from pipeline.training import worker
+from pipeline.training.zero3 import Zero3
 
 
 def small_model(**changes) -> LipNeXtConfig:

@@ -5,8 +5,8 @@ import torch
 
 from optim.collectives import LocalExchange, ProcessGroupExchange
 from optim.zero_layout import plan_rounds
-from pipeline import budget
-from pipeline.rehearsal import LiveBytes
+from pipeline.planner import memory
+from pipeline.planner.meta_step import LiveBytes
 from tests.harness import run_ranks
 from tests.optim.emulation import Emulation, Problem
 
@@ -48,9 +48,9 @@ def observed(rank, world_size, matrices, increment):
 
 
 def planned(world_size, matrices, increment, monkeypatch):
-    monkeypatch.setattr(budget, "plan_rounds", one_each)
-    weights = budget.Weights((N * N,) * matrices, (7, 15), N * N)
-    setting = budget.Setting(
+    monkeypatch.setattr(memory, "plan_rounds", one_each)
+    weights = memory.Weights((N * N,) * matrices, (7, 15), N * N)
+    setting = memory.Setting(
         ranks=world_size,
         working=4,
         lookahead=True,
@@ -61,7 +61,7 @@ def planned(world_size, matrices, increment, monkeypatch):
         prefetch=1,
         live=1,
     )
-    rows = budget.optimizer_step(weights, setting)
+    rows = memory.optimizer_step(weights, setting)
     return sum(row.size for row in rows if not row.name.startswith("gradient"))
 
 

@@ -9,12 +9,12 @@ import pytest
 
 from data_shards.storage.store import Store
 from optim.config import OptimConfig
+from pipeline.checkpoint.reader import committed, load_checkpoint
 from pipeline.config import CheckpointConfig, TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
-from pipeline.events import Started
-from pipeline.restore import committed, load_checkpoint
-from pipeline.worker import Job
-from pipeline.zero3 import Zero3
+from pipeline.run.events import Started
+from pipeline.training.worker import Job
+from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
     local_state,

@@ -11,9 +11,9 @@ from pipeline.config import (
     decides_result,
     flatten,
 )
-from pipeline.counts import make_plan
 from pipeline.errors import PipelineError
 from pipeline.presets import PRESETS, run_preset
+from pipeline.run.step_schedule import make_plan
 from tests.pipeline.small_runs import small_run
 
 

@@ -7,15 +7,15 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-import pipeline.evaluation
+import pipeline.driver.evaluations
 from data_shards.storage.store import Store
-from pipeline.desk import Desk
-from pipeline.display import Display
-from pipeline.evaluation import Evaluations
-from pipeline.events import Kept, Metrics, NotKept, Recalled, Started
-from pipeline.journal import Journal
-from pipeline.meter import Meter
+from pipeline.driver.console import Display
+from pipeline.driver.evaluations import Evaluations
+from pipeline.driver.event_log import Journal
+from pipeline.driver.monitor import Desk
+from pipeline.driver.usage import Meter
 from pipeline.presets import run_preset
+from pipeline.run.events import Kept, Metrics, NotKept, Recalled, Started
 
 VALUES = {
     "train/loss": 1.25,
@@ -121,7 +121,7 @@ def test_records_that_only_a_checkpoint_holds_are_made_up_for(tmp_path):
 
 
 def evaluations(monkeypatch, fn, *, beside_training=True):
-    monkeypatch.setattr(pipeline.evaluation, "resolve", lambda entry: fn)
+    monkeypatch.setattr(pipeline.driver.evaluations, "resolve", lambda entry: fn)
     return Evaluations({"split": "test"}, print, beside_training=beside_training)
 
 
@@ -181,7 +181,10 @@ def test_cancel_drops_what_has_not_begun(monkeypatch):
 
 
 def test_the_entry_resolves_to_the_evaluation_job():
-    assert pipeline.evaluation.resolve(pipeline.evaluation.ENTRY).__module__ == "jobs.evaluate_cra"
+    assert (
+        pipeline.driver.evaluations.resolve(pipeline.driver.evaluations.ENTRY).__module__
+        == "jobs.evaluate_cra"
+    )
 
 
 def test_what_an_earlier_execution_kept_is_recorded_and_certified_once(tmp_path, monkeypatch):
@@ -189,7 +192,7 @@ def test_what_an_earlier_execution_kept_is_recorded_and_certified_once(tmp_path,
     for step in (10, 20, 30):
         run.write(f"artifacts/step-{step:08d}/artifact.json", str(step).encode())
     info = mock.Mock(side_effect=lambda opener: mock.Mock(digest=opener("artifact.json").read()))
-    monkeypatch.setattr("pipeline.desk.read_info", info)
+    monkeypatch.setattr("pipeline.driver.monitor.read_info", info)
     recorder, evaluations = Recorder(), mock.Mock()
     meter = Meter(run_preset("digits"), recorder.last_value)
     console = Console(file=io.StringIO())

@@ -13,8 +13,9 @@ from email.utils import formatdate
 import pytest
 from packaging.requirements import Requirement
 
-from pipeline import checks, doctor
-from pipeline.checks import Finding, all_checks, bounded
+from pipeline import doctor
+from pipeline.planner import diagnostics
+from pipeline.planner.diagnostics import Finding, all_checks, bounded
 from tests.pipeline.small_runs import small_shards
 
 
@@ -70,21 +71,21 @@ def test_a_sound_environment_passes_every_check_that_needs_no_gpu(tmp_path):
 
 
 def test_an_old_and_a_missing_package_are_named():
-    old = look(checks.package, Requirement("numpy>=99"))
+    old = look(diagnostics.package, Requirement("numpy>=99"))
     assert old.status == "FAIL"
     assert old.advice == "pip install 'numpy>=99'"
-    missing = look(checks.package, Requirement("no-such-package>=1"))
+    missing = look(diagnostics.package, Requirement("no-such-package>=1"))
     assert (missing.status, missing.value) == ("FAIL", "not installed")
 
 
 def test_an_old_python_is_named(monkeypatch):
-    monkeypatch.setattr(checks.platform, "python_version", lambda: "3.8.1")
-    assert look(checks.python) == Finding("FAIL", "3.8.1", "use Python <3.13,>=3.10")
+    monkeypatch.setattr(diagnostics.platform, "python_version", lambda: "3.8.1")
+    assert look(diagnostics.python) == Finding("FAIL", "3.8.1", "use Python <3.13,>=3.10")
 
 
 def test_a_store_that_cannot_be_written_is_named(tmp_path, dead_port, monkeypatch):
     (tmp_path / "file").write_text("")
-    refused = look(checks.store, str(tmp_path / "file"))  # also for root, whom no mode stops
+    refused = look(diagnostics.store, str(tmp_path / "file"))  # also for root, whom no mode stops
     assert refused.status == "FAIL"
     assert "NotADirectoryError" in refused.value
 
@@ -92,21 +93,21 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path, dead_port, monkeypatc
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{dead_port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    away = look(checks.store, "s3://bucket/runs")
+    away = look(diagnostics.store, "s3://bucket/runs")
     assert away.status == "FAIL"
     assert "s3://bucket/runs" in away.value
 
 
 def test_a_folder_without_the_right_to_write_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    found = look(checks.disk, str(tmp_path / "runs"))
+    found = look(diagnostics.disk, str(tmp_path / "runs"))
     assert (found.status, found.advice) == ("FAIL", "choose another --storage")
     assert str(tmp_path) in found.value
 
 
 def test_a_store_that_lets_two_create_the_same_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks.Store, "create", lambda self, name, data: True)
-    found = look(checks.store, str(tmp_path))
+    monkeypatch.setattr(diagnostics.Store, "create", lambda self, name, data: True)
+    found = look(diagnostics.store, str(tmp_path))
     assert found.status == "FAIL"
     assert "an object can be created twice" in found.value
 
@@ -115,40 +116,40 @@ def test_a_full_disk_and_little_shared_memory_are_named(tmp_path, monkeypatch):
     def usage(path):
         return os.terminal_size if path is None else type("U", (), {"free": 5e8, "total": 6.4e7})()
 
-    monkeypatch.setattr(checks.shutil, "disk_usage", usage)
-    full = look(checks.disk, str(tmp_path))
+    monkeypatch.setattr(diagnostics.shutil, "disk_usage", usage)
+    full = look(diagnostics.disk, str(tmp_path))
     assert full.status == "FAIL"
     assert full.value.startswith("0.5 GB free")
-    small = look(checks.shared_memory, str(tmp_path))
+    small = look(diagnostics.shared_memory, str(tmp_path))
     assert small.status == "WARN"
     assert "--shm-size" in small.advice
 
 
 def test_few_open_files_are_named(monkeypatch):
-    monkeypatch.setattr(checks.resource, "getrlimit", lambda which: (1024, 4096))
-    assert look(checks.open_files).status == "WARN"
+    monkeypatch.setattr(diagnostics.resource, "getrlimit", lambda which: (1024, 4096))
+    assert look(diagnostics.open_files).status == "WARN"
 
 
 @pytest.mark.parametrize(("ahead_s", "status"), [(0.0, "OK"), (30.0, "WARN"), (-600.0, "FAIL")])
 def test_a_server_whose_clock_is_off_is_named(ahead_s, status):
     with server(ahead_s=ahead_s) as url:
-        found = look(checks.server_clock, url)
+        found = look(diagnostics.server_clock, url)
     assert found.status == status
     assert abs(float(found.value.split()[0]) - ahead_s) < 3
 
 
 def test_the_clock_of_the_store_is_compared(tmp_path, monkeypatch):
-    assert look(checks.store_clock, str(tmp_path)).status == "OK"
-    monkeypatch.setattr(checks.Store, "modified", lambda self, name: time.time() + 400)
-    found = look(checks.store_clock, str(tmp_path))
+    assert look(diagnostics.store_clock, str(tmp_path)).status == "OK"
+    monkeypatch.setattr(diagnostics.Store, "modified", lambda self, name: time.time() + 400)
+    found = look(diagnostics.store_clock, str(tmp_path))
     assert (found.status, found.advice) == ("FAIL", "synchronise the clocks (NTP, chrony)")
 
 
 def test_dead_servers_are_named(dead_port):
     for check, address in (
-        (checks.ray, f"127.0.0.1:{dead_port}"),
-        (checks.ray, f"http://127.0.0.1:{dead_port}"),
-        (checks.mlflow, f"http://127.0.0.1:{dead_port}"),
+        (diagnostics.ray, f"127.0.0.1:{dead_port}"),
+        (diagnostics.ray, f"http://127.0.0.1:{dead_port}"),
+        (diagnostics.mlflow, f"http://127.0.0.1:{dead_port}"),
     ):
         found = look(check, address)
         assert found.status == "FAIL", address
@@ -156,10 +157,10 @@ def test_dead_servers_are_named(dead_port):
 
 def test_a_cluster_that_wants_a_token_says_so():
     with server(status=401) as url:
-        found = look(checks.ray, url)
+        found = look(diagnostics.ray, url)
     assert found == Finding("FAIL", "HTTP 401", "set RAY_AUTH_MODE=token, RAY_AUTH_TOKEN")
     with server() as url:
-        assert look(checks.ray, url).status == "OK"
+        assert look(diagnostics.ray, url).status == "OK"
 
 
 def test_a_check_that_hangs_fails_in_time():
@@ -171,12 +172,12 @@ def test_a_check_that_hangs_fails_in_time():
 
 
 def test_a_broken_collective_is_named(monkeypatch):
-    monkeypatch.setattr(checks, "_SUM", "import sys; sys.exit('no route to host')")
-    found = look(checks.all_reduce, "gloo", 20.0)
+    monkeypatch.setattr(diagnostics, "_SUM", "import sys; sys.exit('no route to host')")
+    found = look(diagnostics.all_reduce, "gloo", 20.0)
     assert found.status == "FAIL"
     assert found.value == "no route to host"
-    monkeypatch.setattr(checks, "_SUM", "import time; time.sleep(60)")
-    assert "no sum within 1 s" in look(checks.all_reduce, "gloo", 1.0).value
+    monkeypatch.setattr(diagnostics, "_SUM", "import time; time.sleep(60)")
+    assert "no sum within 1 s" in look(diagnostics.all_reduce, "gloo", 1.0).value
 
 
 def test_the_entry_prints_rows_and_its_exit_status_tells(monkeypatch, capsys):

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 from ray.train import ScalingConfig
 
-from pipeline import elastic
 from pipeline.config import ClusterConfig, TrainConfig
-from pipeline.counts import world_sizes
-from pipeline.elastic import DividingPolicy
 from pipeline.errors import PipelineError
-from pipeline.interruption import PAUSE, STOP, Orders
+from pipeline.launch import ray_elastic
+from pipeline.launch.ray_elastic import DividingPolicy
+from pipeline.resilience.signals import PAUSE, STOP, Orders
+from pipeline.run.step_schedule import world_sizes
 from tests.pipeline.small_runs import small_run
 
 GRACE_S = 100.0
@@ -56,8 +56,8 @@ class Actor:
 def policy(monkeypatch):
     """A policy for 2, 4 or 8 ranks, and what the cluster has: nodes with CPUs, seconds."""
     room, clock = {}, SimpleNamespace(now=0.0)
-    monkeypatch.setattr(elastic.ray, "get", lambda value: value)
-    monkeypatch.setattr(elastic, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(ray_elastic.ray, "get", lambda value: value)
+    monkeypatch.setattr(ray_elastic, "time", SimpleNamespace(monotonic=lambda: clock.now))
     orders = Orders()
     scaling = ScalingConfig(num_workers=(2, 8), elastic_resize_monitor_interval_s=0)
     made = DividingPolicy(scaling, (2, 4, 8), Actor(orders), GRACE_S)

@@ -8,11 +8,11 @@ import torch
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from optim.collectives import Exchange, LocalExchange
-from pipeline.checkpoint import HostMemory, commit, held, take_snapshot, write_snapshot
+from pipeline.checkpoint.reader import load_checkpoint
+from pipeline.checkpoint.writer import HostMemory, commit, held, take_snapshot, write_snapshot
 from pipeline.errors import PipelineError
-from pipeline.ranks import World
-from pipeline.restore import load_checkpoint
-from pipeline.trainer import Progress
+from pipeline.run.distributed import World
+from pipeline.training.trainer import Progress
 from tests.optim.emulation import Emulation, Problem
 from tests.pipeline.small_runs import small_run
 

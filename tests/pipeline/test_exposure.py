@@ -8,8 +8,9 @@ import pytest
 
 from jobs import schedule
 from jobs.scheduling.launchers import RayJobs
-from pipeline import exposure, pretrain
-from pipeline.exposure import TRUST, ExposureError, is_loopback, own_addresses, require_closed
+from pipeline import pretrain
+from pipeline.run import exposure
+from pipeline.run.exposure import TRUST, ExposureError, is_loopback, own_addresses, require_closed
 
 PATHS = ("/api/jobs/", "/api/2.0/mlflow/experiments/search?max_results=1")
 OUTSIDE = own_addresses()[:1]

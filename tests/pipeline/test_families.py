@@ -16,11 +16,11 @@ from model.networks.registry import FAMILIES, Family, build_network
 from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from pipeline.config import RunConfig
-from pipeline.losses import LOSSES
 from pipeline.presets import PRESETS, run_preset
-from pipeline.schedules import Moment
-from pipeline.worker import Job, run_rank
-from pipeline.zero3 import Zero3
+from pipeline.training.losses import LOSSES
+from pipeline.training.schedules import Moment
+from pipeline.training.worker import Job, run_rank
+from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.model.toy_network import Toy, ToyConfig
 from tests.pipeline.small_runs import Undisturbed, batches, rank_world, small_run, small_shards

@@ -16,21 +16,21 @@ import pytest
 import ray
 
 from data_shards.storage.store import Store
-from pipeline import launch
-from pipeline import tracker as tracker_file
+from pipeline.checkpoint.reader import committed
 from pipeline.config import CheckpointConfig, TrainConfig
-from pipeline.events import NotKept, Skipped
-from pipeline.interruption import STOP, StopSignal
-from pipeline.journal import Journal
-from pipeline.launch import _pump
-from pipeline.lines import Lines
+from pipeline.driver.event_log import Journal
+from pipeline.launch import ray_launcher
+from pipeline.launch.ray_launcher import _pump
 from pipeline.pretrain import main
-from pipeline.restore import committed
-from pipeline.tracker import Tracker
-from pipeline.tracking import RunReference, TrackingConfig
-from pipeline.trainer import Trainer
-from pipeline.worker import Job
-from pipeline.zero3 import Zero3
+from pipeline.resilience.signals import STOP, StopSignal
+from pipeline.run.append_log import Lines
+from pipeline.run.events import NotKept, Skipped
+from pipeline.tracking import outbox as tracker_file
+from pipeline.tracking.client import RunReference, TrackingConfig
+from pipeline.tracking.outbox import Tracker
+from pipeline.training.trainer import Trainer
+from pipeline.training.worker import Job
+from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
     observed_run,
@@ -194,7 +194,7 @@ def test_ranks_are_stopped_when_nobody_records_them(monkeypatch):
 
 
 def test_a_process_that_is_told_to_stop_waits_for_no_rank_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(launch, "_DEAF_S", 0.3)
+    monkeypatch.setattr(ray_launcher, "_DEAF_S", 0.3)
     monkeypatch.setattr(ray, "get", lambda answer: answer)
     monkeypatch.setattr(ray, "kill", lambda actor: None)
     stop, killed = StopSignal(), threading.Event()

@@ -8,9 +8,9 @@ import pickle
 import pytest
 
 from data_shards.storage.store import Store
+from pipeline.checkpoint.reader import UnreadableError, load_checkpoint, load_newest
 from pipeline.errors import PipelineError
-from pipeline.ranks import World
-from pipeline.restore import UnreadableError, load_checkpoint, load_newest
+from pipeline.run.distributed import World
 from tests.data_shards.test_damage import Bomb
 from tests.pipeline.test_elastic_checkpoint import digests, ranks_of, save
 

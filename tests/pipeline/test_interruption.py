@@ -5,10 +5,10 @@ import signal
 
 import pytest
 
-from pipeline import trainer
-from pipeline.events import Started
-from pipeline.interruption import StopSignal
-from pipeline.worker import Job
+from pipeline.resilience.signals import StopSignal
+from pipeline.run.events import Started
+from pipeline.training import trainer
+from pipeline.training.worker import Job
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
     Undisturbed,

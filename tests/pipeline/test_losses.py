@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from pipeline.losses import (
+from pipeline.training.losses import (
     ce_hinge_loss,
     certificate_loss,
     emma_loss,
@@ -12,7 +12,7 @@ from pipeline.losses import (
     mixture_loss,
     offset_loss,
 )
-from pipeline.schedules import (
+from pipeline.training.schedules import (
     exponential_decay,
     learning_rate_factor,
     training_radius,

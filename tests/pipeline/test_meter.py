@@ -8,11 +8,11 @@ import torch
 from model.networks.linf.groupsort import GroupSortConfig
 from model.networks.registry import build_network
 from pipeline.config import ClusterConfig, RunConfig, TrainConfig
-from pipeline.events import Metrics, Started
-from pipeline.flops import measured_flops, peak_flops, training_flops
-from pipeline.meter import Meter
+from pipeline.driver.system_metrics import SystemMetrics
+from pipeline.driver.usage import Meter
+from pipeline.planner.flops import measured_flops, peak_flops, training_flops
 from pipeline.presets import run_preset
-from pipeline.system import SystemMetrics
+from pipeline.run.events import Metrics, Started
 
 
 class Clock:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import pace
-from pipeline.events import Metrics, Straggling
-from pipeline.pace import Pace, Stopwatch
-from pipeline.worker import Job
-from pipeline.zero3 import Zero3
+from pipeline.resilience import straggler as pace
+from pipeline.resilience.straggler import Pace, Stopwatch
+from pipeline.run.events import Metrics, Straggling
+from pipeline.training.worker import Job
+from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline import small_runs
 from tests.pipeline.small_runs import observed_run, rank_world, small_run, small_shards

@@ -9,16 +9,16 @@ import torch
 
 from model.networks.config import LipNeXtConfig
 from optim.config import OptimConfig
-from pipeline import budget
 from pipeline.config import TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
-from pipeline.estimate import estimate, memory, setting_of, weights_of
-from pipeline.flops import training_flops
-from pipeline.forecast import StepTime, device_of
-from pipeline.measured import Measured
 from pipeline.plan import main, parse, sweep
-from pipeline.rehearsal import LiveBytes, rehearse
-from pipeline.schedules import Moment
+from pipeline.planner import memory as budget
+from pipeline.planner.calibration import Measured
+from pipeline.planner.estimate import estimate, memory, setting_of, weights_of
+from pipeline.planner.flops import training_flops
+from pipeline.planner.meta_step import LiveBytes, rehearse
+from pipeline.planner.step_time import StepTime, device_of
+from pipeline.training.schedules import Moment
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import rank_world, small_run
 
@@ -53,7 +53,7 @@ class Observed(LiveBytes):
 
 def observe(rank, world_size, train):
     """Bytes of one rank: always, and beyond that in each phase; what it sent in one step."""
-    from pipeline.zero3 import Zero3
+    from pipeline.training.zero3 import Zero3
 
     config = planned_run(world_size, **train)
     peaks = {"forward and backward": 0, "optimizer step": 0}

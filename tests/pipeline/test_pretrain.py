@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 
-import pipeline.launch
-import pipeline.zero3
+import pipeline.launch.ray_launcher
+import pipeline.training.zero3
 from data_shards.sources import digits, synthetic
 from data_shards.write import write_shard_set
 from pipeline.config import changes, decides_result
-from pipeline.prepare import prepare
+from pipeline.driver.preflight import prepare
 from pipeline.pretrain import main, parse
 from tests.data_shards.test_index import rewrite_header
 
@@ -28,7 +28,7 @@ def no_workers(monkeypatch):
     def started(*arguments):
         raise AssertionError("Ray was started although the run is impossible")
 
-    monkeypatch.setattr(pipeline.launch, "ray_session", started)
+    monkeypatch.setattr(pipeline.launch.ray_launcher, "ray_session", started)
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_fp16_without_the_arithmetic(refusal, monkeypatch):
     class DeepSpeed:
         get_accelerator = Cpu
 
-    monkeypatch.setattr(pipeline.zero3, "_import_deepspeed", lambda device: DeepSpeed)
+    monkeypatch.setattr(pipeline.training.zero3, "_import_deepspeed", lambda device: DeepSpeed)
     text = refusal("--train.precision", "fp16", "--cluster.device", "cpu")
     assert "train.precision=fp16" in text
     assert "cpu" in text

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data_shards.storage.store import Store
-from pipeline.profile import profiled
+from pipeline.training.profiler import profiled
 
 
 def train(folder, steps, loop):

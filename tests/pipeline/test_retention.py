@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_shards.storage.store import Store
-from pipeline.checkpoint import COMMIT
+from pipeline.checkpoint.reader import committed
+from pipeline.checkpoint.retention import PINNED, Candidate, retain, surplus
+from pipeline.checkpoint.writer import COMMIT
 from pipeline.config import CheckpointConfig
-from pipeline.restore import committed
-from pipeline.retention import PINNED, Candidate, retain, surplus
 
 
 def steps(*numbers, size=1_000_000_000):

@@ -14,14 +14,14 @@ from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream
 from pipeline.config import CheckpointConfig, TrainConfig
-from pipeline.desk import Desk
-from pipeline.display import Display
-from pipeline.events import Metrics, RolledBack, Skipped, Started
-from pipeline.journal import Journal
-from pipeline.meter import Meter
+from pipeline.driver.console import Display
+from pipeline.driver.event_log import Journal
+from pipeline.driver.monitor import Desk
+from pipeline.driver.usage import Meter
 from pipeline.presets import run_preset
-from pipeline.rollback import Gap, past
-from pipeline.worker import Job
+from pipeline.resilience.rollback import Gap, past
+from pipeline.run.events import Metrics, RolledBack, Skipped, Started
+from pipeline.training.worker import Job
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
     observed_run,

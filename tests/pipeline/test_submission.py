@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.prepare
+import pipeline.driver.preflight
 from data_shards.sources import digits
 from data_shards.write import write_shard_set
+from pipeline.driver.preflight import prepare
 from pipeline.errors import PipelineError
-from pipeline.prepare import prepare
 from pipeline.pretrain import parse
-from pipeline.submission import is_ray_job, submission_tags, uploaded_code
+from pipeline.run.ray_job import is_ray_job, submission_tags, uploaded_code
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_uploaded_code_is_known_by_its_digest():
 
 
 def test_runs_of_the_same_second_have_two_names(base, monkeypatch):
-    monkeypatch.setattr(pipeline.prepare, "_new_name", lambda config: "digits-now")
+    monkeypatch.setattr(pipeline.driver.preflight, "_new_name", lambda config: "digits-now")
     names = [prepare(parse(base), world_size=2).job.config.name for _ in range(3)]
     assert names == ["digits-now", "digits-now-2", "digits-now-3"]
 

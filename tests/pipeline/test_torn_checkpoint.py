@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from data_shards.storage.store import Store
-from pipeline import checkpoint
-from pipeline.checkpoint import COMMIT, Snapshot, commit, write_snapshot
+from pipeline.checkpoint import writer
+from pipeline.checkpoint.reader import _check_file, _read_commit, committed
+from pipeline.checkpoint.writer import COMMIT, Snapshot, commit, write_snapshot
 from pipeline.errors import PipelineError
-from pipeline.restore import _check_file, _read_commit, committed
 
 RANKS = 2
 
@@ -43,7 +43,7 @@ class Mortal:
 
     def install(self) -> None:
         places = [(Store, "open"), (Store, "remove"), (Path, "open"), (Path, "replace")]
-        for place, name in [*places, (os, "fsync"), (checkpoint, "write_safetensors")]:
+        for place, name in [*places, (os, "fsync"), (writer, "write_safetensors")]:
             genuine = getattr(place, name)
 
             def counted(*arguments, genuine=genuine, **options):

@@ -4,13 +4,13 @@ import sys
 
 import pytest
 
-from pipeline.tracker import Tracker
-from pipeline.tracking import (
+from pipeline.tracking.client import (
     EvaluationRecord,
     TrackingConfig,
     log_evaluation,
     ui_command,
 )
+from pipeline.tracking.outbox import Tracker
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_config_makes_sqlite_paths_absolute(monkeypatch, tmp_path):
 
 
 def test_importing_the_file_does_not_import_mlflow():
-    code = "import sys, pipeline.tracking; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, pipeline.tracking.client; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -307,8 +307,8 @@ def test_misuse_is_refused(config, tmp_path):
 
 def test_processes_may_create_the_schema_together(tmp_path):
     code = (
-        "import sys; from pipeline.tracker import Tracker;"
-        "from pipeline.tracking import TrackingConfig;"
+        "import sys; from pipeline.tracking.outbox import Tracker;"
+        "from pipeline.tracking.client import TrackingConfig;"
         "from pathlib import Path;"
         "t = Tracker(TrackingConfig(uri=sys.argv[1]), Path(sys.argv[2]), run_name='x',"
         "wait_seconds=60); ok = t.run is not None; sys.exit(not (t.close() and ok))"

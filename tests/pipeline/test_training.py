@@ -20,12 +20,12 @@ from optim.manifolds import ORTHOGONAL, manifold_of
 from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from optim.sharded import TENSOR_KINDS
-from pipeline import losses
 from pipeline.config import CheckpointConfig, TrainConfig
-from pipeline.events import Metrics, NotKept, Skipped
-from pipeline.losses import emma_loss
-from pipeline.worker import Job
-from pipeline.zero3 import Zero3
+from pipeline.run.events import Metrics, NotKept, Skipped
+from pipeline.training import losses
+from pipeline.training.losses import emma_loss
+from pipeline.training.worker import Job
+from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
     observed_run,

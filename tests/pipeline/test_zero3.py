@@ -10,9 +10,9 @@ from model.networks.registry import build_network
 from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from pipeline.config import TrainConfig, ZeroConfig
-from pipeline.losses import emma_loss
-from pipeline.schedules import Moment
-from pipeline.zero3 import Zero3
+from pipeline.training.losses import emma_loss
+from pipeline.training.schedules import Moment
+from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import batches, rank_world, small_run
 

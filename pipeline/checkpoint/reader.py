@@ -1,0 +1,204 @@
+"""Reading checkpoints back: which one, is it sound, and into any number of ranks."""
+
+import contextlib
+import hashlib
+import json
+import math
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from data_shards.storage.store import Store
+from data_shards.streaming.sampler import Cursor
+from model.artifact.safetensors_io import read_header, tensor_of
+from optim.sharded import ShardedManifoldAdam
+from pipeline.checkpoint.writer import COMMIT, SCHEMA_VERSION, Partitioned, held, slices
+from pipeline.errors import PipelineError
+from pipeline.run.distributed import World
+from pipeline.run.events import Metrics
+from pipeline.training.trainer import Progress
+
+
+class UnreadableError(PipelineError):
+    """A store does not answer; that does not make a checkpoint a damaged one."""
+
+
+DAMAGED = "commit.damaged.json"
+_BLOCK = 1 << 24
+_RECORDS = TypeAdapter(list[Metrics])
+
+
+def committed(checkpoints: Store) -> list[Store]:
+    """The committed checkpoints, the highest step first."""
+    names = sorted((name for name in checkpoints.ls("") if name.startswith("step-")), reverse=True)
+    return [checkpoints.child(n) for n in names if checkpoints.child(n).exists(COMMIT)]
+
+
+def load_newest(
+    checkpoints: Store, *, world: World, engine: Partitioned
+) -> tuple[Progress | None, list[str]]:
+    """Load the newest checkpoint that is sound; newer ones are put aside (`commit.damaged.json`).
+
+    Ranks: all call it together.
+
+    Returns:
+        Where it stands, None if nothing was ever committed; and what was wrong with newer ones.
+
+    Raises:
+        PipelineError: there are checkpoints and none is sound; raised on every rank.
+        UnreadableError: the store does not answer; raised on every rank.
+    """
+    # One listing for all ranks: a store may show them different ones.
+    found = world.share(committed(checkpoints) if world.rank == 0 else None)
+    damaged: list[str] = []
+    for folder in found:
+        loaded = _try_load(folder, world, engine)
+        if isinstance(loaded, Progress):
+            if world.rank == 0:
+                for passed_over in found[: len(damaged)]:
+                    _put_aside(passed_over)
+            return loaded, damaged
+        damaged.append(loaded)
+    if damaged:
+        raise PipelineError("no checkpoint can be loaded; " + "; ".join(damaged))
+    return None, []
+
+
+def _put_aside(folder: Store) -> None:
+    """Steps behind it will be written anew, so it must not count as the newest any more."""
+    with contextlib.suppress(OSError):  # then it is passed over once more next time
+        folder.write(DAMAGED, folder.read(COMMIT))
+        folder.remove(COMMIT)
+
+
+def _try_load(folder: Store, world: World, engine: Partitioned) -> Progress | str:
+    try:
+        return load_checkpoint(folder, world=world, engine=engine)
+    except UnreadableError:
+        raise
+    except PipelineError as error:
+        return str(error)
+
+
+def load_checkpoint(folder: Store, *, world: World, engine: Partitioned) -> Progress:
+    """Fill the optimizer's partitions from a checkpoint written by any number of ranks.
+
+    Ranks: all call it together.
+
+    Raises:
+        PipelineError: a file is missing, short or altered, or a tensor does not fit; raised on
+            every rank before any state is touched.
+        UnreadableError: the store does not answer; the same.
+    """
+    error, unread, commit = None, None, {}
+    records: list[Metrics] = []
+    try:
+        commit = _read_commit(folder)
+        _check_parts(folder, commit)
+        records = _RECORDS.validate_python(commit.get("records", []))
+        # Each file is hashed once, by one rank.
+        for record in commit["files"][world.rank :: world.size]:
+            _check_file(folder, record)
+            _check_tensors(folder, record["file"], commit["tensors"])
+        expected = {key: list(slot.shape) for key, slot, _ in slices(engine.optimizer, world.rank)}
+        stored = {key: entry["shape"] for key, entry in commit["tensors"].items()}
+        if stored != expected:
+            names = sorted(k for k in stored | expected if stored.get(k) != expected.get(k))
+            first = names[0]
+            raise PipelineError(
+                f"checkpoint {folder.url} does not fit the network: {len(names)} tensors differ, "
+                f"first {first}: stored {stored.get(first)}, expected {expected.get(first)}"
+            )
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    except Exception as failure:  # whatever a client of a store raises
+        unread = f"checkpoint {folder} cannot be read: {type(failure).__name__}: {failure}"
+    world.agree(unread, UnreadableError)
+    world.agree(error)
+    _fill(folder, commit, engine.optimizer, world.rank)
+    engine.optimizer.load_scalar_state(commit["scalars"])
+    for partition in engine.optimizer.partitions:
+        partition.publish()
+    return Progress(commit["step"], Cursor(**commit["cursor"]), tuple(records))
+
+
+def _read_commit(folder: Store) -> dict[str, Any]:
+    try:
+        commit: dict[str, Any] = json.loads(folder.read(COMMIT))
+    except ValueError as error:
+        raise PipelineError(f"checkpoint file {folder.url}/{COMMIT} is damaged: {error}") from error
+    version = commit.get("schema_version") if isinstance(commit, dict) else None
+    if version != SCHEMA_VERSION:
+        raise PipelineError(f"{folder.url}/{COMMIT} has schema_version={version}, not 1")
+    return commit
+
+
+def _check_file(folder: Store, record: dict[str, Any]) -> None:
+    name = record["file"]
+    if not folder.exists(name):
+        raise PipelineError(f"checkpoint file {folder.url}/{name} is missing")
+    size = folder.size(name)
+    if size != record["size"]:
+        raise PipelineError(
+            f"checkpoint file {folder.url}/{name} has {size} bytes, committed were {record['size']}"
+        )
+    digest = hashlib.sha256()
+    for start in range(0, size, _BLOCK):  # not a stream: ranges wait for a store that is away
+        digest.update(folder.read_range(name, start, min(start + _BLOCK, size)))
+    if digest.hexdigest() != record["sha256"]:
+        raise PipelineError(
+            f"checkpoint file {folder.url}/{name} has sha256 {digest.hexdigest()}, "
+            f"committed was {record['sha256']}"
+        )
+
+
+def _check_parts(folder: Store, commit: dict[str, Any]) -> None:
+    """Every element of every tensor is in exactly one part, of a file with a digest."""
+    files = {record["file"] for record in commit["files"]}
+    for key, entry in commit["tensors"].items():
+        end = 0
+        for name, first, last in entry["parts"]:
+            if name not in files:
+                raise PipelineError(f"{folder.url}/{COMMIT}: {key} is in {name!r}, not its file")
+            if first != min(end, math.prod(entry["shape"])) or last < first:
+                raise PipelineError(
+                    f"{folder.url}/{COMMIT}: {key} has elements up to {end}, then from {first} to "
+                    f"{last}"
+                )
+            end = last
+        if end != math.prod(entry["shape"]):
+            raise PipelineError(f"{folder.url}/{COMMIT}: {key} has {end} elements of its shape")
+
+
+def _check_tensors(folder: Store, name: str, tensors: dict[str, Any]) -> None:
+    """A file holds the parts that the commit places there, each of its length."""
+    with folder.open(name, "rb") as stream:
+        header, _ = read_header(stream)
+    for key, entry in tensors.items():
+        for file, first, last in entry["parts"]:
+            if file == name and first < last and header[key].shape != (last - first,):
+                raise PipelineError(
+                    f"checkpoint file {folder.url}/{name} has {key} of shape {header[key].shape}, "
+                    f"committed were {last - first} elements"
+                )
+
+
+def _fill(folder: Store, commit: dict[str, Any], optimizer: ShardedManifoldAdam, rank: int) -> None:
+    """Copy the intersection of every stored range with this rank's ranges."""
+    headers: dict[str, Any] = {}
+    for key, slot, target in slices(optimizer, rank):
+        start, stop = held(slot, rank)
+        for name, first, last in commit["tensors"][key]["parts"]:
+            low, high = max(start, first), min(stop, last)
+            if low >= high:
+                continue
+            if name not in headers:
+                with folder.open(name, "rb") as stream:
+                    headers[name], _ = read_header(stream)
+            where = headers[name][key]
+            width = where.dtype.itemsize
+            begin = where.start + (low - first) * width
+            data = folder.read_range(name, begin, begin + (high - low) * width)
+            with torch.no_grad():
+                target[low - start : high - start] = tensor_of(data, where.dtype, (high - low,))

@@ -1,0 +1,390 @@
+"""The driver's side of a run: shows, records and certifies what rank 0 reports."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from data_shards.storage.store import Store
+from model.artifact.artifact import read_info
+from model.networks.registry import FAMILIES
+from pipeline.checkpoint.retention import retain
+from pipeline.driver.console import Display
+from pipeline.driver.evaluations import Evaluations
+from pipeline.driver.event_log import Journal
+from pipeline.driver.preflight import Prepared
+from pipeline.driver.system_metrics import SystemMetrics
+from pipeline.driver.usage import Meter
+from pipeline.run.events import (
+    Event,
+    Hung,
+    Kept,
+    Metrics,
+    NotKept,
+    Recalled,
+    RolledBack,
+    Skipped,
+    Started,
+    Straggling,
+)
+from pipeline.run.ray_job import submission_tags
+from pipeline.tracking.client import ui_command
+from pipeline.tracking.outbox import Tracker
+from pipeline.training.worker import Job
+
+_FIGURE = "cra.png"
+_REPROJECTIONS = "orthogonality/reprojections"
+_CLOSE_S = 60.0
+_NOT_CERTIFIED = "earlier checkpoints are not certified"
+_NOT_REMOVED = "surplus checkpoints are not removed"
+
+
+class Desk:
+    """Handles the events of one run in order.
+
+    Args:
+        display: what the person sees.
+        tracker: the MLflow record.
+        evaluations: certification of kept checkpoints; None leaves them uncertified.
+        after_kept: called beside the events when a checkpoint has been kept.
+        meter: counts what the run uses.
+        journal: the run's event log.
+        run: folder of the run.
+        began: called beside the events when the ranks are about to train.
+
+    Attributes:
+        step: of the newest record.
+    """
+
+    def __init__(
+        self,
+        display: Display,
+        tracker: Tracker,
+        evaluations: Evaluations | None,
+        after_kept: Callable[[], object],
+        meter: Meter,
+        journal: Journal,
+        run: Store,
+        began: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.step = 0
+        self._run = run
+        self._followed: set[int] = set()
+        self._following = threading.Lock()
+        self._errands = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="errands")
+        self._began = began
+        self._meter = meter
+        self._display = display
+        self._tracker = tracker
+        self._evaluations = evaluations
+        self._after_kept = after_kept
+        self._journal = journal
+        self._hangs = 0
+        self._reprojections = tracker.last_value(_REPROJECTIONS) or 0.0
+
+    def stamp(self, job: Job) -> Job:
+        """The job with the id of its tracked run, so that artefacts lead back to it.
+
+        Left out when the tracking server has not answered yet.
+        """
+        if self._tracker.run is None:
+            return job
+        context = {**job.context, "train_run_id": self._tracker.run.run_id}
+        return dataclasses.replace(job, context=context)
+
+    def handle(self, event: Event) -> None:
+        """Show and record one event; waits for no server and no task."""
+        self._journal.add(event)
+        match event:
+            case Started():
+                self._start(event)
+            case Metrics():
+                self.step = event.step
+                values = {**event.values, **self._meter.values(event)}
+                self._display.metrics(dataclasses.replace(event, values=values))
+                self._tracker.log_metrics(event.step, values, event.time_ms)
+                self._note_repairs(event)
+            case Recalled():
+                self._recall(event)
+            case Kept():
+                self._keep(event)
+            case NotKept():
+                reason = escape(event.error)
+                self._display.message(f"[red]not kept[/red] step {event.step}: {reason}")
+                self._tracker.log_metrics(event.step, {"checkpoint/failed": 1.0})
+            case Straggling():
+                self._display.message(
+                    f"[yellow]slow[/yellow] rank {event.rank} ({escape(event.host)}): its forward "
+                    f"pass takes {event.ratio:.1f} times the median, at step {event.step}"
+                )
+                self._tracker.set_tags({"straggler": f"rank {event.rank}, {event.host}"})
+            case Hung():
+                self._hangs += 1
+                self._display.message(
+                    f"[red]hung[/red] in step {event.step}: {escape(event.report)}; stacks: "
+                    f"{escape(_where(event.url))}"
+                )
+                self._tracker.log_metrics(event.step, {"faults/hangs": float(self._hangs)})
+            case Skipped():
+                self._display.message(
+                    f"[yellow]skipped[/yellow] step {event.step}: a loss or gradient is not finite"
+                )
+            case RolledBack():
+                self._meter.back_to(event.step)
+                self._display.message(
+                    f"[yellow]rolled back[/yellow] from step {event.given_up} to {event.step}: "
+                    f"{event.samples} samples are left out, epoch and position {event.first} to "
+                    f"{event.next}"
+                )
+                counts = {
+                    "train/rollbacks": float(event.rollbacks),
+                    "train/samples_left_out": float(event.samples_left_out),
+                }
+                self._tracker.log_metrics(event.step, counts)
+
+    def fail(self) -> None:
+        """Give the run its final status at once, for a process that is about to be ended."""
+        self._tracker.finish("FAILED")
+
+    def _note_repairs(self, event: Metrics) -> None:
+        """Say that matrices were found off the manifold and put back since the last audit."""
+        count = event.values.get(_REPROJECTIONS, self._reprojections)
+        if count > self._reprojections:
+            found = {
+                "step": event.step,
+                "matrices": int(count - self._reprojections),
+                "residual": event.values["orthogonality/residual_max"],
+            }
+            self._journal.note("Reprojected", **found)
+            self._display.message(
+                f"[yellow]re-projected[/yellow] step {event.step}: {found['matrices']} matrices "
+                f"were off the manifold, residual up to {found['residual']:.1e}"
+            )
+        self._reprojections = count
+
+    def _start(self, event: Started) -> None:
+        self.step = event.step
+        self._beside(self._began, "changed settings are not kept")
+        if event.step:
+            self._beside(functools.partial(self._catch_up, event.step), _NOT_CERTIFIED)
+        self._display.started(event)
+        batch = event.micro_batch
+        self._tracker.set_tags({**self._meter.started(event), "micro_batch": str(batch)})
+        self._tracker.log_metrics(event.step, {"train/micro_batch": float(batch)})
+
+    def _recall(self, event: Recalled) -> None:
+        """Record what an execution that was killed has not."""
+        known = self._tracker.recorded()
+        for record in event.records:
+            if (record.step, record.time_ms) not in known:
+                self._tracker.log_metrics(record.step, record.values, record.time_ms)
+
+    def _keep(self, event: Kept) -> None:
+        self._display.message(
+            f"[green]kept[/green] step {event.step}: {escape(_where(event.checkpoint_url))}, "
+            f"artefact {event.digest[:12]}, orthogonality residual <= {event.residual:.1e}; "
+            f"training waited {event.stall_s:.2f} s"
+        )
+        times = {"checkpoint/stall_s": event.stall_s, "checkpoint/write_s": event.seconds}
+        self._tracker.log_metrics(event.step, times)
+        self._follow(event.step, event.artifact_url, event.digest, event.checkpoint_url)
+        self._beside(self._after_kept, _NOT_REMOVED)
+
+    def settle(self) -> None:
+        """Wait for what is done beside the events; there are no more of them."""
+        self._errands.shutdown(wait=True)
+
+    def _beside(self, errand: Callable[[], object], what: str) -> None:
+        """Do something that asks a store, without keeping the events waiting."""
+
+        def run() -> None:
+            with self.saying(what):
+                errand()
+
+        self._errands.submit(run)
+
+    @contextlib.contextmanager
+    def saying(self, what: str) -> Iterator[None]:
+        """Show what the block raises, and go on."""
+        try:
+            yield
+        except Exception as error:  # whatever a client of a store raises
+            self._display.message(f"[red]{what}[/red]: {escape(str(error))}")
+
+    def _catch_up(self, until: int) -> None:
+        """Record and certify artefacts up to a step of which no event has come."""
+        for name in self._run.child("artifacts").ls():
+            with self.saying(_NOT_CERTIFIED):
+                step = int(name.removeprefix("step-"))
+                if step <= until and step not in self._followed:
+                    artifact = self._run.child("artifacts", name)
+                    checkpoint = self._run.child("checkpoints", name)
+                    digest = read_info(artifact.open).digest
+                    self._follow(step, artifact.url, digest, checkpoint.url)
+
+    def _follow(self, step: int, artifact_url: str, digest: str, checkpoint_url: str) -> None:
+        """Record an artefact and have it certified; what was done before leaves no trace."""
+        with self._following:
+            self._followed.add(step)
+            where = {"checkpoint_url": checkpoint_url}
+            self._tracker.log_checkpoint(step, artifact_url, digest, where, wait_seconds=0)
+            if self._evaluations is not None:
+                self._evaluations.submit(artifact_url, step)
+
+
+@contextlib.contextmanager
+def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
+    """Open the record of a run; at the end wait for its evaluations and show the results.
+
+    The run ends as FINISHED, KILLED (interrupt, SIGTERM) or FAILED.
+    """
+    config = prepared.job.config
+    tracker = Tracker(
+        prepared.tracking,
+        prepared.spool,
+        run_name=config.name,
+        run_key=prepared.run_key,
+        params=prepared.params(),
+        tags={**_tags(prepared), **submission_tags()},
+    )
+    evaluations = _evaluations(prepared, tracker) if config.checkpoint.evaluate else None
+    display = Display(console)
+    meter = Meter(config, tracker.last_value)
+    journal = Journal(prepared.spool.parent, prepared.run)
+    tidy = functools.partial(_tidy, prepared, evaluations)
+    desk = Desk(display, tracker, evaluations, tidy, meter, journal, prepared.run, prepared.accept)
+    system = SystemMetrics(
+        # With the time, so that a run which then hangs and is killed has lost it.
+        lambda values: tracker.log_metrics(desk.step, {**values, **meter.time()})
+    )
+    status = "FAILED"
+    if prepared.changed:
+        display.message("changed: " + "; ".join(f"{k}: {v}" for k, v in prepared.changed.items()))
+        journal.note("Changed", settings=prepared.changed)
+    try:
+        yield desk
+        desk.settle()
+        meter.stop()
+        display.close()
+        summaries = _results(evaluations, console)
+        status = "FINISHED"
+        _show(summaries, prepared, tracker, display)
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        display.close()
+        system.close()
+        tracker.finish(status)  # first: what follows may outlast the time that a stop leaves
+        desk.settle()
+        if evaluations is not None:
+            evaluations.cancel()
+        with desk.saying(_NOT_REMOVED):
+            tidy()
+        with contextlib.suppress(OSError):  # the file is complete on this machine
+            journal.publish()
+        tracker.close(_CLOSE_S)
+
+
+def _tags(prepared: Prepared) -> dict[str, str]:
+    """What runs are filtered by."""
+    config = prepared.job.config
+    return {
+        "preset": config.preset,
+        "run_url": prepared.job.run_url,
+        "dataset": prepared.samples.name,
+        "network": config.model.kind,
+        "norm": FAMILIES[config.model.kind].network.norm,
+        "precision": config.train.precision,
+        "code": prepared.job.context["code"]["commit"],
+    }
+
+
+def _tidy(prepared: Prepared, evaluations: Evaluations | None) -> None:
+    """Remove surplus checkpoints."""
+    policy = prepared.job.config.checkpoint
+    unfinished: set[int] = set()
+    scores: dict[int, float] = {}
+    if evaluations is not None:
+        unfinished = evaluations.unfinished()  # before the scores: what ends in between has one
+        for summary in evaluations.finished():
+            scores[summary.step] = summary.columns["sound"].cra[policy.evaluate_eps[0]]
+    retain(prepared.run, policy, scores, unfinished)
+
+
+def _evaluations(prepared: Prepared, tracker: Tracker) -> Evaluations:
+    config = prepared.job.config
+    settings: dict[str, Any] = {
+        "shards": prepared.job.shards_url,
+        "split": config.data.test_split,
+        "eps": config.checkpoint.evaluate_eps,
+        "launcher": config.cluster.launcher,
+        "max_in_flight": config.checkpoint.evaluate_tasks,
+        "num_gpus": config.checkpoint.evaluate_gpus,
+        "placement": config.checkpoint.evaluate_placement,
+        "record": False,
+    }
+    beside = config.cluster.launcher == "ray"
+    return Evaluations(settings, tracker.log_evaluation, beside_training=beside)
+
+
+def _results(evaluations: Evaluations | None, console: Console) -> list[Any]:
+    if evaluations is None:
+        return []
+    with console.status(f"certifying: {evaluations.waiting} evaluations to go"):
+        return evaluations.results()
+
+
+def _show(summaries: list[Any], prepared: Prepared, tracker: Tracker, display: Display) -> None:
+    """The final table, the figure of the last checkpoint, and how to open the MLflow UI."""
+    if summaries:
+        last = summaries[-1]
+        rows = []
+        for summary in summaries:
+            sound = summary.columns["sound"]
+            cells = {f"CRA {eps}": f"{value:.2%}" for eps, value in sound.cra.items()}
+            rows.append({"step": str(summary.step), "clean": f"{sound.clean:.2%}", **cells})
+        title = f"cra_sound, {last.norm}, {last.samples} samples of {last.dataset}"
+        display.table(title, list(rows[0]), rows)
+        display.message(_comparison(last))
+        display.message(f"CRA curve:   {_where(last.out_url)}/{_FIGURE}")
+        display.message(f"certificate: {_where(last.out_url)}/certificate.json")
+        if last.verifiable:
+            display.message(
+                f"check it:    python -m model.verify {_where(last.out_url)} "
+                f"--artifact {_where(last.artifact_url)} --shards {_where(last.shards_url)}"
+            )
+    display.message(f"artefacts:   {_where(prepared.job.run_url)}/artifacts")
+    if tracker.run is not None:
+        command, path = ui_command(prepared.tracking.uri, tracker.run)
+        display.message(
+            f"MLflow UI:   {command}\n             then open http://127.0.0.1:5000{path}"
+        )
+
+
+def _comparison(summary: Any) -> str:
+    """How much the proof costs, and what is proved of the program that serves."""
+    columns = summary.columns
+    nominal, sound, deployed = columns["nominal"], columns["sound"], columns["deployed"]
+    loss = max(nominal.cra[eps] - sound.cra[eps] for eps in sound.cra)
+    if deployed.vacuous:
+        serving = "vacuous"
+    else:
+        serving = ", ".join(f"{value:.2%}" for value in deployed.cra.values())
+    return (
+        f"Lipschitz constant: proved <= {summary.network_bound:.8f}, observed >= "
+        f"{summary.observed_lipschitz:.8f}; cra_nominal exceeds cra_sound by at most "
+        f"{100 * loss:.2f} points; cra_deployed ({deployed.program}): {serving}"
+    )
+
+
+def _where(url: str) -> str:
+    """A path that a person can open on this machine, else the URL without credentials."""
+    store = Store(url)
+    return str(store.local_path() or store)

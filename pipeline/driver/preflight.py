@@ -1,0 +1,240 @@
+"""Everything that can be known before workers start: storage, shards, run folder, refusals."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import itertools
+import os
+import subprocess
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from data_shards.sources import digits, synthetic
+from data_shards.storage.store import Store
+from data_shards.write import write_shard_set
+from pipeline.checkpoint.reader import committed
+from pipeline.config import RunConfig, changes, decides_result, flatten
+from pipeline.errors import PipelineError
+from pipeline.run.exposure import require_closed
+from pipeline.run.ray_job import is_ray_job, uploaded_code
+from pipeline.run.step_schedule import make_plan, world_sizes
+from pipeline.tracking.client import TrackingConfig
+from pipeline.training.data import Samples, open_samples
+from pipeline.training.worker import Job
+from pipeline.training.zero3 import require_precision
+
+_RECORD = "run.json"
+_KEY = "tracking.key"
+_SQLITE = "sqlite:///"
+_SOURCES = {"digits": digits, "synthetic": synthetic}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run that may start.
+
+    Attributes:
+        job: what the ranks get.
+        run: store of the run folder.
+        samples: the shard set.
+        tracking: resolved MLflow store and experiment.
+        run_key: by which MLflow knows the run, also where its spool is lost.
+        spool: local folder of the metrics spool.
+        changed: settings of a continued run that are not those it had before.
+    """
+
+    job: Job
+    run: Store
+    samples: Samples
+    tracking: TrackingConfig
+    run_key: str
+    spool: Path
+    changed: dict[str, str]
+
+    def accept(self) -> None:
+        """Keep changed settings as those of the run; once its ranks have loaded a checkpoint."""
+        if self.changed:
+            self.run.write(_RECORD, self.job.config.to_json().encode())
+
+    def params(self) -> dict[str, Any]:
+        """Parameters of the tracked run: the resolved configuration and the code version."""
+        body = TypeAdapter(RunConfig).dump_python(self.job.config, mode="json")
+        return {**flatten(body), "code": self.job.context["code"]}
+
+
+def prepare(config: RunConfig, *, world_size: int) -> Prepared:
+    """Check the run against the machine and the shards, and create or reopen its folder.
+
+    Raises:
+        PipelineError, ShardError: the run is impossible; nothing was started.
+        ExposureError: its Ray cluster or MLflow server stands open.
+    """
+    cluster = config.cluster
+    elsewhere = cluster.launcher == "ray" and (cluster.address or os.environ.get("RAY_ADDRESS"))
+    require_closed(ray=elsewhere or "", mlflow=config.mlflow)
+    no_gpu = not elsewhere and not torch.cuda.is_available()
+    if cluster.device == "cpu" or no_gpu:
+        require_precision(config.train.precision)
+    try:
+        return _prepare(config, world_size, no_gpu=no_gpu)
+    except OSError as error:
+        raise PipelineError(f"storage or shards: {type(error).__name__}: {error}") from error
+
+
+def _prepare(config: RunConfig, world_size: int, *, no_gpu: bool) -> Prepared:
+    storage = storage_root(config)
+    shards = _shards(config, storage)
+    samples = open_samples(config, shards.url)
+    make_plan(config, samples=samples.per_epoch, world_size=world_size)
+    if config.cluster.launcher == "ray":
+        world_sizes(config)
+    if config.cluster.device == "cuda" and no_gpu:
+        raise PipelineError("cluster.device=cuda: this machine has no GPU that torch can use")
+    tracking = _tracking(config, storage, samples)
+    config, run, changed = _open_run(config, storage)
+    name = config.name
+    context = {
+        "run": name,
+        "preset": config.preset,
+        "shards_url": shards.url,
+        "shards_digest": samples.digest,
+        "code": code_version(),
+    }
+    job = Job(config=config, run_url=run.url, shards_url=shards.url, context=context)
+    return Prepared(
+        job=job,
+        run=run,
+        samples=samples,
+        tracking=tracking,
+        run_key=_run_key(run),
+        spool=(run.local_path() or Path.home() / ".cache/certified-pretrain" / name) / "tracking",
+        changed=changed,
+    )
+
+
+def storage_root(config: RunConfig) -> Store:
+    """Where runs and data live; never the throw-away working directory of a Ray job."""
+    if config.storage:
+        return Store(config.storage)
+    if is_ray_job():
+        return Store(str(Path.home() / "certified-pretrain"))
+    return Store("runs")
+
+
+def _tracking(config: RunConfig, storage: Store, samples: Samples) -> TrackingConfig:
+    """Where the run is recorded. A server may be away; a folder that is missing never comes."""
+    folder = storage.local_path() or Path.home() / "certified-pretrain"
+    if not config.mlflow:
+        folder.mkdir(parents=True, exist_ok=True)
+    uri = config.mlflow or f"{_SQLITE}{folder / 'mlflow.db'}"
+    try:
+        tracking = TrackingConfig(uri=uri, experiment=config.experiment or samples.name)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise PipelineError(f"mlflow: {reason}") from None
+    if uri.startswith(_SQLITE) and not Path(tracking.uri.removeprefix(_SQLITE)).parent.is_dir():
+        raise PipelineError(f"mlflow={uri}: there is no such folder")
+    return tracking
+
+
+def _shards(config: RunConfig, storage: Store) -> Store:
+    """The shard set; one that this project can make is written on first use."""
+    source = config.data.source
+    if config.data.shards:
+        return Store(config.data.shards)
+    if source == "none":
+        raise PipelineError(
+            f"preset {config.preset!r} needs a shard set: give --data.shards URL "
+            "(write one with `python -m data_shards.write`)"
+        )
+    shards = storage.child("data", source)
+    if not shards.exists("index.json"):
+        write_shard_set(_SOURCES[source](), shards.url)
+    return shards
+
+
+def _run_key(run: Store) -> str:
+    """The key that the first execution of the run has drawn."""
+    run.create(_KEY, uuid.uuid4().hex.encode())
+    return run.read(_KEY).decode()
+
+
+def _new_name(config: RunConfig) -> str:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return f"{config.preset}-{now:%Y%m%d-%H%M%S}"
+
+
+def _newest_run(config: RunConfig, storage: Store) -> str:
+    names = sorted(
+        (entry for entry in storage.ls("") if entry.startswith(f"{config.preset}-")), reverse=True
+    )
+    for name in names:
+        if storage.child(name).exists(_RECORD):
+            return name
+    raise PipelineError(f"--resume: no run of preset {config.preset!r} under {storage.url}")
+
+
+def _open_run(config: RunConfig, storage: Store) -> tuple[RunConfig, Store, dict[str, str]]:
+    """The configuration with its name, the run's folder, created or checked, and what has changed.
+
+    Of two processes that begin a run of the same name at the same time one is refused.
+    """
+    if config.name or config.resume:
+        named = dataclasses.replace(config, name=config.name or _newest_run(config, storage))
+        run = storage.child(named.name)
+        if run.exists(_RECORD) or config.resume or not _created(named, run):
+            return named, run, _continue(named, run)
+        return named, run, {}
+    base = _new_name(config)
+    for number in itertools.count(1):  # a second one of the same second is numbered
+        named = dataclasses.replace(config, name=base if number == 1 else f"{base}-{number}")
+        run = storage.child(named.name)
+        if _created(named, run):
+            return named, run, {}
+    raise AssertionError("unreachable")
+
+
+def _created(config: RunConfig, run: Store) -> bool:
+    return run.create(_RECORD, config.to_json().encode())
+
+
+def _continue(config: RunConfig, run: Store) -> dict[str, str]:
+    """Check that an existing run may be continued with this config; what differs from before."""
+    if not run.exists(_RECORD):
+        raise PipelineError(f"--resume: there is no run {run.url}")
+    if not (config.resume or config.start_or_resume):
+        raise PipelineError(
+            f"run {run.url} exists: give --resume to continue it, or another --name"
+        )
+    changed = changes(RunConfig.from_json(run.read(_RECORD).decode()), config)
+    refused = [f"{name}: {values}" for name, values in changed.items() if decides_result(name)]
+    if refused and not config.accept_changes:
+        raise PipelineError(
+            "--resume would change the mathematics of the run: "
+            + "; ".join(refused)
+            + " (--accept-changes continues all the same)"
+        )
+    if config.resume and not committed(run.child("checkpoints")):
+        raise PipelineError(f"--resume: {run.url} has no committed checkpoint")
+    return changed
+
+
+def code_version() -> dict[str, str]:
+    """Package version and, in a git checkout, the commit (with `+` when files are modified).
+
+    Of code that a Ray job brought with it, the digest of its files.
+    """
+    version = {"package": importlib.metadata.version("certified-pretrain")}
+    image = os.environ.get("CERTIFIED_PRETRAIN_COMMIT")  # of a container image without .git
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        version["commit"] = done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        version["commit"] = uploaded_code(root) or image or "unknown"
+    return version

@@ -1,0 +1,332 @@
+"""Ray: the only file of this room that imports it. Starts the workers and carries their events."""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from data_shards.storage.store import Store
+from pipeline.config import ClusterConfig
+from pipeline.errors import REFUSALS, PipelineError
+from pipeline.resilience.signals import PAUSE, STOP, Flag, Interruption, Orders
+from pipeline.run.events import Emit, Event
+from pipeline.run.step_schedule import world_sizes
+from pipeline.training.worker import Job, run_rank
+
+_POLL_S = 0.2
+_ORDERS_S = 1.0
+_DEAF_S = 15.0
+"""After an order to stop, and without a rank that has asked for orders, as long: there is none."""
+_SPARE_CPUS = 3
+"""Logical CPUs of a local Ray beyond the workers: two evaluation tasks and the controller."""
+
+
+@contextlib.contextmanager
+def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+    """Join the cluster of this Ray job (or of `cluster.address`), or start a local one.
+
+    Raises:
+        PipelineError: Ray is not installed, or the cluster cannot be reached.
+    """
+    address = cluster.address or os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        # A plain ray.init() writes a token into the home directory, which then changes the
+        # authentication of every later cluster of this account. Here nobody else can connect.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning
+    try:
+        import ray
+    except ImportError as error:
+        raise PipelineError(
+            "Ray is not installed here; install ray[default,train] or use --cluster.launcher local"
+        ) from error
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not address:
+        cpus = cluster.workers * cluster.cpus_per_worker + _SPARE_CPUS
+        options.update(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+        )
+    try:
+        ray.init(**({"address": address} if address else {}), **options)
+    except ConnectionError as error:
+        raise PipelineError(f"no Ray cluster answers at {address!r}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+_HEALTH_CHECK = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+_SILENT = 2
+"""Multiple of `cluster.hang_timeout_s` after which Ray ends a rank that does not answer: later than
+the ranks themselves, who can say more about it."""
+_WORKER_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # DeepSpeed on torch >= 2.12 warns once per parameter and step.
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+}
+
+
+class _Mail:
+    """Actor that holds events until they are fetched.
+
+    It handles one call after the other, so those of a rank stay in order; Ray's queue is
+    asynchronous, and on a busy machine records came out of order.
+    """
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+
+    def put(self, event: Event) -> None:
+        self._events.append(event)
+
+    def take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def arrived(self) -> None:
+        """Answers once all that the caller has put before is held."""
+
+
+class _Post:
+    """Worker side of the events; sending never waits."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def __call__(self, event: Event) -> None:
+        self._actor.put.remote(event)
+
+    def wait(self) -> None:
+        """Wait until everything sent by this process is held."""
+        import ray
+
+        ray.get(self._actor.arrived.remote())
+
+
+class _Listener(Flag):
+    """Worker side of the orders; preemption as Ray Train reports it."""
+
+    def __init__(self, orders: Any) -> None:
+        super().__init__()
+        self._orders = orders
+        threading.Thread(target=self._listen, name="orders", daemon=True).start()
+
+    def _standing(self) -> frozenset[str]:
+        import ray
+
+        standing: frozenset[str] = ray.get(self._orders.standing.remote())
+        return standing
+
+    def _listen(self) -> None:
+        with contextlib.suppress(Exception):  # their keeper has gone: so will this worker
+            while not self._standing():
+                time.sleep(_ORDERS_S)
+            self.raise_flag()
+
+    def rest(self) -> None:
+        """Having returned because of PAUSE, wait for the end; a rank that returns has finished."""
+        from ray.train import get_context
+
+        if PAUSE in self._standing():
+            self._orders.pause.remote(get_context().get_world_rank())
+            while STOP not in self._standing():
+                time.sleep(_ORDERS_S)
+
+    def preempted(self) -> bool:
+        """See Interruption."""
+        from ray.train import get_preemption_info
+
+        return get_preemption_info() is not None
+
+
+def _rank_entry(settings: dict[str, Any]) -> None:
+    """Function that Ray Train runs on every rank."""
+    listener = _Listener(settings["orders"])
+    run_rank(settings["job"], settings["emit"], listener)
+    settings["emit"].wait()  # the driver fetches for the last time when the ranks have returned
+    listener.rest()
+
+
+@contextlib.contextmanager
+def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterator[None]:
+    """Hand the events to `handle` on a thread, in order, to the last one.
+
+    The same thread passes a request to stop on to the workers, and stops them if `handle` raises.
+
+    Raises:
+        BaseException: what `handle` has raised.
+    """
+    import ray
+
+    done = threading.Event()
+    failures: list[BaseException] = []
+
+    def drain() -> None:
+        try:
+            ordered = 0.0
+            while True:
+                final = done.is_set()
+                if stop.stop_requested() and not ordered:
+                    ordered = time.monotonic()
+                    orders.give.remote(STOP)
+                if ordered and not final and time.monotonic() > ordered + _DEAF_S:
+                    _stop_if_deaf(orders)
+                for event in ray.get(events.take.remote()):
+                    handle(event)
+                if final:
+                    return
+                done.wait(_POLL_S)
+        except BaseException as error:
+            failures.append(error)
+            orders.give.remote(STOP)  # a run that nobody records any more must not go on
+
+    thread = threading.Thread(target=drain, name="events", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        ray.kill(events)
+    if failures:
+        raise failures[0]
+
+
+def _stop_if_deaf(orders: Any) -> None:
+    """End this process as a second SIGTERM would, if no rank is there that could hear of one.
+
+    They may wait for a cluster that is full, or for a node that was lost.
+    """
+    import ray
+
+    if ray.get(orders.silence_s.remote()) > _DEAF_S:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fit(job: Job, handle: Emit, stop: Interruption) -> None:
+    """Train `job` on Ray Train workers; `handle` gets the events of rank 0 in this process.
+
+    Once `stop` is requested the workers keep a checkpoint and return.
+
+    Raises:
+        PipelineError: a rank refused its input; its message.
+        RuntimeError: a rank failed otherwise; with its traceback.
+    """
+    import ray
+    from ray.train import TrainingFailedError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # Beside this process: on another node they would be lost with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "scheduling_strategy": here}
+    events = ray.remote(_Mail).options(**options).remote()
+    orders = ray.remote(Orders).options(**options).remote()
+    run = Store(job.run_url)
+    # Ray Train would silently continue from a folder of the same name, so each has its own.
+    name = f"ray-{uuid.uuid4().hex[:8]}"
+    trainer = _trainer(job, run, name, {"job": job, "emit": _Post(events), "orders": orders})
+    interrupt = signal.getsignal(signal.SIGINT)
+    with _pump(events, handle, orders, stop):
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise _clear_error(error) from None
+        finally:
+            signal.signal(signal.SIGINT, interrupt)  # Ray's swallows two of them, also afterwards
+            with contextlib.suppress(OSError):  # a few empty folders: they end no run
+                run.remove(name, recursive=True)
+
+
+def _trainer(job: Job, run: Store, name: str, settings: dict[str, Any]) -> Any:
+    """Ray's trainer for the ranks of a job, of fixed or elastic size."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipeline.launch.ray_elastic import (
+        RESIZE_S,
+        START_TIMEOUT_S,
+        DividingPolicy,
+        DividingTrainer,
+    )
+
+    cluster = job.config.cluster
+    sizes = world_sizes(job.config)
+    elastic = len(sizes) > 1
+    use_gpu = _use_gpu(cluster, sizes[0])
+    filesystem, path = run.arrow()
+    scaling = ScalingConfig(
+        num_workers=(sizes[0], sizes[-1]) if elastic else cluster.workers,
+        elastic_resize_monitor_interval_s=RESIZE_S,
+        use_gpu=use_gpu,
+        resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        label_selector=cluster.placement or None,
+    )
+    trainer = (DividingTrainer if elastic else TorchTrainer)(
+        _rank_entry,
+        train_loop_config=settings,
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=cluster.collective_timeout_s
+        ),
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures, max_preemption_failures=cluster.max_preemptions
+            ),
+            worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    if cluster.hang_timeout_s:
+        # Who stands still after the last step keeps no other rank waiting: only Ray can tell.
+        os.environ[_HEALTH_CHECK] = str(_SILENT * cluster.hang_timeout_s)
+    if elastic:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
+        grace_s = cluster.collective_timeout_s
+        trainer.policy = DividingPolicy(scaling, sizes, settings["orders"], grace_s)
+    return trainer
+
+
+def _use_gpu(cluster: ClusterConfig, workers: int) -> bool:
+    """True if every one of (at least) `workers` ranks can have a GPU of the cluster.
+
+    Raises:
+        PipelineError: GPUs were asked for and the cluster has too few; or too few CPUs.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
+    need = workers * cluster.cpus_per_worker
+    if cpus < need:
+        raise PipelineError(
+            f"{workers} workers x cluster.cpus_per_worker={cluster.cpus_per_worker} need {need} "
+            f"CPUs; the Ray cluster has {cpus:g}"
+        )
+    if cluster.device == "cuda" and gpus < workers:
+        raise PipelineError(
+            f"cluster.device=cuda: {workers} workers but the Ray cluster has {gpus:g} GPUs"
+        )
+    return cluster.device != "cpu" and gpus >= workers
+
+
+def _clear_error(error: Exception) -> Exception:
+    """The message of the rank that refused its input, or the whole story of a crash."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        for cause in (failure, failure.__cause__):
+            if isinstance(cause, REFUSALS):
+                return PipelineError(str(cause))
+    return RuntimeError(str(error))

@@ -1,0 +1,228 @@
+"""What a run needs on a number of devices: memory, traffic, time, cost. Nothing is allocated."""
+
+import dataclasses
+
+import torch
+
+from model.networks.registry import build_network
+from optim.manifolds import manifold_of
+from pipeline.config import RunConfig
+from pipeline.errors import PipelineError
+from pipeline.planner import memory as budget
+from pipeline.planner.flops import training_flops
+from pipeline.planner.memory import Component, Setting, Traffic, Weights
+from pipeline.planner.meta_step import DTYPES, Rehearsal, rehearse
+from pipeline.planner.step_time import MANIFOLD_PRODUCTS, Device, StepTime, step_time
+from pipeline.run.step_schedule import Plan, make_plan
+from pipeline.training.zero3 import engine_settings, gathered_sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A run on a number of devices.
+
+    Attributes:
+        ranks: devices.
+        counts: steps and batches.
+        weights: parameters.
+        components: memory of the rank that needs most.
+        host: bytes of host memory of one rank, by name; the export is rank 0's alone.
+        rehearsal: one micro-batch.
+        sent: bytes of a rank and step.
+        time: of a step.
+        device: where.
+        images: samples of an epoch.
+        lookahead: whether a checkpoint has the slow copy.
+        least_flops: of an image's passes, see `training_flops`.
+        epochs: of the run.
+    """
+
+    ranks: int
+    counts: Plan
+    weights: Weights
+    components: tuple[Component, ...]
+    host: dict[str, int]
+    rehearsal: Rehearsal
+    sent: Traffic
+    time: StepTime
+    device: Device
+    images: int
+    lookahead: bool
+    least_flops: float | None
+    epochs: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes of device memory, the reserve left out."""
+        return budget.peak(self.components)
+
+    @property
+    def room(self) -> int:
+        """Bytes of device memory that a run may fill."""
+        return int(self.device.memory_gb * 1e9 * (1 - budget.RESERVE))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits into the device's memory."""
+        return self.peak <= self.room
+
+    @property
+    def images_per_s(self) -> float:
+        """Of all ranks."""
+        return self.ranks * self.counts.rank_batch / self.time.total
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the devices' peak; None where the least FLOPs are not known."""
+        if self.least_flops is None:
+            return None
+        return self.least_flops * self.images_per_s / self.ranks / self.device.peak_flops
+
+    @property
+    def epoch_s(self) -> float:
+        """Seconds of one epoch."""
+        return self.images / self.images_per_s
+
+    @property
+    def device_hours(self) -> float:
+        """Of all ranks over the whole run, evaluations left out."""
+        return self.ranks * self.counts.total_steps * self.time.total / 3600
+
+
+def _rehearsed(config: RunConfig, micro_batch: int) -> Rehearsal:
+    try:
+        return rehearse(config, micro_batch=micro_batch)
+    except (NotImplementedError, RuntimeError) as error:
+        raise PipelineError(
+            f"a network of kind {config.model.kind!r} cannot be rehearsed without a device: {error}"
+        ) from error
+
+
+def weights_of(config: RunConfig) -> tuple[Weights, int]:
+    """The network's weights, and the elements of its largest parameter."""
+    with torch.device("meta"):
+        network = build_network(config.model)
+    largest, block = gathered_sizes(network)
+    parameters = list(network.parameters())
+    matrices = tuple(p.numel() for p in parameters if manifold_of(p) is not None)
+    others = tuple(p.numel() for p in parameters if manifold_of(p) is None)
+    return Weights(matrices, others, block), largest
+
+
+def setting_of(config: RunConfig, weights: Weights, *, largest: int, ranks: int) -> Setting:
+    """What decides the memory of a rank, with the bucket sizes that DeepSpeed is given."""
+    settings = engine_settings(
+        train=config.train, zero=config.zero, micro_batch=1, largest=largest, block=weights.block
+    )["zero_optimization"]
+    return Setting(
+        ranks=ranks,
+        working=DTYPES[config.train.precision].itemsize,
+        lookahead=config.optim.lookahead_steps > 0,
+        rounds_factors=config.optim.increment != "full",
+        nadam=config.optim.euclidean == "nadam",
+        sub_group=settings["sub_group_size"],
+        bucket=settings["reduce_bucket_size"],
+        prefetch=settings["stage3_prefetch_bucket_size"],
+        live=settings["stage3_max_live_parameters"],
+    )
+
+
+def memory(weights: Weights, setting: Setting, seen: Rehearsal) -> tuple[Component, ...]:
+    """Device memory of the rank that needs most, by component."""
+    return (
+        *budget.persistent(weights, setting),
+        *budget.passes(
+            weights,
+            setting,
+            activations=seen.activation_bytes,
+            pinned=seen.pinned_weight_bytes,
+        ),
+        *budget.optimizer_step(weights, setting),
+        *budget.export(weights, setting),
+    )
+
+
+def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> Estimate:
+    """Estimate a run.
+
+    Args:
+        config: the run.
+        ranks: devices, all training.
+        device: each of them.
+        images: samples of an epoch.
+
+    Raises:
+        PipelineError: the batch does not split over the ranks; the network cannot be rehearsed.
+    """
+    counts = make_plan(config, samples=images, world_size=ranks)
+    weights, largest = weights_of(config)
+    setting = setting_of(config, weights, largest=largest, ranks=ranks)
+    optim, accumulation = config.optim, config.train.accumulation
+    seen = _rehearsed(config, counts.micro_batch)
+    sent = budget.traffic(
+        weights,
+        setting,
+        accumulation=accumulation,
+        lookahead_steps=optim.lookahead_steps,
+        polar_every=optim.polar_every,
+    )
+    return Estimate(
+        ranks=ranks,
+        counts=counts,
+        weights=weights,
+        components=memory(weights, setting, seen),
+        host=_host(config, weights, setting),
+        rehearsal=seen,
+        sent=sent,
+        time=step_time(
+            device,
+            pass_flops=float(accumulation * seen.flops),
+            manifold_flops=_manifold_flops(weights, ranks),
+            sent=sent,
+            rank_images=counts.rank_batch,
+            decoders=max(1, config.data.stream.workers),
+        ),
+        device=device,
+        images=images,
+        lookahead=setting.lookahead,
+        least_flops=training_flops(config),
+        epochs=config.train.epochs,
+    )
+
+
+def _manifold_flops(weights: Weights, ranks: int) -> float:
+    """Products of the rank that owns most matrices."""
+    if not weights.matrices:
+        return 0.0
+    owned = -(-len(weights.matrices) // ranks)
+    return MANIFOLD_PRODUCTS * owned * 2 * max(weights.matrices) ** 1.5
+
+
+def _host(config: RunConfig, weights: Weights, setting: Setting) -> dict[str, int]:
+    state = budget.checkpoint_bytes(weights, lookahead=setting.lookahead)
+    return {
+        "copy of the state for a checkpoint": -(-state // setting.ranks),
+        "exported weights (rank 0)": budget.artifact_bytes(weights),
+        "data read ahead": config.data.stream.read_ahead_bytes,
+    }
+
+
+def trials(config: RunConfig, *, ranks: int) -> list[tuple[str, RunConfig, int]]:
+    """Changes that need less memory: what to say on the command line, the run, its ranks."""
+    train = config.train
+    found: list[tuple[str, RunConfig, int]] = []
+    recomputing = dataclasses.replace(train, activation_checkpointing=True)
+    if not train.activation_checkpointing:
+        flag = "--train.activation-checkpointing"
+        found.append((flag, dataclasses.replace(config, train=recomputing), ranks))
+    micro_batch = train.global_batch // (ranks * train.accumulation)
+    for factor in (2, 4, 8, 16, 32, 64):
+        if micro_batch % factor == 0:
+            less = dataclasses.replace(recomputing, accumulation=train.accumulation * factor)
+            flag = f"--train.accumulation {less.accumulation}"
+            if not train.activation_checkpointing:
+                flag += " --train.activation-checkpointing"
+            found.append((flag, dataclasses.replace(config, train=less), ranks))
+        if train.global_batch % (ranks * factor * train.accumulation) == 0:
+            found.append((f"{ranks * factor} devices", config, ranks * factor))
+    return found

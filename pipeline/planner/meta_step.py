@@ -1,0 +1,119 @@
+"""One training step without a device: how many bytes it holds and how many FLOPs it needs.
+
+The network lives on torch's meta device, where tensors have shapes and no contents, so a network of
+any size is rehearsed in seconds on any machine.
+"""
+
+import dataclasses
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.networks.registry import build_network
+from pipeline.config import RunConfig
+from pipeline.training.objective import Objective
+from pipeline.training.schedules import Moment
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make while it is entered.
+
+    Attributes:
+        live: bytes of the storages that still exist.
+        peak: the most of `live` since the beginning, or since `peak` was last set.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run one operator and count what it made; what it was given was there before."""
+        self._note((args, kwargs), made=False)
+        out = func(*args, **(kwargs or {}))
+        self._note(out, made=True)
+        return out
+
+    def _note(self, tree: Any, *, made: bool) -> None:
+        for leaf in tree_leaves(tree):
+            if not isinstance(leaf, Tensor) or leaf.layout != torch.strided:
+                continue
+            storage = leaf.untyped_storage()
+            key = storage._cdata
+            if key in self._known:
+                continue
+            self._known[key] = storage.nbytes() if made else 0
+            self.live += self._known[key]
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, key).atexit = False
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._known.pop(key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What one forward and backward pass over a micro-batch takes, weights left out.
+
+    Attributes:
+        activation_bytes: most bytes held at one time beside the weights: what forward keeps for
+            backward, what an operator works on, the gradient of the parameter it is at.
+        pinned_weight_bytes: weights that views saved for the backward pass keep whole on every
+            rank although ZeRO-3 has released them; none with activation checkpointing.
+        flops: products of the pass, recomputation included.
+    """
+
+    activation_bytes: int
+    pinned_weight_bytes: int
+    flops: int
+
+
+def rehearse(config: RunConfig, *, micro_batch: int) -> Rehearsal:
+    """Forward and backward pass of one micro-batch on the meta device.
+
+    Args:
+        config: network, loss, precision, activation checkpointing.
+        micro_batch: images.
+
+    Raises:
+        NotImplementedError, RuntimeError: an operator of the network reads values, which a meta
+            tensor has none of.
+    """
+    with torch.device("meta"):
+        network = build_network(config.model).to(DTYPES[config.train.precision])
+        images = torch.zeros((micro_batch, *config.model.input_shape), dtype=torch.uint8)
+        labels = torch.zeros(micro_batch, dtype=torch.int64)
+    network.checkpoint_blocks = config.train.activation_checkpointing
+    objective = Objective(network, config.loss)
+    weights = {
+        p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in network.parameters()
+    }
+    pinned = set()
+
+    def save(tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key in weights and not isinstance(tensor, torch.nn.Parameter):
+            pinned.add(key)
+        return tensor
+
+    for parameter in network.parameters():
+        # ZeRO moves a gradient into its bucket at once.
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    saving = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
+    counting = FlopCounterMode(display=False)
+    with torch.device("meta"), counting, LiveBytes() as held:
+        with saving:
+            loss, _ = objective(images, labels, Moment(0, 0.0, 1.0, config.loss.eps))
+        loss.backward()
+    kept = sum(weights[key] for key in pinned)
+    return Rehearsal(held.peak, kept, counting.get_total_flops())

@@ -1,0 +1,127 @@
+"""Going back to the newest checkpoint, and on with the samples after those that broke the run.
+
+A run whose steps are skipped too often in a row (a loss or gradient that is not finite) takes its
+newest sound state and continues its stream where it is: no sample between the cursor of that
+checkpoint and the end of the bad range has an effect on the network. Such a gap is written into the
+run's folder, so that whoever loads the same checkpoint later leaves the same samples out.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from data_shards.storage.store import Store
+from data_shards.streaming.sampler import Cursor
+from pipeline.checkpoint.reader import load_newest
+from pipeline.checkpoint.writer import Partitioned
+from pipeline.errors import PipelineError
+from pipeline.run.distributed import World
+from pipeline.run.events import RolledBack
+from pipeline.training.trainer import Progress
+
+RECORD = "rollbacks.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """Samples without effect on the network, [begin, end) of the endless sequence."""
+
+    step: int
+    """Of the checkpoint that was gone back to."""
+    given_up: int
+    """The last of the steps that were skipped in a row."""
+    begin: Cursor
+    end: Cursor
+
+    def samples(self, per_epoch: int) -> int:
+        """Number of samples left out, for epochs of `per_epoch` samples."""
+        epochs = self.end.epoch - self.begin.epoch
+        return epochs * per_epoch + self.end.position - self.begin.position
+
+
+def read_gaps(run: Store) -> list[Gap]:
+    """The gaps of a run, in the order in which they were made."""
+    if not run.exists(RECORD):
+        return []
+    return [
+        Gap(row["step"], row["given_up"], Cursor(**row["begin"]), Cursor(**row["end"]))
+        for row in json.loads(run.read(RECORD))["gaps"]
+    ]
+
+
+def past(cursor: Cursor, gaps: Sequence[Gap]) -> Cursor:
+    """The next sample that is not in a gap."""
+    for gap in gaps:
+        begin, here, end = ((c.epoch, c.position) for c in (gap.begin, cursor, gap.end))
+        if begin <= here < end:
+            cursor = gap.end
+    return cursor
+
+
+class Rollbacks:
+    """The ways back that a run has left.
+
+    Args:
+        run: folder of the run.
+        world: the ranks; all construct it together.
+        engine: whose state goes back.
+        limit: `train.rollbacks`, for all executions of the run together.
+        per_epoch: samples of one epoch.
+    """
+
+    def __init__(
+        self, run: Store, *, world: World, engine: Partitioned, limit: int, per_epoch: int
+    ) -> None:
+        self._run, self._world, self._engine = run, world, engine
+        self._limit, self._per_epoch = limit, per_epoch
+        self._gaps: list[Gap] = world.share(read_gaps(run) if world.rank == 0 else None)
+
+    def resumed(self, progress: Progress) -> Progress:
+        """Where a checkpoint goes on that was just loaded."""
+        return dataclasses.replace(progress, cursor=past(progress.cursor, self._gaps))
+
+    def go_back(self, failed: Progress) -> tuple[Progress, RolledBack] | None:
+        """Load the newest sound checkpoint; None if no roll-back is left.
+
+        Ranks: all call it together, with no checkpoint under way.
+
+        Args:
+            failed: after the last step that was skipped.
+
+        Returns:
+            The step of the checkpoint with the cursor of `failed`, and what to tell.
+
+        Raises:
+            PipelineError: there is no sound checkpoint, or the gap cannot be written down; raised
+                on every rank.
+        """
+        if len(self._gaps) >= self._limit:
+            return None
+        found, _ = load_newest(
+            self._run.child("checkpoints"), world=self._world, engine=self._engine
+        )
+        if found is None:
+            raise PipelineError(f"step {failed.step}: there is no checkpoint to go back to")
+        gap = Gap(found.step, failed.step, self.resumed(found).cursor, failed.cursor)
+        self._gaps.append(gap)
+        self._write()
+        told = RolledBack(
+            step=found.step,
+            given_up=failed.step,
+            samples=gap.samples(self._per_epoch),
+            first=(gap.begin.epoch, gap.begin.position),
+            next=(gap.end.epoch, gap.end.position),
+            rollbacks=len(self._gaps),
+            samples_left_out=sum(g.samples(self._per_epoch) for g in self._gaps),
+        )
+        return Progress(found.step, failed.cursor), told
+
+    def _write(self) -> None:
+        error = None
+        if self._world.rank == 0:
+            body = {"gaps": [dataclasses.asdict(gap) for gap in self._gaps]}
+            try:
+                self._run.write(RECORD, json.dumps(body, indent=1).encode())
+            except OSError as failure:
+                error = f"the roll-back cannot be written down: {failure}"
+        self._world.agree(error)

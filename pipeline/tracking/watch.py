@@ -1,0 +1,160 @@
+"""What a scheduler of evaluations asks MLflow: which checkpoints there are, which are evaluated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.tracking.client import connect
+
+_RATIO = re.compile(r"\d+/\d+")
+_PAGE = 1000
+_MODELS_PER_PAGE = 50  # what every MLflow store allows
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An exported checkpoint, as MLflow knows it.
+
+    Attributes:
+        model_id: its LoggedModel.
+        experiment: name of the experiment.
+        run_id: training run, empty if there is none.
+        run_name: name of that run.
+        step: training step.
+        artifact_url: where the model artefact lies.
+        artifact_digest: digest of its weights.
+        created_s: when it was recorded, seconds since the epoch.
+        training: the run is in progress and certifies its checkpoints itself.
+        split: split on which the run certifies its checkpoints.
+        eps: ratios at which it does; empty if it does not say.
+    """
+
+    model_id: str
+    experiment: str
+    run_id: str
+    run_name: str
+    step: int
+    artifact_url: str
+    artifact_digest: str
+    created_s: float
+    training: bool
+    split: str
+    eps: tuple[str, ...]
+
+
+class Watch:
+    """Read-only view of a store; every answer is a fresh one.
+
+    Args:
+        uri: MLflow store, as TrackingConfig has it.
+        experiments: names of the experiments whose checkpoints count.
+        models: names of registered models whose versions count as well.
+    """
+
+    def __init__(self, uri: str, experiments: Sequence[str], models: Sequence[str] = ()) -> None:
+        self._client = connect(uri)
+        self._experiments = tuple(experiments)
+        self._models = tuple(models)
+        self._names: dict[str, str] = {}
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Return all checkpoints, oldest first; an experiment that does not exist yet has none."""
+        found: dict[str, Any] = {}
+        ids = [e.experiment_id for e in map(self._experiment, self._experiments) if e]
+        if ids:
+            for model in self._logged_models(ids):
+                found[model.model_id] = model
+        for name in self._models:
+            for version in self._versions(name):
+                model = self._client.get_logged_model(_model_id(version))
+                found[model.model_id] = model
+        runs = self._runs({model.experiment_id for model in found.values()})
+        models = [m for m in found.values() if m.tags.get("artifact_url")]
+        return sorted(
+            (self._checkpoint(model, runs) for model in models),
+            key=lambda c: (c.created_s, c.run_name, c.step),
+        )
+
+    def recorded(self, run_ids: Iterable[str]) -> set[tuple[str, str]]:
+        """Return (eval_key, training run) of the evaluations that are recorded completely.
+
+        Args:
+            run_ids: training runs to look at; an empty id stands for evaluations without one.
+        """
+        found = set()
+        ids = sorted(e.experiment_id for e in self._client.search_experiments())
+        for run_id in set(run_ids):
+            condition = (
+                "tags.stage = 'cra-eval' and attributes.status = 'FINISHED' "
+                f"and tags.train_run_id = '{run_id}'"
+            )
+            for run in self._search_runs(ids, condition):
+                found.add((run.data.tags["eval_key"], run_id))
+        return found
+
+    def _checkpoint(self, model: Any, runs: dict[str, Any]) -> Checkpoint:
+        run = runs.get(model.source_run_id)
+        params = run.data.params if run else {}
+        return Checkpoint(
+            model_id=model.model_id,
+            experiment=self._name(model.experiment_id),
+            run_id=run.info.run_id if run else "",
+            run_name=run.info.run_name if run else model.name,
+            step=int(model.params.get("step", 0)),
+            artifact_url=model.tags["artifact_url"],
+            artifact_digest=model.tags.get("artifact_digest", ""),
+            created_s=model.creation_timestamp / 1000,
+            training=run is not None
+            and run.info.status == "RUNNING"
+            and params.get("checkpoint.evaluate") == "True",
+            split=params.get("data.test_split", "test"),
+            eps=tuple(_RATIO.findall(params.get("checkpoint.evaluate_eps", ""))),
+        )
+
+    def _name(self, experiment_id: str) -> str:
+        if experiment_id not in self._names:
+            self._names[experiment_id] = str(self._client.get_experiment(experiment_id).name)
+        return self._names[experiment_id]
+
+    def _experiment(self, name: str) -> Any:
+        return self._client.get_experiment_by_name(name)
+
+    def _logged_models(self, experiment_ids: Sequence[str]) -> Iterator[Any]:
+        search = self._client.search_logged_models
+        yield from _pages(
+            lambda token: search(experiment_ids, max_results=_MODELS_PER_PAGE, page_token=token)
+        )
+
+    def _versions(self, name: str) -> Iterator[Any]:
+        search = self._client.search_model_versions
+        yield from _pages(lambda token: search(f"name = '{name}'", page_token=token))
+
+    def _runs(self, experiment_ids: Iterable[str]) -> dict[str, Any]:
+        found = self._search_runs(sorted(experiment_ids), "tags.stage = 'train'")
+        return {run.info.run_id: run for run in found}
+
+    def _search_runs(self, experiment_ids: Sequence[str], condition: str) -> Iterator[Any]:
+        if experiment_ids:
+            search = self._client.search_runs
+            yield from _pages(
+                lambda token: search(experiment_ids, condition, max_results=_PAGE, page_token=token)
+            )
+
+
+def _pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
+    token = None
+    while True:
+        items = page(token)
+        yield from items
+        token = items.token
+        if not token:
+            return
+
+
+def _model_id(version: Any) -> str:
+    """The LoggedModel of a registered version, which an embedded store knows by a tag only."""
+    known = version.model_id or version.tags.get("model_id")
+    return str(known or version.source.rpartition("/")[2])

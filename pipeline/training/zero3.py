@@ -1,0 +1,231 @@
+"""DeepSpeed ZeRO-3: the only file that imports it.
+
+Builds the partitioned network, hands the flat partitions to the manifold optimizer, runs the steps.
+"""
+
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.networks.init import initial_value
+from model.networks.registry import build_network
+from optim.collectives import ProcessGroupExchange
+from optim.manifolds import manifold_of
+from optim.param_groups import parameter_groups
+from optim.sharded import ShardedManifoldAdam
+from optim.zero_layout import FlatPartition, Slot
+from pipeline.config import RunConfig, TrainConfig, ZeroConfig
+from pipeline.errors import PipelineError
+from pipeline.resilience.straggler import Stopwatch
+from pipeline.run.distributed import World
+from pipeline.training.objective import Objective
+from pipeline.training.schedules import Moment
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def require_precision(precision: str) -> None:
+    """Refuse a precision that this machine's accelerator does not have.
+
+    Raises:
+        PipelineError: fp16 on a device without fp16 arithmetic.
+    """
+    if precision != "fp16":
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = _import_deepspeed(device).get_accelerator()
+    if not accelerator.is_fp16_supported():
+        raise PipelineError(
+            f"train.precision=fp16: the {accelerator.device_name()} of this machine has no fp16 "
+            "arithmetic; use bf16 or fp32"
+        )
+
+
+def engine_settings(
+    *, train: TrainConfig, zero: ZeroConfig, micro_batch: int, largest: int, block: int
+) -> dict[str, Any]:
+    """DeepSpeed configuration of ZeRO-3.
+
+    Args:
+        train: precision, accumulation, clipping.
+        zero: bucket sizes; 0 derives them.
+        micro_batch: samples per rank and backward pass.
+        largest: elements of the largest parameter.
+        block: elements of the largest module that is gathered as one.
+    """
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": train.accumulation,
+        # DeepSpeed's default is 1.0, so 0 has to be said.
+        "gradient_clipping": train.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # The defaults of bf16 and fp16 would add up gradients in 16 bit.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": 10**9,
+        "zero_optimization": {
+            "stage": 3,
+            "sub_group_size": zero.sub_group_size,
+            "reduce_bucket_size": zero.reduce_bucket_size or max(4 * largest, 1_000_000),
+            "stage3_prefetch_bucket_size": zero.prefetch_bucket_size or block,
+            # The default of 1e5 would leave every matrix up to 316 x 316 unpartitioned.
+            "stage3_param_persistence_threshold": 0,
+            # The default of 1e9 would keep a whole billion-parameter network on every rank.
+            "stage3_max_live_parameters": zero.max_live_parameters or 3 * block,
+            "stage3_max_reuse_distance": zero.max_live_parameters or 3 * block,
+        },
+    }
+    if train.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+    elif train.precision == "fp16":
+        # Stage 3 halves the client gradient on growth steps of the dynamic scaler.
+        settings["fp16"] = {"enabled": True, "loss_scale": train.loss_scale}
+    return settings
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed for this device, quiet."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    if device.type == "cpu":
+        # The shared-memory op would be compiled at start (40 s, needs g++ and ninja).
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _partitions(zero_optimizer: Any, names: dict[int, str]) -> list[FlatPartition]:
+    """Describe DeepSpeed's flat fp32 partitions, one per sub-group."""
+    partitions = []
+    for group, (parameters, flat) in enumerate(
+        zip(zero_optimizer.fp16_groups, zero_optimizer.fp32_partitioned_groups_flat, strict=True)
+    ):
+        slots, offset = [], 0
+        for p in parameters:
+            length = p.partition_numel()
+            slots.append(Slot(names[id(p)], tuple(p.ds_shape), p.ds_numel, offset, length))
+            offset += length
+
+        def publish(flat: Tensor = flat, group: int = group) -> None:
+            zero_optimizer.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
+
+        partitions.append(FlatPartition(flat, tuple(slots), manifold_of(parameters[0]), publish))
+    return partitions
+
+
+def _check_working_type(named: Iterable[tuple[str, Any]], precision: str) -> None:
+    """Refuse a partition of another type than the run asked for."""
+    for name, p in named:
+        if p.ds_tensor.dtype != _DTYPES[precision]:
+            raise PipelineError(
+                f"train.precision={precision}, but DeepSpeed made {name} {p.ds_tensor.dtype}"
+            )
+
+
+def gathered_sizes(network: torch.nn.Module) -> tuple[int, int]:
+    """Elements of the largest parameter, and of the most that one module owns (meta device)."""
+    largest = max(p.numel() for p in network.parameters())
+    block = max(
+        sum(p.numel() for p in module.parameters(recurse=False)) for module in network.modules()
+    )
+    return largest, block
+
+
+class Zero3:
+    """A network trained under ZeRO-3 by the sharded manifold optimizer.
+
+    Attributes:
+        optimizer: the bound client optimizer.
+        partitions: this rank's flat partitions.
+        matrix_count: matrices on the manifold.
+        parameter_count: elements of the whole network.
+    """
+
+    def __init__(
+        self,
+        *,
+        world: World,
+        config: RunConfig,
+        micro_batch: int,
+    ) -> None:
+        model, train = config.model, config.train
+        deepspeed = _import_deepspeed(world.device)
+        deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+        with torch.device("meta"):
+            largest, block = gathered_sizes(build_network(model))
+        settings = engine_settings(
+            train=train, zero=config.zero, micro_batch=micro_batch, largest=largest, block=block
+        )
+        # The type comes from the settings: DeepSpeed 0.19.8 ignores `dtype` where fp16 is missing.
+        # mem_efficient_linear would replace torch's F.linear in the whole process, for good.
+        with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
+            network = build_network(model)
+        network.checkpoint_blocks = train.activation_checkpointing
+        objective = Objective(network, config.loss)
+        named: list[tuple[str, Any]] = list(network.named_parameters())
+        _check_working_type(named, train.precision)
+        groups = parameter_groups(named, config.optim)
+        self.optimizer = ShardedManifoldAdam(groups, config.optim)
+        self._engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=self.optimizer, config=settings, dist_init_required=False
+        )
+        self._stopwatch = Stopwatch(objective, world.device)
+        self._device = world.device
+        self._network = network
+        self._seed = train.seed
+        self._initial = {name: p.initial for name, p in named}
+        self._base_lr = [group["lr"] for group in self.optimizer.param_groups]
+        exchange = ProcessGroupExchange(named[0][1].ds_process_group)
+        self.partitions = _partitions(self._engine.optimizer, {id(p): name for name, p in named})
+        matrices = [name for name, p in named if manifold_of(p) is not None]
+        self.matrix_count = len(matrices)
+        self.parameter_count = sum(p.ds_numel for _, p in named)
+        self.optimizer.bind(self.partitions, exchange, expected_matrices=matrices)
+
+    def initialise(self, seed: int) -> None:
+        """Owners make every initial value in float64 and scatter it into the fp32 masters."""
+
+        def value(slot: Slot) -> Tensor:
+            return initial_value(self._initial[slot.name], slot.shape, seed=seed, name=slot.name)
+
+        self.optimizer.initialise(value)
+
+    def accumulate(self, images: Tensor, labels: Tensor, now: Moment) -> Tensor:
+        """Forward and backward pass of one micro-batch; returns the sums of Objective."""
+        loss, sums = self._engine(
+            images.to(self._device, non_blocking=True),
+            labels.to(self._device, non_blocking=True),
+            now,
+        )
+        self._engine.backward(loss)
+        self._engine.step()
+        return sums
+
+    def step(self, micro_batches: Iterable[tuple[Tensor, Tensor]], now: Moment) -> Tensor | None:
+        """One optimizer step over this rank's micro-batches.
+
+        Returns:
+            Sums of Objective over the micro-batches, shape (4,); None if a loss or gradient was not
+            finite on some rank: then no rank has updated anything.
+        """
+        for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
+            group["lr"] = base * now.lr_factor
+        self._network.begin_step(step=now.step, progress=now.progress, seed=self._seed)
+        sums = torch.stack([self.accumulate(x, t, now) for x, t in micro_batches]).sum(0)
+        return sums if self._engine.was_step_applied() else None
+
+    def forward_seconds(self) -> float:
+        """Of this rank alone, since the last call; see Stopwatch."""
+        return self._stopwatch.read()
+
+    def audit_metrics(self) -> dict[str, float]:
+        """Orthogonality found since the last call, the same on all ranks; no device is asked."""
+        return self.optimizer.audit.metrics()
