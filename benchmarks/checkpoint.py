@@ -28,7 +28,7 @@ from pipeline.checkpoint.writer import HostMemory, commit, take_snapshot, write_
 from pipeline.config import ClusterConfig, RunConfig
 from pipeline.presets import run_preset
 from pipeline.run.distributed import World, join_world
-from pipeline.training.trainer import Progress
+from pipeline.run.state import Progress
 from pipeline.training.zero3 import Zero3
 
 _PRESET = "cifar10-L32W2048"

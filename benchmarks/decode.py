@@ -16,8 +16,8 @@ from PIL import Image
 
 from benchmarks.report import write_result
 from benchmarks.timing import interleaved
+from data_shards.format.crop_box import random_crop_box
 from data_shards.format.decode import decode_crop
-from data_shards.streaming.transforms import random_crop_box
 
 SIZE = 224
 COUNT = 64

@@ -36,8 +36,8 @@ from jobs.scheduling.launchers import Processes
 from model.artifact.artifact import write_artifact
 from model.networks.config import LipNeXtConfig
 from model.networks.registry import build_network
+from pipeline.tracking.checkpoint_query import Watch
 from pipeline.tracking.client import Server, TrackingConfig, now_ms
-from pipeline.tracking.watch import Watch
 
 _NETWORK = LipNeXtConfig(input_shape=(3, 32, 32), num_classes=10, patch=4, width=256, depth=4)
 _SPLIT = "test"

@@ -1,8 +1,8 @@
 """Scheduled evaluation: `python -m jobs.schedule --rules SUITE@WHEN ... [--once | --status]`.
 
 Watches the checkpoints of an MLflow store and has each evaluated once by each suite, however many
-schedulers run and however often they are killed (`jobs.scheduling.claims`). A look always considers every
-checkpoint, so what came while no scheduler ran is caught up by the next one.
+schedulers run and however often they are killed (`jobs.scheduling.claims`). A look always considers
+every checkpoint, so what came while no scheduler ran is caught up by the next one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from jobs.scheduling.config import ScheduleConfig, arguments, log_folder
 from jobs.scheduling.launchers import Processes, RayJobs, Submitter
 from jobs.scheduling.status_page import page
 from pipeline.run.exposure import ExposureError, require_closed
-from pipeline.tracking.watch import Watch
+from pipeline.tracking.checkpoint_query import Watch
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,8 @@ class OptimConfig:
     """Order of the exponential's series: by a proved truncation error, or by the paper's table."""
 
     increment: Precision = "full"
-    """Precision of the products that make a matrix's increment (`optim.matrix_exp`); X stays float32.
+    """Precision of the products that make a matrix's increment (`optim.matrix_exp`); X stays
+    float32.
 
     TF32 adds nothing to be seen to the drift away from the manifold, bf16 three to seven times
     what float32 has; neither is faster on a CPU.

@@ -3,11 +3,14 @@
 from data_shards.errors import ShardError
 from model.errors import ModelError
 from optim.errors import OptimizerError
-from pipeline.run.exposure import ExposureError
 
 
 class PipelineError(ValueError):
     """What makes a run impossible: a setting, a machine, a number."""
+
+
+class ExposureError(ValueError):
+    """A server stands open; the message names it and says what to do."""
 
 
 REFUSALS = (PipelineError, ShardError, ModelError, OptimizerError, ExposureError)

@@ -19,7 +19,7 @@ from pipeline.driver.monitor import Desk, desk_for
 from pipeline.driver.preflight import prepare
 from pipeline.errors import REFUSALS
 from pipeline.presets import PRESETS, run_preset
-from pipeline.resilience.oom_restart import fit_here, fit_in_memory
+from pipeline.resilience.oom import fit_here, fit_in_memory
 from pipeline.resilience.signals import StopSignal
 from pipeline.run.distributed import join_world
 from pipeline.run.events import Emit, Event, Hung

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_shards.errors import ShardError
-from data_shards.streaming.transforms import RATIO, SCALE, Box, random_crop_box
+from data_shards.format.crop_box import RATIO, SCALE, Box, random_crop_box
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 MAX_PIXELS = 1 << 25

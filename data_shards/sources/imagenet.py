@@ -17,7 +17,7 @@ from data_shards.format.tar import Member, walk
 from data_shards.sources.archive import Members, open_file, require
 from data_shards.sources.base import VALIDATION, Source, hold_out
 from data_shards.sources.convert import Recipe
-from data_shards.sources.devkit import DEVKIT, Devkit, read_devkit
+from data_shards.sources.imagenet_devkit import DEVKIT, Devkit, read_devkit
 from data_shards.storage.store import Store
 
 TRAIN = "ILSVRC2012_img_train.tar"

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from data_shards.config import MIB, StreamConfig
 from data_shards.errors import ShardError
+from data_shards.format.crop_box import Words
 from data_shards.format.index import ShardIndex
 from data_shards.rng import unit_interval
 from data_shards.streaming.fetcher import Part, Plan, Reading, SplitReader
-from data_shards.streaming.randaugment import randaugment
 from data_shards.streaming.sample_reader import DamagedSampleError, Encoded, decode
 from data_shards.streaming.sampler import (
     AUGMENT,
@@ -30,7 +30,7 @@ from data_shards.streaming.sampler import (
     Cursor,
     position_words,
 )
-from data_shards.streaming.transforms import Words, place
+from data_shards.streaming.transforms import place, randaugment
 
 _logger = logging.getLogger(__name__)
 

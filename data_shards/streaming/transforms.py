@@ -1,84 +1,132 @@
-"""Random parts of images, integer shifts and mirroring.
+"""Random changes of images: integer shifts, mirroring and RandAugment (arXiv 1909.13719).
 
 What happens to a sample depends on its random words alone, which the stream keys by
 (seed, epoch, position): the same pixels for any batch size and number of ranks.
+
+RandAugment: the fourteen operations, their ranges and the 31 steps of magnitude are those that
+training code of the field uses; every operation is Pillow's, on uint8. Nothing else is drawn: an
+operation that can go two ways takes its direction from the same word.
 """
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
 
 from data_shards.errors import ShardError
-from data_shards.rng import philox_words, unit_interval
+from data_shards.format.crop_box import Words
 
-SCALE = (0.08, 1.0)
-RATIO = (3 / 4, 4 / 3)
-_TRIES = 10
+OPERATIONS = 2
+MAGNITUDE = 9
+MAX_MAGNITUDE = 30
+# Shares of the width or height; the paper's 150 pixels of an image of 331.
+_TRANSLATION = 150 / 331
 
-Words = npt.NDArray[np.uint64]
-"""Random 64-bit words."""
-
-
-class Box(NamedTuple):
-    """Rows [top, bottom) and columns [left, right) of an image."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
+Operation = Callable[[Image.Image, float, int], Image.Image]
+"""(image, strength in [0, 1], direction +1 or -1) -> image of the same size and mode."""
 
 
-def random_crop_box(
-    height: int,
-    width: int,
-    words: Words,
+def randaugment(
+    image: Tensor,
+    words: npt.NDArray[np.uint64],
     *,
-    scale: tuple[float, float] = SCALE,
-    ratio: tuple[float, float] = RATIO,
-) -> Box:
-    """Draw the part of an image that a random-resized crop takes (Szegedy et al. 2014, the rule).
-
-    The area is uniform in `scale`, the logarithm of width / height uniform in `ratio`, the place
-    uniform. What does not fit is drawn again, ten times in all; then it is the largest part in the
-    centre with an allowed width / height.
+    operations: int = OPERATIONS,
+    magnitude: int = MAGNITUDE,
+) -> Tensor:
+    """Change an image by `operations` operations, drawn with replacement.
 
     Args:
-        height: Rows of the image.
-        width: Columns of the image.
-        words: Random words, (4,).
-        scale: Smallest and largest part of the area, in (0, 1].
-        ratio: Smallest and largest width / height.
+        image: uint8 (C, H, W), C = 1 or 3.
+        words: Random words, one per operation; more are ignored.
+        operations: How many are applied, one after another.
+        magnitude: How strongly, in [0, 30].
+
+    Returns:
+        uint8 (C, H, W). Pixels that move in are black.
 
     Raises:
-        ShardError: not such ranges.
+        ShardError: too few words, or a magnitude out of range.
     """
-    if not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1] < math.inf:
-        raise ShardError(f"a crop of scale {scale} in (0, 1] and ratio {ratio} > 0 is not possible")
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    for part, shape, down, across in _tries(words):
-        area = height * width * (scale[0] + part * (scale[1] - scale[0]))
-        aspect = math.exp(low + shape * (high - low))
-        rows, columns = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        if 0 < rows <= height and 0 < columns <= width:
-            top, left = int(down * (height - rows + 1)), int(across * (width - columns + 1))
-            return Box(top, top + rows, left, left + columns)
-    rows, columns = height, width
-    if width < ratio[0] * height:
-        rows = max(1, min(height, round(width / ratio[0])))
-    elif width > ratio[1] * height:
-        columns = max(1, min(width, round(height * ratio[1])))
-    top, left = (height - rows) // 2, (width - columns) // 2
-    return Box(top, top + rows, left, left + columns)
+    if not 0 <= operations <= len(words):
+        raise ShardError(f"{operations} operations need as many random words, not {len(words)}")
+    if not 0 <= magnitude <= MAX_MAGNITUDE:
+        raise ShardError(f"magnitude {magnitude} is not in [0, {MAX_MAGNITUDE}]")
+    grey = image.shape[0] == 1
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    picture = Image.fromarray(pixels[:, :, 0] if grey else pixels)
+    for word in words[:operations].tolist():
+        name = _NAMES[(word >> 32) % len(_NAMES)]
+        picture = apply(picture, name, magnitude, direction=1 - 2 * (word & 1))
+    changed = torch.from_numpy(np.array(picture))
+    return changed[None] if grey else changed.permute(2, 0, 1)
 
 
-def _tries(words: Words) -> Iterator[list[float]]:
-    """Yield four uniform numbers per try; the words themselves are enough for most images."""
-    yield unit_interval(words[:4]).tolist()
-    more = philox_words(int(words[0]), int(words[1]), purpose=0, count=_TRIES - 1)
-    yield from unit_interval(more).tolist()
+def apply(image: Image.Image, name: str, magnitude: int, direction: int) -> Image.Image:
+    """Apply one named operation; `direction` is +1 or -1."""
+    return _OPERATIONS[name](image, magnitude / MAX_MAGNITUDE, direction)
+
+
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+    """Take every pixel from where the matrix [[a, b, c], [d, e, f]] leads, the nearest one."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
+
+
+def _shear_x(image: Image.Image, strength: float, direction: int) -> Image.Image:
+    return _affine(image, 1, direction * 0.3 * strength, 0, 0, 1, 0)
+
+
+def _shear_y(image: Image.Image, strength: float, direction: int) -> Image.Image:
+    return _affine(image, 1, 0, 0, direction * 0.3 * strength, 1, 0)
+
+
+def _translate_x(image: Image.Image, strength: float, direction: int) -> Image.Image:
+    return _affine(image, 1, 0, -direction * int(_TRANSLATION * image.width * strength), 0, 1, 0)
+
+
+def _translate_y(image: Image.Image, strength: float, direction: int) -> Image.Image:
+    return _affine(image, 1, 0, 0, 0, 1, -direction * int(_TRANSLATION * image.height * strength))
+
+
+def _rotate(image: Image.Image, strength: float, direction: int) -> Image.Image:
+    return image.rotate(direction * 30 * strength, Image.Resampling.NEAREST)
+
+
+def _posterize(image: Image.Image, strength: float, direction: int) -> Image.Image:
+    return ImageOps.posterize(image, 8 - round(4 * strength))
+
+
+def _solarize(image: Image.Image, strength: float, direction: int) -> Image.Image:
+    return ImageOps.solarize(image, math.ceil(255 * (1 - strength)))
+
+
+def _enhance(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
+    def operation(image: Image.Image, strength: float, direction: int) -> Image.Image:
+        return kind(image).enhance(1 + direction * 0.9 * strength)
+
+    return operation
+
+
+_OPERATIONS: dict[str, Operation] = {
+    "Identity": lambda image, strength, direction: image,
+    "ShearX": _shear_x,
+    "ShearY": _shear_y,
+    "TranslateX": _translate_x,
+    "TranslateY": _translate_y,
+    "Rotate": _rotate,
+    "Brightness": _enhance(ImageEnhance.Brightness),
+    "Color": _enhance(ImageEnhance.Color),
+    "Contrast": _enhance(ImageEnhance.Contrast),
+    "Sharpness": _enhance(ImageEnhance.Sharpness),
+    "Posterize": _posterize,
+    "Solarize": _solarize,
+    "AutoContrast": lambda image, strength, direction: ImageOps.autocontrast(image),
+    "Equalize": lambda image, strength, direction: ImageOps.equalize(image),
+}
+_NAMES = tuple(_OPERATIONS)
 
 
 def place(

@@ -23,11 +23,11 @@ from torch import Tensor
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
 from data_shards.format import decode as codec
+from data_shards.format.crop_box import Words
 from data_shards.storage.store import Store
 from data_shards.streaming.batcher import Batch, put
 from data_shards.streaming.prefetch import Prefetcher
 from data_shards.streaming.sampler import AUGMENT, CROP, RANDAUGMENT, Cursor, Span, position_words
-from data_shards.streaming.transforms import Words
 
 _logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from jobs.evaluation.suites import SUITES
 from jobs.scheduling.claims import Claim, Claims, Phase, State
 from jobs.scheduling.config import ScheduleConfig
 from model.errors import ModelError
-from pipeline.tracking.watch import Checkpoint, Watch
+from pipeline.tracking.checkpoint_query import Checkpoint, Watch
 
 _KEY_CHARACTERS = 16
 _UNREADABLE = (EvaluationError, ShardError, ModelError, OSError)

@@ -1,4 +1,4 @@
-"""One scheduled evaluation: `python -m jobs.scheduling.claimed_evaluation --claim NAME ... -- EVALUATION ARGUMENTS`.
+"""One scheduled evaluation: `python -m jobs.scheduling.claimed_evaluation --claim NAME -- ARGS`.
 
 Keeps its claim alive while it evaluates, records only while the claim holds, and says how it ended.
 The scheduler starts it; it goes on when the scheduler dies.

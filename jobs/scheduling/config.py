@@ -13,8 +13,8 @@ import pydantic
 
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.suites import SUITES, suite_config
+from pipeline.tracking.checkpoint_query import Checkpoint
 from pipeline.tracking.client import TrackingConfig
-from pipeline.tracking.watch import Checkpoint
 
 _STRICT = pydantic.ConfigDict(extra="forbid")
 _Seconds = Annotated[float, pydantic.Field(gt=0)]

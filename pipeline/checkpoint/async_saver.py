@@ -33,7 +33,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import World
 from pipeline.run.events import Emit, Kept, NotKept
-from pipeline.training.trainer import Progress
+from pipeline.run.state import Progress
 
 _GIVE_UP_S = 30.0
 """How long a run that has failed still waits for a checkpoint under way."""

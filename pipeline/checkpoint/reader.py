@@ -17,7 +17,7 @@ from pipeline.checkpoint.writer import COMMIT, SCHEMA_VERSION, Partitioned, held
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import World
 from pipeline.run.events import Metrics
-from pipeline.training.trainer import Progress
+from pipeline.run.state import Progress
 
 
 class UnreadableError(PipelineError):

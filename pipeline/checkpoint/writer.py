@@ -27,7 +27,7 @@ from optim.zero_layout import Slot
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import World
-from pipeline.training.trainer import Progress
+from pipeline.run.state import Progress
 
 SCHEMA_VERSION = 1
 COMMIT = "commit.json"

@@ -34,9 +34,9 @@ from pipeline.run.events import (
     Straggling,
 )
 from pipeline.run.ray_job import submission_tags
+from pipeline.run.state import Job
 from pipeline.tracking.client import ui_command
 from pipeline.tracking.outbox import Tracker
-from pipeline.training.worker import Job
 
 _FIGURE = "cra.png"
 _REPROJECTIONS = "orthogonality/reprojections"

@@ -21,10 +21,10 @@ from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.errors import PipelineError
 from pipeline.run.exposure import require_closed
 from pipeline.run.ray_job import is_ray_job, uploaded_code
+from pipeline.run.state import Job
 from pipeline.run.step_schedule import make_plan, world_sizes
 from pipeline.tracking.client import TrackingConfig
 from pipeline.training.data import Samples, open_samples
-from pipeline.training.worker import Job
 from pipeline.training.zero3 import require_precision
 
 _RECORD = "run.json"
@@ -230,7 +230,7 @@ def code_version() -> dict[str, str]:
     """
     version = {"package": importlib.metadata.version("certified-pretrain")}
     image = os.environ.get("CERTIFIED_PRETRAIN_COMMIT")  # of a container image without .git
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)

@@ -19,8 +19,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from pipeline.config import RunConfig
-from pipeline.planner.flops import peak_flops, training_flops
+from pipeline.planner.flops import training_flops
 from pipeline.run.events import Metrics, Started
+from pipeline.training.device_peak import peak_flops
 
 DEVICE_HOURS = "cost/device_hours"
 ELAPSED = "perf/elapsed_s"

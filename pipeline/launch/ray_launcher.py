@@ -15,8 +15,9 @@ from pipeline.config import ClusterConfig
 from pipeline.errors import REFUSALS, PipelineError
 from pipeline.resilience.signals import PAUSE, STOP, Flag, Interruption, Orders
 from pipeline.run.events import Emit, Event
+from pipeline.run.state import Job
 from pipeline.run.step_schedule import world_sizes
-from pipeline.training.worker import Job, run_rank
+from pipeline.training.worker import run_rank
 
 _POLL_S = 0.2
 _ORDERS_S = 1.0

@@ -11,9 +11,10 @@ from pipeline.errors import PipelineError
 from pipeline.planner import memory as budget
 from pipeline.planner.flops import training_flops
 from pipeline.planner.memory import Component, Setting, Traffic, Weights
-from pipeline.planner.meta_step import DTYPES, Rehearsal, rehearse
+from pipeline.planner.meta_step import Rehearsal, rehearse
 from pipeline.planner.step_time import MANIFOLD_PRODUCTS, Device, StepTime, step_time
 from pipeline.run.step_schedule import Plan, make_plan
+from pipeline.training.device_peak import DTYPES
 from pipeline.training.zero3 import engine_settings, gathered_sizes
 
 

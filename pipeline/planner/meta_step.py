@@ -16,10 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.networks.registry import build_network
 from pipeline.config import RunConfig
+from pipeline.training.device_peak import DTYPES
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import Moment
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LiveBytes(TorchDispatchMode):

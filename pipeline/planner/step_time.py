@@ -15,8 +15,8 @@ import dataclasses
 
 from pipeline.errors import PipelineError
 from pipeline.planner.calibration import Measured
-from pipeline.planner.flops import peak_flops
 from pipeline.planner.memory import Traffic
+from pipeline.training.device_peak import peak_flops
 
 MANIFOLD_PRODUCTS = 4.6
 """Products of C x C matrices per matrix and step: order 6, as at C = 4096 and lr 1e-3."""

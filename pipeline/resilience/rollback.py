@@ -17,7 +17,7 @@ from pipeline.checkpoint.writer import Partitioned
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import World
 from pipeline.run.events import RolledBack
-from pipeline.training.trainer import Progress
+from pipeline.run.state import Progress
 
 RECORD = "rollbacks.json"
 

@@ -5,7 +5,7 @@ server changes runs and the alias of a registered model. So either they listen o
 device alone, or they ask for credentials. Nothing secret is sent: the question is what a stranger
 gets.
 
-Imports nothing else of the project: the jobs ask, too.
+The jobs ask, too.
 """
 
 import contextlib
@@ -17,6 +17,8 @@ import urllib.request
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from pipeline.errors import ExposureError
+
 TRUST = "CERTIFIED_PRETRAIN_TRUST_NETWORK"
 """Environment variable: 1 says that whoever reaches these servers may use them."""
 
@@ -24,10 +26,6 @@ _TIMEOUT_S = 3.0
 _DASHBOARD_PORT = 8265
 _JOBS = "/api/jobs/"
 _EXPERIMENTS = "/api/2.0/mlflow/experiments/search?max_results=1"
-
-
-class ExposureError(ValueError):
-    """A server stands open; the message names it and says what to do."""
 
 
 def require_closed(*, ray: str = "", mlflow: str = "") -> None:

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream
 from data_shards.streaming.webdataset_stream import UnindexedStream
 from optim.errors import OptimizerError
@@ -20,6 +19,7 @@ from pipeline.resilience.signals import Interruption
 from pipeline.resilience.straggler import Pace
 from pipeline.run.distributed import World
 from pipeline.run.events import Emit, Event, Metrics, RolledBack, Skipped, Straggling
+from pipeline.run.state import Progress
 from pipeline.run.step_schedule import Plan
 from pipeline.training.objective import STATISTICS
 from pipeline.training.schedules import (
@@ -52,7 +52,7 @@ class Engine(Protocol):
 class Keeper(Protocol):
     """What the loop needs of the checkpoints."""
 
-    def keep(self, progress: "Progress") -> None:
+    def keep(self, progress: Progress) -> None:
         """Begin to keep the state after a step."""
         ...
 
@@ -68,22 +68,9 @@ class Keeper(Protocol):
 class Undo(Protocol):
     """What the loop needs of the roll-backs."""
 
-    def go_back(self, failed: "Progress") -> "tuple[Progress, RolledBack] | None":
+    def go_back(self, failed: Progress) -> tuple[Progress, RolledBack] | None:
         """Load the newest checkpoint; None if that is not allowed (any more)."""
         ...
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where training stands: steps done and the cursor of the next sample.
-
-    Attributes:
-        records: rank 0's newest ones, of two intervals between checkpoints; in checkpoints only.
-    """
-
-    step: int
-    cursor: Cursor
-    records: tuple[Metrics, ...] = ()
 
 
 class Trainer:

@@ -1,7 +1,6 @@
 """What one rank does: build the parts, resume, train, keep checkpoints and artefacts."""
 
 import contextlib
-import dataclasses
 import warnings
 from typing import Any
 
@@ -13,35 +12,19 @@ from data_shards.streaming.sampler import Cursor
 from pipeline.checkpoint.async_saver import Saver
 from pipeline.checkpoint.reader import load_newest
 from pipeline.config import RunConfig
-from pipeline.planner.flops import measured_flops, peak_flops
 from pipeline.resilience.hang_detector import watched
 from pipeline.resilience.oom import fitting, recorded, too_large
 from pipeline.resilience.rollback import Rollbacks
 from pipeline.resilience.signals import Interruption
 from pipeline.run.distributed import World, join_world
 from pipeline.run.events import Emit, Recalled, Started
+from pipeline.run.state import Job, Progress
 from pipeline.run.step_schedule import Plan, make_plan
 from pipeline.training.data import open_samples
+from pipeline.training.device_peak import measured_flops, peak_flops
 from pipeline.training.profiler import profiled
-from pipeline.training.trainer import Progress, Trainer
+from pipeline.training.trainer import Trainer
 from pipeline.training.zero3 import Zero3, require_precision
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Everything a rank needs, picklable and free of secrets.
-
-    Attributes:
-        config: the resolved configuration.
-        run_url: folder of the run (checkpoints, artefacts, evaluations).
-        shards_url: the shard set.
-        context: facts that every artefact carries (run id, code version, shard digest).
-    """
-
-    config: RunConfig
-    run_url: str
-    shards_url: str
-    context: dict[str, Any]
 
 
 def run_rank(job: Job, emit: Emit, interruption: Interruption) -> None:

@@ -22,10 +22,9 @@ from pipeline.config import RunConfig, TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.resilience.straggler import Stopwatch
 from pipeline.run.distributed import World
+from pipeline.training.device_peak import DTYPES
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import Moment
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def require_precision(precision: str) -> None:
@@ -124,7 +123,7 @@ def _partitions(zero_optimizer: Any, names: dict[int, str]) -> list[FlatPartitio
 def _check_working_type(named: Iterable[tuple[str, Any]], precision: str) -> None:
     """Refuse a partition of another type than the run asked for."""
     for name, p in named:
-        if p.ds_tensor.dtype != _DTYPES[precision]:
+        if p.ds_tensor.dtype != DTYPES[precision]:
             raise PipelineError(
                 f"train.precision={precision}, but DeepSpeed made {name} {p.ds_tensor.dtype}"
             )

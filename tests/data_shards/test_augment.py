@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_shards.errors import ShardError
-from data_shards.streaming.transforms import place, random_crop_box
+from data_shards.format.crop_box import random_crop_box
+from data_shards.streaming.transforms import place
 
 
 def words(*rows):

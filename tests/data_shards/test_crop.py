@@ -14,10 +14,10 @@ from data_shards.errors import ShardError
 from data_shards.format import decode
 from data_shards.format.index import load_index
 from data_shards.sources import synthetic
-from data_shards.streaming.randaugment import randaugment
 from data_shards.streaming.sample_reader import read_shard
 from data_shards.streaming.sampler import RANDAUGMENT, Cursor, Span, position_words
 from data_shards.streaming.stream import SampleStream
+from data_shards.streaming.transforms import randaugment
 from data_shards.writing.writer import write_shard_set
 from tests.data_shards.test_index import rewrite_header
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 from data_shards.errors import ShardError
 from data_shards.format import decode
+from data_shards.format.crop_box import random_crop_box
 from data_shards.format.decode import decode_crop, decode_image
-from data_shards.streaming.transforms import random_crop_box
 
 GREY = (np.arange(48).reshape(6, 8) * 5).astype(np.uint8)
 COLOUR = np.stack([GREY, 255 - GREY, GREY // 2], axis=2)

@@ -5,8 +5,8 @@ import xxhash
 from PIL import Image
 
 from data_shards.errors import ShardError
-from data_shards.streaming import randaugment as module
-from data_shards.streaming.randaugment import apply, randaugment
+from data_shards.streaming import transforms as module
+from data_shards.streaming.transforms import apply, randaugment
 
 PIXELS = np.random.Generator(np.random.Philox(7)).integers(40, 256, (21, 34, 3), dtype=np.uint8)
 # xxh3_64 of what torchvision 0.28.0 makes of these pixels (Pillow images, nearest pixel, black

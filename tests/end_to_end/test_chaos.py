@@ -13,12 +13,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 LITTLE_MEMORY = """
 import sys
-from pipeline import launch
+from pipeline.launch import ray_launcher
 from pipeline.pretrain import main
 
 def entry(settings):
     import torch
-    from pipeline import launch
+    from pipeline.launch import ray_launcher
     from pipeline.training.objective import Objective
     genuine = Objective.forward
 
@@ -28,9 +28,9 @@ def entry(settings):
         return genuine(self, images, labels, now)
 
     Objective.forward = forward
-    launch._rank_entry(settings)
+    ray_launcher._rank_entry(settings)
 
-launch._rank_entry = entry
+ray_launcher._rank_entry = entry
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -12,7 +12,7 @@ import pytest
 from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
 from jobs.evaluation.suites import SUITES
-from pipeline.tracking.watch import Watch
+from pipeline.tracking.checkpoint_query import Watch
 from tests.end_to_end.ray_cluster import ROOT, cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]

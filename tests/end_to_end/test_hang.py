@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from pipeline.launch.ray_launcher.ray_launcher import _Post
 
 import pipeline.launch.ray_launcher
+from pipeline.launch.ray_launcher import _Post
 from pipeline.pretrain import main
 from tests.end_to_end.conftest import ROOT
 

@@ -8,8 +8,8 @@ from jobs.evaluation.runner import artifact_info, evaluation_key
 from jobs.scheduling.config import ScheduleConfig
 from model.artifact.artifact import write_artifact
 from model.networks.registry import build_network
+from pipeline.tracking.checkpoint_query import Watch
 from pipeline.tracking.client import Server, TrackingConfig, now_ms
-from pipeline.tracking.watch import Watch
 from tests.jobs.conftest import NETWORK
 
 

@@ -95,7 +95,7 @@ class Machine:
 def machine(artifact, summary, monkeypatch):
     machine = Machine(artifact, summary)
     monkeypatch.setattr(
-        compare_runs, "subprocess", SimpleNamespace(run=machine.run, STDOUT=0, DEVNULL=0)
+        comparison_runs, "subprocess", SimpleNamespace(run=machine.run, STDOUT=0, DEVNULL=0)
     )
     return machine
 

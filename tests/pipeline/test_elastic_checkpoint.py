@@ -12,7 +12,7 @@ from pipeline.checkpoint.reader import load_checkpoint
 from pipeline.checkpoint.writer import HostMemory, commit, held, take_snapshot, write_snapshot
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import World
-from pipeline.training.trainer import Progress
+from pipeline.run.state import Progress
 from tests.optim.emulation import Emulation, Problem
 from tests.pipeline.small_runs import small_run
 

@@ -17,9 +17,10 @@ from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from pipeline.config import RunConfig
 from pipeline.presets import PRESETS, run_preset
+from pipeline.run.state import Job
 from pipeline.training.losses import LOSSES
 from pipeline.training.schedules import Moment
-from pipeline.training.worker import Job, run_rank
+from pipeline.training.worker import run_rank
 from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.model.toy_network import Toy, ToyConfig

@@ -25,11 +25,11 @@ from pipeline.pretrain import main
 from pipeline.resilience.signals import STOP, StopSignal
 from pipeline.run.append_log import Lines
 from pipeline.run.events import NotKept, Skipped
+from pipeline.run.state import Job
 from pipeline.tracking import outbox as tracker_file
 from pipeline.tracking.client import RunReference, TrackingConfig
 from pipeline.tracking.outbox import Tracker
 from pipeline.training.trainer import Trainer
-from pipeline.training.worker import Job
 from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (

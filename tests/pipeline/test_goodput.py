@@ -10,8 +10,9 @@ import torch
 from data_shards.streaming.sampler import Cursor
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.run.events import Metrics
+from pipeline.run.state import Progress
 from pipeline.run.step_schedule import make_plan
-from pipeline.training.trainer import Progress, Trainer
+from pipeline.training.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import Undisturbed, rank_world, small_run
 

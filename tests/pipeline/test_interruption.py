@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.resilience.signals import StopSignal
 from pipeline.run.events import Started
+from pipeline.run.state import Job
 from pipeline.training import trainer
-from pipeline.training.worker import Job
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
     Undisturbed,

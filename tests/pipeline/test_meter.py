@@ -10,9 +10,10 @@ from model.networks.registry import build_network
 from pipeline.config import ClusterConfig, RunConfig, TrainConfig
 from pipeline.driver.system_metrics import SystemMetrics
 from pipeline.driver.usage import Meter
-from pipeline.planner.flops import measured_flops, peak_flops, training_flops
+from pipeline.planner.flops import training_flops
 from pipeline.presets import run_preset
 from pipeline.run.events import Metrics, Started
+from pipeline.training.device_peak import measured_flops, peak_flops
 
 
 class Clock:

@@ -10,13 +10,20 @@ import torch
 from data_shards.storage.store import Store
 from pipeline.config import TrainConfig, changes, decides_result
 from pipeline.errors import PipelineError
-from pipeline.resilience.oom import TooLargeError, fitting, is_out_of_memory, recorded, too_large
-from pipeline.resilience.oom_restart import fit_here, fit_in_memory
+from pipeline.resilience.oom import (
+    TooLargeError,
+    fit_here,
+    fit_in_memory,
+    fitting,
+    is_out_of_memory,
+    recorded,
+    too_large,
+)
 from pipeline.resilience.signals import Flag
 from pipeline.run.events import Metrics, Started
+from pipeline.run.state import Job
 from pipeline.training import worker
 from pipeline.training.objective import Objective
-from pipeline.training.worker import Job
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import Undisturbed, rank_world, small_run, small_shards
 

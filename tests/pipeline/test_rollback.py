@@ -21,7 +21,7 @@ from pipeline.driver.usage import Meter
 from pipeline.presets import run_preset
 from pipeline.resilience.rollback import Gap, past
 from pipeline.run.events import Metrics, RolledBack, Skipped, Started
-from pipeline.training.worker import Job
+from pipeline.run.state import Job
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
     observed_run,

@@ -22,9 +22,9 @@ from optim.reference import ReferenceManifoldAdam
 from optim.sharded import TENSOR_KINDS
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.run.events import Metrics, NotKept, Skipped
+from pipeline.run.state import Job
 from pipeline.training import losses
 from pipeline.training.losses import emma_loss
-from pipeline.training.worker import Job
 from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (

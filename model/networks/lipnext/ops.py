@@ -1,6 +1,7 @@
 """The element-wise parts of LipNeXt's block: kernels on a GPU with Triton, operators elsewhere.
 
-Both record no graph; `model.networks.lipnext.layers` differentiates them. What they overwrite is theirs.
+Both record no graph; `model/networks/lipnext/layers.py` differentiates them. What they overwrite is
+theirs.
 """
 
 import functools

@@ -1,9 +1,8 @@
 """Triton kernels of the element-wise parts of LipNeXt's block, in place where values may be lost.
 
 Next to the products of a block these parts only move bytes, so each kernel reads and writes what
-changes and nothing else. Imported by `model.networks.lipnext.ops` where Triton is; every kernel takes
-float64, float32, bfloat16 and float16 and computes what the operators of torch compute, bit for
-bit, sums excepted.
+changes and nothing else. Imported by `ops.py` where Triton is; every kernel takes float64, float32,
+bfloat16 and float16 and computes what the operators of torch compute, bit for bit, sums excepted.
 """
 
 import torch
@@ -20,7 +19,7 @@ _WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def shift_(x: Tensor, channels: int, *, back: bool) -> None:
-    """See `model.networks.lipnext.ops.shift_`: half a pass over memory where a quarter is shifted.
+    """See `ops.shift_`: half a pass over memory where a quarter is shifted.
 
     Args:
         x: contiguous (B, H, W, C).
@@ -38,7 +37,7 @@ def shift_(x: Tensor, channels: int, *, back: bool) -> None:
 
 
 def fold_(x: Tensor, channels: int, signs: Tensor | None) -> None:
-    """See `model.networks.lipnext.ops.fold_`: the channels that pass are not touched.
+    """See `ops.fold_`: the channels that pass are not touched.
 
     Args:
         x: contiguous (T, C).
@@ -59,7 +58,7 @@ def fold_(x: Tensor, channels: int, signs: Tensor | None) -> None:
 
 
 def unfold(gradient: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-    """See `model.networks.lipnext.ops.unfold`: the sums are formed while the gradient is in registers.
+    """See `ops.unfold`: the sums are formed while the gradient is in registers.
 
     Sums are float32, or float64 for float64; their order depends on the shape alone.
 

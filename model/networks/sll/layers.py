@@ -1,4 +1,4 @@
-"""Layers of SLL, CPL and AOL: 1-Lipschitz in l2 for any weights (model.networks.sll.scaling has the theorem).
+"""Layers of SLL, CPL and AOL: 1-Lipschitz in l2 for any weights (`scaling.py` has the theorem).
 
 Dense layers take (B, d), convolutions (B, c, H, W) with zero padding that keeps the size. Every
 layer reads its own parameters in its own forward only.
