@@ -23,7 +23,7 @@ from pipeline.config import ClusterConfig, RunConfig, TrainConfig
 from pipeline.planner import memory as budget
 from pipeline.planner.estimate import setting_of, weights_of
 from pipeline.presets import run_preset
-from pipeline.run.distributed import join_world
+from pipeline.run.distributed import join_process_group
 from pipeline.training.zero3 import Zero3
 
 _MB = 1e6
@@ -47,7 +47,7 @@ def run_of(ranks: int, width: int, depth: int) -> RunConfig:
 
 def resident(config: RunConfig) -> dict[str, int]:
     """Bytes of this rank above its level before: what is built, and the most on the way there."""
-    with join_world(config.cluster) as world:
+    with join_process_group(config.cluster) as world:
         tiny = replace(config, model=replace(config.model, width=16, depth=1))
         Zero3(world=world, config=tiny, micro_batch=1).initialise(0)  # imports, makes threads
         gc.collect()

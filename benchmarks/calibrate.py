@@ -40,9 +40,9 @@ from pipeline.planner.calibration import Measured
 from pipeline.planner.meta_step import DTYPES, rehearse
 from pipeline.planner.step_time import MANIFOLD_PRODUCTS
 from pipeline.presets import run_preset
-from pipeline.run.distributed import World, join_world
+from pipeline.run.distributed import DistributedContext, join_process_group
 from pipeline.training.objective import Objective
-from pipeline.training.schedules import Moment
+from pipeline.training.schedules import StepContext
 from pipeline.training.zero3 import engine_settings, gathered_sizes
 
 REPEATS = 3
@@ -67,7 +67,7 @@ class Request:
     images: int = 0
 
 
-def measure(world: World, config: RunConfig, images: int) -> Measured:
+def measure(world: DistributedContext, config: RunConfig, images: int) -> Measured:
     """All pieces, for a pass of `images` images. Ranks: all call it together.
 
     Raises:
@@ -109,11 +109,11 @@ def measure(world: World, config: RunConfig, images: int) -> Measured:
     )
 
 
-def _cuda(world: World) -> bool:
+def _cuda(world: DistributedContext) -> bool:
     return world.device.type == "cuda"
 
 
-def _seconds(world: World, work: Work) -> float:
+def _seconds(world: DistributedContext, work: Work) -> float:
     """Median wall time of a call that all ranks make together, of the slowest rank."""
     work()
     if _cuda(world):
@@ -129,13 +129,13 @@ def _seconds(world: World, work: Work) -> float:
     return max(world.gather(statistics.median(found)))
 
 
-def _memory(world: World) -> float:
+def _memory(world: DistributedContext) -> float:
     if _cuda(world):
         return float(torch.cuda.get_device_properties(world.device).total_memory)
     return psutil.virtual_memory().total / int(os.environ["LOCAL_WORLD_SIZE"])
 
 
-def _products(world: World, config: RunConfig, tokens: int) -> Work:
+def _products(world: DistributedContext, config: RunConfig, tokens: int) -> Work:
     """Forward, with regard to the tokens, and with regard to the matrix."""
     width, dtype = config.model.width, DTYPES[config.train.precision]  # type: ignore[attr-defined]
     x, g = torch.randn(2, tokens, width, device=world.device).to(dtype)
@@ -150,7 +150,7 @@ def _products(world: World, config: RunConfig, tokens: int) -> Work:
 
 
 def _passing(
-    world: World, config: RunConfig, model: LipNeXtConfig, images: int
+    world: DistributedContext, config: RunConfig, model: LipNeXtConfig, images: int
 ) -> tuple[Work, int]:
     """Forward and backward pass of a network with few blocks, and its FLOPs as counted."""
     short = dataclasses.replace(
@@ -170,12 +170,12 @@ def _passing(
 
     def work() -> None:
         objective.zero_grad(set_to_none=True)
-        objective(pixels, labels, Moment(0, 0.0, 1.0, config.loss.eps))[0].backward()
+        objective(pixels, labels, StepContext(0, 0.0, 1.0, config.loss.eps))[0].backward()
 
     return work, flops
 
 
-def _collectives(world: World, config: RunConfig) -> tuple[float, float, float, float]:
+def _collectives(world: DistributedContext, config: RunConfig) -> tuple[float, float, float, float]:
     """10^9 bits per second that a rank sends in three collectives; seconds of an empty one."""
     size = world.size
     if size == 1:
@@ -230,7 +230,7 @@ def measured_here(config: RunConfig, images: int) -> Measured:
     """What this rank measures together with the others."""
     # torch >= 2.12 warns of the names that torch 2.11 has for its collectives.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"benchmarks|torch")
-    with join_world(config.cluster) as world:
+    with join_process_group(config.cluster) as world:
         train = config.train
         return measure(
             world, config, images or train.global_batch // (world.size * train.accumulation)

@@ -27,8 +27,8 @@ from pipeline.checkpoint.export import take_export
 from pipeline.checkpoint.writer import HostMemory, commit, take_snapshot, write_snapshot
 from pipeline.config import ClusterConfig, RunConfig
 from pipeline.presets import run_preset
-from pipeline.run.distributed import World, join_world
-from pipeline.run.state import Progress
+from pipeline.run.distributed import DistributedContext, join_process_group
+from pipeline.run.state import TrainState
 from pipeline.training.zero3 import Zero3
 
 _PRESET = "cifar10-L32W2048"
@@ -42,7 +42,7 @@ class Times:
     total: float
 
 
-def make_engine(world: World, config: RunConfig) -> Zero3:
+def make_engine(world: DistributedContext, config: RunConfig) -> Zero3:
     """The network under ZeRO-3, matrices the identity, the state small random numbers."""
     engine = Zero3(world=world, config=config, micro_batch=1)
 
@@ -58,9 +58,11 @@ def make_engine(world: World, config: RunConfig) -> Zero3:
     return engine
 
 
-def ours(engine: Zero3, world: World, config: RunConfig, memory: HostMemory, place: Path) -> Times:
+def ours(
+    engine: Zero3, world: DistributedContext, config: RunConfig, memory: HostMemory, place: Path
+) -> Times:
     """Copy, then what the background thread does: write, sync, digest, commit."""
-    progress = Progress(1, Cursor(seed=0))
+    progress = TrainState(1, Cursor(seed=0))
     folder = Store(str(place))
     begin = time.perf_counter()
     snapshot = take_snapshot(engine, memory, world=world, progress=progress, config=config)
@@ -89,7 +91,7 @@ def written(folder: Path) -> int:
 
 def measure(config: RunConfig, folder: Path, repeats: int, *, with_export: bool) -> list[Row]:
     """Save in turns and compare the medians."""
-    with join_world(config.cluster) as world:
+    with join_process_group(config.cluster) as world:
         engine = make_engine(world, config)
         memory = HostMemory()
         saves: dict[str, Callable[[Path], Times]] = {

@@ -29,15 +29,15 @@ from jobs.evaluation.executor import session
 from jobs.evaluation.runner import artifact_info
 from jobs.evaluation.tasks import ArtifactTask, exact_program, forget, in_program, shard_tasks
 from jobs.schedule import Scheduler
-from jobs.scheduling.backlog import Agenda
+from jobs.scheduling.backlog import Backlog
 from jobs.scheduling.claims import Claims
 from jobs.scheduling.config import ScheduleConfig
 from jobs.scheduling.launchers import Processes
 from model.artifact.artifact import write_artifact
 from model.networks.config import LipNeXtConfig
 from model.networks.registry import build_network
-from pipeline.tracking.checkpoint_query import Watch
-from pipeline.tracking.client import Server, TrackingConfig, now_ms
+from pipeline.tracking.checkpoint_query import CheckpointQuery
+from pipeline.tracking.client import MlflowConnection, TrackingConfig, now_ms
 
 _NETWORK = LipNeXtConfig(input_shape=(3, 32, 32), num_classes=10, patch=4, width=256, depth=4)
 _SPLIT = "test"
@@ -78,7 +78,7 @@ def scaling_rows(folder: Path, artifact: str, shards: str, batch: int, repeats: 
 def scheduler_row(folder: Path, shards: str, evaluations: int) -> Row:
     """Wall time in which the scheduler finds, claims and starts evaluations that do nothing."""
     tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="bench")
-    server = Server(tracking)
+    server = MlflowConnection(tracking)
     small = LipNeXtConfig(input_shape=(3, 32, 32), num_classes=10, patch=2, width=16, depth=1)
     run = server.start_run("bench", None, "bench", {}, {}, now_ms())
     for step in range(evaluations):
@@ -92,8 +92,8 @@ def scheduler_row(folder: Path, shards: str, evaluations: int) -> Row:
     )
     claims = Claims(config.claims_url, lease_s=config.lease_s)
     submitter = Processes(folder / "logs")
-    watch = Watch(tracking.uri, (tracking.experiment,))
-    scheduler = Scheduler(config, claims, Agenda(config, claims, watch), submitter)
+    watch = CheckpointQuery(tracking.uri, (tracking.experiment,))
+    scheduler = Scheduler(config, claims, Backlog(config, claims, watch), submitter)
     begin = time.perf_counter()
     scheduler.look(config.suites)
     scheduler.tick()

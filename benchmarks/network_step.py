@@ -27,7 +27,7 @@ from model.networks.lipnext.layers import Block
 from model.networks.registry import build_network
 from pipeline.config import LossConfig
 from pipeline.training.objective import Objective
-from pipeline.training.schedules import Moment
+from pipeline.training.schedules import StepContext
 
 TOKENS = 2048
 SIDE = 32  # CIFAR size; patches of 2 leave 16 x 16 tokens
@@ -111,7 +111,7 @@ def network_pass(config: LipNeXtConfig, batch: int, device: torch.device) -> Wor
     labels = torch.randint(0, config.num_classes, (batch,), device=device)
 
     def run() -> None:
-        objective(images, labels, Moment(0, 0.0, 1.0, 0.1))[0].backward()
+        objective(images, labels, StepContext(0, 0.0, 1.0, 0.1))[0].backward()
 
     return run
 

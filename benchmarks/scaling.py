@@ -21,8 +21,8 @@ from pipeline.config import ClusterConfig, LossConfig, RunConfig, TrainConfig
 from pipeline.planner.calibration import Measured
 from pipeline.planner.estimate import estimate
 from pipeline.planner.step_time import StepTime, device_of
-from pipeline.run.distributed import join_world
-from pipeline.training.schedules import Moment
+from pipeline.run.distributed import join_process_group
+from pipeline.training.schedules import StepContext
 from pipeline.training.zero3 import Zero3
 
 SIDE = 32  # patches of 2 leave 256 tokens an image
@@ -73,7 +73,7 @@ def _rank(setup: Setup) -> Outcome:
     """Train a few steps; before them measure what the planner needs, where steps are timed."""
     config = setup.config()
     micro = setup.batch // setup.ranks
-    with join_world(config.cluster) as world:
+    with join_process_group(config.cluster) as world:
         pieces = measure(world, config, micro) if setup.steps > 1 else None
         engine = Zero3(world=world, config=config, micro_batch=micro)
         engine.initialise(0)
@@ -85,7 +85,7 @@ def _rank(setup: Setup) -> Outcome:
         for step in range(setup.steps + 1):  # the first one allocates
             world.barrier()
             before, begin = engine.optimizer.exchange.bytes_sent, time.perf_counter()
-            engine.step([(images, labels)], Moment(step, 0.0, 1.0, 0.1))
+            engine.step([(images, labels)], StepContext(step, 0.0, 1.0, 0.1))
             world.barrier()
             seconds.append(time.perf_counter() - begin)
             sent = engine.optimizer.exchange.bytes_sent - before

@@ -22,14 +22,14 @@ from rich.console import Console
 
 from benchmarks.report import write_result
 from pipeline.config import RunConfig
-from pipeline.driver.console import Display
-from pipeline.driver.event_log import Journal
-from pipeline.driver.monitor import Desk
-from pipeline.driver.preflight import Prepared, prepare
-from pipeline.driver.usage import Meter
+from pipeline.driver.console import RunConsole
+from pipeline.driver.event_log import EventLog
+from pipeline.driver.monitor import RunMonitor
+from pipeline.driver.preflight import PreparedRun, prepare
+from pipeline.driver.usage import UsageMetrics
 from pipeline.pretrain import parse
 from pipeline.resilience.signals import Flag
-from pipeline.run.distributed import join_world
+from pipeline.run.distributed import join_process_group
 from pipeline.run.events import Event, Metrics
 from pipeline.tracking.outbox import Tracker
 from pipeline.training.worker import run_rank
@@ -54,15 +54,18 @@ def closed_address() -> str:
 
 
 @contextlib.contextmanager
-def desk_at(prepared: Prepared, uri: str) -> Iterator[Desk]:
-    """The desk of a run as `pipeline.pretrain` opens it, without evaluations."""
+def monitor_at(prepared: PreparedRun, uri: str) -> Iterator[RunMonitor]:
+    """The monitor of a run as `pipeline.pretrain` opens it, without evaluations."""
     config = prepared.job.config
     tracking = dataclasses.replace(prepared.tracking, uri=uri)
     tracker = Tracker(tracking, prepared.spool, run_name=config.name, params=prepared.params())
-    meter, journal = Meter(config, tracker.last_value), Journal(prepared.spool.parent, prepared.run)
-    display = Display(Console(file=io.StringIO()))
+    usage, event_log = (
+        UsageMetrics(config, tracker.last_value),
+        EventLog(prepared.spool.parent, prepared.run),
+    )
+    display = RunConsole(Console(file=io.StringIO()))
     try:
-        yield Desk(display, tracker, None, lambda: None, meter, journal, prepared.run)
+        yield RunMonitor(display, tracker, None, lambda: None, usage, event_log, prepared.run)
     finally:
         tracker.close(1.0)
 
@@ -72,11 +75,11 @@ def seconds_per_step(config: RunConfig, uri: str | None) -> float:
     clock: list[float] = []
     with contextlib.ExitStack() as stack:
         prepared = prepare(config, world_size=1)
-        desk = stack.enter_context(desk_at(prepared, uri)) if uri else None
+        monitor = stack.enter_context(monitor_at(prepared, uri)) if uri else None
 
         def emit(event: Event) -> None:
-            if desk is not None:
-                desk.handle(event)
+            if monitor is not None:
+                monitor.handle(event)
             if isinstance(event, Metrics):
                 clock.append(time.perf_counter())
 
@@ -99,7 +102,7 @@ def main(steps: int = 60, turns: int = 3) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         silent_server() as silent,
-        join_world(config.cluster),  # once: DeepSpeed keeps the first group of a process
+        join_process_group(config.cluster),  # once: DeepSpeed keeps the first group of a process
     ):
         kinds = {
             "records thrown away": None,

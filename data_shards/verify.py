@@ -19,7 +19,7 @@ from data_shards.format.index import Shard, ShardIndex, load_index
 from data_shards.format.shard_scan import HashedFile, StoredSample, read_shard_file
 from data_shards.storage.store import Store
 from data_shards.writing.process_pool import Advance, run_tasks, usable_cpus
-from data_shards.writing.progress_bar import Bar
+from data_shards.writing.progress_bar import ProgressBar
 from data_shards.writing.repair import repair
 
 _LISTED = 20  # disagreements of one shard
@@ -52,7 +52,7 @@ def verify(
     tasks = [(index.part(shard.split, shard), shard, sizes[shard.file]) for shard in present]
     total = sum(shard.samples for shard in present)
     task = functools.partial(_verify_shard, decode)
-    with Bar("verifying", total, shown=progress) as bar:
+    with ProgressBar("verifying", total, shown=progress) as bar:
         for place, problems in run_tasks(task, tasks, workers, bar):
             name = f"{index.store}/{present[place].file}"
             yield from (f"{name}: {problem}" for problem in problems[:_LISTED])

@@ -21,7 +21,7 @@ from rich.console import Console
 from jobs.evaluation.results import EvaluationError
 from jobs.reporting.comparison_config import CompareConfig, parse_change
 from jobs.reporting.comparison_report import System, by_norm, comparison_png, markdown
-from jobs.reporting.comparison_runs import Order, Outcome, Runs
+from jobs.reporting.comparison_runs import Outcome, RunRequest, Runs
 from pipeline.tracking.client import log_comparison, ui_command
 
 TABLE = "compare.md"
@@ -37,15 +37,17 @@ def compare(config: CompareConfig) -> list[System]:
     runs = Runs(config)
     if not config.shards:
         # The first run makes the shard set; several at once would each write it.
-        _ = list(runs.run([Order(config.presets[0], "shards", {"train.stop-after": 1}, False)]))
+        _ = list(
+            runs.run([RunRequest(config.presets[0], "shards", {"train.stop-after": 1}, False)])
+        )
     short = {"train.stop-after": config.probe_steps, "train.log-every": 1}
-    orders = [Order(preset, "probe", short, certify=False) for preset in config.presets]
+    orders = [RunRequest(preset, "probe", short, certify=False) for preset in config.presets]
     probes = list(runs.run(orders))
     _require_size(config, probes)
     steps = [_steps(config, probe) for probe in probes]
     changes, scores = _tune(config, runs, probes, steps)
     finals = [
-        Order(
+        RunRequest(
             probe.order.preset,
             "final",
             {**_length(probe, count, "train"), **values, "train.seed": seed},
@@ -103,7 +105,7 @@ def _tune(
             for probe, values in zip(probes, best, strict=True)
         ]
         orders = [
-            Order(
+            RunRequest(
                 probe.order.preset,
                 "trial",
                 {**_TUNING, **_length(probe, count, "fit"), **values},

@@ -30,7 +30,7 @@ from jobs.evaluation.executor import map_inline, map_shards, session
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import artifact_info, run_task, task_device
 from jobs.evaluation.tasks import ArtifactTask, matrix_tasks
-from jobs.registry.image_files import Picture, Prepared, find_pictures, prepare
+from jobs.registry.image_files import Picture, PreparedImage, find_pictures, prepare
 from jobs.registry.promotion import rule_of
 from jobs.registry.serving import SoundPredictor
 from model.artifact.artifact import ArtifactInfo
@@ -93,7 +93,7 @@ class PredictTask:
         predictor = _predictor(self.artifact, self.matrices)
         shape = tuple(predictor.info.native_input_shape)
         prepared = [_open(picture, shape, self.resize) for picture in self.pictures]
-        usable = [image for image in prepared if isinstance(image, Prepared)]
+        usable = [image for image in prepared if isinstance(image, PreparedImage)]
         answers: Iterator[tuple[int, float]] = iter(())
         if usable:
             found = predictor.predict(torch.stack([image.pixels for image in usable]))
@@ -102,7 +102,7 @@ class PredictTask:
         for picture, image in zip(self.pictures, prepared, strict=True):
             row: dict[str, Any] = dict.fromkeys(FIELDS)
             row |= {"path": picture.path, "norm": predictor.info.norm, "eps": self.eps}
-            if isinstance(image, Prepared):
+            if isinstance(image, PreparedImage):
                 label, radius = next(answers)
                 row |= {"label": label, "radius": radius, "certified": radius > eps_value(self.eps)}
                 row |= {"size": image.size, "resize": image.resize or "none"}
@@ -188,7 +188,7 @@ def _resolve(config: PredictConfig) -> tuple[str, str | None, str]:
     return url, digest, eps
 
 
-def _open(picture: Picture, shape: Any, resize: bool) -> Prepared | str:
+def _open(picture: Picture, shape: Any, resize: bool) -> PreparedImage | str:
     """The image, or what is wrong with it."""
     try:
         return prepare(Store(picture.folder).read(picture.name), shape, resize=resize)

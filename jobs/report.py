@@ -23,7 +23,7 @@ from scipy.stats import binomtest
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
-from jobs.reporting.data import Board, Entry, Report, collect
+from jobs.reporting.data import ComparisonGroup, Report, ReportEntry, collect
 from jobs.reporting.figures import color_of, cost_svg, curves_svg, time_unit
 from pipeline.tracking.client import RunReference, TrackingConfig, ui_command
 from pipeline.tracking.reader import Reader, TrackedRun, TrackingError
@@ -69,8 +69,8 @@ def render(report: Report, *, uri: str, now: datetime | None = None) -> dict[str
         "link": lambda run: _link(uri, run),
         "ui": ui_command(uri, RunReference(report.runs[0].run.experiment_id, ""))[0],
         "color": color_of,
-        "curves": lambda board: _image("svg+xml", curves_svg(board, _places(report, board))),
-        "costs": lambda board: _image("svg+xml", cost_svg(board, _places(report, board))),
+        "curves": lambda group: _image("svg+xml", curves_svg(group, _places(report, group))),
+        "costs": lambda group: _image("svg+xml", cost_svg(group, _places(report, group))),
         "png": lambda data: _image("png", data),
         "has_cost": any(reported.cost.hours for reported in report.runs),
         "measured": any(reported.cost.mfu for reported in report.runs),
@@ -86,14 +86,14 @@ def interval(certified: int, samples: int) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def per_point(entry: Entry, ratio: str) -> float | None:
+def per_point(entry: ReportEntry, ratio: str) -> float | None:
     """Return the device seconds per percentage point of `cra_sound`; None if one is missing."""
     seconds = entry.reported.cost.up_to(entry.chosen.summary.step)
     cra = entry.chosen.summary.columns["sound"].cra.get(ratio)
     return seconds / (100 * cra) if seconds and cra else None
 
 
-def per_further_point(entry: Entry, at: int, ratio: str) -> float | None:
+def per_further_point(entry: ReportEntry, at: int, ratio: str) -> float | None:
     """Return the device seconds per point since the checkpoint before; None without a gain."""
     if at == 0:
         return None
@@ -168,9 +168,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _places(report: Report, board: Board) -> list[int]:
+def _places(report: Report, group: ComparisonGroup) -> list[int]:
     order = [reported.run.run_id for reported in report.runs]
-    return [order.index(entry.reported.run.run_id) for entry in board.entries]
+    return [order.index(entry.reported.run.run_id) for entry in group.entries]
 
 
 def _image(kind: str, data: bytes) -> str:

@@ -28,14 +28,14 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from jobs.evaluation.results import EvaluationError
-from jobs.scheduling.backlog import Agenda, Entry
+from jobs.scheduling.backlog import Backlog, BacklogEntry
 from jobs.scheduling.claimed_evaluation import Options, command
-from jobs.scheduling.claims import Claim, Claims, Phase
+from jobs.scheduling.claims import Claim, ClaimPhase, Claims
 from jobs.scheduling.config import ScheduleConfig, arguments, log_folder
 from jobs.scheduling.launchers import Processes, RayJobs, Submitter
 from jobs.scheduling.status_page import page
 from pipeline.run.exposure import ExposureError, require_closed
-from pipeline.tracking.checkpoint_query import Watch
+from pipeline.tracking.checkpoint_query import CheckpointQuery
 
 logger = logging.getLogger(__name__)
 
@@ -79,19 +79,19 @@ class Scheduler:
     Args:
         config: the schedule.
         claims: the shared folder.
-        agenda: what is to be evaluated.
+        backlog: what is to be evaluated.
         submitter: where evaluations run.
     """
 
     def __init__(
-        self, config: ScheduleConfig, claims: Claims, agenda: Agenda, submitter: Submitter
+        self, config: ScheduleConfig, claims: Claims, backlog: Backlog, submitter: Submitter
     ) -> None:
         self._config = config
         self._claims = claims
-        self._agenda = agenda
+        self._backlog = backlog
         self._submitter = submitter
-        self._open: dict[tuple[str, str], Entry] = {}
-        self._running: dict[Claim, Entry] = {}
+        self._open: dict[tuple[str, str], BacklogEntry] = {}
+        self._running: dict[Claim, BacklogEntry] = {}
         self._beaten: dict[Claim, float] = {}
         self._told: set[tuple[str, str]] = set()
         self.failures = 0
@@ -104,16 +104,16 @@ class Scheduler:
     def look(self, suites: Sequence[str]) -> None:
         """Queue what is open; a store that does not answer is asked again the next time."""
         try:
-            entries = self._agenda.look(suites)
+            entries = self._backlog.look(suites)
         except Exception as error:  # the scheduler outlives whatever MLflow or the store raise
             logger.warning("cannot look for checkpoints: %s: %s", type(error).__name__, error)
             return
         for entry in entries:
             name = (entry.checkpoint.model_id, entry.suite)
             self._open.pop(name, None)
-            if entry.phase is Phase.OPEN:
+            if entry.phase is ClaimPhase.OPEN:
                 self._open[name] = entry
-            elif entry.phase is Phase.FAILED and name not in self._told:
+            elif entry.phase is ClaimPhase.FAILED and name not in self._told:
                 self._told.add(name)
                 logger.warning("%s: %s", entry.checkpoint.artifact_url, entry.note)
 
@@ -150,7 +150,7 @@ class Scheduler:
             self._claims.beat(claim)
             self._beaten[claim] = now
 
-    def _start(self, entry: Entry) -> None:
+    def _start(self, entry: BacklogEntry) -> None:
         claim, checkpoint = entry.next, entry.checkpoint
         facts = {
             "suite": entry.suite,
@@ -177,7 +177,7 @@ class Scheduler:
         logger.info("%s: attempt %s, log: %s", _describe(entry), claim.name, log)
 
 
-def _describe(entry: Entry) -> str:
+def _describe(entry: BacklogEntry) -> str:
     return f"{entry.suite} of {entry.checkpoint.run_name} step {entry.checkpoint.step}"
 
 
@@ -240,16 +240,16 @@ def _run(config: ScheduleConfig, console: Console) -> int:
         trigger(when, config)
     require_closed(ray=config.address, mlflow=config.tracking.uri)
     claims = Claims(config.claims_url, lease_s=config.lease_s, attempts=config.attempts)
-    watch = Watch(config.tracking.uri, (config.tracking.experiment,), config.models)
-    agenda = Agenda(config, claims, watch)
+    watch = CheckpointQuery(config.tracking.uri, (config.tracking.experiment,), config.models)
+    backlog = Backlog(config, claims, watch)
     if config.status:
-        page(console, config, claims, agenda.look(config.suites))
+        page(console, config, claims, backlog.look(config.suites))
         return 0
     claims.require_exclusive()
     submitter: Submitter = Processes(log_folder())
     if config.address:
         submitter = RayJobs(config.address, json.loads(config.runtime_env))
-    scheduler = Scheduler(config, claims, agenda, submitter)
+    scheduler = Scheduler(config, claims, backlog, submitter)
     try:
         if config.once:
             return run_once(scheduler, config)

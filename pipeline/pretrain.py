@@ -15,13 +15,13 @@ from rich.console import Console
 
 from pipeline.config import RunConfig
 from pipeline.driver.console import lenient_console
-from pipeline.driver.monitor import Desk, desk_for
+from pipeline.driver.monitor import RunMonitor, monitor_for
 from pipeline.driver.preflight import prepare
 from pipeline.errors import REFUSALS
 from pipeline.presets import PRESETS, run_preset
 from pipeline.resilience.oom import fit_here, fit_in_memory
 from pipeline.resilience.signals import StopSignal
-from pipeline.run.distributed import join_world
+from pipeline.run.distributed import join_process_group
 from pipeline.run.events import Emit, Event, Hung
 from pipeline.training.worker import run_rank
 
@@ -103,13 +103,15 @@ def _run_on_ray(config: RunConfig, console: Console, stop: StopSignal) -> None:
         prepared = prepare(config, world_size=config.cluster.workers)
     with ray_session(config.cluster):
         stop.install()  # once more: ray.init has put a handler of its own there
-        with desk_for(prepared, console) as desk, stop.deferred():
-            fit_in_memory(lambda job: fit(job, desk.handle, stop), desk.stamp(prepared.job), stop)
+        with monitor_for(prepared, console) as monitor, stop.deferred():
+            fit_in_memory(
+                lambda job: fit(job, monitor.handle, stop), monitor.stamp(prepared.job), stop
+            )
 
 
 def _run_here(config: RunConfig, console: Console, stop: StopSignal) -> None:
     """Train in this process, or as one of torchrun's ranks: rank 0 prepares, shows and records."""
-    with join_world(config.cluster) as world:
+    with join_process_group(config.cluster) as world:
         job = None
         with contextlib.ExitStack() as stack:
             emit: Emit = _ignore
@@ -117,8 +119,8 @@ def _run_here(config: RunConfig, console: Console, stop: StopSignal) -> None:
             if world.rank == 0:
                 try:
                     prepared = prepare(config, world_size=world.size)
-                    desk = stack.enter_context(desk_for(prepared, console))
-                    job, emit = desk.stamp(prepared.job), _last_words(desk)
+                    monitor = stack.enter_context(monitor_for(prepared, console))
+                    job, emit = monitor.stamp(prepared.job), _last_words(monitor)
                 except REFUSALS as refusal:
                     error = _one_message(refusal)
             world.agree(error)
@@ -127,13 +129,13 @@ def _run_here(config: RunConfig, console: Console, stop: StopSignal) -> None:
                 fit_here(lambda: run_rank(shared, emit, stop), ranks=world.size)
 
 
-def _last_words(desk: Desk) -> Emit:
-    """As `desk.handle`; after a hang, which ends this process hard, the run counts as failed."""
+def _last_words(monitor: RunMonitor) -> Emit:
+    """As `RunMonitor.handle`; after a hang, which ends this process hard, the run is failed."""
 
     def emit(event: Event) -> None:
-        desk.handle(event)
+        monitor.handle(event)
         if isinstance(event, Hung):
-            desk.fail()
+            monitor.fail()
 
     return emit
 

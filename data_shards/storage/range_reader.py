@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from data_shards.storage.retry import Describe, Patience, RetryCount
+from data_shards.storage.retry import Describe, RetryBudget, RetryCount
 
 IN_FLIGHT = 32
 """Requests under way at the same time, per process."""
@@ -40,7 +40,7 @@ async def read_ranges(
 
     async def read(path: str, start: int, stop: int) -> bytes:
         async with slots:
-            patience = Patience(describe, count)
+            patience = RetryBudget(describe, count)
             return await _read_range(chunks, path, start, stop, patience, count, stall_s)
 
     tasks = [asyncio.ensure_future(read(*wanted)) for wanted in ranges]
@@ -56,7 +56,7 @@ async def _read_range(
     path: str,
     start: int,
     stop: int,
-    patience: Patience,
+    patience: RetryBudget,
     count: RetryCount,
     stall_s: float,
 ) -> bytes:

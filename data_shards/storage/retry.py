@@ -44,7 +44,7 @@ class RetryCount:
             self.value += 1
 
 
-class Patience:
+class RetryBudget:
     """The attempts of one request: back-off with jitter until nothing has moved for too long.
 
     Args:
@@ -81,13 +81,13 @@ class Patience:
         return longest * random.uniform(0.5, 1.0)
 
 
-def patiently(operation: Callable[[], T], describe: Describe, count: RetryCount) -> T:
+def with_retries(operation: Callable[[], T], describe: Describe, count: RetryCount) -> T:
     """Return what `operation` returns, repeating it while it meets transient faults.
 
     Raises:
         Exception: the last error of the operation.
     """
-    patience = Patience(describe, count)
+    patience = RetryBudget(describe, count)
     while True:
         try:
             return operation()

@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from data_shards.errors import ShardError
 from data_shards.storage.range_reader import IN_FLIGHT, chunks_of, read_ranges
-from data_shards.storage.retry import RetryCount, patiently
+from data_shards.storage.retry import RetryCount, with_retries
 
 T = TypeVar("T")
 
@@ -296,7 +296,7 @@ class Store:
         if self._scheme in _IN_PROCESS:
             return operation()
         with self._clear_errors():
-            return patiently(operation, self._describe, self._count)
+            return with_retries(operation, self._describe, self._count)
 
     @contextlib.contextmanager
     def _clear_errors(self) -> Iterator[None]:

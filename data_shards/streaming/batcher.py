@@ -20,7 +20,7 @@ from data_shards.errors import ShardError
 from data_shards.format.crop_box import Words
 from data_shards.format.index import ShardIndex
 from data_shards.rng import unit_interval
-from data_shards.streaming.fetcher import Part, Plan, Reading, SplitReader
+from data_shards.streaming.fetcher import Part, Reading, ReadPlan, SplitReader
 from data_shards.streaming.sample_reader import DamagedSampleError, Encoded, decode
 from data_shards.streaming.sampler import (
     AUGMENT,
@@ -38,7 +38,7 @@ _MAX_REPLACEMENTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Damage:
+class Corruption:
     """A sample that was asked for, found damaged and replaced."""
 
     cause: str
@@ -64,14 +64,14 @@ class Batch:
     """Place in the endless sequence, epoch * samples per epoch + position, (B,)."""
     cursor_after: Cursor
     """Where the next global batch begins."""
-    damaged: tuple[Damage, ...] = ()
+    damaged: tuple[Corruption, ...] = ()
     """The damaged samples that were replaced in this batch."""
 
 
 class _Draft:
     """A batch in the making."""
 
-    def __init__(self, plan: Plan, shape: tuple[int, int, int], seed: int) -> None:
+    def __init__(self, plan: ReadPlan, shape: tuple[int, int, int], seed: int) -> None:
         self.plan = plan
         self.samples = plan.samples.copy()
         self.images = _empty((len(plan.samples), *shape))
@@ -197,8 +197,8 @@ class Assembler:
             damaged=damaged,
         )
 
-    def _describe(self, row: int, error: DamagedSampleError, position: int) -> Damage:
-        return Damage(
+    def _describe(self, row: int, error: DamagedSampleError, position: int) -> Corruption:
+        return Corruption(
             cause=error.cause,
             shard=self._index.shards[self._index.rows.shard[row]].file,
             key=self._index.rows.key[row].decode(),

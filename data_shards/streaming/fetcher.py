@@ -45,7 +45,7 @@ class Shares:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ReadPlan:
     """One batch of this rank, before it is read."""
 
     spans: list[Span]
@@ -58,7 +58,7 @@ class Plan:
 class Part:
     """Slots [start, stop) of a batch."""
 
-    plan: Plan
+    plan: ReadPlan
     start: int
     stop: int
 
@@ -196,7 +196,7 @@ class SplitReader:
             samples = np.concatenate([self.order.take(span) for span in spans])
             after = self._cursor.advance(self._shares.global_batch, self._shares.samples)
             self._cursor = after
-            yield Part(Plan(spans, samples, after), 0, len(samples))
+            yield Part(ReadPlan(spans, samples, after), 0, len(samples))
 
     def _cut(self, part: Part, room: int, *, at_least: bool) -> tuple[Part, Part | None, int]:
         """Return as much of a part as fits in `room` bytes, the rest, and the bytes."""

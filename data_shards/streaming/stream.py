@@ -14,7 +14,7 @@ from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
 from data_shards.format.index import ShardIndex
 from data_shards.streaming.batcher import Assembler, Batch
-from data_shards.streaming.damage_log import Quarantine
+from data_shards.streaming.corruption_log import CorruptionLog
 from data_shards.streaming.fetcher import MAX_BATCHES_AHEAD, Reading, Shares, SplitReader
 from data_shards.streaming.prefetch import Prefetcher
 from data_shards.streaming.sampler import Cursor
@@ -36,7 +36,7 @@ class SampleStream:
         rank: This rank.
         world_size: Number of ranks W; it divides the global batch.
         cursor: Where to begin.
-        quarantine: Where damaged samples are recorded; None = in the log alone.
+        corruption_log: Where damaged samples are recorded; None = in the log alone.
 
     Attributes:
         samples_per_epoch: Samples of the split.
@@ -58,14 +58,14 @@ class SampleStream:
         cursor: Cursor,
         rank: int = 0,
         world_size: int = 1,
-        quarantine: Quarantine | None = None,
+        corruption_log: CorruptionLog | None = None,
     ) -> None:
         self.samples_per_epoch = len(index.select(split))
         self.damaged: collections.Counter[str] = collections.Counter()
         self.waited_s = 0.0
         self._cursor = cursor
         self._store = index.store
-        self._quarantine = quarantine
+        self._corruption_log = corruption_log
         require_crop(index, config, split)
         shares = Shares(self.samples_per_epoch, global_batch, rank, world_size)
         shares.spans(cursor)  # refuses a wrong rank, batch or cursor here, not in the thread
@@ -109,8 +109,8 @@ class SampleStream:
         self._cursor = batch.cursor_after
         if batch.damaged:
             self.damaged.update(damage.cause for damage in batch.damaged)
-            if self._quarantine is not None:
-                self._quarantine.add(batch.damaged)
+            if self._corruption_log is not None:
+                self._corruption_log.add(batch.damaged)
         return batch
 
     def __enter__(self) -> "SampleStream":

@@ -17,7 +17,7 @@ SOURCE_HASH = "source_xxh3_64"  # a column beside those of the index: digest of 
 
 
 @dataclasses.dataclass(frozen=True)
-class Fragment:
+class ManifestPart:
     """Rows and digest of a written shard."""
 
     rows: pa.Table
@@ -37,7 +37,7 @@ class Fragment:
         return bytes(sink.getvalue())
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Fragment":
+    def from_bytes(cls, data: bytes) -> "ManifestPart":
         """Read what `to_bytes` returned.
 
         Raises:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-class Bar:
+class ProgressBar:
     """Counts images and bytes; as a context manager it is drawn, unless `shown` is false.
 
     Args:
@@ -31,7 +31,7 @@ class Bar:
         )
         self._task = self._progress.add_task(label, total=total, completed=done, rate="")
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> "ProgressBar":
         self._progress.start()
         return self
 

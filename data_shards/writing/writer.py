@@ -37,9 +37,9 @@ from data_shards.format.tar import add_end, add_member
 from data_shards.sources.base import Source
 from data_shards.sources.convert import UndecodableError, image_extension
 from data_shards.storage.store import Store
-from data_shards.writing.manifest_part import SOURCE_HASH, Fragment
+from data_shards.writing.manifest_part import SOURCE_HASH, ManifestPart
 from data_shards.writing.process_pool import Advance, run_tasks
-from data_shards.writing.progress_bar import Bar
+from data_shards.writing.progress_bar import ProgressBar
 from data_shards.writing.shard_plan import (
     ShardPlan,
     WriteOptions,
@@ -161,19 +161,19 @@ class _Run:
                 f"is {strays[0]}. Choose another URL or remove them first"
             )
 
-    def _write_shards(self, plans: Sequence[ShardPlan]) -> list[Fragment]:
+    def _write_shards(self, plans: Sequence[ShardPlan]) -> list[ManifestPart]:
         """Write the shards that are missing; return the fragments of all, in order."""
         found = self._fragments(plans)
         missing = [plan for plan in plans if plan.file not in found]
         done = sum(len(plan.members) for plan in plans if plan.file in found)
         total = sum(len(plan.members) for plan in plans)
         task = functools.partial(_write_shard, self.source, self.store, self.folder)
-        with Bar(f"writing {self.source.name}", total, shown=self.shown, done=done) as bar:
+        with ProgressBar(f"writing {self.source.name}", total, shown=self.shown, done=done) as bar:
             for place, data in run_tasks(task, missing, self.workers, bar):
-                found[missing[place].file] = Fragment.from_bytes(data)
+                found[missing[place].file] = ManifestPart.from_bytes(data)
         return [found[plan.file] for plan in plans]
 
-    def _fragments(self, plans: Sequence[ShardPlan]) -> dict[str, Fragment]:
+    def _fragments(self, plans: Sequence[ShardPlan]) -> dict[str, ManifestPart]:
         """Return what earlier runs finished: fragments whose shard is there."""
         names = set(self.store.ls(self.folder))
         sizes = self.store.sizes()
@@ -185,7 +185,7 @@ class _Run:
             # Another process that writes the same set may have finished and tidied up, and not
             # every store writes an object in one go: a fragment that is not there is made again.
             with contextlib.suppress(FileNotFoundError, ShardError):
-                fragment = Fragment.from_bytes(self.store.read(name))
+                fragment = ManifestPart.from_bytes(self.store.read(name))
                 if sizes.get(plan.file) == fragment.size:
                     found[plan.file] = fragment
         return found
@@ -195,7 +195,7 @@ class _Run:
         parts = np.array_split(numbers, -(-len(numbers) // _HASHED_AT_ONCE))
         task = functools.partial(_hash_images, self.source, self.store, self.folder)
         hashes = np.zeros(len(numbers), dtype=np.uint64)
-        with Bar("looking for duplicates", len(numbers), shown=self.shown) as bar:
+        with ProgressBar("looking for duplicates", len(numbers), shown=self.shown) as bar:
             for place, found in run_tasks(task, parts, self.workers, bar):
                 hashes[parts[place]] = found
         return duplicates_of(hashes, numbers, self.source.test)
@@ -203,7 +203,7 @@ class _Run:
     def _finish(
         self,
         plans: Sequence[ShardPlan],
-        fragments: Sequence[Fragment],
+        fragments: Sequence[ManifestPart],
         duplicates: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
     ) -> None:
         tables, shards = [], []
@@ -267,7 +267,7 @@ def _write_shard(
     kinds = {"label": pa.int32(), "xxh3_64": pa.uint64(), SOURCE_HASH: pa.uint64()}
     arrays = {name: pa.array(values, kinds.get(name)) for name, values in columns.items()}
     digest = hashlib.sha256(body).hexdigest()
-    fragment = Fragment(pa.table(arrays), len(body), digest, left_out).to_bytes()
+    fragment = ManifestPart(pa.table(arrays), len(body), digest, left_out).to_bytes()
     store.write(plan.file, body)
     store.write(f"{folder}/{plan.file}.parquet", fragment)
     return fragment

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from jobs.evaluation.progress import OnProgress, Progress
+from jobs.evaluation.progress import EvaluationProgress, OnProgress
 from jobs.evaluation.results import AttackScores, EvaluationSummary
 from jobs.evaluation.runner import CERTIFICATE, FIGURE, HISTOGRAM, LAYERS
 
@@ -31,7 +31,7 @@ def following(console: Console) -> Iterator[OnProgress]:
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
 
-        def show(progress: Progress) -> None:
+        def show(progress: EvaluationProgress) -> None:
             nonlocal last
             bar.update(
                 task, completed=progress.done, total=progress.total, description=str(progress)

@@ -20,7 +20,7 @@ _WRITE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
-class Progress:
+class EvaluationProgress:
     """An evaluation under way.
 
     Attributes:
@@ -45,7 +45,7 @@ class Progress:
         return f"{text}; {self.samples} samples so far: clean {self.clean:.2%}, cra_sound {scores}"
 
 
-OnProgress = Callable[[Progress], object]
+OnProgress = Callable[[EvaluationProgress], object]
 
 
 class Counting:
@@ -83,11 +83,11 @@ class Counting:
             self._out.write(PROGRESS, json.dumps(asdict(now)).encode())
             self._written = time.monotonic()
 
-    def now(self) -> Progress:
+    def now(self) -> EvaluationProgress:
         """Return the state of the evaluation."""
         if not self._samples:
-            return Progress(self._done, self._total)
-        return Progress(
+            return EvaluationProgress(self._done, self._total)
+        return EvaluationProgress(
             self._done,
             self._total,
             self._samples,

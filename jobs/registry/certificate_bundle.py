@@ -32,7 +32,7 @@ class VerificationError(EvaluationError):
 
 
 @dataclass(frozen=True)
-class Evidence:
+class CertificateBundle:
     """The files of one evaluation, held together by their digests.
 
     Attributes:
@@ -46,7 +46,7 @@ class Evidence:
     summary: EvaluationSummary
 
     @classmethod
-    def of_files(cls, files: Mapping[str, bytes], place: object) -> Evidence:
+    def of_files(cls, files: Mapping[str, bytes], place: object) -> CertificateBundle:
         """Check that the files belong together.
 
         Raises:
@@ -76,7 +76,7 @@ class Evidence:
         return cls({name: files[name] for name in FILES}, {**body, "digest": stated}, summary)
 
     @classmethod
-    def read(cls, url: str) -> Evidence:
+    def read(cls, url: str) -> CertificateBundle:
         """The evaluation whose files lie at a URL.
 
         Raises:
@@ -114,7 +114,7 @@ class Evidence:
         label, prediction, radius = (self._table[name].to_numpy() for name in names)
         return np.asarray((prediction == label) & (radius > eps_value(rule.eps)), dtype=bool)
 
-    def same_samples(self, other: Evidence) -> bool:
+    def same_samples(self, other: CertificateBundle) -> bool:
         """Whether both speak of the same images in the same order."""
         identity = ["shard", "key", "pixels_sha256", "label"]
         mine, theirs = self.body["shards"], other.body["shards"]

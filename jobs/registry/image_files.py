@@ -28,7 +28,7 @@ class Picture(NamedTuple):
         return str(store.local_path() or store) + f"/{self.name}"
 
 
-class Prepared(NamedTuple):
+class PreparedImage(NamedTuple):
     """An image as the network sees it."""
 
     pixels: Tensor
@@ -73,7 +73,7 @@ def find_pictures(inputs: list[str]) -> tuple[list[Picture], int]:
     return found, others
 
 
-def prepare(data: bytes, shape: tuple[int, int, int], *, resize: bool) -> Prepared:
+def prepare(data: bytes, shape: tuple[int, int, int], *, resize: bool) -> PreparedImage:
     """Decode one file for a network.
 
     With `resize` it goes the way of a test set's images (`data_shards.sources.convert`): grey is
@@ -95,7 +95,7 @@ def prepare(data: bytes, shape: tuple[int, int, int], *, resize: bool) -> Prepar
     channels, height, width = image.shape
     size = f"{width}x{height}x{channels}"
     if tuple(image.shape) == shape:
-        return Prepared(image, size, None)
+        return PreparedImage(image, size, None)
     wanted = f"{shape[2]}x{shape[1]}x{shape[0]}"
     if channels > shape[0]:
         raise EvaluationError(f"the image is {size}, in colour; the network takes grey ones only")
@@ -109,7 +109,7 @@ def prepare(data: bytes, shape: tuple[int, int, int], *, resize: bool) -> Prepar
         raise EvaluationError(f"the image is {size}; only square networks have a resize rule")
     recipe = Recipe(channels=shape[0], size=shape[1], uniform=uniform)
     pixels = decode_image(recipe(data, test=True), "png")
-    return Prepared(pixels, size, _words(size, wanted, recipe, min(height, width), channels))
+    return PreparedImage(pixels, size, _words(size, wanted, recipe, min(height, width), channels))
 
 
 def _words(size: str, wanted: str, recipe: Recipe, short: int, channels: int) -> str:

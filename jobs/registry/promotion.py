@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from data_shards.storage.store import Store
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import artifact_info
-from jobs.registry.certificate_bundle import Evidence, VerificationError
+from jobs.registry.certificate_bundle import CertificateBundle, VerificationError
 from jobs.registry.promotion_rule import Comparison, Rule, compare, samples_to_verify
 from model.artifact.artifact import WEIGHTS
 from pipeline.tracking.client import RunReference
@@ -246,7 +246,10 @@ def rollback(registry: Registry, name: str, *, to: int | None = None, reason: st
 
 
 def _verify(
-    rule: Rule, comparison: Comparison, evidence: Mapping[int, Evidence], sample: int | None
+    rule: Rule,
+    comparison: Comparison,
+    evidence: Mapping[int, CertificateBundle],
+    sample: int | None,
 ) -> tuple[dict[str, Any], str | None]:
     """Verify both certificates; what was done, and why it failed."""
     count = samples_to_verify(rule, comparison) if sample is None else sample
@@ -311,12 +314,12 @@ def _act(
             registry.drop_alias(candidate.name, CANDIDATE)
 
 
-def _evidence_of(registry: Registry, evaluation: str) -> Evidence:
+def _evidence_of(registry: Registry, evaluation: str) -> CertificateBundle:
     """Evidence by the URL of its folder, or by the id of its MLflow run."""
     if not re.fullmatch("[0-9a-f]{32}", evaluation):
-        return Evidence.read(evaluation)
+        return CertificateBundle.read(evaluation)
     recorded = registry.recorded_evaluation(evaluation)
-    evidence = Evidence.read(str(recorded.summary.get("out_url")))
+    evidence = CertificateBundle.read(str(recorded.summary.get("out_url")))
     stated = recorded.params.get("certificate_digest")
     if evidence.digest != stated:
         raise EvaluationError(
@@ -326,17 +329,17 @@ def _evidence_of(registry: Registry, evaluation: str) -> Evidence:
     return evidence
 
 
-def _packaged(registry: Registry, version: Version) -> Evidence:
+def _packaged(registry: Registry, version: Version) -> CertificateBundle:
     """The evidence with which a version was registered."""
     stated = version.tags.get("certificate_digest", "")
-    evidence = Evidence.of_files(registry.evidence(version, stated), version)
+    evidence = CertificateBundle.of_files(registry.evidence(version, stated), version)
     _require_digests(version, evidence)
     if evidence.digest != stated:
         raise EvaluationError(f"{version} was registered with certificate {stated}, not this one")
     return evidence
 
 
-def _champions(registry: Registry, champion: Version, against: str | None) -> Evidence:
+def _champions(registry: Registry, champion: Version, against: str | None) -> CertificateBundle:
     if against is None:
         return _packaged(registry, champion)
     evidence = _evidence_of(registry, against)
@@ -344,7 +347,7 @@ def _champions(registry: Registry, champion: Version, against: str | None) -> Ev
     return evidence
 
 
-def _require_digests(version: Version, evidence: Evidence) -> None:
+def _require_digests(version: Version, evidence: CertificateBundle) -> None:
     digest = version.tags.get("artifact_digest")
     if evidence.model_digest != digest:
         raise EvaluationError(
@@ -368,7 +371,7 @@ def _with_certificate(registry: Registry, name: str, digest: str) -> Version | N
     return next(same, None)
 
 
-def _described(version: Version, evidence: Mapping[int, Evidence]) -> dict[str, Any]:
+def _described(version: Version, evidence: Mapping[int, CertificateBundle]) -> dict[str, Any]:
     used = evidence[version.number]
     return {
         "version": version.number,

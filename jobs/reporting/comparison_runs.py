@@ -31,7 +31,7 @@ _TAIL = 1500
 
 
 @dataclass(frozen=True)
-class Order:
+class RunRequest:
     """One training run: a preset, changed values and what it is for.
 
     Attributes:
@@ -81,7 +81,7 @@ class Outcome:
         folder: its run folder.
     """
 
-    order: Order
+    order: RunRequest
     folder: Path
 
     @cached_property
@@ -163,7 +163,7 @@ class Runs:
         self._config = config
         self._root = Path(config.out).absolute()
 
-    def run(self, orders: Sequence[Order]) -> Iterator[Outcome]:
+    def run(self, orders: Sequence[RunRequest]) -> Iterator[Outcome]:
         """Outcomes in the order of the orders.
 
         Raises:
@@ -172,7 +172,7 @@ class Runs:
         with concurrent.futures.ThreadPoolExecutor(self._config.parallel) as pool:
             yield from pool.map(self._one, orders)
 
-    def _one(self, order: Order) -> Outcome:
+    def _one(self, order: RunRequest) -> Outcome:
         folder = self._root / "runs" / order.name(self._config)
         outcome = Outcome(order, folder)
         if (folder / _DONE).exists():

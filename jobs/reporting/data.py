@@ -67,8 +67,8 @@ class ReportedRun:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A run's evaluations on the test set of one board."""
+class ReportEntry:
+    """A run's evaluations on the test set of one group."""
 
     reported: ReportedRun
     evaluations: tuple[Evaluated, ...]
@@ -88,7 +88,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Board:
+class ComparisonGroup:
     """Runs whose numbers can be compared: same test set, same norm.
 
     Attributes:
@@ -103,7 +103,7 @@ class Board:
     dataset: str
     index_digest: str
     samples: int
-    entries: tuple[Entry, ...]
+    entries: tuple[ReportEntry, ...]
 
     @cached_property
     def eps(self) -> tuple[str, ...]:
@@ -123,17 +123,17 @@ class Report:
 
     Attributes:
         runs: the training runs.
-        boards: comparable groups of their evaluations.
+        groups: comparable groups of their evaluations.
         left_out: evaluations that do not count.
     """
 
     runs: tuple[ReportedRun, ...]
-    boards: tuple[Board, ...]
+    groups: tuple[ComparisonGroup, ...]
     left_out: tuple[LeftOut, ...]
 
     @property
     def uncertified(self) -> tuple[str, ...]:
-        """Names of the runs that are in no board."""
+        """Names of the runs that are in no group."""
         return tuple(reported.run.name for reported in self.runs if not reported.evaluations)
 
     @cached_property
@@ -173,19 +173,21 @@ def collect(reader: Reader, names: Sequence[str]) -> Report:
         evaluations.sort(key=lambda e: (e.summary.step, e.run.start_ms))
         cost = training_cost(reader, run)
         runs.append(ReportedRun(run, tuple(reader.models(run)), tuple(evaluations), cost))
-    return Report(tuple(runs), _boards(runs), tuple(left_out))
+    return Report(tuple(runs), _groups(runs), tuple(left_out))
 
 
-def _boards(runs: Iterable[ReportedRun]) -> tuple[Board, ...]:
-    groups: dict[tuple[str, str, str, int], list[Entry]] = defaultdict(list)
+def _groups(runs: Iterable[ReportedRun]) -> tuple[ComparisonGroup, ...]:
+    groups: dict[tuple[str, str, str, int], list[ReportEntry]] = defaultdict(list)
     for reported in runs:
         mine = defaultdict(list)
         for evaluated in reported.evaluations:
             s = evaluated.summary
             mine[s.norm, s.dataset, s.index_digest, s.samples].append(evaluated)
         for key, found in mine.items():
-            groups[key].append(Entry(reported, tuple(found)))
-    return tuple(Board(*key, entries=tuple(entries)) for key, entries in sorted(groups.items()))
+            groups[key].append(ReportEntry(reported, tuple(found)))
+    return tuple(
+        ComparisonGroup(*key, entries=tuple(entries)) for key, entries in sorted(groups.items())
+    )
 
 
 def _evaluated(reader: Reader, tracked: TrackedRun) -> Evaluated | str:

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from jobs.evaluation.results import EvaluationSummary
-from jobs.reporting.data import Board, Entry
+from jobs.reporting.data import ComparisonGroup, ReportEntry
 from model.certification.eps import eps_value
 
 COLORS = (
@@ -28,20 +28,20 @@ def color_of(place: int) -> str:
     return COLORS[place % len(COLORS)]
 
 
-def curves_svg(board: Board, places: Sequence[int]) -> bytes:
+def curves_svg(group: ComparisonGroup, places: Sequence[int]) -> bytes:
     """Draw `cra_sound` of every run over eps, and the band up to its accuracy under attack.
 
     The true robust accuracy lies in the band. What broke at some eps is broken at every larger
     one, so the band's upper edge is a step function, with a mark where the attack was run.
 
     Args:
-        board: the runs.
+        group: the runs.
         places: place of each run in the report, which decides its colour and line style.
     """
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
-    limit = _largest_eps(board)
-    for place, entry in zip(places, board.entries, strict=True):
+    limit = _largest_eps(group)
+    for place, entry in zip(places, group.entries, strict=True):
         summary, color = entry.chosen.summary, color_of(place)
         eps, cra = (
             np.array(values) for values in zip(*summary.columns["sound"].curve, strict=True)
@@ -50,37 +50,37 @@ def curves_svg(board: Board, places: Sequence[int]) -> bytes:
         axes.plot(eps, 100 * cra, color=color, linestyle=_style(place), linewidth=2, label=label)
         if summary.attack:
             _draw_band(axes, summary, color, limit)
-    for ratio in board.eps:
+    for ratio in group.eps:
         axes.axvline(eps_value(ratio), color="0.6", linewidth=0.8, linestyle=":", zorder=0)
         axes.annotate(
             ratio, (eps_value(ratio), 101), ha="center", va="bottom", fontsize=8, color="0.35"
         )
-    if any(entry.chosen.summary.attack for entry in board.entries):
+    if any(entry.chosen.summary.attack for entry in group.entries):
         axes.plot([], [], "v", color="0.4", markersize=5, label="under attack: upper bound")
         axes.fill_between([], [], [], color="0.4", alpha=0.15, linewidth=0, label="not known")
     axes.set_xlim(0.0, limit)
     axes.set_ylim(0.0, 106.0)
     axes.set_yticks(range(0, 101, 20))
-    axes.set_xlabel(f"eps ({board.norm}, pixels in [0, 1])")
+    axes.set_xlabel(f"eps ({group.norm}, pixels in [0, 1])")
     axes.set_ylabel("robust accuracy, sound (%)")
     _finish(figure, axes)
     return _svg(figure)
 
 
-def cost_svg(board: Board, places: Sequence[int]) -> bytes:
+def cost_svg(group: ComparisonGroup, places: Sequence[int]) -> bytes:
     """Draw `cra_sound` of every checkpoint over the device time that training took until then.
 
     Args:
-        board: the runs.
+        group: the runs.
         places: see `curves_svg`.
     """
-    ratios = [r for r in board.eps if board.best(r) > 0][:_PANELS] or list(board.eps[:1])
-    times = [t for entry in board.entries for t in _path(entry, ratios[0])[:, 0]]
+    ratios = [r for r in group.eps if group.best(r) > 0][:_PANELS] or list(group.eps[:1])
+    times = [t for entry in group.entries for t in _path(entry, ratios[0])[:, 0]]
     scale, unit = time_unit(max(times, default=1.0))
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = figure.subplots(1, len(ratios), squeeze=False)[0]
     for axes, ratio in zip(panels, ratios, strict=True):
-        for place, entry in zip(places, board.entries, strict=True):
+        for place, entry in zip(places, group.entries, strict=True):
             path = _path(entry, ratio)
             axes.plot(
                 path[:, 0] / scale, 100 * path[:, 1], marker="o", markersize=4, linewidth=1.6,
@@ -89,7 +89,7 @@ def cost_svg(board: Board, places: Sequence[int]) -> bytes:
         axes.set_title(f"eps {ratio}", fontsize=10)
         axes.set_xlim(left=0.0)
         axes.set_xlabel(f"device time ({unit})")
-    panels[0].set_ylabel(f"cra_sound, {board.norm} (%)")
+    panels[0].set_ylabel(f"cra_sound, {group.norm} (%)")
     _finish(figure, *panels)
     return _svg(figure)
 
@@ -101,7 +101,7 @@ def time_unit(seconds: float) -> tuple[float, str]:
     return (60.0, "min") if seconds < 3 * 3600 else (3600.0, "h")
 
 
-def _path(entry: Entry, ratio: str) -> np.ndarray:
+def _path(entry: ReportEntry, ratio: str) -> np.ndarray:
     """Device seconds and `cra_sound` of the checkpoints whose time is known, shape (n, 2)."""
     found = [
         (seconds, e.summary.columns["sound"].cra.get(ratio, np.nan))
@@ -111,11 +111,11 @@ def _path(entry: Entry, ratio: str) -> np.ndarray:
     return np.array(found, dtype=float).reshape(-1, 2)
 
 
-def _largest_eps(board: Board) -> float:
+def _largest_eps(group: ComparisonGroup) -> float:
     """Past all radii of the table, and where every curve has reached 0."""
-    curves = [entry.chosen.summary.columns["sound"].curve for entry in board.entries]
+    curves = [entry.chosen.summary.columns["sound"].curve for entry in group.entries]
     alive = [eps for curve in curves for eps, value in curve if value > 0]
-    return 1.03 * max([*(eps_value(ratio) for ratio in board.eps), *alive])
+    return 1.03 * max([*(eps_value(ratio) for ratio in group.eps), *alive])
 
 
 def _draw_band(axes: Axes, summary: EvaluationSummary, color: str, limit: float) -> None:

@@ -14,17 +14,17 @@ from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import evaluation_key
 from jobs.evaluation.suites import SUITES
-from jobs.scheduling.claims import Claim, Claims, Phase, State
+from jobs.scheduling.claims import Claim, ClaimPhase, Claims, State
 from jobs.scheduling.config import ScheduleConfig
 from model.errors import ModelError
-from pipeline.tracking.checkpoint_query import Checkpoint, Watch
+from pipeline.tracking.checkpoint_query import Checkpoint, CheckpointQuery
 
 _KEY_CHARACTERS = 16
 _UNREADABLE = (EvaluationError, ShardError, ModelError, OSError)
 
 
 @dataclass(frozen=True)
-class Entry:
+class BacklogEntry:
     """One checkpoint and one suite.
 
     Attributes:
@@ -39,7 +39,7 @@ class Entry:
 
     checkpoint: Checkpoint
     suite: str
-    phase: Phase
+    phase: ClaimPhase
     config: EvaluationConfig | None = None
     claim: Claim | None = None
     attempted: bool = False
@@ -66,7 +66,7 @@ class _View:
     load: Callable[[str], ShardIndex]
 
 
-class Agenda:
+class Backlog:
     """Looks at the store and at the claims; decides nothing and changes nothing.
 
     Args:
@@ -75,14 +75,14 @@ class Agenda:
         watch: view of the MLflow store.
     """
 
-    def __init__(self, config: ScheduleConfig, claims: Claims, watch: Watch) -> None:
+    def __init__(self, config: ScheduleConfig, claims: Claims, watch: CheckpointQuery) -> None:
         self._config = config
         self._claims = claims
         self._watch = watch
         self._keys: dict[tuple[str, str], str] = {}
         self._done: set[tuple[str, str]] = set()
 
-    def look(self, suites: Sequence[str]) -> list[Entry]:
+    def look(self, suites: Sequence[str]) -> list[BacklogEntry]:
         """Return an entry for every checkpoint and suite, oldest checkpoint first.
 
         What cannot be read is an entry too, with the reason, and is read again the next time.
@@ -99,28 +99,30 @@ class Agenda:
         view = _View(states, self._watch.recorded(runs), lru_cache(maxsize=8)(load_index))
         return [self._entry(checkpoint, suite, view) for checkpoint, suite in pairs]
 
-    def _entry(self, checkpoint: Checkpoint, suite: str, view: _View) -> Entry:
+    def _entry(self, checkpoint: Checkpoint, suite: str, view: _View) -> BacklogEntry:
         name = _name(checkpoint, suite)
         if name in self._done:
-            return Entry(checkpoint, suite, Phase.DONE)
+            return BacklogEntry(checkpoint, suite, ClaimPhase.DONE)
         config = self._config.evaluation(suite, checkpoint)
         try:
             if name not in self._keys:
                 self._keys[name] = evaluation_key(config, view.load)
         except _UNREADABLE as error:
-            return Entry(checkpoint, suite, Phase.FAILED, note=f"{type(error).__name__}: {error}")
+            return BacklogEntry(
+                checkpoint, suite, ClaimPhase.FAILED, note=f"{type(error).__name__}: {error}"
+            )
         key = self._keys[name]
         first = Claim(claim_key(key, checkpoint.run_id), 1)
         state = view.states.get(first.key)
-        entry = Entry(checkpoint, suite, Phase.OPEN, config, first)
+        entry = BacklogEntry(checkpoint, suite, ClaimPhase.OPEN, config, first)
         if view.recorded & {(key, checkpoint.run_id), (key, "")}:
-            entry = replace(entry, phase=Phase.DONE)
+            entry = replace(entry, phase=ClaimPhase.DONE)
         elif state is not None:
             note = "" if state.code is None else f"exit code {state.code}"
             entry = replace(entry, phase=state.phase, claim=state.claim, attempted=True, note=note)
         elif self._left_to_training(checkpoint, suite):
-            entry = replace(entry, phase=Phase.RUNNING, note="left to its training")
-        if entry.phase is Phase.DONE:
+            entry = replace(entry, phase=ClaimPhase.RUNNING, note="left to its training")
+        if entry.phase is ClaimPhase.DONE:
             self._done.add(name)
         return entry
 

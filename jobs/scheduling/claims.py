@@ -44,7 +44,7 @@ STOPPED_CODES = (130, 143)
 _NAME = re.compile(r"(?P<key>[\w.-]+)\.(?P<attempt>\d{4})\.(?P<part>claim|beat|end)")
 
 
-class Phase(Enum):
+class ClaimPhase(Enum):
     """Where an evaluation stands: `waiting` after a failure for the time of the next attempt."""
 
     OPEN = "open"
@@ -94,7 +94,7 @@ class State:
         code: exit code of the newest attempt, if it has ended.
     """
 
-    phase: Phase
+    phase: ClaimPhase
     claim: Claim
     code: int | None = None
 
@@ -183,26 +183,26 @@ class Claims:
         if "end" not in parts:
             part = "beat" if "beat" in parts else "claim"
             if self._age(f"{claim.name}.{part}", now) <= self._lease_s:
-                return State(Phase.RUNNING, claim)
+                return State(ClaimPhase.RUNNING, claim)
             return State(self._again(key, attempts), claim)
         code = self._code(claim)
         if code == 0:
-            return State(Phase.DONE, claim, code)
+            return State(ClaimPhase.DONE, claim, code)
         if code == REFUSED_CODE:
-            return State(Phase.FAILED, claim, code)
+            return State(ClaimPhase.FAILED, claim, code)
         phase = self._again(key, attempts)
         pause = 0.0 if code >= 128 else self._lease_s * 2.0 ** (claim.attempt - 1)
-        if phase is Phase.OPEN and pause and self._age(f"{claim.name}.end", now) < pause:
-            phase = Phase.WAITING
+        if phase is ClaimPhase.OPEN and pause and self._age(f"{claim.name}.end", now) < pause:
+            phase = ClaimPhase.WAITING
         return State(phase, claim, code)
 
-    def _again(self, key: str, attempts: Mapping[int, set[str]]) -> Phase:
+    def _again(self, key: str, attempts: Mapping[int, set[str]]) -> ClaimPhase:
         codes = [
             self._code(Claim(key, attempt)) if "end" in parts else None
             for attempt, parts in attempts.items()
         ]
         counted = sum(code not in STOPPED_CODES for code in codes)
-        return Phase.OPEN if counted < self._attempts else Phase.FAILED
+        return ClaimPhase.OPEN if counted < self._attempts else ClaimPhase.FAILED
 
     def _age(self, name: str, now: Callable[[], float]) -> float:
         try:

@@ -10,39 +10,39 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from jobs.evaluation.progress import PROGRESS, Progress
+from jobs.evaluation.progress import PROGRESS, EvaluationProgress
 from jobs.evaluation.runner import output
-from jobs.scheduling.backlog import Entry
-from jobs.scheduling.claims import Claims, Phase
+from jobs.scheduling.backlog import BacklogEntry
+from jobs.scheduling.claims import ClaimPhase, Claims
 from jobs.scheduling.config import ScheduleConfig
 
 _LINES = 15
 
 
 def page(
-    console: Console, config: ScheduleConfig, claims: Claims, entries: Sequence[Entry]
+    console: Console, config: ScheduleConfig, claims: Claims, entries: Sequence[BacklogEntry]
 ) -> None:
     """Print the state of every suite, then what is under way and what failed."""
     console.print(f"MLflow  {config.tracking.uri}, experiment {config.tracking.experiment}")
     console.print(f"claims  {claims.store}")
     console.print(f"rules   {', '.join(config.rules)} ({config.timezone})")
     counts = Counter((entry.suite, entry.phase) for entry in entries)
-    table = Table("suite", "checkpoints", *(phase.value for phase in Phase))
+    table = Table("suite", "checkpoints", *(phase.value for phase in ClaimPhase))
     for suite in config.suites:
-        numbers = [counts[suite, phase] for phase in Phase]
+        numbers = [counts[suite, phase] for phase in ClaimPhase]
         table.add_row(suite, str(sum(numbers)), *map(str, numbers))
     console.print(table)
-    for phase in (Phase.RUNNING, Phase.WAITING, Phase.FAILED):
+    for phase in (ClaimPhase.RUNNING, ClaimPhase.WAITING, ClaimPhase.FAILED):
         chosen = [entry for entry in entries if entry.phase is phase]
         for entry in chosen[:_LINES]:
             console.print(f"{phase.value:8}{_line(entry, claims)}", soft_wrap=True)
         if len(chosen) > _LINES:
             console.print(f"{phase.value:8}and {len(chosen) - _LINES} more")
-    if counts.total() and any(e.phase is Phase.FAILED and e.claim for e in entries):
+    if counts.total() and any(e.phase is ClaimPhase.FAILED and e.claim for e in entries):
         console.print("a failed evaluation is attempted again when its claims are removed")
 
 
-def _line(entry: Entry, claims: Claims) -> str:
+def _line(entry: BacklogEntry, claims: Claims) -> str:
     words = [f"{entry.suite} of {entry.checkpoint.run_name} step {entry.checkpoint.step}"]
     if entry.attempted and entry.claim:
         words.append(f"claim {entry.claim.name}")
@@ -50,7 +50,7 @@ def _line(entry: Entry, claims: Claims) -> str:
             words.append(f"by {claims.read(entry.claim)['by']}")
     if entry.note:
         words.append(entry.note)
-    if entry.config and entry.phase is Phase.RUNNING:
+    if entry.config and entry.phase is ClaimPhase.RUNNING:
         with contextlib.suppress(FileNotFoundError):
-            words.append(str(Progress(**json.loads(output(entry.config).read(PROGRESS)))))
+            words.append(str(EvaluationProgress(**json.loads(output(entry.config).read(PROGRESS)))))
     return "; ".join(words)

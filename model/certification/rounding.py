@@ -80,7 +80,7 @@ PROGRAMS = {program.name: program for program in (FLOAT64, FLOAT32, BFLOAT16)}
 
 
 @dataclasses.dataclass
-class Carried:
+class ErrorState:
     """Bounds carried from layer to layer, one entry per sample.
 
     Attributes:
@@ -96,7 +96,7 @@ class Carried:
     peak: Tensor
 
     @classmethod
-    def images(cls, norms: Tensor, count: int, program: Program) -> "Carried":
+    def images(cls, norms: Tensor, count: int, program: Program) -> "ErrorState":
         """Pixels divided by 255, less 1/2, stored as activation.
 
         Args:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.certification.rounding import SLACK, U64, Carried, gamma
+from model.certification.rounding import SLACK, U64, ErrorState, gamma
 from model.errors import ModelError
 from model.networks.init import set_initial
 from model.networks.lipnext.layers import at_least_float32
@@ -101,7 +101,7 @@ class Head(nn.Module):
         return bounds.fill_diagonal_(0)
 
     @torch.no_grad()
-    def margin_error(self, features: Carried, largest_factor: float) -> Tensor:
+    def margin_error(self, features: ErrorState, largest_factor: float) -> Tensor:
         """Bound of the error of every logit difference, float64 (B,).
 
         Args:

@@ -31,9 +31,9 @@ from pipeline.checkpoint.writer import (
 )
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
-from pipeline.run.distributed import World
-from pipeline.run.events import Emit, Kept, NotKept
-from pipeline.run.state import Progress
+from pipeline.run.distributed import DistributedContext
+from pipeline.run.events import CheckpointFailed, CheckpointSaved, Emit
+from pipeline.run.state import TrainState
 
 _GIVE_UP_S = 30.0
 """How long a run that has failed still waits for a checkpoint under way."""
@@ -53,7 +53,7 @@ class _Writing:
     finished_s: float = 0.0
 
 
-class Saver:
+class AsyncSaver:
     """Keeps checkpoints of a run, one at a time, in the background.
 
     Args:
@@ -63,14 +63,14 @@ class Saver:
         config: the run.
         context: facts that every artefact carries.
         calibration: training images for networks with stored means, uint8 (B, C, H, W).
-        emit: receives Kept and NotKept, on rank 0.
+        emit: receives Kept and CheckpointFailed, on rank 0.
     """
 
     def __init__(
         self,
         run: Store,
         *,
-        world: World,
+        world: DistributedContext,
         engine: Partitioned,
         config: RunConfig,
         context: dict[str, Any],
@@ -109,7 +109,7 @@ class Saver:
         self.settle()
         self._world.agree(self._last_error or None)
 
-    def keep(self, progress: Progress) -> None:
+    def keep(self, progress: TrainState) -> None:
         """Begin to keep the state after a step; waits for the one under way before.
 
         Ranks: all call it together.
@@ -152,10 +152,10 @@ class Saver:
         if self._world.rank:
             return
         if writing.error or writing.info is None:
-            self._emit(NotKept(writing.step, writing.error))
+            self._emit(CheckpointFailed(writing.step, writing.error))
             return
         self._emit(
-            Kept(
+            CheckpointSaved(
                 step=writing.step,
                 checkpoint_url=writing.checkpoint.url,
                 artifact_url=writing.artifact.url,

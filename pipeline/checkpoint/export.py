@@ -12,7 +12,7 @@ from model.artifact.artifact import ArtifactInfo, write_artifact
 from model.networks.config import NetworkConfig
 from model.networks.registry import build_network
 from pipeline.checkpoint.writer import Partitioned
-from pipeline.run.distributed import World
+from pipeline.run.distributed import DistributedContext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Export:
     """Whole float32 parameters by name."""
 
 
-def take_export(engine: Partitioned, *, world: World, network: NetworkConfig) -> Export | None:
+def take_export(
+    engine: Partitioned, *, world: DistributedContext, network: NetworkConfig
+) -> Export | None:
     """The averaged, float64-projected fp32 weights; training state is not touched.
 
     Ranks: all call it together; returns the weights on rank 0, None elsewhere.

@@ -15,9 +15,9 @@ from model.artifact.safetensors_io import read_header, tensor_of
 from optim.sharded import ShardedManifoldAdam
 from pipeline.checkpoint.writer import COMMIT, SCHEMA_VERSION, Partitioned, held, slices
 from pipeline.errors import PipelineError
-from pipeline.run.distributed import World
+from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import Metrics
-from pipeline.run.state import Progress
+from pipeline.run.state import TrainState
 
 
 class UnreadableError(PipelineError):
@@ -36,8 +36,8 @@ def committed(checkpoints: Store) -> list[Store]:
 
 
 def load_newest(
-    checkpoints: Store, *, world: World, engine: Partitioned
-) -> tuple[Progress | None, list[str]]:
+    checkpoints: Store, *, world: DistributedContext, engine: Partitioned
+) -> tuple[TrainState | None, list[str]]:
     """Load the newest checkpoint that is sound; newer ones are put aside (`commit.damaged.json`).
 
     Ranks: all call it together.
@@ -54,7 +54,7 @@ def load_newest(
     damaged: list[str] = []
     for folder in found:
         loaded = _try_load(folder, world, engine)
-        if isinstance(loaded, Progress):
+        if isinstance(loaded, TrainState):
             if world.rank == 0:
                 for passed_over in found[: len(damaged)]:
                     _put_aside(passed_over)
@@ -72,7 +72,7 @@ def _put_aside(folder: Store) -> None:
         folder.remove(COMMIT)
 
 
-def _try_load(folder: Store, world: World, engine: Partitioned) -> Progress | str:
+def _try_load(folder: Store, world: DistributedContext, engine: Partitioned) -> TrainState | str:
     try:
         return load_checkpoint(folder, world=world, engine=engine)
     except UnreadableError:
@@ -81,7 +81,7 @@ def _try_load(folder: Store, world: World, engine: Partitioned) -> Progress | st
         return str(error)
 
 
-def load_checkpoint(folder: Store, *, world: World, engine: Partitioned) -> Progress:
+def load_checkpoint(folder: Store, *, world: DistributedContext, engine: Partitioned) -> TrainState:
     """Fill the optimizer's partitions from a checkpoint written by any number of ranks.
 
     Ranks: all call it together.
@@ -120,7 +120,7 @@ def load_checkpoint(folder: Store, *, world: World, engine: Partitioned) -> Prog
     engine.optimizer.load_scalar_state(commit["scalars"])
     for partition in engine.optimizer.partitions:
         partition.publish()
-    return Progress(commit["step"], Cursor(**commit["cursor"]), tuple(records))
+    return TrainState(commit["step"], Cursor(**commit["cursor"]), tuple(records))
 
 
 def _read_commit(folder: Store) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from optim.sharded import ShardedManifoldAdam
 from optim.zero_layout import Slot
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
-from pipeline.run.distributed import World
-from pipeline.run.state import Progress
+from pipeline.run.distributed import DistributedContext
+from pipeline.run.state import TrainState
 
 SCHEMA_VERSION = 1
 COMMIT = "commit.json"
@@ -90,7 +90,12 @@ class HostMemory:
 
 @torch.no_grad()
 def take_snapshot(
-    engine: Partitioned, memory: HostMemory, *, world: World, progress: Progress, config: RunConfig
+    engine: Partitioned,
+    memory: HostMemory,
+    *,
+    world: DistributedContext,
+    progress: TrainState,
+    config: RunConfig,
 ) -> Snapshot:
     """Copy this rank's state to the host: the part of saving that training waits for."""
     optimizer = engine.optimizer

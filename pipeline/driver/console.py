@@ -49,7 +49,7 @@ def lenient_console() -> Iterator[Console]:
         os.close(nowhere)
 
 
-class Display:
+class RunConsole:
     """Shows the progress of one run.
 
     On a terminal one live line; in logs (Ray jobs, CI) a plain line every few seconds. Loss,

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.storage.store import Store
-from pipeline.run.append_log import Lines
-from pipeline.run.events import Event, Metrics, Recalled
+from pipeline.run.append_log import AppendLog
+from pipeline.run.events import Event, Metrics, MetricsReplayed
 
 NAME = "events.jsonl"
 
 
-class Journal:
+class EventLog:
     """Writes what happened to a run: starts, checkpoints, skipped steps, roll-backs, repairs.
 
     Args:
@@ -27,11 +27,11 @@ class Journal:
         path = folder / NAME
         if run.local_path() is None and not path.exists() and run.exists(NAME):
             path.write_bytes(run.read(NAME))
-        self._lines = Lines(path)
+        self._lines = AppendLog(path)
 
     def add(self, event: Event) -> None:
         """Write an event that is no metric: its type, when, and its fields."""
-        if not isinstance(event, Metrics | Recalled):
+        if not isinstance(event, Metrics | MetricsReplayed):
             self.note(type(event).__name__, **dataclasses.asdict(event))
 
     def note(self, what: str, **facts: Any) -> None:

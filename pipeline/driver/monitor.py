@@ -15,26 +15,26 @@ from data_shards.storage.store import Store
 from model.artifact.artifact import read_info
 from model.networks.registry import FAMILIES
 from pipeline.checkpoint.retention import retain
-from pipeline.driver.console import Display
+from pipeline.driver.console import RunConsole
 from pipeline.driver.evaluations import Evaluations
-from pipeline.driver.event_log import Journal
-from pipeline.driver.preflight import Prepared
+from pipeline.driver.event_log import EventLog
+from pipeline.driver.preflight import PreparedRun
 from pipeline.driver.system_metrics import SystemMetrics
-from pipeline.driver.usage import Meter
+from pipeline.driver.usage import UsageMetrics
 from pipeline.run.events import (
+    CheckpointFailed,
+    CheckpointSaved,
     Event,
     Hung,
-    Kept,
     Metrics,
-    NotKept,
-    Recalled,
+    MetricsReplayed,
     RolledBack,
     Skipped,
     Started,
     Straggling,
 )
 from pipeline.run.ray_job import submission_tags
-from pipeline.run.state import Job
+from pipeline.run.state import WorkerSpec
 from pipeline.tracking.client import ui_command
 from pipeline.tracking.outbox import Tracker
 
@@ -45,7 +45,7 @@ _NOT_CERTIFIED = "earlier checkpoints are not certified"
 _NOT_REMOVED = "surplus checkpoints are not removed"
 
 
-class Desk:
+class RunMonitor:
     """Handles the events of one run in order.
 
     Args:
@@ -54,7 +54,7 @@ class Desk:
         evaluations: certification of kept checkpoints; None leaves them uncertified.
         after_kept: called beside the events when a checkpoint has been kept.
         meter: counts what the run uses.
-        journal: the run's event log.
+        event_log: the run's event log.
         run: folder of the run.
         began: called beside the events when the ranks are about to train.
 
@@ -64,12 +64,12 @@ class Desk:
 
     def __init__(
         self,
-        display: Display,
+        display: RunConsole,
         tracker: Tracker,
         evaluations: Evaluations | None,
         after_kept: Callable[[], object],
-        meter: Meter,
-        journal: Journal,
+        usage: UsageMetrics,
+        event_log: EventLog,
         run: Store,
         began: Callable[[], object] = lambda: None,
     ) -> None:
@@ -79,16 +79,16 @@ class Desk:
         self._following = threading.Lock()
         self._errands = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="errands")
         self._began = began
-        self._meter = meter
+        self._usage = usage
         self._display = display
         self._tracker = tracker
         self._evaluations = evaluations
         self._after_kept = after_kept
-        self._journal = journal
+        self._event_log = event_log
         self._hangs = 0
         self._reprojections = tracker.last_value(_REPROJECTIONS) or 0.0
 
-    def stamp(self, job: Job) -> Job:
+    def stamp(self, job: WorkerSpec) -> WorkerSpec:
         """The job with the id of its tracked run, so that artefacts lead back to it.
 
         Left out when the tracking server has not answered yet.
@@ -100,21 +100,21 @@ class Desk:
 
     def handle(self, event: Event) -> None:
         """Show and record one event; waits for no server and no task."""
-        self._journal.add(event)
+        self._event_log.add(event)
         match event:
             case Started():
                 self._start(event)
             case Metrics():
                 self.step = event.step
-                values = {**event.values, **self._meter.values(event)}
+                values = {**event.values, **self._usage.values(event)}
                 self._display.metrics(dataclasses.replace(event, values=values))
                 self._tracker.log_metrics(event.step, values, event.time_ms)
                 self._note_repairs(event)
-            case Recalled():
+            case MetricsReplayed():
                 self._recall(event)
-            case Kept():
+            case CheckpointSaved():
                 self._keep(event)
-            case NotKept():
+            case CheckpointFailed():
                 reason = escape(event.error)
                 self._display.message(f"[red]not kept[/red] step {event.step}: {reason}")
                 self._tracker.log_metrics(event.step, {"checkpoint/failed": 1.0})
@@ -136,7 +136,7 @@ class Desk:
                     f"[yellow]skipped[/yellow] step {event.step}: a loss or gradient is not finite"
                 )
             case RolledBack():
-                self._meter.back_to(event.step)
+                self._usage.back_to(event.step)
                 self._display.message(
                     f"[yellow]rolled back[/yellow] from step {event.given_up} to {event.step}: "
                     f"{event.samples} samples are left out, epoch and position {event.first} to "
@@ -161,7 +161,7 @@ class Desk:
                 "matrices": int(count - self._reprojections),
                 "residual": event.values["orthogonality/residual_max"],
             }
-            self._journal.note("Reprojected", **found)
+            self._event_log.note("Reprojected", **found)
             self._display.message(
                 f"[yellow]re-projected[/yellow] step {event.step}: {found['matrices']} matrices "
                 f"were off the manifold, residual up to {found['residual']:.1e}"
@@ -175,17 +175,17 @@ class Desk:
             self._beside(functools.partial(self._catch_up, event.step), _NOT_CERTIFIED)
         self._display.started(event)
         batch = event.micro_batch
-        self._tracker.set_tags({**self._meter.started(event), "micro_batch": str(batch)})
+        self._tracker.set_tags({**self._usage.started(event), "micro_batch": str(batch)})
         self._tracker.log_metrics(event.step, {"train/micro_batch": float(batch)})
 
-    def _recall(self, event: Recalled) -> None:
+    def _recall(self, event: MetricsReplayed) -> None:
         """Record what an execution that was killed has not."""
         known = self._tracker.recorded()
         for record in event.records:
             if (record.step, record.time_ms) not in known:
                 self._tracker.log_metrics(record.step, record.values, record.time_ms)
 
-    def _keep(self, event: Kept) -> None:
+    def _keep(self, event: CheckpointSaved) -> None:
         self._display.message(
             f"[green]kept[/green] step {event.step}: {escape(_where(event.checkpoint_url))}, "
             f"artefact {event.digest[:12]}, orthogonality residual <= {event.residual:.1e}; "
@@ -239,7 +239,7 @@ class Desk:
 
 
 @contextlib.contextmanager
-def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
+def monitor_for(prepared: PreparedRun, console: Console) -> Iterator[RunMonitor]:
     """Open the record of a run; at the end wait for its evaluations and show the results.
 
     The run ends as FINISHED, KILLED (interrupt, SIGTERM) or FAILED.
@@ -254,23 +254,25 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
         tags={**_tags(prepared), **submission_tags()},
     )
     evaluations = _evaluations(prepared, tracker) if config.checkpoint.evaluate else None
-    display = Display(console)
-    meter = Meter(config, tracker.last_value)
-    journal = Journal(prepared.spool.parent, prepared.run)
+    display = RunConsole(console)
+    usage = UsageMetrics(config, tracker.last_value)
+    event_log = EventLog(prepared.spool.parent, prepared.run)
     tidy = functools.partial(_tidy, prepared, evaluations)
-    desk = Desk(display, tracker, evaluations, tidy, meter, journal, prepared.run, prepared.accept)
+    monitor = RunMonitor(
+        display, tracker, evaluations, tidy, usage, event_log, prepared.run, prepared.accept
+    )
     system = SystemMetrics(
         # With the time, so that a run which then hangs and is killed has lost it.
-        lambda values: tracker.log_metrics(desk.step, {**values, **meter.time()})
+        lambda values: tracker.log_metrics(monitor.step, {**values, **usage.time()})
     )
     status = "FAILED"
     if prepared.changed:
         display.message("changed: " + "; ".join(f"{k}: {v}" for k, v in prepared.changed.items()))
-        journal.note("Changed", settings=prepared.changed)
+        event_log.note("Changed", settings=prepared.changed)
     try:
-        yield desk
-        desk.settle()
-        meter.stop()
+        yield monitor
+        monitor.settle()
+        usage.stop()
         display.close()
         summaries = _results(evaluations, console)
         status = "FINISHED"
@@ -282,17 +284,17 @@ def desk_for(prepared: Prepared, console: Console) -> Iterator[Desk]:
         display.close()
         system.close()
         tracker.finish(status)  # first: what follows may outlast the time that a stop leaves
-        desk.settle()
+        monitor.settle()
         if evaluations is not None:
             evaluations.cancel()
-        with desk.saying(_NOT_REMOVED):
+        with monitor.saying(_NOT_REMOVED):
             tidy()
         with contextlib.suppress(OSError):  # the file is complete on this machine
-            journal.publish()
+            event_log.publish()
         tracker.close(_CLOSE_S)
 
 
-def _tags(prepared: Prepared) -> dict[str, str]:
+def _tags(prepared: PreparedRun) -> dict[str, str]:
     """What runs are filtered by."""
     config = prepared.job.config
     return {
@@ -306,7 +308,7 @@ def _tags(prepared: Prepared) -> dict[str, str]:
     }
 
 
-def _tidy(prepared: Prepared, evaluations: Evaluations | None) -> None:
+def _tidy(prepared: PreparedRun, evaluations: Evaluations | None) -> None:
     """Remove surplus checkpoints."""
     policy = prepared.job.config.checkpoint
     unfinished: set[int] = set()
@@ -318,7 +320,7 @@ def _tidy(prepared: Prepared, evaluations: Evaluations | None) -> None:
     retain(prepared.run, policy, scores, unfinished)
 
 
-def _evaluations(prepared: Prepared, tracker: Tracker) -> Evaluations:
+def _evaluations(prepared: PreparedRun, tracker: Tracker) -> Evaluations:
     config = prepared.job.config
     settings: dict[str, Any] = {
         "shards": prepared.job.shards_url,
@@ -341,7 +343,9 @@ def _results(evaluations: Evaluations | None, console: Console) -> list[Any]:
         return evaluations.results()
 
 
-def _show(summaries: list[Any], prepared: Prepared, tracker: Tracker, display: Display) -> None:
+def _show(
+    summaries: list[Any], prepared: PreparedRun, tracker: Tracker, display: RunConsole
+) -> None:
     """The final table, the figure of the last checkpoint, and how to open the MLflow UI."""
     if summaries:
         last = summaries[-1]

@@ -21,8 +21,8 @@ from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.errors import PipelineError
 from pipeline.run.exposure import require_closed
 from pipeline.run.ray_job import is_ray_job, uploaded_code
-from pipeline.run.state import Job
-from pipeline.run.step_schedule import make_plan, world_sizes
+from pipeline.run.state import WorkerSpec
+from pipeline.run.step_schedule import make_step_schedule, world_sizes
 from pipeline.tracking.client import TrackingConfig
 from pipeline.training.data import Samples, open_samples
 from pipeline.training.zero3 import require_precision
@@ -34,7 +34,7 @@ _SOURCES = {"digits": digits, "synthetic": synthetic}
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparedRun:
     """A run that may start.
 
     Attributes:
@@ -47,7 +47,7 @@ class Prepared:
         changed: settings of a continued run that are not those it had before.
     """
 
-    job: Job
+    job: WorkerSpec
     run: Store
     samples: Samples
     tracking: TrackingConfig
@@ -66,7 +66,7 @@ class Prepared:
         return {**flatten(body), "code": self.job.context["code"]}
 
 
-def prepare(config: RunConfig, *, world_size: int) -> Prepared:
+def prepare(config: RunConfig, *, world_size: int) -> PreparedRun:
     """Check the run against the machine and the shards, and create or reopen its folder.
 
     Raises:
@@ -85,11 +85,11 @@ def prepare(config: RunConfig, *, world_size: int) -> Prepared:
         raise PipelineError(f"storage or shards: {type(error).__name__}: {error}") from error
 
 
-def _prepare(config: RunConfig, world_size: int, *, no_gpu: bool) -> Prepared:
+def _prepare(config: RunConfig, world_size: int, *, no_gpu: bool) -> PreparedRun:
     storage = storage_root(config)
     shards = _shards(config, storage)
     samples = open_samples(config, shards.url)
-    make_plan(config, samples=samples.per_epoch, world_size=world_size)
+    make_step_schedule(config, samples=samples.per_epoch, world_size=world_size)
     if config.cluster.launcher == "ray":
         world_sizes(config)
     if config.cluster.device == "cuda" and no_gpu:
@@ -104,8 +104,8 @@ def _prepare(config: RunConfig, world_size: int, *, no_gpu: bool) -> Prepared:
         "shards_digest": samples.digest,
         "code": code_version(),
     }
-    job = Job(config=config, run_url=run.url, shards_url=shards.url, context=context)
-    return Prepared(
+    job = WorkerSpec(config=config, run_url=run.url, shards_url=shards.url, context=context)
+    return PreparedRun(
         job=job,
         run=run,
         samples=samples,

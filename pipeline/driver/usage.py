@@ -37,7 +37,7 @@ class Recall(Protocol):
         ...
 
 
-class Meter:
+class UsageMetrics:
     """Turns the events of a run into metrics of use.
 
     A device is what one rank occupies: a GPU, or `cluster.cpus_per_worker` CPUs. Its time counts

@@ -13,9 +13,9 @@ from typing import Any
 from data_shards.storage.store import Store
 from pipeline.config import ClusterConfig
 from pipeline.errors import REFUSALS, PipelineError
-from pipeline.resilience.signals import PAUSE, STOP, Flag, Interruption, Orders
+from pipeline.resilience.signals import PAUSE, STOP, ControlActor, Flag, Interruption
 from pipeline.run.events import Emit, Event
-from pipeline.run.state import Job
+from pipeline.run.state import WorkerSpec
 from pipeline.run.step_schedule import world_sizes
 from pipeline.training.worker import run_rank
 
@@ -77,7 +77,7 @@ _WORKER_ENVIRONMENT = {
 }
 
 
-class _Mail:
+class _EventQueue:
     """Actor that holds events until they are fetched.
 
     It handles one call after the other, so those of a rank stay in order; Ray's queue is
@@ -98,7 +98,7 @@ class _Mail:
         """Answers once all that the caller has put before is held."""
 
 
-class _Post:
+class _EventSender:
     """Worker side of the events; sending never waits."""
 
     def __init__(self, actor: Any) -> None:
@@ -114,7 +114,7 @@ class _Post:
         ray.get(self._actor.arrived.remote())
 
 
-class _Listener(Flag):
+class _ControlPoller(Flag):
     """Worker side of the orders; preemption as Ray Train reports it."""
 
     def __init__(self, orders: Any) -> None:
@@ -152,7 +152,7 @@ class _Listener(Flag):
 
 def _rank_entry(settings: dict[str, Any]) -> None:
     """Function that Ray Train runs on every rank."""
-    listener = _Listener(settings["orders"])
+    listener = _ControlPoller(settings["orders"])
     run_rank(settings["job"], settings["emit"], listener)
     settings["emit"].wait()  # the driver fetches for the last time when the ranks have returned
     listener.rest()
@@ -214,7 +214,7 @@ def _stop_if_deaf(orders: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def fit(job: Job, handle: Emit, stop: Interruption) -> None:
+def fit(job: WorkerSpec, handle: Emit, stop: Interruption) -> None:
     """Train `job` on Ray Train workers; `handle` gets the events of rank 0 in this process.
 
     Once `stop` is requested the workers keep a checkpoint and return.
@@ -230,12 +230,12 @@ def fit(job: Job, handle: Emit, stop: Interruption) -> None:
     # Beside this process: on another node they would be lost with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": here}
-    events = ray.remote(_Mail).options(**options).remote()
-    orders = ray.remote(Orders).options(**options).remote()
+    events = ray.remote(_EventQueue).options(**options).remote()
+    orders = ray.remote(ControlActor).options(**options).remote()
     run = Store(job.run_url)
     # Ray Train would silently continue from a folder of the same name, so each has its own.
     name = f"ray-{uuid.uuid4().hex[:8]}"
-    trainer = _trainer(job, run, name, {"job": job, "emit": _Post(events), "orders": orders})
+    trainer = _trainer(job, run, name, {"job": job, "emit": _EventSender(events), "orders": orders})
     interrupt = signal.getsignal(signal.SIGINT)
     with _pump(events, handle, orders, stop):
         try:
@@ -248,7 +248,7 @@ def fit(job: Job, handle: Emit, stop: Interruption) -> None:
                 run.remove(name, recursive=True)
 
 
-def _trainer(job: Job, run: Store, name: str, settings: dict[str, Any]) -> Any:
+def _trainer(job: WorkerSpec, run: Store, name: str, settings: dict[str, Any]) -> Any:
     """Ray's trainer for the ranks of a job, of fixed or elastic size."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -13,7 +13,7 @@ from pipeline.planner.flops import training_flops
 from pipeline.planner.memory import Component, Setting, Traffic, Weights
 from pipeline.planner.meta_step import Rehearsal, rehearse
 from pipeline.planner.step_time import MANIFOLD_PRODUCTS, Device, StepTime, step_time
-from pipeline.run.step_schedule import Plan, make_plan
+from pipeline.run.step_schedule import StepSchedule, make_step_schedule
 from pipeline.training.device_peak import DTYPES
 from pipeline.training.zero3 import engine_settings, gathered_sizes
 
@@ -39,7 +39,7 @@ class Estimate:
     """
 
     ranks: int
-    counts: Plan
+    counts: StepSchedule
     weights: Weights
     components: tuple[Component, ...]
     host: dict[str, int]
@@ -155,7 +155,7 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
     Raises:
         PipelineError: the batch does not split over the ranks; the network cannot be rehearsed.
     """
-    counts = make_plan(config, samples=images, world_size=ranks)
+    counts = make_step_schedule(config, samples=images, world_size=ranks)
     weights, largest = weights_of(config)
     setting = setting_of(config, weights, largest=largest, ranks=ranks)
     optim, accumulation = config.optim, config.train.accumulation

@@ -18,7 +18,7 @@ from model.networks.registry import build_network
 from pipeline.config import RunConfig
 from pipeline.training.device_peak import DTYPES
 from pipeline.training.objective import Objective
-from pipeline.training.schedules import Moment
+from pipeline.training.schedules import StepContext
 
 
 class LiveBytes(TorchDispatchMode):
@@ -112,7 +112,7 @@ def rehearse(config: RunConfig, *, micro_batch: int) -> Rehearsal:
     counting = FlopCounterMode(display=False)
     with torch.device("meta"), counting, LiveBytes() as held:
         with saving:
-            loss, _ = objective(images, labels, Moment(0, 0.0, 1.0, config.loss.eps))
+            loss, _ = objective(images, labels, StepContext(0, 0.0, 1.0, config.loss.eps))
         loss.backward()
     kept = sum(weights[key] for key in pinned)
     return Rehearsal(held.peak, kept, counting.get_total_flops())

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from pipeline.config import ClusterConfig
-from pipeline.resilience.heartbeat import Beat, Board, Phase, behind
-from pipeline.run.distributed import World
+from pipeline.resilience.heartbeat import Beat, HeartbeatStore, Phase, behind
+from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import Emit, Hung
 
 HUNG = 124
@@ -36,8 +36,8 @@ _WAITING = ("/torch/distributed/", "/deepspeed/", "/optim/exchange.py")
 
 @contextlib.contextmanager
 def watched(
-    world: World, cluster: ClusterConfig, *, step: int, run: Store, emit: Emit
-) -> Iterator["Watch"]:
+    world: DistributedContext, cluster: ClusterConfig, *, step: int, run: Store, emit: Emit
+) -> Iterator["HangDetector"]:
     """Watch the calling thread while it trains.
 
     Ranks: all enter together.
@@ -49,19 +49,19 @@ def watched(
         run: folder of the run; gets `hangs/`.
         emit: receives Hung; of the ranks that still answer the first one calls it.
     """
-    watch = Watch(world, cluster, step=step, run=run, emit=emit)
+    watch = HangDetector(world, cluster, step=step, run=run, emit=emit)
     try:
         yield watch
     finally:
         watch.close()
 
 
-class Watch:
+class HangDetector:
     """Watches the thread that constructs it; see `watched`."""
 
     def __init__(
         self,
-        world: World,
+        world: DistributedContext,
         cluster: ClusterConfig,
         *,
         step: int,
@@ -78,12 +78,12 @@ class Watch:
         self._tick = 0
         self._first = step
         self._now = (step, Phase.DATA, time.monotonic())
-        self._board: Board | None = None
+        self._board: HeartbeatStore | None = None
         if not self._limit_s:
             return
         interval_s = min(_LONGEST_INTERVAL_S, self._limit_s / 10)
         if world.size > 1:
-            self._board = Board(world, self._beat, interval_s)
+            self._board = HeartbeatStore(world, self._beat, interval_s)
         arguments = (interval_s,)
         threading.Thread(target=self._look, args=arguments, name="watch", daemon=True).start()
 

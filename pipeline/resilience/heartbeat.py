@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from pipeline.run.distributed import World
+from pipeline.run.distributed import DistributedContext
 
 _CONNECT_S = 60
 _PATIENCE = 3
@@ -70,7 +70,7 @@ def behind(beats: Sequence[Beat | None]) -> list[int]:
     return late if len(late) < len(known) else []
 
 
-class Board:
+class HeartbeatStore:
     """The last beat of every rank, in a key-value store in the memory of rank 0.
 
     A daemon thread of its own writes and reads, because a request to a stopped process never
@@ -83,7 +83,9 @@ class Board:
         interval_s: pause between two beats.
     """
 
-    def __init__(self, world: World, own: Callable[[], Beat], interval_s: float) -> None:
+    def __init__(
+        self, world: DistributedContext, own: Callable[[], Beat], interval_s: float
+    ) -> None:
         self._world, self._own, self._interval_s = world, own, interval_s
         self._store = _connect(world)
         self._wanted = threading.Event()
@@ -146,7 +148,7 @@ class Board:
                 self._heard[rank] = (beat, now)
 
 
-def _connect(world: World) -> dist.TCPStore:
+def _connect(world: DistributedContext) -> dist.TCPStore:
     """The store: rank 0 keeps it, on the machine where it keeps that of the process group."""
     timeout = datetime.timedelta(seconds=_CONNECT_S)
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")

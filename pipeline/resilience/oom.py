@@ -19,7 +19,7 @@ from data_shards.storage.store import Store
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.resilience.signals import Interruption
-from pipeline.run.state import Job
+from pipeline.run.state import WorkerSpec
 
 RECORD = "memory.json"
 _TEXTS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -103,7 +103,7 @@ def recorded(
         raise PipelineError(reason.format(", ".join(map(str, tried)), help_)) from None
 
 
-def fit_in_memory(fit: Callable[[Job], None], job: Job, stop: Interruption) -> None:
+def fit_in_memory(fit: Callable[[WorkerSpec], None], job: WorkerSpec, stop: Interruption) -> None:
     """Call `fit` until its ranks have the memory for their micro-batches.
 
     Ray counts such an end among `cluster.max_failures` and may have started the ranks again

@@ -15,9 +15,9 @@ from data_shards.streaming.sampler import Cursor
 from pipeline.checkpoint.reader import load_newest
 from pipeline.checkpoint.writer import Partitioned
 from pipeline.errors import PipelineError
-from pipeline.run.distributed import World
+from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import RolledBack
-from pipeline.run.state import Progress
+from pipeline.run.state import TrainState
 
 RECORD = "rollbacks.json"
 
@@ -70,17 +70,23 @@ class Rollbacks:
     """
 
     def __init__(
-        self, run: Store, *, world: World, engine: Partitioned, limit: int, per_epoch: int
+        self,
+        run: Store,
+        *,
+        world: DistributedContext,
+        engine: Partitioned,
+        limit: int,
+        per_epoch: int,
     ) -> None:
         self._run, self._world, self._engine = run, world, engine
         self._limit, self._per_epoch = limit, per_epoch
         self._gaps: list[Gap] = world.share(read_gaps(run) if world.rank == 0 else None)
 
-    def resumed(self, progress: Progress) -> Progress:
+    def resumed(self, progress: TrainState) -> TrainState:
         """Where a checkpoint goes on that was just loaded."""
         return dataclasses.replace(progress, cursor=past(progress.cursor, self._gaps))
 
-    def go_back(self, failed: Progress) -> tuple[Progress, RolledBack] | None:
+    def go_back(self, failed: TrainState) -> tuple[TrainState, RolledBack] | None:
         """Load the newest sound checkpoint; None if no roll-back is left.
 
         Ranks: all call it together, with no checkpoint under way.
@@ -114,7 +120,7 @@ class Rollbacks:
             rollbacks=len(self._gaps),
             samples_left_out=sum(g.samples(self._per_epoch) for g in self._gaps),
         )
-        return Progress(found.step, failed.cursor), told
+        return TrainState(found.step, failed.cursor), told
 
     def _write(self) -> None:
         error = None

@@ -90,7 +90,7 @@ class Flag:
         return False
 
 
-class Orders:
+class ControlActor:
     """What driver and controller want of the ranks, which ask; an actor beside the driver."""
 
     def __init__(self) -> None:

@@ -81,7 +81,7 @@ def _leaves(root: nn.Module) -> list[nn.Module]:
     ]
 
 
-class Pace:
+class StragglerDetector:
     """Compares the ranks.
 
     Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 
-class Lines:
+class AppendLog:
     """A file that only grows, by whole lines.
 
     What cannot be written (a full disk, a limit) waits in memory and goes into the file, in order,

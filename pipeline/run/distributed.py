@@ -16,7 +16,7 @@ from pipeline.errors import PipelineError
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
+class DistributedContext:
     """One rank's view.
 
     Attributes:
@@ -83,7 +83,7 @@ def _single_process_environment() -> None:
 
 
 @contextlib.contextmanager
-def join_world(cluster: ClusterConfig) -> Iterator[World]:
+def join_process_group(cluster: ClusterConfig) -> Iterator[DistributedContext]:
     """Join (or create) the process group; leave it as it was found.
 
     Args:
@@ -108,7 +108,7 @@ def join_world(cluster: ClusterConfig) -> Iterator[World]:
     hosts: list[str] = [""] * size
     here = f"{socket.gethostname()}, process {os.getpid()}"
     dist.all_gather_object(hosts, here, group=control)
-    world = World(dist.get_rank(), size, chosen, control, tuple(hosts))
+    world = DistributedContext(dist.get_rank(), size, chosen, control, tuple(hosts))
     try:
         yield world
     finally:

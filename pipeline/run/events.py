@@ -47,7 +47,7 @@ class Metrics:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recalled:
+class MetricsReplayed:
     """Records that the checkpoint holds from which training goes on.
 
     A driver that was killed may not have heard of them, and nobody makes these steps again.
@@ -57,7 +57,7 @@ class Recalled:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class CheckpointSaved:
     """A checkpoint was committed and its artefact exported."""
 
     step: int
@@ -72,7 +72,7 @@ class Kept:
 
 
 @dataclasses.dataclass(frozen=True)
-class NotKept:
+class CheckpointFailed:
     """A checkpoint could not be written; the one before is still the newest."""
 
     step: int
@@ -143,5 +143,15 @@ class Hung:
     url: str
 
 
-Event = Started | Metrics | Recalled | Kept | NotKept | Skipped | RolledBack | Hung | Straggling
+Event = (
+    Started
+    | Metrics
+    | MetricsReplayed
+    | CheckpointSaved
+    | CheckpointFailed
+    | Skipped
+    | RolledBack
+    | Hung
+    | Straggling
+)
 Emit = Callable[[Event], None]

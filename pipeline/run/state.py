@@ -9,7 +9,7 @@ from pipeline.run.events import Metrics
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class WorkerSpec:
     """Everything a rank needs, picklable and free of secrets.
 
     Attributes:
@@ -26,7 +26,7 @@ class Job:
 
 
 @dataclasses.dataclass
-class Progress:
+class TrainState:
     """Where training stands: steps done and the cursor of the next sample.
 
     Attributes:

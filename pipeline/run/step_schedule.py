@@ -8,7 +8,7 @@ from pipeline.errors import PipelineError
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class StepSchedule:
     """Counts of one run.
 
     Attributes:
@@ -56,7 +56,7 @@ def world_sizes(config: RunConfig) -> tuple[int, ...]:
     return sizes
 
 
-def make_plan(config: RunConfig, *, samples: int, world_size: int) -> Plan:
+def make_step_schedule(config: RunConfig, *, samples: int, world_size: int) -> StepSchedule:
     """Counts of the run for a training split of `samples` on `world_size` ranks.
 
     Raises:
@@ -75,7 +75,7 @@ def make_plan(config: RunConfig, *, samples: int, world_size: int) -> Plan:
             f"split {config.data.train_split!r}"
         )
     total = math.ceil(train.epochs * samples / train.global_batch)
-    return Plan(
+    return StepSchedule(
         total_steps=total,
         last_step=min(total, train.stop_after or total),
         warmup_steps=min(total, round(train.warmup_epochs * samples / train.global_batch)),

@@ -45,7 +45,7 @@ class Checkpoint:
     eps: tuple[str, ...]
 
 
-class Watch:
+class CheckpointQuery:
     """Read-only view of a store; every answer is a fresh one.
 
     Args:

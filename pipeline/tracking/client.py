@@ -108,7 +108,7 @@ def log_evaluation(config: TrackingConfig, record: EvaluationRecord) -> RunRefer
     Raises:
         Exception: what MLflow raises when the server is away or refuses.
     """
-    return Server(config).log_evaluation(record)
+    return MlflowConnection(config).log_evaluation(record)
 
 
 def log_comparison(
@@ -124,7 +124,7 @@ def log_comparison(
     Raises:
         Exception: what MLflow raises when the server is away or refuses.
     """
-    return Server(config).log_comparison(name, params, metrics, artifacts)
+    return MlflowConnection(config).log_comparison(name, params, metrics, artifacts)
 
 
 def ui_command(uri: str, run: RunReference) -> tuple[str, str]:
@@ -139,7 +139,7 @@ def ui_command(uri: str, run: RunReference) -> tuple[str, str]:
     return f"python -m webbrowser -t {shlex.quote(uri + path)}", path
 
 
-class Server:
+class MlflowConnection:
     """Synchronous MLflow calls by explicit ids, each safe to repeat."""
 
     def __init__(self, config: TrackingConfig) -> None:

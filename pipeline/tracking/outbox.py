@@ -21,12 +21,12 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from pipeline.run.append_log import Lines
+from pipeline.run.append_log import AppendLog
 from pipeline.tracking.client import (
     METRICS_PER_CALL,
     EvaluationRecord,
+    MlflowConnection,
     RunReference,
-    Server,
     TrackingConfig,
     flatten_params,
     now_ms,
@@ -65,7 +65,7 @@ class Tracker:
         wait_seconds: float = 10.0,
     ) -> None:
         self._config = config
-        self._server: Server | None = None
+        self._server: MlflowConnection | None = None
         self._spool = _Spool(spool, f"{config.uri} {config.experiment}", run_key)
         known = self._spool.run
         if run_id and known and known.run_id != run_id:
@@ -231,7 +231,7 @@ class Tracker:
                 self._condition.wait(pause)
 
     def _ship_pending(self) -> None:
-        server = self._server = self._server or Server(self._config)
+        server = self._server = self._server or MlflowConnection(self._config)
         while rows := self._spool.read(limit=METRICS_PER_CALL):
             for is_metrics, group in groupby(rows, key=lambda item: item[0]["kind"] == "metrics"):
                 items = list(group)
@@ -243,7 +243,7 @@ class Tracker:
                     self._ship_row(server, row)
                     self._spool.acknowledge(end)
 
-    def _ship_row(self, server: Server, row: dict[str, Any]) -> None:
+    def _ship_row(self, server: MlflowConnection, row: dict[str, Any]) -> None:
         kind = row.pop("kind")
         if kind == "start":
             known = self._spool.run
@@ -275,7 +275,7 @@ class _Spool:
     def __init__(self, folder: Path, server: str, run_key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "spool.jsonl"
-        self._lines = Lines(self.path)
+        self._lines = AppendLog(self.path)
         self._state = folder / f"server-{sha256(server.encode()).hexdigest()[:12]}.json"
         self.run_key = self._first_run_key() or run_key or uuid.uuid4().hex
         state = self._read_state()

@@ -19,7 +19,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.tracking.client import RunReference, Server, TrackingConfig, flatten_params, now_ms
+from pipeline.tracking.client import (
+    MlflowConnection,
+    RunReference,
+    TrackingConfig,
+    flatten_params,
+    now_ms,
+)
 
 _EVIDENCE = "evidence"
 
@@ -66,7 +72,7 @@ class Predictor(Protocol):
         ...
 
 
-class Registry(Server):
+class Registry(MlflowConnection):
     """The registry of one MLflow store; runs go to the experiment of the config."""
 
     def __init__(self, config: TrackingConfig) -> None:

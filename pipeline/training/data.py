@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from data_shards.format.index import ShardIndex, load_index
-from data_shards.streaming.damage_log import Quarantine
+from data_shards.streaming.corruption_log import CorruptionLog
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream, require_crop
 from data_shards.streaming.webdataset_stream import UnindexedStream
 from pipeline.checkpoint.export import statistics
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
-from pipeline.run.distributed import World
+from pipeline.run.distributed import DistributedContext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,11 @@ class Samples:
                 yield next(stream).images
 
     def stream(
-        self, config: RunConfig, world: World, cursor: Cursor, quarantine: Quarantine
+        self,
+        config: RunConfig,
+        world: DistributedContext,
+        cursor: Cursor,
+        corruption_log: CorruptionLog,
     ) -> SampleStream | UnindexedStream:
         """Open the training batches of one rank.
 
@@ -87,7 +91,7 @@ class Samples:
             rank=world.rank,
             world_size=world.size,
             cursor=cursor,
-            quarantine=quarantine,
+            corruption_log=corruption_log,
         )
 
 

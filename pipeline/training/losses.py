@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config import LossConfig
-from pipeline.training.schedules import Moment, exponential_decay
+from pipeline.training.schedules import StepContext, exponential_decay
 
 _SHIFT_FLOOR = 0.01  # share of the shift a rival keeps once it beats the label (arXiv 2310.02513)
 _DIVISION_FLOOR = 1e-8
@@ -43,7 +43,7 @@ def _shifted(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, eps: Tensor | float) -> Te
     return r_BK + s_BK * shift_BK
 
 
-def _emma(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: LossConfig) -> Tensor:
+def _emma(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: StepContext, config: LossConfig) -> Tensor:
     return emma_loss(y_BK, d_BK, t_B, now.eps, config.scale)
 
 
@@ -72,7 +72,9 @@ def mixture_loss(
     return hinge_B.mean() + weight * F.cross_entropy(scale * y_BK, t_B)
 
 
-def _mixture(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: LossConfig) -> Tensor:
+def _mixture(
+    y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: StepContext, config: LossConfig
+) -> Tensor:
     return mixture_loss(y_BK, d_BK, t_B, now.eps, config.scale, _ce_weight(now, config))
 
 
@@ -103,7 +105,7 @@ def ce_hinge_loss(
     return (correct_B * hinge_B).mean() + weight * F.cross_entropy(scale * y_BK, t_B)
 
 
-def _ce_weight(now: Moment, config: LossConfig) -> float:
+def _ce_weight(now: StepContext, config: LossConfig) -> float:
     return exponential_decay(
         now.progress,
         start=config.ce_start,
@@ -113,7 +115,9 @@ def _ce_weight(now: Moment, config: LossConfig) -> float:
     )
 
 
-def _ce_hinge(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: LossConfig) -> Tensor:
+def _ce_hinge(
+    y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: StepContext, config: LossConfig
+) -> Tensor:
     return ce_hinge_loss(y_BK, d_BK, t_B, now.eps, config.scale, _ce_weight(now, config))
 
 
@@ -169,7 +173,9 @@ def logit_annealing_loss(
     return (temperature * (-torch.expm1(-l_B)).pow(exponent) * l_B).mean()
 
 
-def _annealing(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: LossConfig) -> Tensor:
+def _annealing(
+    y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: StepContext, config: LossConfig
+) -> Tensor:
     return logit_annealing_loss(
         y_BK,
         d_BK,
@@ -182,7 +188,9 @@ def _annealing(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: Los
     )
 
 
-def _offset(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: LossConfig) -> Tensor:
+def _offset(
+    y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: StepContext, config: LossConfig
+) -> Tensor:
     return offset_loss(y_BK, t_B, config.offset, config.scale)
 
 
@@ -211,12 +219,12 @@ def certificate_loss(
 
 
 def _certificate(
-    y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: Moment, config: LossConfig
+    y_BK: Tensor, d_BK: Tensor, t_B: Tensor, now: StepContext, config: LossConfig
 ) -> Tensor:
     return certificate_loss(y_BK, d_BK, t_B, config.scale, config.certificate_weight)
 
 
-Loss = Callable[[Tensor, Tensor, Tensor, Moment, LossConfig], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor, StepContext, LossConfig], Tensor]
 """(logits, rates, labels, moment, settings) -> mean loss."""
 
 LOSSES: dict[str, Loss] = {

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from model.networks.base import CertifiedNetwork
 from pipeline.config import LossConfig
 from pipeline.training.losses import LOSSES
-from pipeline.training.schedules import Moment
+from pipeline.training.schedules import StepContext
 
 STATISTICS = ("loss", "clean", "certified", "samples")
 """Order of the sums that Objective returns."""
@@ -24,7 +24,7 @@ class Objective(nn.Module):
         self.network = network
         self.loss = loss
 
-    def forward(self, images: Tensor, labels: Tensor, now: Moment) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, now: StepContext) -> tuple[Tensor, Tensor]:
         """Loss and statistics of one micro-batch.
 
         Args:

@@ -5,7 +5,7 @@ import math
 
 
 @dataclasses.dataclass(frozen=True)
-class Moment:
+class StepContext:
     """Where a run stands when it takes a step; the same on all ranks."""
 
     step: int

@@ -16,14 +16,14 @@ from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.resilience.heartbeat import Phase
 from pipeline.resilience.signals import Interruption
-from pipeline.resilience.straggler import Pace
-from pipeline.run.distributed import World
+from pipeline.resilience.straggler import StragglerDetector
+from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import Emit, Event, Metrics, RolledBack, Skipped, Straggling
-from pipeline.run.state import Progress
-from pipeline.run.step_schedule import Plan
+from pipeline.run.state import TrainState
+from pipeline.run.step_schedule import StepSchedule
 from pipeline.training.objective import STATISTICS
 from pipeline.training.schedules import (
-    Moment,
+    StepContext,
     learning_rate_factor,
     training_radius,
     triangular_factor,
@@ -36,7 +36,9 @@ _ASK_PREEMPTION_S = 5.0
 class Engine(Protocol):
     """What the loop needs of the partitioned network."""
 
-    def step(self, micro_batches: Iterator[tuple[Tensor, Tensor]], now: Moment) -> Tensor | None:
+    def step(
+        self, micro_batches: Iterator[tuple[Tensor, Tensor]], now: StepContext
+    ) -> Tensor | None:
         """One optimizer step; returns the sums of Objective, None if it was skipped."""
         ...
 
@@ -49,10 +51,10 @@ class Engine(Protocol):
         ...
 
 
-class Keeper(Protocol):
+class CheckpointSaver(Protocol):
     """What the loop needs of the checkpoints."""
 
-    def keep(self, progress: Progress) -> None:
+    def keep(self, progress: TrainState) -> None:
         """Begin to keep the state after a step."""
         ...
 
@@ -65,10 +67,10 @@ class Keeper(Protocol):
         ...
 
 
-class Undo(Protocol):
+class RollbackPolicy(Protocol):
     """What the loop needs of the roll-backs."""
 
-    def go_back(self, failed: Progress) -> tuple[Progress, RolledBack] | None:
+    def go_back(self, failed: TrainState) -> tuple[TrainState, RolledBack] | None:
         """Load the newest checkpoint; None if that is not allowed (any more)."""
         ...
 
@@ -83,15 +85,15 @@ class Trainer:
     def __init__(
         self,
         *,
-        world: World,
+        world: DistributedContext,
         config: RunConfig,
-        plan: Plan,
+        plan: StepSchedule,
         engine: Engine,
         stream: SampleStream | UnindexedStream,
-        progress: Progress,
+        progress: TrainState,
         emit: Emit,
-        saver: Keeper,
-        rollbacks: Undo,
+        saver: CheckpointSaver,
+        rollbacks: RollbackPolicy,
         interruption: Interruption,
         beat: Callable[[int, Phase], None],
         stepped: Callable[[], None],
@@ -108,7 +110,7 @@ class Trainer:
         self._interruption = interruption
         self._beat = beat
         self._stepped = stepped
-        self._pace = Pace(config.cluster.straggler_ratio)
+        self._pace = StragglerDetector(config.cluster.straggler_ratio)
         self._asked = time.monotonic()
         self._preempted = self._stopping = self._keep_now = False
         self._sums = torch.zeros(len(STATISTICS), device=world.device)
@@ -136,7 +138,7 @@ class Trainer:
                 sums = self._engine.step(micro_batches, now)
             except (PipelineError, OptimizerError) as error:
                 raise PipelineError(f"step {step + 1}: {error}") from error
-            self.progress = Progress(step + 1, batch.cursor_after)
+            self.progress = TrainState(step + 1, batch.cursor_after)
             if sums is None:
                 if self._skip():
                     continue
@@ -208,7 +210,7 @@ class Trainer:
         if self._world.rank == 0:
             self._emit(event)
 
-    def _moment(self, step: int) -> Moment:
+    def _moment(self, step: int) -> StepContext:
         train, loss, total = self._config.train, self._config.loss, self._plan.total_steps
         if train.schedule == "triangular":
             lr_factor = triangular_factor(step, total=total)
@@ -224,7 +226,7 @@ class Trainer:
             end=loss.eps_end,
             ramp=loss.eps_ramp,
         )
-        return Moment(step, step / total, lr_factor, eps)
+        return StepContext(step, step / total, lr_factor, eps)
 
     def _interrupt(self, *, stop: bool, ask: bool) -> None:
         """Decide whether this step is kept out of turn; all ranks come to the same answer."""
@@ -248,7 +250,7 @@ class Trainer:
             self._emit(Straggling(self.progress.step, slow, host, ratio))
         return values
 
-    def _record(self, now: Moment) -> None:
+    def _record(self, now: StepContext) -> None:
         """Every `log_every` steps: sum the statistics over the ranks, check and emit them."""
         step = self.progress.step
         if step % self._config.train.log_every and step != self._plan.last_step:

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 
 from data_shards.storage.store import Store
-from data_shards.streaming.damage_log import Quarantine
+from data_shards.streaming.corruption_log import CorruptionLog
 from data_shards.streaming.sampler import Cursor
-from pipeline.checkpoint.async_saver import Saver
+from pipeline.checkpoint.async_saver import AsyncSaver
 from pipeline.checkpoint.reader import load_newest
 from pipeline.config import RunConfig
 from pipeline.resilience.hang_detector import watched
 from pipeline.resilience.oom import fitting, recorded, too_large
 from pipeline.resilience.rollback import Rollbacks
 from pipeline.resilience.signals import Interruption
-from pipeline.run.distributed import World, join_world
-from pipeline.run.events import Emit, Recalled, Started
-from pipeline.run.state import Job, Progress
-from pipeline.run.step_schedule import Plan, make_plan
+from pipeline.run.distributed import DistributedContext, join_process_group
+from pipeline.run.events import Emit, MetricsReplayed, Started
+from pipeline.run.state import TrainState, WorkerSpec
+from pipeline.run.step_schedule import StepSchedule, make_step_schedule
 from pipeline.training.data import open_samples
 from pipeline.training.device_peak import measured_flops, peak_flops
 from pipeline.training.profiler import profiled
@@ -27,7 +27,7 @@ from pipeline.training.trainer import Trainer
 from pipeline.training.zero3 import Zero3, require_precision
 
 
-def run_rank(job: Job, emit: Emit, interruption: Interruption) -> None:
+def run_rank(job: WorkerSpec, emit: Emit, interruption: Interruption) -> None:
     """Train on this rank until the plan's last step, or until a stop is requested.
 
     Ranks: all ranks call it together.
@@ -40,22 +40,24 @@ def run_rank(job: Job, emit: Emit, interruption: Interruption) -> None:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"deepspeed|torch\.distributed"
     )
-    with join_world(config.cluster) as world:
+    with join_process_group(config.cluster) as world:
         require_precision(config.train.precision)
         _train(job, world, emit, interruption)
 
 
-def _train(job: Job, world: World, emit: Emit, interruption: Interruption) -> None:
+def _train(
+    job: WorkerSpec, world: DistributedContext, emit: Emit, interruption: Interruption
+) -> None:
     run = Store(job.run_url)
     sizes = world.share(too_large(run) if world.rank == 0 else None)
     config = fitting(job.config, sizes, world.size)
     samples = open_samples(config, job.shards_url)
-    plan = make_plan(config, samples=samples.per_epoch, world_size=world.size)
+    plan = make_step_schedule(config, samples=samples.per_epoch, world_size=world.size)
     engine = Zero3(world=world, config=config, micro_batch=plan.micro_batch)
     progress, damaged = load_newest(run.child("checkpoints"), world=world, engine=engine)
     if progress is None:
         engine.initialise(config.train.seed)
-        progress = Progress(0, Cursor(seed=config.train.seed))
+        progress = TrainState(0, Cursor(seed=config.train.seed))
     rollbacks = Rollbacks(
         run,
         world=world,
@@ -66,12 +68,12 @@ def _train(job: Job, world: World, emit: Emit, interruption: Interruption) -> No
     progress = rollbacks.resumed(progress)
     if world.rank == 0:
         emit(_started(config, world, engine, plan, progress, damaged, sizes))
-        emit(Recalled(progress.records))
+        emit(MetricsReplayed(progress.records))
     record = f"damaged/step-{progress.step:08d}-rank-{world.rank:05d}.jsonl"
     with (
-        contextlib.closing(Quarantine(run, record)) as quarantine,
+        contextlib.closing(CorruptionLog(run, record)) as corruption_log,
         watched(world, config.cluster, step=progress.step, run=run, emit=emit) as watch,
-        Saver(
+        AsyncSaver(
             run,
             world=world,
             engine=engine,
@@ -80,7 +82,7 @@ def _train(job: Job, world: World, emit: Emit, interruption: Interruption) -> No
             calibration=lambda: samples.calibration(config),
             emit=emit,
         ) as saver,
-        samples.stream(config, world, progress.cursor, quarantine) as stream,
+        samples.stream(config, world, progress.cursor, corruption_log) as stream,
         profiled(
             run,
             config.profile if world.rank == 0 else 0,
@@ -114,10 +116,10 @@ def _train(job: Job, world: World, emit: Emit, interruption: Interruption) -> No
 
 def _started(
     config: RunConfig,
-    world: World,
+    world: DistributedContext,
     engine: Zero3,
-    plan: Plan,
-    progress: Progress,
+    plan: StepSchedule,
+    progress: TrainState,
     damaged: list[str],
     too_large: list[int],
 ) -> Started:

@@ -21,10 +21,10 @@ from optim.zero_layout import FlatPartition, Slot
 from pipeline.config import RunConfig, TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.resilience.straggler import Stopwatch
-from pipeline.run.distributed import World
+from pipeline.run.distributed import DistributedContext
 from pipeline.training.device_peak import DTYPES
 from pipeline.training.objective import Objective
-from pipeline.training.schedules import Moment
+from pipeline.training.schedules import StepContext
 
 
 def require_precision(precision: str) -> None:
@@ -151,7 +151,7 @@ class Zero3:
     def __init__(
         self,
         *,
-        world: World,
+        world: DistributedContext,
         config: RunConfig,
         micro_batch: int,
     ) -> None:
@@ -197,7 +197,7 @@ class Zero3:
 
         self.optimizer.initialise(value)
 
-    def accumulate(self, images: Tensor, labels: Tensor, now: Moment) -> Tensor:
+    def accumulate(self, images: Tensor, labels: Tensor, now: StepContext) -> Tensor:
         """Forward and backward pass of one micro-batch; returns the sums of Objective."""
         loss, sums = self._engine(
             images.to(self._device, non_blocking=True),
@@ -208,7 +208,9 @@ class Zero3:
         self._engine.step()
         return sums
 
-    def step(self, micro_batches: Iterable[tuple[Tensor, Tensor]], now: Moment) -> Tensor | None:
+    def step(
+        self, micro_batches: Iterable[tuple[Tensor, Tensor]], now: StepContext
+    ) -> Tensor | None:
         """One optimizer step over this rank's micro-batches.
 
         Returns:

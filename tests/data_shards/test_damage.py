@@ -23,7 +23,7 @@ from data_shards.errors import ShardError
 from data_shards.format.index import load_index
 from data_shards.sources import synthetic
 from data_shards.storage.store import Store
-from data_shards.streaming.damage_log import Quarantine
+from data_shards.streaming.corruption_log import CorruptionLog
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream
 from data_shards.writing.writer import write_shard_set
@@ -160,9 +160,9 @@ def test_swapped_shards_are_found_by_digest(digits_set, copy_of):
 def test_a_flipped_byte_is_found_by_digest_and_quarantined(folder, damage, tmp_path):
     index = damage(folder, [7])
     config = StreamConfig(cache_bytes=0)
-    record = Quarantine(Store(tmp_path / "record"), "damaged/rank-0.jsonl")
+    record = CorruptionLog(Store(tmp_path / "record"), "damaged/rank-0.jsonl")
     arguments = {"split": "train", "global_batch": 48, "cursor": Cursor(seed=3)}
-    with SampleStream(index, config, quarantine=record, **arguments) as batches:
+    with SampleStream(index, config, corruption_log=record, **arguments) as batches:
         found = [damage for _ in range(4) for damage in next(batches).damaged]
     record.close()
     key, shard = index.rows.key[7].decode(), index.shards[index.rows.shard[7]].file

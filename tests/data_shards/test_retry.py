@@ -12,7 +12,7 @@ from botocore.exceptions import (
 from data_shards.errors import ShardError
 from data_shards.storage import retry
 from data_shards.storage.range_reader import read_ranges
-from data_shards.storage.retry import Patience, RetryCount, is_transient, patiently
+from data_shards.storage.retry import RetryBudget, RetryCount, is_transient, with_retries
 
 URL = {"endpoint_url": "http://127.0.0.1"}
 
@@ -52,17 +52,17 @@ def test_faults_that_stay(error):
     assert not is_transient(error)
     count = RetryCount()
     with pytest.raises(type(error)):
-        Patience(str, count).pause(error)
+        RetryBudget(str, count).pause(error)
     assert count.value == 0
 
 
 def test_pauses_grow_up_to_a_limit_and_differ():
-    patience, count = Patience(str, RetryCount()), 12
+    patience, count = RetryBudget(str, RetryCount()), 12
     pauses = [patience.pause(OSError("x")) for _ in range(count)]
     for attempt, pause in enumerate(pauses):
         longest = min(0.1 * 2**attempt, 10)
         assert longest / 2 <= pause <= longest
-    others = Patience(str, RetryCount())
+    others = RetryBudget(str, RetryCount())
     assert [others.pause(OSError("x")) for _ in range(count)] != pauses
     patience.progress()
     assert patience.pause(OSError("x")) <= 0.1
@@ -77,7 +77,7 @@ def test_patience_ends(monkeypatch, caplog):
         raise OSError(errno.EBUSY, "busy")
 
     with pytest.raises(OSError, match="busy"):
-        patiently(broken, lambda error: f"a store: {error}", count)
+        with_retries(broken, lambda error: f"a store: {error}", count)
     assert count.value == len(tries) - 1 >= 2
     assert [r.getMessage() for r in caplog.records] == ["a store: [Errno 16] busy; trying again"]
 

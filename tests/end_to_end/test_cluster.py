@@ -12,7 +12,7 @@ import pytest
 from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
 from jobs.evaluation.suites import SUITES
-from pipeline.tracking.checkpoint_query import Watch
+from pipeline.tracking.checkpoint_query import CheckpointQuery
 from tests.end_to_end.ray_cluster import ROOT, cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -69,7 +69,7 @@ def test_a_killed_evaluation_worker_changes_nothing(two_nodes, tmp_path):
     try:
         code, output = two_nodes.run(f"ray job submit --working-dir . -- {TRAINING}")
         assert code == 0, output
-        watch = Watch(store, ("digits",))
+        watch = CheckpointQuery(store, ("digits",))
         checkpoints = watch.checkpoints()
         assert len(checkpoints) == 2, output
         run_id = checkpoints[0].run_id

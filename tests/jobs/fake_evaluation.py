@@ -46,5 +46,5 @@ def main(arguments, *, before_record):
 
 def note(artifact, word):
     line = f"{word} {os.getpid()} {time.time()}\n".encode()
-    with (artifact / "journal").open("ab", buffering=0) as journal:
-        journal.write(line)
+    with (artifact / "journal").open("ab", buffering=0) as event_log:
+        event_log.write(line)

@@ -8,8 +8,8 @@ from jobs.evaluation.runner import artifact_info, evaluation_key
 from jobs.scheduling.config import ScheduleConfig
 from model.artifact.artifact import write_artifact
 from model.networks.registry import build_network
-from pipeline.tracking.checkpoint_query import Watch
-from pipeline.tracking.client import Server, TrackingConfig, now_ms
+from pipeline.tracking.checkpoint_query import CheckpointQuery
+from pipeline.tracking.client import MlflowConnection, TrackingConfig, now_ms
 from tests.jobs.conftest import NETWORK
 
 
@@ -19,7 +19,7 @@ class Store:
     def __init__(self, folder, shards, status="FINISHED", **params):
         self.folder, self.shards = Path(folder), shards
         self.tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="set")
-        self.server = Server(self.tracking)
+        self.server = MlflowConnection(self.tracking)
         self.run_id = self.train("run", status, **params)
 
     def train(self, name, status="FINISHED", **params):
@@ -66,4 +66,4 @@ class Store:
         return ScheduleConfig(**{"tracking": self.tracking, **changes})
 
     def watch(self, **changes):
-        return Watch(self.tracking.uri, ("set",), **changes)
+        return CheckpointQuery(self.tracking.uri, ("set",), **changes)

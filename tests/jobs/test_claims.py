@@ -7,7 +7,7 @@ import pytest
 
 from data_shards.storage.store import Store
 from jobs.evaluation.results import EvaluationError
-from jobs.scheduling.claims import Claim, Claims, Holding, Phase
+from jobs.scheduling.claims import Claim, ClaimPhase, Claims, Holding
 from tests.object_store import BUCKET, s3_clients, s3_server
 
 FIRST = Claim("0123abcd", 1)
@@ -49,9 +49,9 @@ def test_one_of_many_takes_a_claim_on_an_object_store():
         winner.require_exclusive()
         winner.beat(FIRST)
         assert winner.states() == {FIRST.key: winner.states()[FIRST.key]}
-        assert winner.states()[FIRST.key].phase is Phase.RUNNING
+        assert winner.states()[FIRST.key].phase is ClaimPhase.RUNNING
         winner.end(FIRST, 0)
-        assert winner.states()[FIRST.key].phase is Phase.DONE
+        assert winner.states()[FIRST.key].phase is ClaimPhase.DONE
 
 
 def test_a_store_without_conditional_writes_is_refused(claims, monkeypatch):
@@ -64,13 +64,13 @@ def test_a_store_without_conditional_writes_is_refused(claims, monkeypatch):
 def test_an_attempt_without_a_sign_of_life_is_lost(claims):
     assert claims.states() == {}
     claims.take(FIRST, {})
-    assert claims.states()[FIRST.key].phase is Phase.RUNNING
+    assert claims.states()[FIRST.key].phase is ClaimPhase.RUNNING
     time.sleep(0.3)
     claims.beat(FIRST)
     time.sleep(0.3)
-    assert claims.states()[FIRST.key].phase is Phase.RUNNING
+    assert claims.states()[FIRST.key].phase is ClaimPhase.RUNNING
     time.sleep(0.3)
-    assert claims.states()[FIRST.key].phase is Phase.OPEN
+    assert claims.states()[FIRST.key].phase is ClaimPhase.OPEN
     assert claims.take(FIRST.next, {})
     assert claims.states()[FIRST.key].claim == FIRST.next
     assert not claims.is_held(FIRST)
@@ -80,10 +80,10 @@ def test_an_attempt_without_a_sign_of_life_is_lost(claims):
 @pytest.mark.parametrize(
     ("code", "at_once", "later"),
     [
-        (0, Phase.DONE, Phase.DONE),
-        (1, Phase.WAITING, Phase.OPEN),
-        (2, Phase.FAILED, Phase.FAILED),  # bad input stays bad
-        (137, Phase.OPEN, Phase.OPEN),
+        (0, ClaimPhase.DONE, ClaimPhase.DONE),
+        (1, ClaimPhase.WAITING, ClaimPhase.OPEN),
+        (2, ClaimPhase.FAILED, ClaimPhase.FAILED),  # bad input stays bad
+        (137, ClaimPhase.OPEN, ClaimPhase.OPEN),
     ],
 )
 def test_how_an_attempt_ended_decides_about_the_next(claims, code, at_once, later):
@@ -101,11 +101,11 @@ def test_failures_are_counted_and_stops_are_not(claims):
     for code in (143, 130, 143, 143, 137, 137):
         claims.take(claim, {})
         claims.end(claim, code)
-        assert claims.states()[FIRST.key].phase is Phase.OPEN
+        assert claims.states()[FIRST.key].phase is ClaimPhase.OPEN
         claim = claim.next
     claims.take(claim, {})
     claims.end(claim, 137)
-    assert claims.states()[FIRST.key].phase is Phase.FAILED
+    assert claims.states()[FIRST.key].phase is ClaimPhase.FAILED
 
 
 def test_a_holder_outlives_its_lease_and_learns_of_its_loss(claims):
@@ -114,7 +114,7 @@ def test_a_holder_outlives_its_lease_and_learns_of_its_loss(claims):
     holding = Holding(claims, FIRST, lease_s=0.4, lost=lost.append)
     with holding():
         time.sleep(0.8)
-        assert claims.states()[FIRST.key].phase is Phase.RUNNING
+        assert claims.states()[FIRST.key].phase is ClaimPhase.RUNNING
         assert not lost
         claims.take(FIRST.next, {})
         time.sleep(0.4)

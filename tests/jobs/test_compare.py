@@ -16,7 +16,7 @@ from jobs.evaluation.results import EvaluationError
 from jobs.reporting import comparison_runs
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_report import comparison_png
-from jobs.reporting.comparison_runs import Order
+from jobs.reporting.comparison_runs import RunRequest
 from pipeline.tracking.client import connect
 
 SETTINGS = {
@@ -206,10 +206,12 @@ def test_the_page_has_mean_spread_cost_and_order(machine, tmp_path):
 def test_names_differ_with_everything_that_changes_a_number(tmp_path):
     settings = config(tmp_path)
     names = {
-        Order("quick", "final", {"train.seed": 0}).name(settings),
-        Order("quick", "final", {"train.seed": 1}).name(settings),
-        Order("quick", "final", {"train.seed": 0}).name(dataclasses.replace(settings, workers=2)),
-        Order("quick", "trial", {"train.seed": 0}).name(settings),
+        RunRequest("quick", "final", {"train.seed": 0}).name(settings),
+        RunRequest("quick", "final", {"train.seed": 1}).name(settings),
+        RunRequest("quick", "final", {"train.seed": 0}).name(
+            dataclasses.replace(settings, workers=2)
+        ),
+        RunRequest("quick", "trial", {"train.seed": 0}).name(settings),
     }
     assert len(names) == 4
 

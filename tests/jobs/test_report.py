@@ -9,7 +9,7 @@ from jobs.evaluate_cra import evaluate
 from jobs.report import PAGE, TEXT, cell, duration, interval, main, per_further_point, render
 from jobs.reporting.cost import Cost, passed_epochs
 from jobs.reporting.data import collect
-from pipeline.tracking.client import Server, TrackingConfig, now_ms
+from pipeline.tracking.client import MlflowConnection, TrackingConfig, now_ms
 from pipeline.tracking.reader import Point, Reader, TrackingError
 from tests.jobs.conftest import NETWORK, export
 
@@ -51,7 +51,7 @@ class Made:
 def made(tmp_path_factory, shards):
     folder = tmp_path_factory.mktemp("store")
     tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="set")
-    server = Server(tracking)
+    server = MlflowConnection(tracking)
     runs, models = {}, {}
 
     def train(name, started, **params):
@@ -98,12 +98,12 @@ def texts(made, report):
 
 
 def test_runs_are_compared_by_their_last_checkpoint(report):
-    (board,) = report.boards
-    assert [entry.reported.run.name for entry in board.entries] == ["one", "two<b>"]
-    assert [entry.chosen.summary.step for entry in board.entries] == [20, 10]
-    assert [e.summary.step for e in board.entries[0].by_step] == [10, 20]
-    assert board.eps == EPS
-    assert board.samples == board.entries[0].chosen.summary.samples
+    (group,) = report.groups
+    assert [entry.reported.run.name for entry in group.entries] == ["one", "two<b>"]
+    assert [entry.chosen.summary.step for entry in group.entries] == [20, 10]
+    assert [e.summary.step for e in group.entries[0].by_step] == [10, 20]
+    assert group.eps == EPS
+    assert group.samples == group.entries[0].chosen.summary.samples
     assert report.differences == {"loss.eps": ("0.1", "0.2")}
     assert not report.left_out
 
@@ -137,13 +137,13 @@ def test_page_is_self_contained_and_shows_the_certificates(report, texts):
     assert "script" not in page.tags
     assert page.tags.count("b") == texts[PAGE].count("<b>")  # none from the name of a run
     assert "two<b>" in text
-    for entry in report.boards[0].entries:
+    for entry in report.groups[0].entries:
         summary = entry.chosen.summary
         assert f"{summary.columns['sound'].clean:.2%}" in text
         assert summary.certificate_digest[:12] in text
         for ratio in EPS:
             assert f"{summary.columns['sound'].cra[ratio]:.2%}" in text
-    attack = report.boards[0].entries[0].chosen.summary.attack
+    attack = report.groups[0].entries[0].chosen.summary.attack
     assert f"attack {attack.accuracy['36/255']:.2%}" in text
     # Two images of every run, the curves, the costs, and the empty icon.
     assert page.tags.count("img") == 2 + 2 * 2
@@ -202,7 +202,7 @@ def test_forged_metric_is_left_out(made, forged):
     (left,) = report.left_out
     assert left.name == forged.name
     assert left.reason.startswith(f"metric {name} is 0.999, the certificate says ")
-    assert report.boards[0].entries[0].chosen.summary.step == 10
+    assert report.groups[0].entries[0].chosen.summary.step == 10
     assert left.reason in "".join(Page(render(report, uri=made.tracking.uri)[PAGE]).text)
 
 
@@ -222,10 +222,10 @@ def test_changed_file_is_left_out(made, forged, name, old, new, reason):
 
 
 def test_other_test_sets_have_their_own_table(made, report):
-    first = report.boards[0]
+    first = report.groups[0]
     text = render(
         dataclasses.replace(
-            report, boards=(first, dataclasses.replace(first, norm="linf", samples=7))
+            report, groups=(first, dataclasses.replace(first, norm="linf", samples=7))
         ),
         uri=made.tracking.uri,
     )
@@ -274,7 +274,7 @@ def test_run_that_recorded_nothing_has_no_cost():
 
 
 def test_cost_of_a_point(report):
-    entry = report.boards[0].entries[0]
+    entry = report.groups[0].entries[0]
     cost = entry.reported.cost
     assert cost.devices == "2"
     assert cost.images_per_s == pytest.approx(20 / sum(1 / (5 * s) for s in range(1, 21)))
@@ -332,7 +332,7 @@ def test_reading_makes_no_store(tmp_path):
 
 
 def test_name_of_two_runs_is_ambiguous(made):
-    server = Server(made.tracking)
+    server = MlflowConnection(made.tracking)
     ids = [server.start_run(f"k{i}", None, "twin", {}, {}, now_ms()).run_id for i in (1, 2)]
     try:
         with pytest.raises(TrackingError, match=f"2 training runs are called 'twin'.*{ids[0]}"):
@@ -345,7 +345,7 @@ def test_name_of_two_runs_is_ambiguous(made):
 def test_single_run_without_evaluations_has_a_page(made, report):
     (_, two) = report.runs
     alone = dataclasses.replace(two, models=(), evaluations=())
-    bare = dataclasses.replace(report, runs=(alone,), boards=())
+    bare = dataclasses.replace(report, runs=(alone,), groups=())
     texts = render(bare, uri=made.tracking.uri)
     assert "None: there is one run" in texts[PAGE]
     assert "No checkpoint is recorded" in texts[PAGE]
@@ -355,15 +355,15 @@ def test_single_run_without_evaluations_has_a_page(made, report):
 
 
 def test_run_without_recorded_cost_is_in_the_table_and_not_in_the_figure(made, report):
-    (board,) = report.boards
-    first, second = board.entries
+    (group,) = report.groups
+    first, second = group.entries
     unmeasured = dataclasses.replace(second.reported.cost, hours=(), devices="")
     free = dataclasses.replace(
         second, reported=dataclasses.replace(second.reported, cost=unmeasured)
     )
     for entries, runs in (((first, free), report.runs), ((free,), (free.reported,))):
         changed = dataclasses.replace(
-            report, boards=(dataclasses.replace(board, entries=entries),), runs=runs
+            report, groups=(dataclasses.replace(group, entries=entries),), runs=runs
         )
         texts = render(changed, uri=made.tracking.uri)
         assert ("Device time" in texts[TEXT]) == (first in entries)

@@ -15,8 +15,8 @@ from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.suites import SUITES, suite_config
 from jobs.schedule import Scheduler, _apply, _due_now, main, rules_by_time, trigger
-from jobs.scheduling.backlog import Agenda
-from jobs.scheduling.claims import Claim, Claims, Phase
+from jobs.scheduling.backlog import Backlog
+from jobs.scheduling.claims import Claim, ClaimPhase, Claims
 from jobs.scheduling.config import ScheduleConfig, arguments
 from jobs.scheduling.launchers import submission_id
 from jobs.scheduling.status_page import page
@@ -29,10 +29,10 @@ def store(tmp_path, shards):
     return Store(tmp_path, shards)
 
 
-def agenda(store, **changes):
+def backlog(store, **changes):
     config = store.config(**changes)
     claims = Claims(config.claims_url, lease_s=config.lease_s)
-    return Agenda(config, claims, store.watch(models=config.models)), claims, config
+    return Backlog(config, claims, store.watch(models=config.models)), claims, config
 
 
 class Recorder:
@@ -108,27 +108,31 @@ def test_what_is_open_done_left_to_training_or_unreadable(store):
     store.checkpoint(2, run_id=busy)
     gone = Path(store.checkpoint(3)[0].removeprefix("file://"))
     (gone / "artifact.json").unlink()
-    look, claims, config = agenda(store, rules=("quick", "standard"))
+    look, claims, config = backlog(store, rules=("quick", "standard"))
     entries = {(e.suite, e.checkpoint.step): e for e in look.look(config.suites)}
     phases = {name: entry.phase for name, entry in entries.items()}
     assert phases == {
-        ("quick", 1): Phase.OPEN,
-        ("quick", 2): Phase.RUNNING,
-        ("quick", 3): Phase.FAILED,
-        ("standard", 1): Phase.OPEN,
-        ("standard", 2): Phase.OPEN,
-        ("standard", 3): Phase.FAILED,
+        ("quick", 1): ClaimPhase.OPEN,
+        ("quick", 2): ClaimPhase.RUNNING,
+        ("quick", 3): ClaimPhase.FAILED,
+        ("standard", 1): ClaimPhase.OPEN,
+        ("standard", 2): ClaimPhase.OPEN,
+        ("standard", 3): ClaimPhase.FAILED,
     }
     assert entries["quick", 2].note == "left to its training"
     assert "no artefact" in entries["quick", 3].note
     with pytest.raises(EvaluationError, match="no artefact"):
         _ = entries["quick", 3].next
 
-    impatient = agenda(store, patience_s=1e-6)[0]
-    assert impatient.look(["quick"])[1].phase is Phase.OPEN
+    impatient = backlog(store, patience_s=1e-6)[0]
+    assert impatient.look(["quick"])[1].phase is ClaimPhase.OPEN
 
     claims.take(entries["standard", 1].next, {"suite": "standard"})
-    assert {e.phase for e in look.look(["standard"])} == {Phase.RUNNING, Phase.OPEN, Phase.FAILED}
+    assert {e.phase for e in look.look(["standard"])} == {
+        ClaimPhase.RUNNING,
+        ClaimPhase.OPEN,
+        ClaimPhase.FAILED,
+    }
     console = Console(record=True, width=200)
     page(console, config, claims, look.look(config.suites))
     text = console.export_text()
@@ -152,7 +156,7 @@ def test_only_the_newest_checkpoint_of_each_run(store):
     for step in (1, 2, 3):
         store.checkpoint(step)
         store.checkpoint(10 * step, run_id=other)
-    found = agenda(store, newest=True)[0].look(["standard"])
+    found = backlog(store, newest=True)[0].look(["standard"])
     assert sorted(entry.checkpoint.step for entry in found) == [3, 30]
 
 
@@ -166,7 +170,7 @@ def test_versions_of_registered_models_are_watched(store):
     watch = store.watch(models=config.models)
     watch._experiments = ("another",)
     claims = Claims(config.claims_url, lease_s=60)
-    (entry,) = Agenda(config, claims, watch).look(["standard"])
+    (entry,) = Backlog(config, claims, watch).look(["standard"])
     assert entry.checkpoint.model_id == model_id
     assert entry.config.tracking.experiment == "set"
 
@@ -177,7 +181,7 @@ def test_two_schedulers_share_the_work_and_keep_their_bounds(store):
     submitters = [Recorder(), Recorder()]
     schedulers = []
     for submitter in submitters:
-        look, claims, config = agenda(store, parallel=2)
+        look, claims, config = backlog(store, parallel=2)
         schedulers.append(Scheduler(config, claims, look, submitter))
     for scheduler in schedulers:
         scheduler.look(["standard"])
@@ -196,7 +200,7 @@ def test_two_schedulers_share_the_work_and_keep_their_bounds(store):
 
 
 def test_a_time_that_passed_without_a_scheduler_is_caught_up(store):
-    look, claims, config = agenda(store)
+    look, claims, config = backlog(store)
     cron = "0 3 * * *"
     assert _due_now("checkpoint", config, claims)
     assert _due_now("1h", config, claims)
@@ -210,7 +214,7 @@ def test_a_time_that_passed_without_a_scheduler_is_caught_up(store):
 
 def test_a_store_that_does_not_answer_is_asked_again(store, monkeypatch, caplog):
     store.checkpoint(1)
-    look, claims, config = agenda(store)
+    look, claims, config = backlog(store)
     scheduler = Scheduler(config, claims, look, submitter := Recorder())
     with monkeypatch.context() as patch:
         patch.setattr(look._watch, "checkpoints", lambda: 1 / 0)

@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from jobs.views import certified_radii, main, views
-from pipeline.tracking.client import Server, TrackingConfig, now_ms
+from pipeline.tracking.client import MlflowConnection, TrackingConfig, now_ms
 from pipeline.tracking.reader import Reader, TrackingError
 from pipeline.tracking.ui_views import Section, View, bar, line, save_views
 
@@ -21,7 +21,7 @@ SOUND = ("cra_sound/l2/36_255", "cra_sound/l2/108_255")
 def tracking(tmp_path):
     """A store with two certified training runs."""
     config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="set")
-    server = Server(config)
+    server = MlflowConnection(config)
     for name, eps, loss in (("one", "0.1", "emma"), ("two", "0.2", "other")):
         params = {"loss.eps": eps, "loss.kind": loss, "model.width": "8", "name": name}
         run = server.start_run(name, None, name, params, {}, now_ms())
@@ -123,7 +123,7 @@ def test_job_prints_a_link_for_every_view(tracking, capsys):
 
 
 def test_uncertified_and_ambiguous_stores_are_refused(tracking, tmp_path, capsys):
-    server = Server(TrackingConfig(uri=tracking.uri, experiment="second"))
+    server = MlflowConnection(TrackingConfig(uri=tracking.uri, experiment="second"))
     server.start_run("three", None, "three", {}, {}, now_ms())
     assert main(["--tracking.uri", tracking.uri]) == 2
     assert "in 2 experiments (second, set)" in capsys.readouterr().err

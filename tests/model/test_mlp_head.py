@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.certification.radii import feature_radius
-from model.certification.rounding import FLOAT32, FLOAT64, Carried
+from model.certification.rounding import FLOAT32, FLOAT64, ErrorState
 from model.certify import ProvedCertifier
 from model.errors import ModelError
 from model.networks.registry import build_network
@@ -134,7 +134,7 @@ def test_stated_errors_cover_the_float32_program(generator):
     norms = h.double().norm(dim=1) * (1 + 1e-12)
 
     def state(program, error):
-        return Carried(norms, torch.full_like(norms, error), program, norms)
+        return ErrorState(norms, torch.full_like(norms, error), program, norms)
 
     single = state(FLOAT32, 0.0)
     bound = head.margin_error(single, inner)

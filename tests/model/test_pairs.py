@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.certification.rounding import BFLOAT16, FLOAT32, FLOAT64, Carried
+from model.certification.rounding import BFLOAT16, FLOAT32, FLOAT64, ErrorState
 from model.networks.soc.activations import Householder, MaxMin, MaxPool, ProjectionPool
 
 MODULES = {
@@ -119,7 +119,7 @@ def test_carried_error_covers_what_a_program_does(name, program, generator):
     with torch.no_grad():
         true = exact(rounded.double())
     norms = rounded.double().flatten(1).norm(dim=1) * (1 + 1e-12)
-    state = Carried(norms, torch.zeros_like(norms), program, norms)
+    state = ErrorState(norms, torch.zeros_like(norms), program, norms)
     stored.double().carry(state)
     assert ((computed - true).flatten(1).norm(dim=1) <= state.error).all()
     assert (true.flatten(1).norm(dim=1) <= state.norm).all()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from model.certification.rounding import BFLOAT16, FLOAT32, FLOAT64, Carried
+from model.certification.rounding import BFLOAT16, FLOAT32, FLOAT64, ErrorState
 from model.errors import ModelError
 from model.networks.init import initial_value
 from model.networks.registry import build_network, parameter_count
@@ -128,7 +128,7 @@ def test_a_zero_row_stays_silent():
 
 
 def carried(network, program, norm=2.0):
-    state = Carried.images(torch.tensor([norm]), 16, program)
+    state = ErrorState.images(torch.tensor([norm]), 16, program)
     for block in network.blocks:
         block.carry(state)
     return state

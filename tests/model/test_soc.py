@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from data_shards.storage.store import Store
 from model.artifact.artifact import read_without_parameters, write_artifact
-from model.certification.rounding import FLOAT32, FLOAT64, Carried
+from model.certification.rounding import FLOAT32, FLOAT64, ErrorState
 from model.networks.registry import build_network, parameter_count
 from model.networks.soc.network import SocConfig
 from model.networks.soc.skew_conv import (
@@ -132,7 +132,7 @@ def test_carried_error_covers_what_a_layer_does(generator, program):
         computed = exact(x).double()
         true = exact.double()(x.double())
     norms = x.double().flatten(1).norm(dim=1) * (1 + 1e-12)
-    state = Carried(norms, torch.zeros(8).double(), program, norms)
+    state = ErrorState(norms, torch.zeros(8).double(), program, norms)
     exact.carry(state, bound, 9)
     assert (true.flatten(1).norm(dim=1) <= state.norm).all()
     if program is FLOAT32:

@@ -4,7 +4,7 @@ import mpmath
 import pytest
 import torch
 
-from model.certification.rounding import BFLOAT16, FLOAT32, FLOAT64, Carried
+from model.certification.rounding import BFLOAT16, FLOAT32, FLOAT64, ErrorState
 from model.networks.linf.tanh_head import TanhHead
 
 
@@ -62,7 +62,7 @@ def test_the_fall_at_a_proved_radius_leaves_the_exact_margin_positive(generator)
     head = made(features=3, hidden=20)
     h = torch.randn(6, 3, generator=generator, dtype=torch.float64)
     _, margins, intervals, prediction, _ = radii_at(head, h, errors=1e-13)
-    state = Carried(h.abs().amax(1), torch.zeros(6).double(), FLOAT64, h.abs().amax(1))
+    state = ErrorState(h.abs().amax(1), torch.zeros(6).double(), FLOAT64, h.abs().amax(1))
     error = head.margin_error(state)
     assert (error < 1e-11).all()
     radii = head.radii(margins - error[:, None], intervals, prediction)
@@ -161,7 +161,7 @@ def test_stated_errors_cover_the_program(generator, program):
         computed = made(features=6, hidden=40, size=1.0).to(program.dtype)(h)[0].double()
         exact = made(features=6, hidden=40, size=1.0).float().double()(h.double())[0]
     norms = h.double().abs().amax(1)
-    state = Carried(norms, torch.zeros_like(norms), program, norms)
+    state = ErrorState(norms, torch.zeros_like(norms), program, norms)
     bound = head.margin_error(state)
     error = computed - exact
     assert ((error[:, :, None] - error[:, None]).abs().amax((1, 2)) <= bound).all()

@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from model.certification.matrix_bounds import Matrices
-from model.certification.rounding import Carried, Program, gamma
+from model.certification.rounding import ErrorState, Program, gamma
 from model.networks.base import CertifiedNetwork, LipschitzBound
 from model.networks.centering import Centering
 from model.networks.config import STRICT, NetworkConfig
@@ -60,6 +60,6 @@ class Toy(CertifiedNetwork):
         self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float
     ) -> Tensor:
         norm = norms.double() * self.gain
-        state = Carried(norm, gamma(16, program.activation) * norm, program, norm)
+        state = ErrorState(norm, gamma(16, program.activation) * norm, program, norm)
         state.translate(float(self.centre.mean.double().norm()) * 1.001)
         return self.head.margin_error(state, largest_factor)

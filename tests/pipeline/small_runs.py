@@ -18,8 +18,8 @@ from optim.errors import OptimizerError
 from pipeline.config import ClusterConfig, LossConfig, RunConfig, TrainConfig
 from pipeline.errors import PipelineError
 from pipeline.resilience.signals import Interruption
-from pipeline.run.distributed import join_world
-from pipeline.run.events import Event, Kept, Metrics
+from pipeline.run.distributed import join_process_group
+from pipeline.run.events import CheckpointSaved, Event, Metrics
 from pipeline.training import worker
 from pipeline.training.zero3 import Zero3
 
@@ -63,7 +63,7 @@ def rank_world(rank: int, world_size: int):
         MASTER_PORT="0",
     )
     warnings.filterwarnings("ignore", category=FutureWarning)
-    with join_world(ClusterConfig(launcher="local", device="cpu")) as world:
+    with join_process_group(ClusterConfig(launcher="local", device="cpu")) as world:
         yield world
 
 
@@ -150,9 +150,9 @@ class Outcome:
         return {s: v["train/loss"] for s, v in metrics.items() if "train/loss" in v}
 
     @property
-    def kept(self) -> dict[int, Kept]:
+    def kept(self) -> dict[int, CheckpointSaved]:
         """Kept checkpoints by step."""
-        return {e.step: e for e in self.events if isinstance(e, Kept)}
+        return {e.step: e for e in self.events if isinstance(e, CheckpointSaved)}
 
 
 class Undisturbed:

@@ -13,7 +13,7 @@ from pipeline.checkpoint.reader import committed, load_checkpoint
 from pipeline.config import CheckpointConfig, TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.run.events import Started
-from pipeline.run.state import Job
+from pipeline.run.state import WorkerSpec
 from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
@@ -62,7 +62,7 @@ def stop_and_go_on(rank, world_size, folder, shards):
     with rank_world(rank, world_size) as world:
 
         def run(name, url, settings):
-            outcomes[name] = observed_run(Job(settings, f"{folder}/{url}", shards, {}))
+            outcomes[name] = observed_run(WorkerSpec(settings, f"{folder}/{url}", shards, {}))
 
         def copy(url):
             if rank == 0:
@@ -179,13 +179,13 @@ def go_on_elsewhere(rank, world_size, url, shards, damaged):
         broken = damaged.get("cut short")
         if broken:
             run = Path(broken.rpartition("/c")[0])
-            refused["worker"] = observed_run(Job(config(), str(run), shards, {}))
+            refused["worker"] = observed_run(WorkerSpec(config(), str(run), shards, {}))
             if rank == 0:
                 for name in Path(run, "checkpoints").glob("*/rank-00000-*"):
                     name.write_bytes(b"")
             world.barrier()
-            refused["none sound"] = observed_run(Job(config(), str(run), shards, {}))
-        return observed_run(Job(config(), url, shards, {})), refused
+            refused["none sound"] = observed_run(WorkerSpec(config(), str(run), shards, {}))
+        return observed_run(WorkerSpec(config(), url, shards, {})), refused
 
 
 def refusals(world, damaged):

@@ -13,7 +13,7 @@ from pipeline.config import (
 )
 from pipeline.errors import PipelineError
 from pipeline.presets import PRESETS, run_preset
-from pipeline.run.step_schedule import make_plan
+from pipeline.run.step_schedule import make_step_schedule
 from tests.pipeline.small_runs import small_run
 
 
@@ -75,7 +75,7 @@ def test_plan_counts():
         train=TrainConfig(global_batch=24, epochs=2.5, warmup_epochs=1, accumulation=2),
         checkpoint=CheckpointConfig(every_steps=4),
     )
-    plan = make_plan(config, samples=100, world_size=3)
+    plan = make_step_schedule(config, samples=100, world_size=3)
     assert plan.total_steps == plan.last_step == 11  # ceil(250 / 24)
     assert plan.warmup_steps == 4
     assert (plan.rank_batch, plan.micro_batch) == (8, 4)
@@ -84,7 +84,7 @@ def test_plan_counts():
 
 def test_stop_after_ends_early_with_a_checkpoint():
     config = small_run(train=TrainConfig(global_batch=24, epochs=1, stop_after=3))
-    plan = make_plan(config, samples=240, world_size=2)
+    plan = make_step_schedule(config, samples=240, world_size=2)
     assert (plan.total_steps, plan.last_step) == (10, 3)
     assert [step for step in range(1, 4) if plan.keeps(step)] == [3]
 
@@ -105,4 +105,4 @@ def test_stop_after_ends_early_with_a_checkpoint():
 def test_impossible_batches_are_refused(batch, accumulation, world_size, message):
     config = small_run(train=TrainConfig(global_batch=batch, accumulation=accumulation))
     with pytest.raises(PipelineError, match=message):
-        make_plan(config, samples=100, world_size=world_size)
+        make_step_schedule(config, samples=100, world_size=world_size)

@@ -9,13 +9,13 @@ from rich.console import Console
 
 import pipeline.driver.evaluations
 from data_shards.storage.store import Store
-from pipeline.driver.console import Display
+from pipeline.driver.console import RunConsole
 from pipeline.driver.evaluations import Evaluations
-from pipeline.driver.event_log import Journal
-from pipeline.driver.monitor import Desk
-from pipeline.driver.usage import Meter
+from pipeline.driver.event_log import EventLog
+from pipeline.driver.monitor import RunMonitor
+from pipeline.driver.usage import UsageMetrics
 from pipeline.presets import run_preset
-from pipeline.run.events import Kept, Metrics, NotKept, Recalled, Started
+from pipeline.run.events import CheckpointFailed, CheckpointSaved, Metrics, MetricsReplayed, Started
 
 VALUES = {
     "train/loss": 1.25,
@@ -51,22 +51,22 @@ class Recorder:
 
 def show(*events, terminal, folder):
     console = Console(record=True, force_terminal=terminal, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
-    meter = Meter(run_preset("digits"), Recorder().last_value)
-    desk = Desk(
-        Display(console),
+    usage = UsageMetrics(run_preset("digits"), Recorder().last_value)
+    monitor = RunMonitor(
+        RunConsole(console),
         Recorder(),
         None,
         lambda: None,
-        meter,
-        Journal(folder, Store(folder)),
+        usage,
+        EventLog(folder, Store(folder)),
         Store(folder),
     )
     for event in events:
-        desk.handle(event)
-    desk.settle()
-    desk._display.close()
+        monitor.handle(event)
+    monitor.settle()
+    monitor._display.close()
     console.file.close()
-    return console.export_text(), desk._tracker
+    return console.export_text(), monitor._tracker
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -76,7 +76,7 @@ def test_person_sees_facts_progress_and_checkpoints(tmp_path, terminal):
             {"partitioned matrices": "9 of 9"}, 0, 10, micro_batch=6, measured_flops=2.8372224e10
         ),
         Metrics(10, VALUES, 7, productive_s=1e-9),
-        Kept(
+        CheckpointSaved(
             10,
             "file:///runs/a/checkpoints/x",
             "file:///runs/a/artifacts/x",
@@ -85,7 +85,7 @@ def test_person_sees_facts_progress_and_checkpoints(tmp_path, terminal):
             0.25,
             1.5,
         ),
-        NotKept(20, "rank 1: no space left"),
+        CheckpointFailed(20, "rank 1: no space left"),
         terminal=terminal,
         folder=tmp_path,
     )
@@ -113,11 +113,11 @@ def test_person_sees_facts_progress_and_checkpoints(tmp_path, terminal):
 
 def test_records_that_only_a_checkpoint_holds_are_made_up_for(tmp_path):
     records = tuple(Metrics(step, VALUES, 10 * step) for step in (1, 2, 3))
-    events = (Started({}, 0, 9), *records[:2], Started({}, 3, 9), Recalled(records))
+    events = (Started({}, 0, 9), *records[:2], Started({}, 3, 9), MetricsReplayed(records))
     _, tracker = show(*events, terminal=False, folder=tmp_path)
     found = [(step, time_ms) for step, values, time_ms in tracker.metrics if "train/loss" in values]
     assert found == [(1, 10), (2, 20), (3, 30)]
-    assert "Recalled" not in (tmp_path / "events.jsonl").read_text()
+    assert "MetricsReplayed" not in (tmp_path / "events.jsonl").read_text()
 
 
 def evaluations(monkeypatch, fn, *, beside_training=True):
@@ -194,13 +194,15 @@ def test_what_an_earlier_execution_kept_is_recorded_and_certified_once(tmp_path,
     info = mock.Mock(side_effect=lambda opener: mock.Mock(digest=opener("artifact.json").read()))
     monkeypatch.setattr("pipeline.driver.monitor.read_info", info)
     recorder, evaluations = Recorder(), mock.Mock()
-    meter = Meter(run_preset("digits"), recorder.last_value)
+    usage = UsageMetrics(run_preset("digits"), recorder.last_value)
     console = Console(file=io.StringIO())
-    journal = Journal(tmp_path, run)
-    desk = Desk(Display(console), recorder, evaluations, lambda: None, meter, journal, run)
-    desk.handle(Started({}, 20, 40))  # 30 was never committed: it will be made again
-    desk.handle(Started({}, 20, 40))
-    desk.settle()
+    event_log = EventLog(tmp_path, run)
+    monitor = RunMonitor(
+        RunConsole(console), recorder, evaluations, lambda: None, usage, event_log, run
+    )
+    monitor.handle(Started({}, 20, 40))  # 30 was never committed: it will be made again
+    monitor.handle(Started({}, 20, 40))
+    monitor.settle()
     steps = [call.args[1] for call in evaluations.submit.call_args_list]
     assert steps == [step for step, *_ in recorder.checkpoints] == [10, 20]
     assert [digest for _, _, digest, _ in recorder.checkpoints] == [b"10", b"20"]
@@ -208,10 +210,12 @@ def test_what_an_earlier_execution_kept_is_recorded_and_certified_once(tmp_path,
 
 def test_what_a_store_refuses_keeps_no_event_waiting(tmp_path):
     recorder, console = Recorder(), Console(file=io.StringIO())
-    meter, run = Meter(run_preset("digits"), recorder.last_value), Store(tmp_path)
+    usage, run = UsageMetrics(run_preset("digits"), recorder.last_value), Store(tmp_path)
     refuse = mock.Mock(side_effect=OSError("no [room]"))
-    journal = Journal(tmp_path, run)
-    desk = Desk(Display(console), recorder, None, lambda: None, meter, journal, run, refuse)
-    desk.handle(Started({}, 0, 40))
-    desk.settle()
+    event_log = EventLog(tmp_path, run)
+    monitor = RunMonitor(
+        RunConsole(console), recorder, None, lambda: None, usage, event_log, run, refuse
+    )
+    monitor.handle(Started({}, 0, 40))
+    monitor.settle()
     assert "changed settings are not kept: no [room]" in console.file.getvalue()

@@ -9,7 +9,7 @@ from pipeline.config import ClusterConfig, TrainConfig
 from pipeline.errors import PipelineError
 from pipeline.launch import ray_elastic
 from pipeline.launch.ray_elastic import DividingPolicy
-from pipeline.resilience.signals import PAUSE, STOP, Orders
+from pipeline.resilience.signals import PAUSE, STOP, ControlActor
 from pipeline.run.step_schedule import world_sizes
 from tests.pipeline.small_runs import small_run
 
@@ -58,7 +58,7 @@ def policy(monkeypatch):
     room, clock = {}, SimpleNamespace(now=0.0)
     monkeypatch.setattr(ray_elastic.ray, "get", lambda value: value)
     monkeypatch.setattr(ray_elastic, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    orders = Orders()
+    orders = ControlActor()
     scaling = ScalingConfig(num_workers=(2, 8), elastic_resize_monitor_interval_s=0)
     made = DividingPolicy(scaling, (2, 4, 8), Actor(orders), GRACE_S)
     monkeypatch.setattr(made, "_maybe_send_resource_request", lambda: None)

@@ -11,8 +11,8 @@ from optim.collectives import Exchange, LocalExchange
 from pipeline.checkpoint.reader import load_checkpoint
 from pipeline.checkpoint.writer import HostMemory, commit, held, take_snapshot, write_snapshot
 from pipeline.errors import PipelineError
-from pipeline.run.distributed import World
-from pipeline.run.state import Progress
+from pipeline.run.distributed import DistributedContext
+from pipeline.run.state import TrainState
 from tests.optim.emulation import Emulation, Problem
 from tests.pipeline.small_runs import small_run
 
@@ -28,7 +28,7 @@ class Idle(Exchange):
         return (buffer.new_zeros(sum(recv)) if out is None else out.zero_()), None
 
 
-class Alone(World):
+class Alone(DistributedContext):
     """A rank whose peers have nothing to object."""
 
     def agree(self, error, kind=PipelineError):
@@ -44,7 +44,7 @@ def ranks_of(size):
 
 
 def save(group, folder, step):
-    progress = Progress(step, Cursor(seed=0, epoch=1, position=step))
+    progress = TrainState(step, Cursor(seed=0, epoch=1, position=step))
     snapshots = [
         take_snapshot(engine, HostMemory(), world=world, progress=progress, config=small_run())
         for world, engine in group

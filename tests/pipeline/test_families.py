@@ -17,9 +17,9 @@ from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from pipeline.config import RunConfig
 from pipeline.presets import PRESETS, run_preset
-from pipeline.run.state import Job
+from pipeline.run.state import WorkerSpec
 from pipeline.training.losses import LOSSES
-from pipeline.training.schedules import Moment
+from pipeline.training.schedules import StepContext
 from pipeline.training.worker import run_rank
 from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
@@ -32,8 +32,8 @@ SEED = 3
 DIGITS = [name for name in PRESETS if name.startswith("digits")]
 
 
-def moment(step: int, config: RunConfig) -> Moment:
-    return Moment(step, step / STEPS, 1.0, config.loss.eps)
+def moment(step: int, config: RunConfig) -> StepContext:
+    return StepContext(step, step / STEPS, 1.0, config.loss.eps)
 
 
 def short(name: str) -> RunConfig:
@@ -128,7 +128,7 @@ def test_a_new_family_is_one_file_and_one_line(tmp_path, monkeypatch):
     assert RunConfig.from_json(config.to_json()) == config
     assert TypeAdapter(RunConfig).dump_python(config)["model"]["gain"] == 0.5
     shards = small_shards(tmp_path / "shards")
-    job = Job(config=config, run_url=str(tmp_path / "run"), shards_url=shards, context={})
+    job = WorkerSpec(config=config, run_url=str(tmp_path / "run"), shards_url=shards, context={})
     [artifact_url] = run_ranks(train_here, 1, job)
     artifact = read_artifact(Store(artifact_url).open)
     images = torch.rand(4, 1, 8, 8, dtype=torch.float64)

@@ -18,14 +18,14 @@ import ray
 from data_shards.storage.store import Store
 from pipeline.checkpoint.reader import committed
 from pipeline.config import CheckpointConfig, TrainConfig
-from pipeline.driver.event_log import Journal
+from pipeline.driver.event_log import EventLog
 from pipeline.launch import ray_launcher
 from pipeline.launch.ray_launcher import _pump
 from pipeline.pretrain import main
 from pipeline.resilience.signals import STOP, StopSignal
-from pipeline.run.append_log import Lines
-from pipeline.run.events import NotKept, Skipped
-from pipeline.run.state import Job
+from pipeline.run.append_log import AppendLog
+from pipeline.run.events import CheckpointFailed, Skipped
+from pipeline.run.state import WorkerSpec
 from pipeline.tracking import outbox as tracker_file
 from pipeline.tracking.client import RunReference, TrackingConfig
 from pipeline.tracking.outbox import Tracker
@@ -60,7 +60,7 @@ def full_disk(bytes_per_file):
 def test_lines_wait_for_room_and_are_never_torn(tmp_path, caplog):
     path = tmp_path / "lines"
     path.write_bytes(b"one\ntorn")  # left by a process that died
-    lines = Lines(path)
+    lines = AppendLog(path)
     with full_disk(9):
         assert lines.append(b"two\n") == 8
         assert lines.append(b"three\n") == lines.end == 14  # one byte of it would fit
@@ -209,7 +209,7 @@ def test_a_process_that_is_told_to_stop_waits_for_no_rank_that_is_not_there(monk
 
 
 def test_a_disk_that_lets_nothing_be_taken_back_tears_no_line(tmp_path, monkeypatch):
-    lines = Lines(tmp_path / "lines")
+    lines = AppendLog(tmp_path / "lines")
     lines.append(b"one\n")
     monkeypatch.setattr(os, "truncate", mock.Mock(side_effect=OSError("read-only")))
     with full_disk(6):
@@ -224,9 +224,9 @@ def test_a_disk_that_lets_nothing_be_taken_back_tears_no_line(tmp_path, monkeypa
 def test_the_event_log_follows_a_run_to_another_machine(tmp_path):
     run = Store(f"memory://{tmp_path.name}")
     for machine in ("a", "b"):
-        journal = Journal(tmp_path / machine, run)
-        journal.add(Skipped(1))
-        journal.publish()
+        event_log = EventLog(tmp_path / machine, run)
+        event_log.add(Skipped(1))
+        event_log.publish()
     assert run.read("events.jsonl").count(b'"event": "Skipped"') == 2
 
 
@@ -254,10 +254,10 @@ def on_a_full_disk(rank, world_size, folder, shards):
                 newest.extend(store.url[-1:] for store in found)
             return genuine(engine, *arguments, **options)
 
-        outcomes["plain"] = observed_run(Job(config(), f"{folder}/plain", shards, {}))
+        outcomes["plain"] = observed_run(WorkerSpec(config(), f"{folder}/plain", shards, {}))
         with mock.patch.object(Zero3, "step", step):
-            outcomes["full"] = observed_run(Job(config(), f"{folder}/full", shards, {}))
-        outcomes["again"] = observed_run(Job(config(), f"{folder}/full", shards, {}))
+            outcomes["full"] = observed_run(WorkerSpec(config(), f"{folder}/full", shards, {}))
+        outcomes["again"] = observed_run(WorkerSpec(config(), f"{folder}/full", shards, {}))
     return outcomes, newest
 
 
@@ -268,7 +268,7 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path):
     (first, newest), (second, _) = ranks
     full, plain = first["full"], first["plain"]
     assert [full.error, second["full"].error] == ["", ""]
-    failed = [e for e in full.events if isinstance(e, NotKept)]
+    failed = [e for e in full.events if isinstance(e, CheckpointFailed)]
     assert [e.step for e in failed] == [4]
     assert "rank 1: cannot write" in failed[0].error
     assert "File too large" in failed[0].error

@@ -10,8 +10,8 @@ import torch
 from data_shards.streaming.sampler import Cursor
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.run.events import Metrics
-from pipeline.run.state import Progress
-from pipeline.run.step_schedule import make_plan
+from pipeline.run.state import TrainState
+from pipeline.run.step_schedule import make_step_schedule
 from pipeline.training.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import Undisturbed, rank_world, small_run
@@ -59,7 +59,7 @@ def train(rank, world_size):
         train=TrainConfig(global_batch=8, epochs=1, warmup_epochs=0, stop_after=4),
         checkpoint=CheckpointConfig(every_steps=KEPT),
     )
-    plan = make_plan(config, samples=80, world_size=world_size)
+    plan = make_step_schedule(config, samples=80, world_size=world_size)
     events = []
     with rank_world(rank, world_size) as world:
         size = plan.rank_batch
@@ -69,7 +69,7 @@ def train(rank, world_size):
             plan=plan,
             engine=Engine(size),
             stream=Stream(rank, size),
-            progress=Progress(0, Cursor(seed=0)),
+            progress=TrainState(0, Cursor(seed=0)),
             emit=events.append,
             saver=SimpleNamespace(keep=lambda progress: time.sleep(KEEP_S), poll=lambda: None),
             rollbacks=None,

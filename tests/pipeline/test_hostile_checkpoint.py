@@ -10,7 +10,7 @@ import pytest
 from data_shards.storage.store import Store
 from pipeline.checkpoint.reader import UnreadableError, load_checkpoint, load_newest
 from pipeline.errors import PipelineError
-from pipeline.run.distributed import World
+from pipeline.run.distributed import DistributedContext
 from tests.data_shards.test_damage import Bomb
 from tests.pipeline.test_elastic_checkpoint import digests, ranks_of, save
 
@@ -109,7 +109,7 @@ def test_a_store_that_is_away_makes_no_checkpoint_a_damaged_one(tmp_path, monkey
     (target,) = ranks_of(1)
     before = digests([target])
     genuine = Store.read_range
-    monkeypatch.setattr(World, "share", lambda world, value: value)
+    monkeypatch.setattr(DistributedContext, "share", lambda world, value: value)
 
     def away(store, name, start, stop):
         raise OSError("503: slow down")

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.resilience.signals import StopSignal
 from pipeline.run.events import Started
-from pipeline.run.state import Job
+from pipeline.run.state import WorkerSpec
 from pipeline.training import trainer
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
@@ -46,7 +46,9 @@ def runs(rank, world_size, folder, shards):
     with rank_world(rank, world_size):
 
         def run(name, url, interruption=None):
-            outcomes[name] = observed_run(Job(config, f"{folder}/{url}", shards, {}), interruption)
+            outcomes[name] = observed_run(
+                WorkerSpec(config, f"{folder}/{url}", shards, {}), interruption
+            )
 
         run("whole", "whole")
         run("stopped", "stopped", Asked(STOP) if rank == 1 else Asked())

@@ -9,7 +9,7 @@ from model.networks.linf.groupsort import GroupSortConfig
 from model.networks.registry import build_network
 from pipeline.config import ClusterConfig, RunConfig, TrainConfig
 from pipeline.driver.system_metrics import SystemMetrics
-from pipeline.driver.usage import Meter
+from pipeline.driver.usage import UsageMetrics
 from pipeline.planner.flops import training_flops
 from pipeline.presets import run_preset
 from pipeline.run.events import Metrics, Started
@@ -48,7 +48,7 @@ def meter_of(clock, record=None, **cluster):
         train=TrainConfig(precision="bf16"),
         cluster=ClusterConfig(**cluster),
     )
-    return Meter(config, record or Record(), clock)
+    return UsageMetrics(config, record or Record(), clock)
 
 
 def metrics(images_per_s=100.0, step=1, productive_s=0.0):
@@ -91,28 +91,28 @@ def test_the_peak_follows_device_and_precision():
 
 def test_device_hours_count_from_the_start_and_over_restarts():
     clock = Clock()
-    meter = meter_of(clock, Record((7, {"cost/device_hours": 1.0})), price_per_device_hour=3.0)
+    usage = meter_of(clock, Record((7, {"cost/device_hours": 1.0})), price_per_device_hour=3.0)
     clock.now += 100  # before the ranks run nothing is used
-    assert meter.started(Started({}, 0, 10, devices=4, device="cpu")) == {
+    assert usage.started(Started({}, 0, 10, devices=4, device="cpu")) == {
         "device": "cpu",
         "devices": "4",
         "mfu_of": "unknown",
     }
     clock.now += 900
-    found = meter.values(metrics())
+    found = usage.values(metrics())
     assert found["cost/device_hours"] == pytest.approx(2.0)
     assert found["cost/total"] == pytest.approx(6.0)
     clock.now += 900
-    meter.started(Started({}, 5, 10, devices=2, device="cpu"))  # restarted with fewer
+    usage.started(Started({}, 5, 10, devices=2, device="cpu"))  # restarted with fewer
     clock.now += 1800
-    assert meter.values(metrics())["cost/device_hours"] == pytest.approx(4.0)
+    assert usage.values(metrics())["cost/device_hours"] == pytest.approx(4.0)
 
 
 def test_utilisation_is_of_one_device():
-    meter = meter_of(Clock())
-    meter.started(Started({}, 0, 10, devices=4, device="NVIDIA H200"))
+    usage = meter_of(Clock())
+    usage.started(Started({}, 0, 10, devices=4, device="NVIDIA H200"))
     rate = 100.0 * training_flops(run_preset("digits")) / 4
-    found = meter.values(metrics())
+    found = usage.values(metrics())
     assert found["perf/tflops_per_device"] == pytest.approx(rate / 1e12)
     assert found["perf/mfu"] == pytest.approx(rate / 989.4e12)
     assert "cost/total" not in found
@@ -120,15 +120,15 @@ def test_utilisation_is_of_one_device():
 
 def test_utilisation_of_an_unknown_device_needs_its_peak():
     for peak, known in ((0.0, False), (0.5, True)):
-        meter = meter_of(Clock(), peak_tflops=peak)
-        meter.started(Started({}, 0, 10))
-        assert ("perf/mfu" in meter.values(metrics())) == known
+        usage = meter_of(Clock(), peak_tflops=peak)
+        usage.started(Started({}, 0, 10))
+        assert ("perf/mfu" in usage.values(metrics())) == known
 
 
 def test_utilisation_of_an_unknown_device_may_be_of_what_it_reaches():
-    meter = meter_of(Clock())
-    assert meter.started(Started({}, 0, 10, measured_flops=1e9))["mfu_of"] == "measured"
-    assert meter.values(metrics())["perf/mfu"] == pytest.approx(
+    usage = meter_of(Clock())
+    assert usage.started(Started({}, 0, 10, measured_flops=1e9))["mfu_of"] == "measured"
+    assert usage.values(metrics())["perf/mfu"] == pytest.approx(
         100 * training_flops(run_preset("digits")) / 1e9
     )
 
@@ -141,43 +141,43 @@ def test_what_a_device_reaches_is_measured_in_a_moment(precision):
     assert 1e7 < found < 1e15
 
 
-def run_for(meter, clock, record, steps, *, seconds=10.0, productive_s=8.0):
+def run_for(usage, clock, record, steps, *, seconds=10.0, productive_s=8.0):
     """Steps of ten seconds, of which eight count."""
     for step in steps:
         clock.now += seconds
-        record.rows.append((step, meter.values(metrics(step=step, productive_s=productive_s))))
+        record.rows.append((step, usage.values(metrics(step=step, productive_s=productive_s))))
     return record("perf/goodput")
 
 
 def test_goodput_loses_start_up_waits_and_what_is_done_again():
     clock, record = Clock(), Record()
-    meter = meter_of(clock, record)
+    usage = meter_of(clock, record)
     clock.now += 20  # start-up
-    meter.started(Started({}, 0, 10))
-    assert run_for(meter, clock, record, [1, 2, 3]) == pytest.approx(24 / 50)
+    usage.started(Started({}, 0, 10))
+    assert run_for(usage, clock, record, [1, 2, 3]) == pytest.approx(24 / 50)
     clock.now += 30  # a hang; the newest checkpoint is that of step 1
-    assert meter.time() == {"perf/elapsed_s": 80, "perf/goodput": pytest.approx(24 / 80)}
-    meter.started(Started({}, 1, 10))
-    assert run_for(meter, clock, record, [2, 3, 4]) == pytest.approx(32 / 110)
-    meter.back_to(2)  # a roll-back
-    assert run_for(meter, clock, record, [3]) == pytest.approx(24 / 120)
+    assert usage.time() == {"perf/elapsed_s": 80, "perf/goodput": pytest.approx(24 / 80)}
+    usage.started(Started({}, 1, 10))
+    assert run_for(usage, clock, record, [2, 3, 4]) == pytest.approx(32 / 110)
+    usage.back_to(2)  # a roll-back
+    assert run_for(usage, clock, record, [3]) == pytest.approx(24 / 120)
 
 
 def test_goodput_goes_on_in_the_next_execution():
     clock, record = Clock(), Record()
-    meter = meter_of(clock, record)
-    meter.started(Started({}, 0, 10))
-    run_for(meter, clock, record, [1, 2])
+    usage = meter_of(clock, record)
+    usage.started(Started({}, 0, 10))
+    run_for(usage, clock, record, [1, 2])
     clock.now += 15  # it stands still, the machine is sampled, and somebody kills it
-    record.rows.append((2, meter.time()))
+    record.rows.append((2, usage.time()))
     clock.now += 1000  # nobody runs it
-    meter = meter_of(clock, record)
+    usage = meter_of(clock, record)
     clock.now += 5
-    meter.started(Started({}, 1, 10))
-    assert run_for(meter, clock, record, [2]) == pytest.approx(16 / 50)
+    usage.started(Started({}, 1, 10))
+    assert run_for(usage, clock, record, [2]) == pytest.approx(16 / 50)
     assert record("perf/elapsed_s") == 50
-    meter.stop()
-    assert meter.time() == {}
+    usage.stop()
+    assert usage.time() == {}
 
 
 def test_the_load_of_the_machine_is_sampled_until_closed():

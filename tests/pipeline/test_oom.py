@@ -21,7 +21,7 @@ from pipeline.resilience.oom import (
 )
 from pipeline.resilience.signals import Flag
 from pipeline.run.events import Metrics, Started
-from pipeline.run.state import Job
+from pipeline.run.state import WorkerSpec
 from pipeline.training import worker
 from pipeline.training.objective import Objective
 from tests.harness import run_ranks
@@ -110,7 +110,7 @@ def runs(rank, world_size, folder, shards):
     answers = {}
     with rank_world(rank, world_size):
         for name, memory in cases.items():
-            job = Job(config(), f"{folder}/{name}-{world_size}", shards, {})
+            job = WorkerSpec(config(), f"{folder}/{name}-{world_size}", shards, {})
             events, error = [], ""
 
             def train(job=job, events=events):
@@ -188,7 +188,7 @@ def test_several_ranks_without_ray_say_how_to_go_on():
 )
 def test_lack_of_memory_is_not_a_failure(tmp_path, allowed, groups, left):
     """Ray gives up after `max_failures` + 1 failures: m for memory, x for any other."""
-    job = Job(
+    job = WorkerSpec(
         dataclasses.replace(
             config(), cluster=dataclasses.replace(config().cluster, max_failures=allowed)
         ),

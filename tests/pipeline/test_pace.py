@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from pipeline.resilience import straggler as pace
-from pipeline.resilience.straggler import Pace, Stopwatch
+from pipeline.resilience.straggler import Stopwatch, StragglerDetector
 from pipeline.run.events import Metrics, Straggling
-from pipeline.run.state import Job
+from pipeline.run.state import WorkerSpec
 from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline import small_runs
@@ -51,7 +51,7 @@ def test_a_rank_is_named_once_after_several_slow_records():
     """A record every 10 s, and eight in a second: named after 5 records and 30 s."""
     for every_s, last, first in ((10.0, 12, 4), (0.125, 1200, 240)):
         clock = [0.0]
-        ranks = Pace(1.5, lambda clock=clock: clock[0])
+        ranks = StragglerDetector(1.5, lambda clock=clock: clock[0])
         named = []
         for record in range(2 * last):
             clock[0] = record * every_s
@@ -78,7 +78,7 @@ def slow_run(rank, world_size, folder, shards):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1.2))
     small_runs.Zero3, pace._SECONDS = Slow, 0.0
     with rank_world(rank, world_size):
-        return observed_run(Job(config, folder, shards, {}))
+        return observed_run(WorkerSpec(config, folder, shards, {}))
 
 
 @pytest.mark.distributed

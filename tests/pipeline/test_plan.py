@@ -18,7 +18,7 @@ from pipeline.planner.estimate import estimate, memory, setting_of, weights_of
 from pipeline.planner.flops import training_flops
 from pipeline.planner.meta_step import LiveBytes, rehearse
 from pipeline.planner.step_time import StepTime, device_of
-from pipeline.training.schedules import Moment
+from pipeline.training.schedules import StepContext
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import rank_world, small_run
 
@@ -75,7 +75,7 @@ def observe(rank, world_size, train):
             held.moved, engine.optimizer.exchange.bytes_sent = {}, 0
             images = torch.zeros(1, MICRO, 1, 8, 8, dtype=torch.uint8)
             labels = torch.zeros(1, MICRO, dtype=torch.int64)
-            engine.step(zip(images, labels, strict=True), Moment(number, 0.1, 1.0, 0.1))
+            engine.step(zip(images, labels, strict=True), StepContext(number, 0.1, 1.0, 0.1))
         always, sent, moved = held.live, engine.optimizer.exchange.bytes_sent, held.moved
         held.peak = held.live
         for _ in engine.optimizer.export():

@@ -14,14 +14,14 @@ from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream
 from pipeline.config import CheckpointConfig, TrainConfig
-from pipeline.driver.console import Display
-from pipeline.driver.event_log import Journal
-from pipeline.driver.monitor import Desk
-from pipeline.driver.usage import Meter
+from pipeline.driver.console import RunConsole
+from pipeline.driver.event_log import EventLog
+from pipeline.driver.monitor import RunMonitor
+from pipeline.driver.usage import UsageMetrics
 from pipeline.presets import run_preset
 from pipeline.resilience.rollback import Gap, past
 from pipeline.run.events import Metrics, RolledBack, Skipped, Started
-from pipeline.run.state import Job
+from pipeline.run.state import WorkerSpec
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
     observed_run,
@@ -95,7 +95,7 @@ def runs(rank, world_size, folder, shards):
 
         def run(name, url, settings, bad):
             with nan_pixels(rank, bad):
-                outcomes[name] = observed_run(Job(settings, f"{folder}/{url}", shards, {}))
+                outcomes[name] = observed_run(WorkerSpec(settings, f"{folder}/{url}", shards, {}))
 
         run("back", "back", config(), BAD)
         run("stopped", "stopped", config(stop_after=KEPT), BAD)
@@ -168,13 +168,13 @@ def test_all_ranks_stop_when_no_way_back_is_left(outcomes, name, words):
 def test_the_person_the_tracker_and_the_event_log_are_told(tmp_path):
     console = Console(record=True, width=200, file=(tmp_path / "console").open("w"))
     recorder = Recorder()
-    desk = Desk(
-        Display(console),
+    monitor = RunMonitor(
+        RunConsole(console),
         recorder,
         None,
         lambda: None,
-        Meter(run_preset("digits"), recorder.last_value),
-        Journal(tmp_path, Store(tmp_path)),
+        UsageMetrics(run_preset("digits"), recorder.last_value),
+        EventLog(tmp_path, Store(tmp_path)),
         Store(tmp_path),
     )
     values = dict.fromkeys(
@@ -189,7 +189,7 @@ def test_the_person_the_tracker_and_the_event_log_are_told(tmp_path):
         Metrics(10, {**values, **audit}, 1),
         Metrics(12, {**values, **audit}, 2),
     ):
-        desk.handle(event)
+        monitor.handle(event)
     console.file.close()
     text = console.export_text()
     assert "skipped step 8" in text

@@ -21,8 +21,8 @@ from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from optim.sharded import TENSOR_KINDS
 from pipeline.config import CheckpointConfig, TrainConfig
-from pipeline.run.events import Metrics, NotKept, Skipped
-from pipeline.run.state import Job
+from pipeline.run.events import CheckpointFailed, Metrics, Skipped
+from pipeline.run.state import WorkerSpec
 from pipeline.training import losses
 from pipeline.training.losses import emma_loss
 from pipeline.training.zero3 import Zero3
@@ -148,7 +148,9 @@ def run_cases(rank, world_size, folder, shards):
             if name == "artefacts cannot be written" and rank == 0:
                 Store(f"{folder}/{name}").write("artifacts", b"a file where a folder is due")
             with surroundings(name, rank):
-                outcomes[name] = observed_run(Job(case, f"{folder}/{name}", shards, {"run": name}))
+                outcomes[name] = observed_run(
+                    WorkerSpec(case, f"{folder}/{name}", shards, {"run": name})
+                )
     return outcomes
 
 
@@ -329,7 +331,9 @@ def test_training_goes_on_when_nothing_can_be_kept(outcomes, folder):
     """A full disk: each attempt is reported, the run fails at its end, no bit differs."""
     name = "artefacts cannot be written"
     first, second = outcomes[name]
-    assert [e.step for e in first.events if isinstance(e, NotKept)] == list(range(1, STEPS + 1))
+    assert [e.step for e in first.events if isinstance(e, CheckpointFailed)] == list(
+        range(1, STEPS + 1)
+    )
     assert first.losses == outcomes["plain"][0].losses
     for rank in (first, second):
         assert f"rank 0: step {STEPS} is not kept" in rank.error

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from data_shards.storage.store import Store
 from pipeline.config import ClusterConfig
 from pipeline.resilience import hang_detector
-from pipeline.resilience.hang_detector import HUNG, Watch
+from pipeline.resilience.hang_detector import HUNG, HangDetector
 from pipeline.resilience.heartbeat import Beat, Phase, behind
 from pipeline.run.events import Hung, Straggling
 from tests.harness import run_ranks
@@ -70,7 +70,7 @@ def standing_still(rank, world_size, folder):
         pids = world.gather(os.getpid())
 
         def case(name, step, act, ended):
-            watching = Watch(
+            watching = HangDetector(
                 world, cluster, step=0, run=Store(f"{folder}/{name}"),
                 emit=ended.events.append, end=ended,
             )  # fmt: skip
@@ -129,7 +129,7 @@ def test_a_lonely_rank_ends_itself_but_not_in_its_first_step(tmp_path, monkeypat
     begin = time.monotonic()
     for step, least_s in ((0, 3), (5, 1)):
         ended = Ended()
-        watching = Watch(
+        watching = HangDetector(
             world, cluster, step=0, run=Store(str(tmp_path)), emit=ended.events.append, end=ended
         )
         begin = time.monotonic()
@@ -151,7 +151,9 @@ def test_a_rank_that_can_say_nothing_ends_itself(tmp_path, monkeypatch):
     ended = Ended()
     full = mock.Mock(write=mock.Mock(side_effect=OSError("no room")))
     with mock.patch.object(sys, "stderr", full):
-        watching = Watch(world, cluster, step=0, run=Store("/dev/null"), emit=print, end=ended)
+        watching = HangDetector(
+            world, cluster, step=0, run=Store("/dev/null"), emit=print, end=ended
+        )
         watching.beat(5, Phase.STEP)
         ended.wait()
         watching.close()

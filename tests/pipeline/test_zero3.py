@@ -11,7 +11,7 @@ from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from pipeline.config import TrainConfig, ZeroConfig
 from pipeline.training.losses import emma_loss
-from pipeline.training.schedules import Moment
+from pipeline.training.schedules import StepContext
 from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import batches, rank_world, small_run
@@ -64,7 +64,7 @@ def train_partitioned(rank, world_size, names):
             for images, labels in batches(STEPS, BATCH):
                 mine = slice(rank * share, (rank + 1) * share)
                 parts = zip(images[mine].split(micro), labels[mine].split(micro), strict=True)
-                engine.step(parts, Moment(0, 0.0, 1.0, 36 / 255))
+                engine.step(parts, StepContext(0, 0.0, 1.0, 36 / 255))
             slices = {}
             for partition in engine.partitions:
                 for slot in partition.slots:

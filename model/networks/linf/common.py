@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.certification.rounding import SLACK, Carried
+from model.certification.rounding import SLACK, ErrorState
 from model.networks.lipnext.layers import at_least_float32
 
 
@@ -24,7 +24,7 @@ def largest_entry(stored: Tensor) -> float:
     return float(stored.double().abs().max()) * SLACK
 
 
-def proved_error(state: Carried, error: Tensor, operations: int, growth: float) -> Tensor:
+def proved_error(state: ErrorState, error: Tensor, operations: int, growth: float) -> Tensor:
     """Error of a margin, with underflow; infinite where nothing can be said.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.certification.matrix_bounds import Matrices
-from model.certification.rounding import SLACK, U64, Carried, Program, gamma
+from model.certification.rounding import SLACK, U64, ErrorState, Program, gamma
 from model.errors import ModelError
 from model.networks.base import CertifiedNetwork, LipschitzBound
 from model.networks.config import STRICT, NetworkConfig
@@ -155,7 +155,7 @@ class GroupSort(CertifiedNetwork):
         self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float
     ) -> Tensor:
         """See CertifiedNetwork; docs/families.md, GroupSort."""
-        state = Carried.images(norms, 1, program)
+        state = ErrorState.images(norms, 1, program)
         layers = [cast(RowBoundedLinear, layer) for layer in (*self.blocks, self.head)]
         for layer in layers[:-1]:
             state.error = state.error + _carry(state, layer)
@@ -165,7 +165,7 @@ class GroupSort(CertifiedNetwork):
         return proved_error(state, error, 8 + len(layers) * (4 * widest + 8), 1.0)
 
 
-def _carry(state: Carried, layer: RowBoundedLinear) -> Tensor:
+def _carry(state: ErrorState, layer: RowBoundedLinear) -> Tensor:
     """Carry the norm through a layer; what its own arithmetic adds to the error, (B,).
 
     A computed row has a relative error of gamma(2n + 2): n roundings of its norm, which divides,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.certification.matrix_bounds import Matrices
-from model.certification.rounding import FLOAT64, Carried, Program
+from model.certification.rounding import FLOAT64, ErrorState, Program
 from model.errors import ModelError
 from model.networks.base import CertifiedNetwork, LipschitzBound
 from model.networks.centering import Centering
@@ -175,7 +175,7 @@ class DistanceLayer(nn.Module):
         y = distance(x, self.weight, trained or self.ranked, subsets)
         return y if self.centre is None else self.centre(y, subsets).to(self.weight.dtype)
 
-    def carry(self, state: Carried) -> None:
+    def carry(self, state: ErrorState) -> None:
         """Carry bounds through the layer in evaluation; all norms are largest entries."""
         state.translate(largest_entry(self.weight))
         # A coefficient is rounded twice: from its exact value, and to the program's type.
@@ -219,7 +219,7 @@ class ScaledHead(nn.Module):
         """2 |s| for every pair of classes, float64 (K, K), diagonal 0."""
         return equal_factors(len(self.bias)).to(self.weight.device) * self.scale
 
-    def margin_error(self, state: Carried) -> Tensor:
+    def margin_error(self, state: ErrorState) -> Tensor:
         """Carry bounds through the head; the error of any logit difference, float64 (B,)."""
         state.translate(largest_entry(self.bias))
         state.multiply(1, upper=self.scale, absolute=self.scale)
@@ -375,16 +375,16 @@ class SortNet(CertifiedNetwork):
         state = self._carried(norms, program)
         return self._proved(state, self.head.margin_error(state))
 
-    def _carried(self, norms: Tensor, program: Program) -> Carried:
+    def _carried(self, norms: Tensor, program: Program) -> ErrorState:
         """Bounds of the features."""
         scale = self.config.input_scale
-        state = Carried.images(norms, 1, program)
+        state = ErrorState.images(norms, 1, program)
         state.multiply(2, upper=scale, absolute=scale)
         for block in self.blocks:
             cast(DistanceLayer, block).carry(state)
         return state
 
-    def _proved(self, state: Carried, error: Tensor) -> Tensor:
+    def _proved(self, state: ErrorState, error: Tensor) -> Tensor:
         """The error of what comes out of the head, with underflow; see proved_error."""
         operations = 6 + len(self.blocks) * (3 * self.config.top + 12) + self.head.operations
         growth = max(1.0, self.config.input_scale) * self.head.growth

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.certification.rounding import SLACK, U64, Carried, gamma
+from model.certification.rounding import SLACK, U64, ErrorState, gamma
 from model.networks.init import set_initial
 from model.networks.linf.common import largest_entry
 from model.networks.lipnext.layers import at_least_float32
@@ -145,7 +145,7 @@ class TanhHead(nn.Module):
         return found
 
     @torch.no_grad()
-    def carry_hidden(self, state: Carried) -> None:
+    def carry_hidden(self, state: ErrorState) -> None:
         """Carry bounds of the largest feature to those of the largest z_i."""
         largest = float(self._spread_bounds().max())
         state.multiply(
@@ -157,7 +157,7 @@ class TanhHead(nn.Module):
         )
 
     @torch.no_grad()
-    def margin_error(self, features: Carried) -> Tensor:
+    def margin_error(self, features: ErrorState) -> Tensor:
         """Bound of the error of every logit difference, float64 (B,).
 
         Args:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.certification.matrix_bounds import Matrices
-from model.certification.rounding import SLACK, Carried, Program, gamma
+from model.certification.rounding import SLACK, ErrorState, Program, gamma
 from model.networks.base import CertifiedNetwork, LipschitzBound
 from model.networks.config import LipNeXtConfig
 from model.networks.head import Head
@@ -88,7 +88,7 @@ class LipNeXt(CertifiedNetwork):
         stem, width = matrices["stem.weight"], self.stem.weight.shape[0]
         height, breadth = self.input_shape[1:]
         tokens = height * breadth // self.stem.patch**2
-        state = Carried.images(norms, math.prod(self.input_shape), program)
+        state = ErrorState.images(norms, math.prod(self.input_shape), program)
         state.multiply(self.stem.used, upper=stem.upper, absolute=stem.absolute)
         for i, block in enumerate(self.blocks):
             _carry_through_block(state, cast(Block, block), f"blocks.{i}", tokens, matrices)
@@ -113,7 +113,7 @@ def _amplification(factors: list[float]) -> float:
 
 
 def _carry_through_block(
-    state: Carried, block: Block, name: str, tokens: int, matrices: Matrices
+    state: ErrorState, block: Block, name: str, tokens: int, matrices: Matrices
 ) -> None:
     """One block: p, R, then M R^T in whichever of its two forms has the larger error."""
     r, m, program = matrices[f"{name}.R"], matrices[f"{name}.M"], state.program

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from model.certification.rounding import Carried, gamma
+from model.certification.rounding import ErrorState, gamma
 from model.errors import ModelError
 from model.networks.config import STRICT
 from model.networks.lipnext.layers import at_least_float32
@@ -64,7 +64,7 @@ class BlockPool(nn.Module):
         squares = nn.functional.avg_pool2d(at_least_float32(x).square(), self.patch)
         return (squares * self.patch**2 + _POOL_TAU**2).sqrt().flatten(1)
 
-    def carry(self, state: Carried) -> None:
+    def carry(self, state: ErrorState) -> None:
         """Carry bounds of the input through the pool."""
         floor = self.values * _POOL_TAU**2
         pooled = (state.computed**2 + floor).sqrt()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.certification.eigen_bounds import COMPLEX, proved_least
 from model.certification.matrix_bounds import MatrixBound, tensor_digest
-from model.certification.rounding import SLACK, U64, Carried, Program, gamma
+from model.certification.rounding import SLACK, U64, ErrorState, Program, gamma
 from model.errors import ModelError
 
 SMALLEST, _LARGEST = 2.0**-10, 2.0**40
@@ -176,7 +176,7 @@ def rows_error(
 
 
 def carry_reflection(
-    state: Carried, *, terms: int, rank: int, error: float, complex_terms: bool = False
+    state: ErrorState, *, terms: int, rank: int, error: float, complex_terms: bool = False
 ) -> None:
     """Carry bounds through x - 2 Q^* (Q x), or some of its rows, with a computed Q.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from model.certification.conv_bounds import convolve, kernel_bound, output_side, power_pair
 from model.certification.matrix_bounds import MatrixBound
-from model.certification.rounding import SLACK, Carried
+from model.certification.rounding import SLACK, ErrorState
 from model.networks.centering import Centering
 from model.networks.init import set_initial
 from model.networks.lipnext.layers import at_least_float32
@@ -119,7 +119,7 @@ class RegularisedConvolution(nn.Module):
             **self._geometry(),
         )
 
-    def carry(self, state: Carried, bound: MatrixBound) -> None:
+    def carry(self, state: ErrorState, bound: MatrixBound) -> None:
         """Carry bounds of the input through the layer."""
         state.multiply(
             self.inputs * self.side**2 + 1,

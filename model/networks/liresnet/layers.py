@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.certification.matrix_bounds import MatrixBound
-from model.certification.rounding import FLOAT64, SLACK, Carried, Program
+from model.certification.rounding import FLOAT64, SLACK, ErrorState, Program
 from model.networks.centering import Centering
 from model.networks.init import set_initial
 from model.networks.lipnext.layers import at_least_float32
@@ -91,7 +91,7 @@ class _Dense(_Computed):
         m, k = (self.columns, self.rows) if self.transposed else (self.rows, self.columns)
         return rows_error(cast(ComputedBound, bound), m, k, entry_error(program), program)
 
-    def _add_bias(self, state: Carried) -> None:
+    def _add_bias(self, state: ErrorState) -> None:
         if self.bias is not None:
             state.translate(float(self.bias.double().norm()) * SLACK)
 
@@ -117,7 +117,7 @@ class CholeskyDense(_Dense):
         bias = None if self.bias is None else at_least_float32(self.bias)
         return F.linear(x.to(q.dtype), q, bias)
 
-    def carry(self, state: Carried, bound: MatrixBound) -> None:
+    def carry(self, state: ErrorState, bound: MatrixBound) -> None:
         """Carry bounds of the input through the layer."""
         error, size = self._q_error(bound, state.program), state.computed
         absolute = bound.absolute + math.sqrt(self.rows) * error
@@ -158,7 +158,7 @@ class DenseReflection(_Dense):
         y = x[..., : self.outputs] - 2 * F.linear(F.linear(x, q), q[:, : self.outputs].mT)
         return y if self.bias is None else y + at_least_float32(self.bias)
 
-    def carry(self, state: Carried, bound: MatrixBound) -> None:
+    def carry(self, state: ErrorState, bound: MatrixBound) -> None:
         """Carry bounds of the input through the layer."""
         error = self._q_error(bound, state.program)
         carry_reflection(state, terms=self.inputs, rank=self.rank, error=error)
@@ -236,7 +236,7 @@ class ReflectionConvolution(_Computed):
         one, other = entry_error(program), entrywise_error(self.torus, program)
         return one + other * (1 + one)
 
-    def carry(self, state: Carried, bound: MatrixBound) -> None:
+    def carry(self, state: ErrorState, bound: MatrixBound) -> None:
         """Carry bounds of the input through the layer; mean and bias are translations."""
         program = state.program
         error = rows_error(

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.certification.conv_bounds import output_side
 from model.certification.matrix_bounds import Matrices, MatrixBound
-from model.certification.rounding import Carried, Program
+from model.certification.rounding import ErrorState, Program
 from model.errors import ModelError
 from model.networks.base import CertifiedNetwork, LipschitzBound
 from model.networks.config import STRICT, NetworkConfig
@@ -238,7 +238,7 @@ class LiResNet(CertifiedNetwork):
     ) -> Tensor:
         """See CertifiedNetwork; docs/families.md."""
         pixels = math.prod(self.input_shape)
-        state = Carried.images(norms, pixels, program)
+        state = ErrorState.images(norms, pixels, program)
         growth, condition = max(1.0, largest_factor), 1.0
         for name, layer in self._layers():
             bound = matrices.get(f"{name}.weight")

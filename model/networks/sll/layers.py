@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.certification.rounding import FLOAT64, SLACK, Carried, Program
+from model.certification.rounding import FLOAT64, SLACK, ErrorState, Program
 from model.errors import ModelError
 from model.networks.init import set_initial
 from model.networks.lipnext.layers import at_least_float32
@@ -116,7 +116,7 @@ class RescaledLayer(nn.Module):
     def _rescale(self, program: Program) -> Rescaled:
         raise NotImplementedError
 
-    def carry(self, state: Carried) -> None:
+    def carry(self, state: ErrorState) -> None:
         """Bounds of the output from those of the input, in place (docs/families.md)."""
         raise NotImplementedError
 
@@ -187,7 +187,7 @@ class Residual(RescaledLayer):
         return _rescaled(v, t, self.bias.double() * inverse(t).sqrt(), error, program)
 
     @torch.no_grad()
-    def carry(self, state: Carried) -> None:
+    def carry(self, state: ErrorState) -> None:
         """See docs/families.md; everything is measured after scaling by T^-1/2."""
         program, known = state.program, self.rescaled(state.program)
         if not math.isfinite(known.error):
@@ -249,7 +249,7 @@ class AlmostOrthogonal(RescaledLayer):
         return _rescaled(v, t, self.bias.double(), error, program)
 
     @torch.no_grad()
-    def carry(self, state: Carried) -> None:
+    def carry(self, state: ErrorState) -> None:
         """A product with a matrix of norm <= 1 whose entries err relatively."""
         program, known = state.program, self.rescaled(state.program)
         if not math.isfinite(known.error):
@@ -282,7 +282,7 @@ def require_finite(network: nn.Module) -> None:
 
 
 def finish(
-    blocks: Iterable[RescaledLayer], state: Carried, error: Tensor, largest_factor: float
+    blocks: Iterable[RescaledLayer], state: ErrorState, error: Tensor, largest_factor: float
 ) -> Tensor:
     """The error of a logit difference with what underflow may add; infinite near overflow.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.certification.matrix_bounds import Matrices
-from model.certification.rounding import Carried, Program
+from model.certification.rounding import ErrorState, Program
 from model.errors import ModelError
 from model.networks.base import CertifiedNetwork, LipschitzBound
 from model.networks.config import STRICT, NetworkConfig
@@ -142,7 +142,7 @@ class Sll(CertifiedNetwork):
         self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float
     ) -> Tensor:
         """See CertifiedNetwork; docs/families.md."""
-        state = Carried.images(norms, math.prod(self.input_shape), program)
+        state = ErrorState.images(norms, math.prod(self.input_shape), program)
         blocks = [cast(Residual, block) for block in self.blocks]
         for block in blocks[: self.convolutions]:
             block.carry(state)

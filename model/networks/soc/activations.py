@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from model.certification.rounding import SLACK, Carried, gamma
+from model.certification.rounding import SLACK, ErrorState, gamma
 from model.networks.init import set_initial
 from model.networks.lipnext.layers import at_least_float32
 
@@ -29,7 +29,7 @@ class MaxMin(nn.Module):
         a, b = x.chunk(2, 1)
         return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], 1)
 
-    def carry(self, state: Carried) -> None:
+    def carry(self, state: ErrorState) -> None:
         """Comparisons are exact, and the map is 1-Lipschitz and keeps 0."""
 
 
@@ -43,7 +43,7 @@ class MaxPool(nn.Module):
         """Shape (B, C, H, W) to (B, C / 2, H, W)."""
         return torch.maximum(*x.chunk(2, 1))
 
-    def carry(self, state: Carried) -> None:
+    def carry(self, state: ErrorState) -> None:
         """See MaxMin."""
 
 
@@ -62,7 +62,7 @@ class _Angled(nn.Module):
     def _angle(self, angle: Tensor) -> Tensor:
         return angle
 
-    def _direction_error(self, state: Carried) -> float:
+    def _direction_error(self, state: ErrorState) -> float:
         """Bound of the error of the unit vector that half the angle gives; at most 1 or infinite.
 
         A copy of the angle is off by u_w |angle|, sine and cosine by some roundings, and once more
@@ -74,7 +74,7 @@ class _Angled(nn.Module):
         error = math.sqrt(2) * (program.weight * largest + rounding) * SLACK
         return error if error <= 1 else math.inf
 
-    def _round(self, state: Carried, relative: float) -> None:
+    def _round(self, state: ErrorState, relative: float) -> None:
         state.error = state.error + relative * state.computed
         state.note(4 * state.computed)
 
@@ -95,7 +95,7 @@ class Householder(_Angled):
         twice = 2 * (a * sine - b * cosine).relu()
         return torch.cat([a - twice * sine, b + twice * cosine], 1)
 
-    def carry(self, state: Carried) -> None:
+    def carry(self, state: ErrorState) -> None:
         """The normal is off by `direction`; products and differences round five times."""
         direction = self._direction_error(state)
         rounding = gamma(8, state.program.activation)
@@ -124,7 +124,7 @@ class ProjectionPool(_Angled):
         apex = torch.hypot(torch.where(beyond, a, 1.0), torch.where(beyond, b, 0.0))
         return torch.where(beyond, apex, b * cosine - a * sine)
 
-    def carry(self, state: Carried) -> None:
+    def carry(self, state: ErrorState) -> None:
         """A wrong side of the switch costs no more than the error of what decides it."""
         direction = self._direction_error(state)
         rounding = gamma(ELEMENTARY, state.program.activation)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model.certification.matrix_bounds import MatrixBound, norm_upper_bound
 from model.certification.power_iteration import estimated_norm
-from model.certification.rounding import FLOAT64, SLACK, Carried, gamma
+from model.certification.rounding import FLOAT64, SLACK, ErrorState, gamma
 from model.errors import ModelError
 from model.networks.head import pairwise_distances
 from model.networks.init import set_initial
@@ -128,7 +128,7 @@ class MLPHead(nn.Module):
         return (bounds * (_CURVATURE * SLACK)).fill_diagonal_(0)
 
     @torch.no_grad()
-    def slope_bounds(self, slopes: Tensor, features: Carried, inner: MatrixBound) -> Tensor:
+    def slope_bounds(self, slopes: Tensor, features: ErrorState, inner: MatrixBound) -> Tensor:
         """Upper bounds of the exact slopes at the exact features, float64 (B, K, K).
 
         Args:
@@ -150,7 +150,7 @@ class MLPHead(nn.Module):
         return (slopes.double() + (2 * gradient + turn)[:, None, None]) * SLACK
 
     @torch.no_grad()
-    def margin_error(self, features: Carried, inner: MatrixBound) -> Tensor:
+    def margin_error(self, features: ErrorState, inner: MatrixBound) -> Tensor:
         """Bound of the error of every logit difference, float64 (B,).
 
         Args:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.certification.matrix_bounds import Matrices, MatrixBound, matrix_bound
-from model.certification.rounding import FLOAT64, SLACK, Carried, Program
+from model.certification.rounding import FLOAT64, SLACK, ErrorState, Program
 from model.errors import ModelError
 from model.networks.base import CertifiedNetwork, LipschitzBound
 from model.networks.config import STRICT, NetworkConfig
@@ -107,13 +107,13 @@ class Rotation(nn.Module):
         """Bound of what an error inside of this layer is multiplied by."""
         return max(1.0, bound.upper)
 
-    def carry(self, state: Carried, bound: MatrixBound, pixels: int) -> None:
+    def carry(self, state: ErrorState, bound: MatrixBound, pixels: int) -> None:
         """Carry bounds of the input through this layer."""
         state.multiply(self.channels, upper=bound.upper, absolute=bound.absolute)
         state.translate(math.sqrt(pixels) * float(self.bias.detach().double().norm()) * SLACK)
 
 
-class Block(nn.Module):
+class SkewBlock(nn.Module):
     """A convolution and what follows it: an activation or a pooling of channel pairs."""
 
     def __init__(self, convolution: nn.Module, after: nn.Module) -> None:
@@ -214,7 +214,7 @@ class LipConvnet(CertifiedNetwork):
         return LipschitzBound(value, parts)
 
     def _convolution(self, i: int) -> SkewConvolution | Rotation:
-        return cast(SkewConvolution | Rotation, cast(Block, self.blocks[i]).convolution)
+        return cast(SkewConvolution | Rotation, cast(SkewBlock, self.blocks[i]).convolution)
 
     def _part(self, i: int, known: Matrices) -> float:
         return self._convolution(i).norm(known[f"blocks.{i}.convolution.weight"])
@@ -251,13 +251,13 @@ class LipConvnet(CertifiedNetwork):
         error = ((error + underflow) * (1 + 2.0**-20)).nan_to_num(nan=math.inf, posinf=math.inf)
         return torch.where(hopeless, math.inf, error)
 
-    def _carried(self, norms: Tensor, program: Program, matrices: Matrices) -> Carried:
+    def _carried(self, norms: Tensor, program: Program, matrices: Matrices) -> ErrorState:
         """Bounds of the features."""
-        state = Carried.images(norms, math.prod(self.input_shape), program)
+        state = ErrorState.images(norms, math.prod(self.input_shape), program)
         for i, (block, pixels) in enumerate(zip(self.blocks, self._pixels(), strict=True)):
             bound = matrices[f"blocks.{i}.convolution.weight"]
             self._convolution(i).carry(state, bound, pixels)
-            cast(Block, block).after.carry(state)  # type: ignore[operator]
+            cast(SkewBlock, block).after.carry(state)  # type: ignore[operator]
         return state
 
     def _pixels(self) -> Iterator[int]:
@@ -268,7 +268,7 @@ class LipConvnet(CertifiedNetwork):
             height, width = height // stride, width // stride
             yield height * width
 
-    def _underflow(self, state: Carried, matrices: Matrices) -> Tensor:
+    def _underflow(self, state: ErrorState, matrices: Matrices) -> Tensor:
         """What numbers below the smallest normal one can cost, before the head's factor."""
         operations = 4 * sum(p.numel() for p in self.head.parameters())
         growth, inside = 1.0, 1.0
@@ -308,7 +308,7 @@ def _layers(config: SocConfig) -> Iterator[_Layer]:
             inputs = channels
 
 
-def _block(layer: _Layer, config: SocConfig) -> Block:
+def _block(layer: _Layer, config: SocConfig) -> SkewBlock:
     convolution: nn.Module
     if layer.side == 1 and config.pointwise == "manifold":
         convolution = Rotation(layer.outputs, layer.stride)
@@ -323,4 +323,4 @@ def _block(layer: _Layer, config: SocConfig) -> Block:
         )
     pooled = layer.channels < layer.outputs
     after = POOLS[config.pooling] if pooled else ACTIVATIONS[config.activation]
-    return Block(convolution, after(layer.outputs))
+    return SkewBlock(convolution, after(layer.outputs))

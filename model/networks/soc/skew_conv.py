@@ -14,7 +14,7 @@ from torch.nn.grad import conv2d_weight
 
 from model.certification.matrix_bounds import MatrixBound, matrix_bound, tensor_digest
 from model.certification.power_iteration import estimated_norm
-from model.certification.rounding import SLACK, U64, Carried
+from model.certification.rounding import SLACK, U64, ErrorState
 from model.networks.init import set_initial
 from model.networks.lipnext.layers import at_least_float32
 
@@ -220,7 +220,7 @@ class SkewConvolution(nn.Module):
     def _size(self, bound: MatrixBound) -> float:
         return bound.upper * float(self.scale) * SLACK
 
-    def carry(self, state: Carried, bound: MatrixBound, pixels: int) -> None:
+    def carry(self, state: ErrorState, bound: MatrixBound, pixels: int) -> None:
         """Carry bounds of the input through this layer (docs/families.md).
 
         Args:

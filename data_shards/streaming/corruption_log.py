@@ -7,12 +7,12 @@ import logging
 from collections.abc import Iterable
 
 from data_shards.storage.store import Store
-from data_shards.streaming.batcher import Damage
+from data_shards.streaming.batcher import Corruption
 
 _logger = logging.getLogger(__name__)
 
 
-class Quarantine:
+class CorruptionLog:
     """One JSON line per damaged sample, in an object of any store.
 
     Object stores cannot append, so the object is replaced as a whole; the damage budget bounds it.
@@ -27,9 +27,9 @@ class Quarantine:
         self._store = store
         self._name = name
         self._lines: list[str] = []
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="quarantine")
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="corruption-log")
 
-    def add(self, damaged: Iterable[Damage]) -> None:
+    def add(self, damaged: Iterable[Corruption]) -> None:
         """Record samples, soon; a store that is away is logged and does not stop a run."""
         self._lines += [json.dumps(dataclasses.asdict(damage)) + "\n" for damage in damaged]
         self._pool.submit(self._write, list(self._lines))
