@@ -1,4 +1,4 @@
-"""The error of this room that a person can act on."""
+"""The error of this package that a person can act on."""
 
 
 class ModelError(ValueError):

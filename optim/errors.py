@@ -1,4 +1,4 @@
-"""The error of the optimizer room."""
+"""The error of this package that a person can act on."""
 
 
 class OptimizerError(ValueError):

@@ -14,4 +14,4 @@ class ExposureError(ValueError):
 
 
 REFUSALS = (PipelineError, ShardError, ModelError, OptimizerError, ExposureError)
-"""Every room's error of this kind."""
+"""Every package's error of this kind."""

@@ -1,4 +1,4 @@
-"""Ray: the only file of this room that imports it. Starts the workers and carries their events."""
+"""Starts the ranks on Ray Train and carries their events to the driver."""
 
 import contextlib
 import logging

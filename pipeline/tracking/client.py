@@ -1,4 +1,4 @@
-"""MLflow: the only import of it in the project, and the only room file that jobs may import.
+"""MLflow: what is recorded of runs and evaluations, and the connection to its server.
 
 Every call can be repeated without a trace: runs, models and evaluations are found again by a key in
 their tags, and MLflow keeps one point per (name, step, timestamp, value).

@@ -1,4 +1,4 @@
-"""Networks that the tests of this room share."""
+"""Networks that the tests of model share."""
 
 import torch
 from torch import nn
