@@ -2,11 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from data_shards.streaming.stream import SampleStream
@@ -21,7 +19,7 @@ from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import Emit, Event, Metrics, RolledBack, Skipped, Straggling
 from pipeline.run.state import TrainState
 from pipeline.run.step_schedule import StepSchedule
-from pipeline.training.objective import STATISTICS
+from pipeline.training.metrics import SAMPLES, Metric, MetricReducer, Reduction
 from pipeline.training.schedules import (
     StepContext,
     learning_rate_factor,
@@ -31,15 +29,32 @@ from pipeline.training.schedules import (
 
 _ASK_PREEMPTION_S = 5.0
 """Pause between two questions whether a node is about to go; they are a barrier."""
+_STOP, _ASK = "stop requested", "preemption question due"
+_FORWARD_S, _WAITED_S = "forward seconds", "seconds waited for data"
+_METRICS = (
+    # Of all ranks since they started; the seconds since the last record, per rank.
+    Metric("data/retries", Reduction.SUM),
+    Metric("data/damaged", Reduction.SUM),
+    Metric(_STOP, Reduction.SUM, recorded=False),
+    Metric(_ASK, Reduction.SUM, recorded=False),
+    Metric(_FORWARD_S, Reduction.PER_RANK),
+    Metric(_WAITED_S, Reduction.PER_RANK),
+)
 
 
 class Engine(Protocol):
-    """What the loop needs of the partitioned network."""
+    """What the loop needs of the partitioned network.
+
+    Attributes:
+        statistics: what the tensor that `step` returns holds, in this order.
+    """
+
+    statistics: Sequence[Metric]
 
     def step(
         self, micro_batches: Iterator[tuple[Tensor, Tensor]], now: StepContext
     ) -> Tensor | None:
-        """One optimizer step; returns the sums of Objective, None if it was skipped."""
+        """One optimizer step; returns the sums of `statistics`, None if it was skipped."""
         ...
 
     def forward_seconds(self) -> float:
@@ -113,7 +128,7 @@ class Trainer:
         self._pace = StragglerDetector(config.cluster.straggler_ratio)
         self._asked = time.monotonic()
         self._preempted = self._stopping = self._keep_now = False
-        self._sums = torch.zeros(len(STATISTICS), device=world.device)
+        self._reducer = MetricReducer(engine.statistics, _METRICS, world)
         self._since = time.perf_counter()
         self._waited = self._kept_s = 0.0
         self._records: list[Metrics] = []
@@ -143,7 +158,7 @@ class Trainer:
                 if self._skip():
                     continue
             else:
-                self._sums += sums
+                self._reducer.add(sums)
                 self._skipped_in_a_row = 0
             self._record(now)
             self._beat(step, Phase.CHECKPOINT)
@@ -181,7 +196,7 @@ class Trainer:
             )
         self.progress, told = back
         self._skipped_in_a_row = 0
-        self._sums.zero_()
+        self._reducer.clear()
         self._begin_record()
         self._records = []  # of steps that do not count; the checkpoint has those before them
         self._tell(Skipped(step))
@@ -237,10 +252,6 @@ class Trainer:
         self._stopping = stop
         self._keep_now = stop or (self._preempted and not preempted)
 
-    def _own_slot(self, value: float) -> list[float]:
-        """A slot per rank, of which this one fills its own."""
-        return [value if rank == self._world.rank else 0.0 for rank in range(self._world.size)]
-
     def _compare(self, seconds: list[float]) -> dict[str, float]:
         """Metrics of the ranks' pace; names one that has been slow for long."""
         values = self._pace.compare(seconds)
@@ -251,41 +262,34 @@ class Trainer:
         return values
 
     def _record(self, now: StepContext) -> None:
-        """Every `log_every` steps: sum the statistics over the ranks, check and emit them."""
+        """Every `log_every` steps: reduce the metrics over the ranks and emit them."""
         step = self.progress.step
         if step % self._config.train.log_every and step != self._plan.last_step:
             return
         stream = self._stream
         due = time.monotonic() - self._asked > _ASK_PREEMPTION_S
-        seen = [
-            stream.retries,
-            stream.damaged.total(),
-            self._interruption.stop_requested(),
-            due,
-            *self._own_slot(self._engine.forward_seconds()),
-            *self._own_slot(stream.waited_s - self._waited),
-        ]
-        sums = torch.cat([self._sums, torch.tensor(seen, device=self._sums.device)])
-        dist.all_reduce(sums)
-        loss_sum, clean, certified, samples, retries, damaged, stop, due, *slots = sums.tolist()
-        seconds, waits = slots[: self._world.size], slots[self._world.size :]
-        self._interrupt(stop=stop > 0, ask=due > 0)
-        self._sums.zero_()
+        reduced = self._reducer.reduce(
+            {
+                "data/retries": stream.retries,
+                "data/damaged": stream.damaged.total(),
+                _STOP: self._interruption.stop_requested(),
+                _ASK: due,
+                _FORWARD_S: self._engine.forward_seconds(),
+                _WAITED_S: stream.waited_s - self._waited,
+            }
+        )
+        waits, samples = reduced.per_rank[_WAITED_S], reduced.values[SAMPLES]
+        self._interrupt(stop=reduced.values[_STOP] > 0, ask=reduced.values[_ASK] > 0)
         passed = time.perf_counter() - self._since
-        means = {"loss": loss_sum, "clean": clean, "certified": certified}
         values = {
-            # None of them where all steps were skipped.
-            **{f"train/{name}": value / samples for name, value in means.items() if samples},
+            **reduced.recorded,
             "train/eps": now.eps,
             "train/lr": self._config.optim.lr * now.lr_factor,
             "train/images_per_s": samples / max(passed, 1e-9),
             "train/epoch": float(self.progress.cursor.epoch),
-            # Of all ranks since they started; the seconds since the last record, per rank.
-            "data/retries": retries,
-            "data/damaged": damaged,
             "train/skipped": float(self._skipped),
             "data/wait_s": sum(waits) / self._world.size,
-            **self._compare(seconds),
+            **self._compare(reduced.per_rank[_FORWARD_S]),
             **self._engine.audit_metrics(),
         }
         productive = self._productive(passed, samples, max(waits))

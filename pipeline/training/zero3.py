@@ -5,7 +5,7 @@ Builds the partitioned network, hands the flat partitions to the manifold optimi
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from pipeline.errors import PipelineError
 from pipeline.resilience.straggler import Stopwatch
 from pipeline.run.distributed import DistributedContext
 from pipeline.training.device_peak import DTYPES
+from pipeline.training.metrics import Metric
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import StepContext
 
@@ -142,6 +143,7 @@ class Zero3:
     """A network trained under ZeRO-3 by the sharded manifold optimizer.
 
     Attributes:
+        statistics: what the tensor that `step` returns holds, in this order.
         optimizer: the bound client optimizer.
         partitions: this rank's flat partitions.
         matrix_count: matrices on the manifold.
@@ -169,6 +171,7 @@ class Zero3:
             network = build_network(model)
         network.checkpoint_blocks = train.activation_checkpointing
         objective = Objective(network, config.loss)
+        self.statistics: Sequence[Metric] = [s.metric for s in objective.statistics]
         named: list[tuple[str, Any]] = list(network.named_parameters())
         _check_working_type(named, train.precision)
         groups = parameter_groups(named, config.optim)
@@ -198,7 +201,7 @@ class Zero3:
         self.optimizer.initialise(value)
 
     def accumulate(self, images: Tensor, labels: Tensor, now: StepContext) -> Tensor:
-        """Forward and backward pass of one micro-batch; returns the sums of Objective."""
+        """Forward and backward pass of one micro-batch; returns the sums of `statistics`."""
         loss, sums = self._engine(
             images.to(self._device, non_blocking=True),
             labels.to(self._device, non_blocking=True),
@@ -214,8 +217,8 @@ class Zero3:
         """One optimizer step over this rank's micro-batches.
 
         Returns:
-            Sums of Objective over the micro-batches, shape (4,); None if a loss or gradient was not
-            finite on some rank: then no rank has updated anything.
+            Sums of `statistics` over the micro-batches, shape (number of statistics,); None if a
+            loss or gradient was not finite on some rank: then no rank has updated anything.
         """
         for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * now.lr_factor

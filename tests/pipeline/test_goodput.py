@@ -12,6 +12,7 @@ from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.run.events import Metrics
 from pipeline.run.state import TrainState
 from pipeline.run.step_schedule import make_step_schedule
+from pipeline.training.objective import STATISTICS
 from pipeline.training.trainer import Trainer
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import Undisturbed, rank_world, small_run
@@ -42,6 +43,7 @@ class Engine:
 
     def __init__(self, size):
         self.size = size
+        self.statistics = [statistic.metric for statistic in STATISTICS]
 
     def step(self, micro_batches, now):
         time.sleep(STEP_S)
