@@ -54,16 +54,16 @@ class _Writing:
 
 
 class AsyncSaver:
-    """Keeps checkpoints of a run, one at a time, in the background.
+    """Saves checkpoints of a run, one at a time, in the background.
 
     Args:
         run: folder of the run.
         world: the ranks; all construct it together.
-        engine: whose state is kept.
+        engine: whose state is saved.
         config: the run.
         context: facts that every artefact carries.
         calibration: training images for networks with stored means, uint8 (B, C, H, W).
-        emit: receives Kept and CheckpointFailed, on rank 0.
+        emit: receives CheckpointSaved and CheckpointFailed, on rank 0.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class AsyncSaver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Wait for the checkpoint under way; the run fails if its last one could not be kept.
+        """Wait for the checkpoint under way; the run fails if its last one could not be saved.
 
         Raises:
             PipelineError: on every rank.
@@ -106,18 +106,18 @@ class AsyncSaver:
             self._given_up.set()
             self.poll()
             return
-        self.settle()
+        self.wait()
         self._world.agree(self._last_error or None)
 
-    def keep(self, progress: TrainState) -> None:
-        """Begin to keep the state after a step; waits for the one under way before.
+    def save(self, progress: TrainState) -> None:
+        """Begin to save the state after a step; waits for the one under way before.
 
         Ranks: all call it together.
 
         Raises:
             PipelineError: a weight is not finite, or cannot be exported; on every rank.
         """
-        self.settle()
+        self.wait()
         begin = time.perf_counter()
         step = f"step-{progress.step:08d}"
         writing = _Writing(
@@ -140,9 +140,9 @@ class AsyncSaver:
     def poll(self) -> None:
         """Report the checkpoint under way if it has ended; waits for nothing."""
         if self._writing and self._writing.thread and not self._writing.thread.is_alive():
-            self.settle()
+            self.wait()
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait for the checkpoint under way, if there is one, and report it."""
         writing, self._writing = self._writing, None
         if writing is None or writing.thread is None:

@@ -18,6 +18,7 @@ class StepSchedule:
         rank_batch: samples per rank and step.
         micro_batch: samples per rank and backward pass.
         checkpoint_every: steps between checkpoints; 0 means only at the end.
+        record_every: steps between records.
     """
 
     total_steps: int
@@ -26,11 +27,16 @@ class StepSchedule:
     rank_batch: int
     micro_batch: int
     checkpoint_every: int
+    record_every: int
 
-    def keeps(self, step: int) -> bool:
-        """True if a checkpoint is kept after `step` steps."""
+    def saves(self, step: int) -> bool:
+        """True if a checkpoint is saved after `step` steps."""
         regular = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
         return regular or step == self.last_step
+
+    def records(self, step: int) -> bool:
+        """True if metrics are recorded after `step` steps."""
+        return step % self.record_every == 0 or step == self.last_step
 
 
 def world_sizes(config: RunConfig) -> tuple[int, ...]:
@@ -82,4 +88,5 @@ def make_step_schedule(config: RunConfig, *, samples: int, world_size: int) -> S
         rank_batch=train.global_batch // world_size,
         micro_batch=train.global_batch // parts,
         checkpoint_every=config.checkpoint.every_steps,
+        record_every=train.log_every,
     )

@@ -1,7 +1,9 @@
-"""What one rank does: build the parts, resume, train, keep checkpoints and artefacts."""
+"""What one rank does: build the parts, resume, train, save checkpoints and artefacts."""
 
 import contextlib
+import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,21 +18,42 @@ from pipeline.resilience.hang_detector import watched
 from pipeline.resilience.oom import fitting, recorded, too_large
 from pipeline.resilience.rollback import Rollbacks
 from pipeline.resilience.signals import Interruption
+from pipeline.resilience.straggler import StragglerDetector
 from pipeline.run.distributed import DistributedContext, join_process_group
-from pipeline.run.events import Emit, MetricsReplayed, Started
+from pipeline.run.events import Emit, Event, MetricsReplayed, Started
 from pipeline.run.state import TrainState, WorkerSpec
 from pipeline.run.step_schedule import StepSchedule, make_step_schedule
 from pipeline.training.data import open_samples
 from pipeline.training.device_peak import measured_flops, peak_flops
+from pipeline.training.hooks import (
+    CheckpointHook,
+    HangDetectionHook,
+    Hook,
+    HookList,
+    InterruptionHook,
+    OrthogonalityHook,
+    ProfilerHook,
+    StragglerHook,
+)
 from pipeline.training.profiler import profiled
+from pipeline.training.recorder import Recorder
+from pipeline.training.schedules import step_context
 from pipeline.training.trainer import Trainer
 from pipeline.training.zero3 import Zero3, require_precision
 
 
-def run_rank(job: WorkerSpec, emit: Emit, interruption: Interruption) -> None:
+def run_rank(
+    job: WorkerSpec, emit: Emit, interruption: Interruption, hooks: Sequence[Hook] = ()
+) -> None:
     """Train on this rank until the plan's last step, or until a stop is requested.
 
     Ranks: all ranks call it together.
+
+    Args:
+        job: the run.
+        emit: receives events; but for Hung, on rank 0 alone.
+        interruption: what this rank can learn of the end of its time.
+        hooks: join the loop after those that every run has.
 
     Raises:
         PipelineError, ShardError, ModelError, OptimizerError: bad input, named.
@@ -42,11 +65,15 @@ def run_rank(job: WorkerSpec, emit: Emit, interruption: Interruption) -> None:
     )
     with join_process_group(config.cluster) as world:
         require_precision(config.train.precision)
-        _train(job, world, emit, interruption)
+        _train(job, world, emit, interruption, hooks)
 
 
 def _train(
-    job: WorkerSpec, world: DistributedContext, emit: Emit, interruption: Interruption
+    job: WorkerSpec,
+    world: DistributedContext,
+    emit: Emit,
+    interruption: Interruption,
+    hooks: Sequence[Hook],
 ) -> None:
     run = Store(job.run_url)
     sizes = world.share(too_large(run) if world.rank == 0 else None)
@@ -62,6 +89,7 @@ def _train(
         run,
         world=world,
         engine=engine,
+        max_skipped=config.train.max_skipped,
         limit=config.train.rollbacks,
         per_epoch=samples.per_epoch,
     )
@@ -90,19 +118,44 @@ def _train(
             device=world.device,
         ) as stepped,
     ):
-        trainer = Trainer(
+        tell = emit if world.rank == 0 else _say_nothing
+        joined = HookList(
+            [
+                HangDetectionHook(watch.beat),
+                InterruptionHook(interruption),
+                StragglerHook(
+                    engine.forward_seconds,
+                    StragglerDetector(config.cluster.straggler_ratio),
+                    hosts=world.hosts,
+                    emit=tell,
+                ),
+                OrthogonalityHook(engine.audit_metrics),
+                CheckpointHook(saver),
+                ProfilerHook(stepped),
+                *hooks,
+            ]
+        )
+        recorder = Recorder(
             world=world,
-            config=config,
+            statistics=engine.statistics,
+            stream=stream,
+            hooks=joined,
+            global_batch=config.train.global_batch,
+            peak_lr=config.optim.lr,
+            emit=tell,
+        )
+        trainer = Trainer(
             plan=plan,
+            context_at=functools.partial(
+                step_context, plan=plan, train=config.train, loss=config.loss
+            ),
             engine=engine,
             stream=stream,
             progress=progress,
-            emit=emit,
-            saver=saver,
+            recorder=recorder,
             rollbacks=rollbacks,
-            interruption=interruption,
-            beat=watch.beat,
-            stepped=stepped,
+            hooks=joined,
+            emit=tell,
         )
         with recorded(
             run,
@@ -112,6 +165,10 @@ def _train(
         ):
             trainer.fit()
     world.barrier()
+
+
+def _say_nothing(event: Event) -> None:
+    """Where the events of a rank go that are not rank 0's: all have the same."""
 
 
 def _started(

@@ -79,14 +79,14 @@ def test_plan_counts():
     assert plan.total_steps == plan.last_step == 11  # ceil(250 / 24)
     assert plan.warmup_steps == 4
     assert (plan.rank_batch, plan.micro_batch) == (8, 4)
-    assert [step for step in range(1, 12) if plan.keeps(step)] == [4, 8, 11]
+    assert [step for step in range(1, 12) if plan.saves(step)] == [4, 8, 11]
 
 
 def test_stop_after_ends_early_with_a_checkpoint():
     config = small_run(train=TrainConfig(global_batch=24, epochs=1, stop_after=3))
     plan = make_step_schedule(config, samples=240, world_size=2)
     assert (plan.total_steps, plan.last_step) == (10, 3)
-    assert [step for step in range(1, 4) if plan.keeps(step)] == [3]
+    assert [step for step in range(1, 4) if plan.saves(step)] == [3]
 
 
 @pytest.mark.parametrize(
