@@ -9,7 +9,7 @@ import dataclasses
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +20,7 @@ from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from model.artifact.artifact import ArtifactInfo
 from model.errors import ModelError
+from model.networks.config import NetworkConfig
 from pipeline.checkpoint.export import Export, take_export, write_export
 from pipeline.checkpoint.writer import (
     HostMemory,
@@ -29,7 +30,6 @@ from pipeline.checkpoint.writer import (
     take_snapshot,
     write_snapshot,
 )
-from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import CheckpointFailed, CheckpointSaved, Emit
@@ -60,7 +60,9 @@ class AsyncSaver:
         run: folder of the run.
         world: the ranks; all construct it together.
         engine: whose state is saved.
-        config: the run.
+        network: what an artefact is made of.
+        config: the resolved configuration as JSON has it, for every checkpoint.
+        timeout_s: how long rank 0 waits for the files of the others.
         context: facts that every artefact carries.
         calibration: training images for networks with stored means, uint8 (B, C, H, W).
         emit: receives CheckpointSaved and CheckpointFailed, on rank 0.
@@ -72,12 +74,15 @@ class AsyncSaver:
         *,
         world: DistributedContext,
         engine: Partitioned,
-        config: RunConfig,
+        network: NetworkConfig,
+        config: Mapping[str, Any],
+        timeout_s: float,
         context: dict[str, Any],
         calibration: Callable[[], Iterable[Tensor]],
         emit: Emit,
     ) -> None:
-        self._run, self._world, self._engine, self._config = run, world, engine, config
+        self._run, self._world, self._engine = run, world, engine
+        self._network, self._config, self._timeout_s = network, config, timeout_s
         self._context, self._calibration, self._emit = context, calibration, emit
         self._memory = HostMemory()
         self._attempt: str = world.share(secrets.token_hex(8))
@@ -126,7 +131,7 @@ class AsyncSaver:
             artifact=self._run.child("artifacts", step),
             stall_s=0.0,
         )
-        export = take_export(self._engine, world=self._world, network=self._config.model)
+        export = take_export(self._engine, world=self._world, network=self._network)
         snapshot = take_snapshot(
             self._engine, self._memory, world=self._world, progress=progress, config=self._config
         )
@@ -179,12 +184,11 @@ class AsyncSaver:
             attempt = f"{self._attempt}-{writing.step}"
             write_snapshot(writing.checkpoint, snapshot, attempt)
             if snapshot.rank == 0:
-                timeout_s = self._config.cluster.collective_timeout_s
                 commit(
                     writing.checkpoint,
                     snapshot,
                     attempt,
-                    timeout_s=timeout_s,
+                    timeout_s=self._timeout_s,
                     given_up=self._given_up,
                 )
         except (OSError, ModelError, PipelineError, ShardError) as error:

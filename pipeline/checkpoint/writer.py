@@ -14,7 +14,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,6 @@ from data_shards.storage.store import Store
 from model.artifact.safetensors_io import TensorSpec, write_safetensors
 from optim.sharded import ShardedManifoldAdam
 from optim.zero_layout import Slot
-from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.state import TrainState
@@ -95,9 +94,17 @@ def take_snapshot(
     *,
     world: DistributedContext,
     progress: TrainState,
-    config: RunConfig,
+    config: Mapping[str, Any],
 ) -> Snapshot:
-    """Copy this rank's state to the host: the part of saving that training waits for."""
+    """Copy this rank's state to the host: the part of saving that training waits for.
+
+    Args:
+        engine: whose state is copied.
+        memory: where to; the snapshot before it is overwritten.
+        world: the ranks.
+        progress: where training stands.
+        config: the resolved configuration as JSON has it; it is written down, and not read here.
+    """
     optimizer = engine.optimizer
     tensors, entries = {}, {}
     for key, slot, values in slices(optimizer, world.rank):
@@ -113,7 +120,7 @@ def take_snapshot(
         "cursor": dataclasses.asdict(progress.cursor),
         "scalars": optimizer.scalar_state(),
         "records": [dataclasses.asdict(record) for record in progress.records],
-        "config": json.loads(config.to_json()),
+        "config": config,
         "tensors": entries,
     }
     return Snapshot(world.rank, world.size, tensors, header)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from pipeline.config import RunConfig
+from pipeline.config import CheckpointConfig, ClusterConfig, TrainConfig
 from pipeline.errors import PipelineError
 
 
@@ -39,13 +39,12 @@ class StepSchedule:
         return step % self.record_every == 0 or step == self.last_step
 
 
-def world_sizes(config: RunConfig) -> tuple[int, ...]:
+def world_sizes(cluster: ClusterConfig, train: TrainConfig) -> tuple[int, ...]:
     """Numbers of ranks that the run may have, ascending; one unless `cluster.min_workers` is set.
 
     Raises:
         PipelineError: the smallest or the largest does not divide the batch.
     """
-    cluster, train = config.cluster, config.train
     most = cluster.workers
     least = cluster.min_workers or most
     if least > most:
@@ -62,13 +61,14 @@ def world_sizes(config: RunConfig) -> tuple[int, ...]:
     return sizes
 
 
-def make_step_schedule(config: RunConfig, *, samples: int, world_size: int) -> StepSchedule:
+def make_step_schedule(
+    train: TrainConfig, checkpoint: CheckpointConfig, *, samples: int, world_size: int
+) -> StepSchedule:
     """Counts of the run for a training split of `samples` on `world_size` ranks.
 
     Raises:
         PipelineError: the global batch does not split evenly, or exceeds the split.
     """
-    train = config.train
     parts = world_size * train.accumulation
     if train.global_batch % parts:
         raise PipelineError(
@@ -78,7 +78,7 @@ def make_step_schedule(config: RunConfig, *, samples: int, world_size: int) -> S
     if train.global_batch > samples:
         raise PipelineError(
             f"train.global_batch={train.global_batch} exceeds the {samples} samples of "
-            f"split {config.data.train_split!r}"
+            "the training split"
         )
     total = math.ceil(train.epochs * samples / train.global_batch)
     return StepSchedule(
@@ -87,6 +87,6 @@ def make_step_schedule(config: RunConfig, *, samples: int, world_size: int) -> S
         warmup_steps=min(total, round(train.warmup_epochs * samples / train.global_batch)),
         rank_batch=train.global_batch // world_size,
         micro_batch=train.global_batch // parts,
-        checkpoint_every=config.checkpoint.every_steps,
+        checkpoint_every=checkpoint.every_steps,
         record_every=train.log_every,
     )

@@ -1,7 +1,9 @@
 """What one rank does: build the parts, resume, train, save checkpoints and artefacts."""
 
 import contextlib
+import dataclasses
 import functools
+import json
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -68,6 +70,27 @@ def run_rank(
         _train(job, world, emit, interruption, hooks)
 
 
+def build_engine(config: RunConfig, *, world: DistributedContext, micro_batch: int) -> Zero3:
+    """The engine of a run; its state has still to be made or loaded.
+
+    Ranks: all call it together.
+
+    Args:
+        config: the run.
+        world: the ranks.
+        micro_batch: samples per rank and backward pass.
+    """
+    return Zero3(
+        world=world,
+        model=config.model,
+        loss=config.loss,
+        optim=config.optim,
+        train=config.train,
+        zero=config.zero,
+        micro_batch=micro_batch,
+    )
+
+
 def _train(
     job: WorkerSpec,
     world: DistributedContext,
@@ -77,10 +100,15 @@ def _train(
 ) -> None:
     run = Store(job.run_url)
     sizes = world.share(too_large(run) if world.rank == 0 else None)
-    config = fitting(job.config, sizes, world.size)
-    samples = open_samples(config, job.shards_url)
-    plan = make_step_schedule(config, samples=samples.per_epoch, world_size=world.size)
-    engine = Zero3(world=world, config=config, micro_batch=plan.micro_batch)
+    config = job.config
+    config = dataclasses.replace(config, train=fitting(config.train, sizes, world.size))
+    samples = open_samples(
+        job.shards_url, config.data, config.model, certify=config.checkpoint.evaluate
+    )
+    plan = make_step_schedule(
+        config.train, config.checkpoint, samples=samples.per_epoch, world_size=world.size
+    )
+    engine = build_engine(config, world=world, micro_batch=plan.micro_batch)
     progress, damaged = load_newest(run.child("checkpoints"), world=world, engine=engine)
     if progress is None:
         engine.initialise(config.train.seed)
@@ -105,12 +133,14 @@ def _train(
             run,
             world=world,
             engine=engine,
-            config=config,
+            network=config.model,
+            config=json.loads(config.to_json()),
+            timeout_s=config.cluster.collective_timeout_s,
             context=job.context,
-            calibration=lambda: samples.calibration(config),
+            calibration=lambda: samples.calibration(config.train),
             emit=emit,
         ) as saver,
-        samples.stream(config, world, progress.cursor, corruption_log) as stream,
+        samples.stream(config.train, world, progress.cursor, corruption_log) as stream,
         profiled(
             run,
             config.profile if world.rank == 0 else 0,

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from model.networks.init import initial_value
-from model.networks.registry import build_network
+from model.networks.registry import AnyNetwork, build_network
 from optim.collectives import ProcessGroupExchange
+from optim.config import OptimConfig
 from optim.manifolds import manifold_of
 from optim.param_groups import parameter_groups
 from optim.sharded import ShardedManifoldAdam
 from optim.zero_layout import FlatPartition, Slot
-from pipeline.config import RunConfig, TrainConfig, ZeroConfig
+from pipeline.config import LossConfig, TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.resilience.straggler import Stopwatch
 from pipeline.run.distributed import DistributedContext
@@ -142,6 +143,15 @@ def gathered_sizes(network: torch.nn.Module) -> tuple[int, int]:
 class Zero3:
     """A network trained under ZeRO-3 by the sharded manifold optimizer.
 
+    Args:
+        world: the ranks; all construct it together.
+        model: the network.
+        loss: what it is trained for.
+        optim: the manifold optimizer.
+        train: precision, accumulation, clipping, activation checkpointing, seed.
+        zero: bucket sizes.
+        micro_batch: samples per rank and backward pass.
+
     Attributes:
         statistics: what the tensor that `step` returns holds, in this order.
         optimizer: the bound client optimizer.
@@ -154,28 +164,31 @@ class Zero3:
         self,
         *,
         world: DistributedContext,
-        config: RunConfig,
+        model: AnyNetwork,
+        loss: LossConfig,
+        optim: OptimConfig,
+        train: TrainConfig,
+        zero: ZeroConfig,
         micro_batch: int,
     ) -> None:
-        model, train = config.model, config.train
         deepspeed = _import_deepspeed(world.device)
         deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
         with torch.device("meta"):
             largest, block = gathered_sizes(build_network(model))
         settings = engine_settings(
-            train=train, zero=config.zero, micro_batch=micro_batch, largest=largest, block=block
+            train=train, zero=zero, micro_batch=micro_batch, largest=largest, block=block
         )
         # The type comes from the settings: DeepSpeed 0.19.8 ignores `dtype` where fp16 is missing.
         # mem_efficient_linear would replace torch's F.linear in the whole process, for good.
         with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
             network = build_network(model)
         network.checkpoint_blocks = train.activation_checkpointing
-        objective = Objective(network, config.loss)
+        objective = Objective(network, loss)
         self.statistics: Sequence[Metric] = [s.metric for s in objective.statistics]
         named: list[tuple[str, Any]] = list(network.named_parameters())
         _check_working_type(named, train.precision)
-        groups = parameter_groups(named, config.optim)
-        self.optimizer = ShardedManifoldAdam(groups, config.optim)
+        groups = parameter_groups(named, optim)
+        self.optimizer = ShardedManifoldAdam(groups, optim)
         self._engine, *_ = deepspeed.initialize(
             model=objective, optimizer=self.optimizer, config=settings, dist_init_required=False
         )

@@ -64,7 +64,7 @@ def train(rank, world_size):
         train=TrainConfig(global_batch=8, epochs=1, warmup_epochs=0, stop_after=4),
         checkpoint=CheckpointConfig(every_steps=KEPT),
     )
-    plan = make_step_schedule(config, samples=80, world_size=world_size)
+    plan = make_step_schedule(config.train, config.checkpoint, samples=80, world_size=world_size)
     events = []
     with rank_world(rank, world_size) as world:
         size = plan.rank_batch
