@@ -85,6 +85,7 @@ class AsyncSaver:
         self._network, self._config, self._timeout_s = network, config, timeout_s
         self._context, self._calibration, self._emit = context, calibration, emit
         self._memory = HostMemory()
+        # The same on all ranks, new in each execution: a dead one's reports are not taken for ours.
         self._attempt: str = world.share(secrets.token_hex(8))
         self._given_up = threading.Event()
         self._writing: _Writing | None = None
@@ -112,6 +113,7 @@ class AsyncSaver:
             self.poll()
             return
         self.wait()
+        # Only the last one counts: a run may lose one in between and still end whole.
         self._world.agree(self._last_error or None)
 
     def save(self, progress: TrainState) -> None:
@@ -122,7 +124,7 @@ class AsyncSaver:
         Raises:
             PipelineError: a weight is not finite, or cannot be exported; on every rank.
         """
-        self.wait()
+        self.wait()  # its snapshot lies in the buffers that are filled now
         begin = time.perf_counter()
         step = f"step-{progress.step:08d}"
         writing = _Writing(
@@ -131,6 +133,7 @@ class AsyncSaver:
             artifact=self._run.child("artifacts", step),
             stall_s=0.0,
         )
+        # Export before the copy: it is collective, and refuses weights that are not finite.
         export = take_export(self._engine, world=self._world, network=self._network)
         snapshot = take_snapshot(
             self._engine, self._memory, world=self._world, progress=progress, config=self._config
@@ -154,6 +157,7 @@ class AsyncSaver:
             return
         writing.thread.join()
         self._last_error = writing.error and f"step {writing.step} is not kept: {writing.error}"
+        # Every rank waits for its own file; one reports.
         if self._world.rank:
             return
         if writing.error or writing.info is None:
@@ -191,8 +195,10 @@ class AsyncSaver:
                     timeout_s=self._timeout_s,
                     given_up=self._given_up,
                 )
+        # Expected of stores: training goes on, the checkpoint before stays the newest.
         except (OSError, ModelError, PipelineError, ShardError) as error:
             writing.error = f"{type(error).__name__}: {error}"
+        # Anything else is a fault of the program: reported as well, and shown with its trace.
         except BaseException as error:
             writing.error = f"{type(error).__name__}: {error}"
             raise

@@ -42,6 +42,7 @@ class Partitioned(Protocol):
 
 def held(slot: Slot, rank: int) -> tuple[int, int]:
     """Elements [start, stop) of the row-major parameter that `rank` holds (design of ZeRO-3)."""
+    # The last ranks of a small parameter hold padding alone: an empty range.
     start = min(rank * slot.length, slot.numel)
     return start, min(start + slot.length, slot.numel)
 
@@ -109,9 +110,11 @@ def take_snapshot(
     tensors, entries = {}, {}
     for key, slot, values in slices(optimizer, world.rank):
         tensors[key] = memory.copy(key, values)
+        # Every rank knows what all hold, so that rank 0 commits without asking anyone.
         parts = [[_file_name(rank, world.size), *held(slot, rank)] for rank in range(world.size)]
         entries[key] = {"shape": list(slot.shape), "parts": parts}
     if world.device.type == "cuda":
+        # The copies are asynchronous: until this returns the buffers hold old values.
         torch.cuda.synchronize(world.device)
     header = {
         "schema_version": SCHEMA_VERSION,
@@ -149,6 +152,7 @@ def write_snapshot(folder: Store, snapshot: Snapshot, attempt: str) -> None:
     report = _report_name(snapshot.rank, snapshot.world_size)
     try:
         specs = [TensorSpec(k, tuple(v.shape), v.dtype) for k, v in snapshot.tensors.items()]
+        # Digest while writing: reading a file back would double the traffic.
         with folder.durable(name) as stream:
             digest = write_safetensors(stream, specs, snapshot.tensors.items())
     except Exception as error:  # whatever a client of a store raises
@@ -205,9 +209,11 @@ def _await_report(
     while True:
         if folder.exists(name):
             report: dict[str, Any] = json.loads(folder.read(name))
+            # Else it is of an execution that died here; its writer comes again with ours.
             if report["attempt"] == attempt:
                 return report
         if time.monotonic() > deadline or (given_up is not None and given_up.is_set()):
             return None
         time.sleep(pause)
+        # Ranks usually end within milliseconds; a slow store is not asked a hundred times a second.
         pause = min(2 * pause, longest)

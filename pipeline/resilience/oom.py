@@ -64,7 +64,9 @@ def fitting(train: TrainConfig, sizes: Sequence[int], world_size: int) -> TrainC
         return train
     share = train.global_batch // world_size
     counts = range(train.accumulation, share + 1)
+    # Samples of one rank decide, so what failed counts on any number of ranks.
     most = max(min(sizes) // 2, 1)
+    # Equal micro-batches only: their mean is the mean of the batch.
     fits = (n for n in counts if share % n == 0 and share // n <= most)
     return dataclasses.replace(train, accumulation=next(fits, train.accumulation))
 
@@ -93,6 +95,7 @@ def recorded(
         if not is_out_of_memory(error):
             raise
         tried = [*sizes, micro_batch]
+        # Before anything else: once a rank has failed, the others may be ended at any time.
         run.write(RECORD, json.dumps({"too_large": tried}).encode())
         reason = f"{where()}: out of memory with {{}} samples per backward pass; {{}} ({error})"
         if micro_batch > 1:
@@ -149,5 +152,6 @@ def fit_here(fit: Callable[[], None], *, ranks: int) -> None:
                 raise PipelineError(
                     f"{error}: start it again with --start-or-resume and the same --name"
                 ) from None
+        # Out of the except block, whose error still holds tensors of the failed step.
         gc.collect()
         torch.cuda.empty_cache()  # what the next attempt cannot use is in pieces of the wrong size

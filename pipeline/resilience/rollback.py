@@ -53,6 +53,7 @@ def past(cursor: Cursor, gaps: Sequence[Gap]) -> Cursor:
     """The next sample that is not in a gap."""
     for gap in gaps:
         begin, here, end = ((c.epoch, c.position) for c in (gap.begin, cursor, gap.end))
+        # In their order: the end of one gap may lie in the next.
         if begin <= here < end:
             cursor = gap.end
     return cursor
@@ -144,4 +145,5 @@ class Rollbacks:
                 self._run.write(RECORD, json.dumps(body, indent=1).encode())
             except OSError as failure:
                 error = f"the roll-back cannot be written down: {failure}"
+        # A gap that only memory knew would come back as samples after a restart.
         self._world.agree(error)

@@ -61,6 +61,8 @@ class Samples:
             global_batch=batch,
             cursor=Cursor(seed=train.seed),
         ) as stream:
+            # Whole batches that training itself begins with, read as by one rank: so the means do
+            # not depend on the number of ranks.
             for _ in range(max(1, samples // batch)):
                 yield next(stream).images
 
@@ -77,6 +79,7 @@ class Samples:
             ShardError: the set cannot be streamed as asked.
         """
         if self.index is None:
+            # Stock WebDataset draws samples on its own: no corruption log, no exact order.
             return UnindexedStream(
                 self.url,
                 self.data.stream,
@@ -127,6 +130,7 @@ def open_samples(url: str, data: DataConfig, network: NetworkConfig, *, certify:
     index = load_index(url)
     index.require(network.input_shape, network.num_classes)
     samples = len(index.select(data.train_split))
+    # The driver calls this first: there a refusal costs seconds, in a rank a start of the ranks.
     require_crop(index, data.stream, data.train_split)
     if certify and index.stored_shape(data.test_split) is None:
         raise PipelineError(

@@ -97,6 +97,7 @@ class HookList(Hook):
 
     def __init__(self, hooks: Sequence[Hook]) -> None:
         self._hooks = tuple(hooks)
+        # Two hooks with one name are refused by the reducer, which sees all declarations.
         self.metrics = [metric for hook in hooks for metric in hook.metrics]
 
     def before_batch(self, step: int) -> None:
@@ -238,6 +239,7 @@ class StragglerHook(Hook):
     def on_record(self, record: Record) -> None:
         """Every rank compares, so that all of them know the same."""
         record.values |= self._detector.compare(record.reduced.per_rank[self._SECONDS])
+        # On every rank: the detector counts records, and must count the same ones everywhere.
         slow = self._detector.straggler()
         if slow is not None:
             ratio = record.values["perf/slowest_ratio"]
@@ -309,5 +311,5 @@ class ProfilerHook(Hook):
         self._stepped = stepped
 
     def after_step(self, step: int) -> None:
-        """Last, so that the trace of a step holds its checkpoint as well."""
+        """The trace of a step holds its checkpoint as well."""
         self._stepped()

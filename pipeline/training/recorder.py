@@ -127,5 +127,6 @@ class Recorder:
     def _productive(self, seconds: float, samples: float) -> float:
         """See Metrics; `samples` are those of the steps that were taken."""
         taken = samples / self._global_batch
+        # A skipped step took its time as any other, and has no effect: its share is lost.
         steps = taken + self._skipped - self._skipped_before
         return max(0.0, seconds) * taken / max(steps, 1)

@@ -47,6 +47,7 @@ def step_context(
         end=loss.eps_end,
         ramp=loss.eps_ramp,
     )
+    # All from integers: a resumed run, and every number of ranks, sees the same values.
     return StepContext(step, step / total, lr_factor, eps)
 
 
@@ -74,6 +75,7 @@ def triangular_factor(step: int, *, total: int) -> float:
         step: 0-based step, 0 <= step < total.
         total: steps of the whole run.
     """
+    # A factor of 0 would make the step a waste of its samples.
     progress = (step + 0.5) / total
     if progress < 2 / 5:
         return progress * 5 / 2

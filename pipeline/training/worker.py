@@ -99,6 +99,7 @@ def _train(
     hooks: Sequence[Hook],
 ) -> None:
     run = Store(job.run_url)
+    # Rank 0 asks the store for all: an answer that differed would give ranks different batches.
     sizes = world.share(too_large(run) if world.rank == 0 else None)
     config = job.config
     config = dataclasses.replace(config, train=fitting(config.train, sizes, world.size))
@@ -111,6 +112,7 @@ def _train(
     engine = build_engine(config, world=world, micro_batch=plan.micro_batch)
     progress, damaged = load_newest(run.child("checkpoints"), world=world, engine=engine)
     if progress is None:
+        # Only now: an owner makes each matrix in float64, which a loaded state would overwrite.
         engine.initialise(config.train.seed)
         progress = TrainState(0, Cursor(seed=config.train.seed))
     rollbacks = Rollbacks(
@@ -121,14 +123,17 @@ def _train(
         limit=config.train.rollbacks,
         per_epoch=samples.per_epoch,
     )
+    # Samples that an earlier execution left out stay left out.
     progress = rollbacks.resumed(progress)
     if world.rank == 0:
         emit(_started(config, world, engine, plan, progress, damaged, sizes))
         emit(MetricsReplayed(progress.records))
     record = f"damaged/step-{progress.step:08d}-rank-{world.rank:05d}.jsonl"
     with (
+        # Left in reverse order: the saver waits for the checkpoint under way when the stream has
+        # ended and while the hang detector still watches.
         contextlib.closing(CorruptionLog(run, record)) as corruption_log,
-        watched(world, config.cluster, step=progress.step, run=run, emit=emit) as watch,
+        watched(world, config.cluster, step=progress.step, run=run, emit=emit) as hang_detector,
         AsyncSaver(
             run,
             world=world,
@@ -151,7 +156,8 @@ def _train(
         tell = emit if world.rank == 0 else _say_nothing
         joined = HookList(
             [
-                HangDetectionHook(watch.beat),
+                # First at every moment: what the other hooks wait for counts as their phase.
+                HangDetectionHook(hang_detector.beat),
                 InterruptionHook(interruption),
                 StragglerHook(
                     engine.forward_seconds,
@@ -161,6 +167,7 @@ def _train(
                 ),
                 OrthogonalityHook(engine.audit_metrics),
                 CheckpointHook(saver),
+                # After the saver, so that the trace of a step holds its checkpoint as well.
                 ProfilerHook(stepped),
                 *hooks,
             ]
@@ -187,6 +194,8 @@ def _train(
             hooks=joined,
             emit=tell,
         )
+        # Inside of the saver: what does not fit is written down before a failed run waits for its
+        # checkpoint.
         with recorded(
             run,
             sizes,
@@ -194,6 +203,7 @@ def _train(
             where=lambda: f"step {trainer.progress.step + 1}, rank {world.rank}",
         ):
             trainer.fit()
+    # A rank that left earlier would end the process group under the others.
     world.barrier()
 
 

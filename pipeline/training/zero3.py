@@ -113,6 +113,7 @@ def _partitions(zero_optimizer: Any, names: dict[int, str]) -> list[FlatPartitio
         for p in parameters:
             length = p.partition_numel()
             slots.append(Slot(names[id(p)], tuple(p.ds_shape), p.ds_numel, offset, length))
+            # Padded to the same length on all ranks, so offsets agree without being told.
             offset += length
 
         def publish(flat: Tensor = flat, group: int = group) -> None:
@@ -173,6 +174,7 @@ class Zero3:
     ) -> None:
         deepspeed = _import_deepspeed(world.device)
         deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+        # Sizes of buckets have to be known before the first real parameter is made.
         with torch.device("meta"):
             largest, block = gathered_sizes(build_network(model))
         settings = engine_settings(
@@ -192,11 +194,13 @@ class Zero3:
         self._engine, *_ = deepspeed.initialize(
             model=objective, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
+        # After initialize: its hooks must run inside of those that gather and release parameters.
         self._stopwatch = Stopwatch(objective, world.device)
         self._device = world.device
         self._network = network
         self._seed = train.seed
         self._initial = {name: p.initial for name, p in named}
+        # The schedule multiplies these; DeepSpeed has no scheduler here that could disagree.
         self._base_lr = [group["lr"] for group in self.optimizer.param_groups]
         exchange = ProcessGroupExchange(named[0][1].ds_process_group)
         self.partitions = _partitions(self._engine.optimizer, {id(p): name for name, p in named})
@@ -220,6 +224,7 @@ class Zero3:
             labels.to(self._device, non_blocking=True),
             now,
         )
+        # DeepSpeed divides by the accumulation itself and steps only after the last micro-batch.
         self._engine.backward(loss)
         self._engine.step()
         return sums
@@ -235,8 +240,10 @@ class Zero3:
         """
         for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * now.lr_factor
+        # Before the first micro-batch: what is drawn for a step is the same in all of them.
         self._network.begin_step(step=now.step, progress=now.progress, seed=self._seed)
         sums = torch.stack([self.accumulate(x, t, now) for x, t in micro_batches]).sum(0)
+        # DeepSpeed's check for overflow is collective: all ranks have the same answer.
         return sums if self._engine.was_step_applied() else None
 
     def forward_seconds(self) -> float:

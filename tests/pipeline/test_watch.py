@@ -64,7 +64,7 @@ class Ended:
 
 def standing_still(rank, world_size, folder):
     """Three ranks, of which one is stopped, then waits for data, then is slow with reason."""
-    hang_detector._FAREWELL_S = 0.5
+    hang_detector._REPORT_S = 0.5
     cluster = ClusterConfig(launcher="local", hang_timeout_s=LIMIT_S)
     seen = {}
     with rank_world(rank, world_size) as world:
@@ -123,7 +123,7 @@ def test_a_stopped_rank_and_one_without_data_are_named_by_their_peers(tmp_path):
 
 
 def test_a_lonely_rank_ends_itself_but_not_in_its_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(hang_detector, "_FAREWELL_S", 0.1)
+    monkeypatch.setattr(hang_detector, "_REPORT_S", 0.1)
     monkeypatch.setattr(hang_detector, "_FIRST_STEP", 3)
     world = DistributedContext(0, 1, torch.device("cpu"), None, ("here",))
     cluster = ClusterConfig(launcher="local", hang_timeout_s=1)
@@ -143,7 +143,7 @@ def test_a_lonely_rank_ends_itself_but_not_in_its_first_step(tmp_path, monkeypat
 
 
 def test_a_rank_that_can_say_nothing_ends_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(hang_detector, "_FAREWELL_S", 0.1)
+    monkeypatch.setattr(hang_detector, "_REPORT_S", 0.1)
     monkeypatch.setattr(
         hang_detector.tempfile, "TemporaryFile", mock.Mock(side_effect=OSError("no room"))
     )
