@@ -2,8 +2,8 @@
 
 Depth grows with the number of ranks, so that the partition of a rank stays: whatever held the whole
 network, and be it for a moment, would grow. Measured is resident memory of each rank through the
-code of a training run, `Zero3(...)` and `initialise`; below it the arithmetic of the billion-
-parameter network on 8 ranks.
+code of a training run, `build_engine` and `initialise`; below it the arithmetic of the
+billion-parameter network on 8 ranks.
 """
 
 import gc
@@ -24,7 +24,7 @@ from pipeline.planner import memory as budget
 from pipeline.planner.estimate import setting_of, weights_of
 from pipeline.presets import run_preset
 from pipeline.run.distributed import join_process_group
-from pipeline.training.zero3 import Zero3
+from pipeline.training.worker import build_engine
 
 _MB = 1e6
 _QR = 5
@@ -49,12 +49,12 @@ def resident(config: RunConfig) -> dict[str, int]:
     """Bytes of this rank above its level before: what is built, and the most on the way there."""
     with join_process_group(config.cluster) as world:
         tiny = replace(config, model=replace(config.model, width=16, depth=1))
-        Zero3(world=world, config=tiny, micro_batch=1).initialise(0)  # imports, makes threads
+        build_engine(tiny, world=world, micro_batch=1).initialise(0)  # imports, makes threads
         gc.collect()
         world.barrier()
         level = _status("VmRSS")
         _forget_peak()
-        engine = Zero3(world=world, config=config, micro_batch=1)
+        engine = build_engine(config, world=world, micro_batch=1)
         building, built = _status("VmHWM"), _status("VmRSS")
         _forget_peak()
         engine.initialise(0)

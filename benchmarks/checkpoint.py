@@ -6,6 +6,7 @@ waits to the end). Both write the same tensors: masters, two moments, slow copy,
 """
 
 import dataclasses
+import json
 import os
 import shutil
 import statistics
@@ -29,6 +30,7 @@ from pipeline.config import ClusterConfig, RunConfig
 from pipeline.presets import run_preset
 from pipeline.run.distributed import DistributedContext, join_process_group
 from pipeline.run.state import TrainState
+from pipeline.training.worker import build_engine
 from pipeline.training.zero3 import Zero3
 
 _PRESET = "cifar10-L32W2048"
@@ -44,7 +46,7 @@ class Times:
 
 def make_engine(world: DistributedContext, config: RunConfig) -> Zero3:
     """The network under ZeRO-3, matrices the identity, the state small random numbers."""
-    engine = Zero3(world=world, config=config, micro_batch=1)
+    engine = build_engine(config, world=world, micro_batch=1)
 
     def value(slot: Slot) -> Tensor:
         square = len(slot.shape) == 2 and slot.shape[0] == slot.shape[1]
@@ -64,8 +66,9 @@ def ours(
     """Copy, then what the background thread does: write, sync, digest, commit."""
     progress = TrainState(1, Cursor(seed=0))
     folder = Store(str(place))
+    resolved = json.loads(config.to_json())
     begin = time.perf_counter()
-    snapshot = take_snapshot(engine, memory, world=world, progress=progress, config=config)
+    snapshot = take_snapshot(engine, memory, world=world, progress=progress, config=resolved)
     stall = time.perf_counter() - begin
     write_snapshot(folder, snapshot, "benchmark")
     commit(folder, snapshot, "benchmark", timeout_s=60)

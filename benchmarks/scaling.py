@@ -23,7 +23,7 @@ from pipeline.planner.estimate import estimate
 from pipeline.planner.step_time import StepTime, device_of
 from pipeline.run.distributed import join_process_group
 from pipeline.training.schedules import StepContext
-from pipeline.training.zero3 import Zero3
+from pipeline.training.worker import build_engine
 
 SIDE = 32  # patches of 2 leave 256 tokens an image
 
@@ -75,7 +75,7 @@ def _rank(setup: Setup) -> Outcome:
     micro = setup.batch // setup.ranks
     with join_process_group(config.cluster) as world:
         pieces = measure(world, config, micro) if setup.steps > 1 else None
-        engine = Zero3(world=world, config=config, micro_batch=micro)
+        engine = build_engine(config, world=world, micro_batch=micro)
         engine.initialise(0)
         generator = torch.Generator().manual_seed(world.rank)
         shape = (micro, *config.model.input_shape)

@@ -27,6 +27,7 @@ from pipeline.driver.event_log import EventLog
 from pipeline.driver.monitor import RunMonitor
 from pipeline.driver.preflight import PreparedRun, prepare
 from pipeline.driver.usage import UsageMetrics
+from pipeline.planner.flops import training_flops
 from pipeline.pretrain import parse
 from pipeline.resilience.signals import Flag
 from pipeline.run.distributed import join_process_group
@@ -59,10 +60,10 @@ def monitor_at(prepared: PreparedRun, uri: str) -> Iterator[RunMonitor]:
     config = prepared.job.config
     tracking = dataclasses.replace(prepared.tracking, uri=uri)
     tracker = Tracker(tracking, prepared.spool, run_name=config.name, params=prepared.params())
-    usage, event_log = (
-        UsageMetrics(config, tracker.last_value),
-        EventLog(prepared.spool.parent, prepared.run),
+    usage = UsageMetrics(
+        config.cluster, config.train.precision, training_flops(config), tracker.last_value
     )
+    event_log = EventLog(prepared.spool.parent, prepared.run)
     display = RunConsole(Console(file=io.StringIO()))
     try:
         yield RunMonitor(display, tracker, None, lambda: None, usage, event_log, prepared.run)

@@ -46,6 +46,7 @@ class Transfer(Generic[Result]):
         """The result, once; what was sent is let go."""
         if self._work is not None:
             self._work.wait()
+        # What was sent is freed before the result is unpacked, not after.
         received, self._buffers = self._buffers[0], ()
         self._work = None  # it holds the buffers too
         return self._unpack(received)
@@ -88,6 +89,7 @@ class Exchange(ABC):
         out: Tensor | None,
         unpack: Callable[[Tensor], Result],
     ) -> Transfer[Result]:
+        # What a rank sends itself crosses no wire.
         others = sum(send) - send[self.rank]
         self.bytes_sent += others * buffer.element_size()
         received, work = self._all_to_all(buffer, send, recv, out)
@@ -116,6 +118,7 @@ class Exchange(ABC):
 
     def all_gather_text(self, text: str, device: torch.device) -> list[str]:
         """The texts of all ranks on every rank, each cut at TEXT_BYTES; for error messages."""
+        # Of one length on all ranks, which do not know each other's texts.
         row = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
         code = text.encode()[:TEXT_BYTES]
         row[: len(code)] = torch.tensor(list(code), dtype=torch.uint8)
@@ -158,6 +161,7 @@ class Exchange(ABC):
             `out`.
         """
         lengths = plan.whole_lengths(self.rank)
+        # One rank writes its result in place: there is nobody to send it to.
         buffer = out if self.world_size == 1 else out.new_empty(sum(lengths))
         for whole, (slot, columns) in zip(wholes, self._columns(buffer, plan), strict=True):
             padding = columns.numel() - slot.numel
@@ -197,6 +201,7 @@ class ProcessGroupExchange(Exchange):
     def _all_to_all(
         self, buffer: Tensor, send: list[int], recv: list[int], out: Tensor | None
     ) -> tuple[Tensor, dist.Work | None]:
+        # Not waited for here: products of another round run while this one travels.
         received = buffer.new_empty(sum(recv)) if out is None else out
         work = dist.all_to_all_single(
             received, buffer, recv, send, group=self._group, async_op=True

@@ -36,6 +36,7 @@ class Guard:
                 result = fn(*(wholes[number] for wholes in sources), slot)
                 if tuple(result.shape) != slot.shape:
                     raise OptimizerError(f"result has shape {tuple(result.shape)}")
+            # Whatever it is: an owner that stops here leaves the others in their collective.
             except Exception as error:
                 text = f"parameter {slot.name!r}: {type(error).__name__}: {error}"
                 self._failure = self._failure or text
@@ -45,6 +46,7 @@ class Guard:
 
     def raise_together(self) -> None:
         """Raise OptimizerError on every rank if a function failed on any. Collective."""
+        # One number first: texts are long, and travel only if there is one.
         failed = torch.tensor([self._failure is not None], device=self._device).float()
         if self._exchange.all_gather(failed).any():
             messages = self._exchange.all_gather_text(self._failure or "", self._device)

@@ -65,9 +65,11 @@ class ManifoldStep:
         yield
         increment = self._increment(cut, tangents.wait())
         if self.synchronises:  # the fast matrix is about to be replaced: only the slow one moves
+            # The fast matrices are let go before the slow ones arrive.
             X, points = [], exchange.to_owner(self.state["slow"][cut], plan)
             increment = self.state["tangent_sum"][cut] * config.lookahead_factor
         increments = exchange.to_owner(increment, plan)
+        # A range of the partition less while the rounds wait.
         del increment
         yield
         X = points.wait() if self.synchronises else X
@@ -121,6 +123,7 @@ class ManifoldStep:
         elif self.retracts and self.config.lookahead_steps:
             slow = exchange.to_owner(state["slow"][cut], plan).wait()
             slots = plan.owned[exchange.rank]
+            # Both copies or neither: one that is off would pull the other when they synchronise.
             projected = self.guard.call(slots, lambda x, slot: self.manifold.project(x), slow)
             exchange.to_partitions(projected, plan, state["slow"][cut]).wait()
 

@@ -69,6 +69,7 @@ class Audit:
         """Largest residual since the last call and all re-projections; empty without an audit."""
         if self._largest is None:
             return {}
+        # Read once: a record shows an audit of its own interval, or none.
         largest, self._largest = self._largest, None
         return {
             "orthogonality/residual_max": largest,

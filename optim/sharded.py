@@ -151,6 +151,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
             audit=self.audit,
             guard=self._guard,
         )
+        # One rank waits for nobody: interleaving would only hold more matrices at a time.
         run = interleaved if self._overlap and self.exchange.world_size > 1 else in_sequence
         run([step.update(plan) for plan in self._rounds(partition)])
         if step.retracts:
@@ -161,6 +162,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
     def _finish_audit(self, partition: FlatPartition, manifold: Manifold) -> None:
         """Share what the owners measured; re-project matrices past the limit, fast and slow."""
         audit = self.audit
+        # float64, in which the owners have measured.
         row = torch.tensor(audit.summary(), dtype=torch.float64, device=self._device())
         if audit.conclude(self.exchange.all_gather(row).tolist()):
 
@@ -224,6 +226,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
         for partition, plan, values in self.owner_map(fn, sources=()):
             partition.flat[plan.start : plan.stop] = values
         for partition in self.partitions:
+            # Moments of other values would move the new ones.
             self.state.pop(partition.flat, None)
             partition.publish()
 
@@ -245,6 +248,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
                 measured += [partition.manifold.residual(X) for X in wholes.wait()]
                 for owner, slots in enumerate(plan.owned):
                     names[owner] += [slot.name for slot in slots]
+        # Owners hold different numbers of matrices; a collective needs one length.
         row = torch.zeros(max(map(len, names)), dtype=torch.float64, device=self._device())
         row[: len(measured)] = torch.tensor(measured, dtype=torch.float64)
         table = exchange.all_gather(row).tolist()
@@ -354,6 +358,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
 
     def _state(self, partition: FlatPartition) -> dict[str, Any]:
         flat = partition.flat
+        # At the first use: ZeRO-3 hands over partitions before their values are known.
         if not self.state[flat]:
             on_manifold = partition.manifold is not None
             self.state[flat] = new_state(flat, self.config, on_manifold=on_manifold)

@@ -113,10 +113,12 @@ def plan_rounds(
         raise OptimizerError(f"world size must be at least 1, got {world_size}")
     if not slots:
         return []
+    # By the largest, so that no owner exceeds `elements` whatever it is given.
     size = world_size * max(1, elements // max(slot.numel for slot in slots))
     rounds = []
     for first in range(0, len(slots), size):
         part = slots[first : first + size]
+        # Of the shapes and the number of ranks alone: all ranks cut alike without a word.
         cuts = [rank * len(part) // world_size for rank in range(world_size + 1)]
         rounds.append(Round(tuple(part[a:b] for a, b in pairwise(cuts))))
     return rounds
@@ -143,6 +145,7 @@ def check_partition(partition: FlatPartition, world_size: int) -> None:
             raise OptimizerError(
                 f"slot {slot} does not fit: expected offset {end}, numel {math.prod(slot.shape)}"
             )
+        # Rounded up: ZeRO pads the last slice.
         expected = -(-slot.numel // world_size)
         if slot.length != expected:
             raise OptimizerError(

@@ -9,7 +9,7 @@ import dataclasses
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +20,7 @@ from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from model.artifact.artifact import ArtifactInfo
 from model.errors import ModelError
+from model.networks.config import NetworkConfig
 from pipeline.checkpoint.export import Export, take_export, write_export
 from pipeline.checkpoint.writer import (
     HostMemory,
@@ -29,7 +30,6 @@ from pipeline.checkpoint.writer import (
     take_snapshot,
     write_snapshot,
 )
-from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import CheckpointFailed, CheckpointSaved, Emit
@@ -54,16 +54,18 @@ class _Writing:
 
 
 class AsyncSaver:
-    """Keeps checkpoints of a run, one at a time, in the background.
+    """Saves checkpoints of a run, one at a time, in the background.
 
     Args:
         run: folder of the run.
         world: the ranks; all construct it together.
-        engine: whose state is kept.
-        config: the run.
+        engine: whose state is saved.
+        network: what an artefact is made of.
+        config: the resolved configuration as JSON has it, for every checkpoint.
+        timeout_s: how long rank 0 waits for the files of the others.
         context: facts that every artefact carries.
         calibration: training images for networks with stored means, uint8 (B, C, H, W).
-        emit: receives Kept and CheckpointFailed, on rank 0.
+        emit: receives CheckpointSaved and CheckpointFailed, on rank 0.
     """
 
     def __init__(
@@ -72,14 +74,18 @@ class AsyncSaver:
         *,
         world: DistributedContext,
         engine: Partitioned,
-        config: RunConfig,
+        network: NetworkConfig,
+        config: Mapping[str, Any],
+        timeout_s: float,
         context: dict[str, Any],
         calibration: Callable[[], Iterable[Tensor]],
         emit: Emit,
     ) -> None:
-        self._run, self._world, self._engine, self._config = run, world, engine, config
+        self._run, self._world, self._engine = run, world, engine
+        self._network, self._config, self._timeout_s = network, config, timeout_s
         self._context, self._calibration, self._emit = context, calibration, emit
         self._memory = HostMemory()
+        # The same on all ranks, new in each execution: a dead one's reports are not taken for ours.
         self._attempt: str = world.share(secrets.token_hex(8))
         self._given_up = threading.Event()
         self._writing: _Writing | None = None
@@ -94,7 +100,7 @@ class AsyncSaver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Wait for the checkpoint under way; the run fails if its last one could not be kept.
+        """Wait for the checkpoint under way; the run fails if its last one could not be saved.
 
         Raises:
             PipelineError: on every rank.
@@ -106,18 +112,19 @@ class AsyncSaver:
             self._given_up.set()
             self.poll()
             return
-        self.settle()
+        self.wait()
+        # Only the last one counts: a run may lose one in between and still end whole.
         self._world.agree(self._last_error or None)
 
-    def keep(self, progress: TrainState) -> None:
-        """Begin to keep the state after a step; waits for the one under way before.
+    def save(self, progress: TrainState) -> None:
+        """Begin to save the state after a step; waits for the one under way before.
 
         Ranks: all call it together.
 
         Raises:
             PipelineError: a weight is not finite, or cannot be exported; on every rank.
         """
-        self.settle()
+        self.wait()  # its snapshot lies in the buffers that are filled now
         begin = time.perf_counter()
         step = f"step-{progress.step:08d}"
         writing = _Writing(
@@ -126,7 +133,8 @@ class AsyncSaver:
             artifact=self._run.child("artifacts", step),
             stall_s=0.0,
         )
-        export = take_export(self._engine, world=self._world, network=self._config.model)
+        # Export before the copy: it is collective, and refuses weights that are not finite.
+        export = take_export(self._engine, world=self._world, network=self._network)
         snapshot = take_snapshot(
             self._engine, self._memory, world=self._world, progress=progress, config=self._config
         )
@@ -140,15 +148,16 @@ class AsyncSaver:
     def poll(self) -> None:
         """Report the checkpoint under way if it has ended; waits for nothing."""
         if self._writing and self._writing.thread and not self._writing.thread.is_alive():
-            self.settle()
+            self.wait()
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait for the checkpoint under way, if there is one, and report it."""
         writing, self._writing = self._writing, None
         if writing is None or writing.thread is None:
             return
         writing.thread.join()
         self._last_error = writing.error and f"step {writing.step} is not kept: {writing.error}"
+        # Every rank waits for its own file; one reports.
         if self._world.rank:
             return
         if writing.error or writing.info is None:
@@ -179,16 +188,17 @@ class AsyncSaver:
             attempt = f"{self._attempt}-{writing.step}"
             write_snapshot(writing.checkpoint, snapshot, attempt)
             if snapshot.rank == 0:
-                timeout_s = self._config.cluster.collective_timeout_s
                 commit(
                     writing.checkpoint,
                     snapshot,
                     attempt,
-                    timeout_s=timeout_s,
+                    timeout_s=self._timeout_s,
                     given_up=self._given_up,
                 )
+        # Expected of stores: training goes on, the checkpoint before stays the newest.
         except (OSError, ModelError, PipelineError, ShardError) as error:
             writing.error = f"{type(error).__name__}: {error}"
+        # Anything else is a fault of the program: reported as well, and shown with its trace.
         except BaseException as error:
             writing.error = f"{type(error).__name__}: {error}"
             raise

@@ -36,11 +36,13 @@ def take_export(
         OptimizerError: a matrix cannot be projected; raised on every rank.
         PipelineError: a weight is not finite; raised on every rank.
     """
+    # Copied to the host one by one: the device never holds a second network.
     weights = {
         name: whole.detach().to("cpu", copy=True)
         for name, whole in engine.optimizer.export()
         if whole is not None
     }
+    # Only rank 0 has the weights; `agree` makes its finding an error of all.
     bad = [name for name, whole in weights.items() if not bool(whole.isfinite().all())]
     world.agree(f"tensor {bad[0]} holds values that are not finite" if bad else None)
     return Export(network, weights) if world.rank == 0 else None
@@ -86,6 +88,7 @@ def _with_means(
     export: Export, calibration: Callable[[], Iterable[Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """The parameters, then the means that a network with these parameters has."""
+    # On the host and in float32: training goes on meanwhile on the device.
     network = build_network(export.network).float().eval()
     for name, value in export.weights.items():
         network.get_parameter(name).copy_(value)

@@ -31,6 +31,7 @@ _RECORDS = TypeAdapter(list[Metrics])
 
 def committed(checkpoints: Store) -> list[Store]:
     """The committed checkpoints, the highest step first."""
+    # Steps are padded with zeros, so the order of names is that of steps.
     names = sorted((name for name in checkpoints.ls("") if name.startswith("step-")), reverse=True)
     return [checkpoints.child(n) for n in names if checkpoints.child(n).exists(COMMIT)]
 
@@ -114,10 +115,13 @@ def load_checkpoint(folder: Store, *, world: DistributedContext, engine: Partiti
         error = f"{type(failure).__name__}: {failure}"
     except Exception as failure:  # whatever a client of a store raises
         unread = f"checkpoint {folder} cannot be read: {type(failure).__name__}: {failure}"
+    # First whether all could read: a store that is away must not make a checkpoint a damaged one.
     world.agree(unread, UnreadableError)
     world.agree(error)
+    # All checks lie behind: a refusal after this would leave state half old, half new.
     _fill(folder, commit, engine.optimizer, world.rank)
     engine.optimizer.load_scalar_state(commit["scalars"])
+    # Masters were filled behind ZeRO's back: its working weights have to follow.
     for partition in engine.optimizer.partitions:
         partition.publish()
     return TrainState(commit["step"], Cursor(**commit["cursor"]), tuple(records))

@@ -47,6 +47,7 @@ def surplus(candidates: Sequence[Candidate], policy: CheckpointConfig) -> list[i
     pinned = [c for c in ordered if c.pinned]
     regular = [c for c in ordered if policy.keep_every and c.step % policy.keep_every == 0]
     kept = {c.step: c for c in [*last, *best, *pinned, *regular]}
+    # No budget takes the newest, from which the run goes on, or what a person has pinned.
     fixed = {c.step for c in [*ordered[-1:], *pinned]}
     wanted = {c.step for c in [*last, *best]} | fixed
     # First what is kept for its step alone, then the rest.
@@ -97,6 +98,8 @@ def retain(
         names[step].remove(COMMIT)  # first: half a checkpoint must not look like a whole one
         names[step].remove("", recursive=True)
     newest = max(names, default=0)
+    # An uncommitted folder older than the newest is what a dead writer left; a newer one may be
+    # under way.
     for name in checkpoints.ls():
         if _step(name) < newest and _step(name) not in names:
             checkpoints.remove(name, recursive=True)

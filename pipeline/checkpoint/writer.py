@@ -14,7 +14,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +24,6 @@ from data_shards.storage.store import Store
 from model.artifact.safetensors_io import TensorSpec, write_safetensors
 from optim.sharded import ShardedManifoldAdam
 from optim.zero_layout import Slot
-from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.state import TrainState
@@ -43,6 +42,7 @@ class Partitioned(Protocol):
 
 def held(slot: Slot, rank: int) -> tuple[int, int]:
     """Elements [start, stop) of the row-major parameter that `rank` holds (design of ZeRO-3)."""
+    # The last ranks of a small parameter hold padding alone: an empty range.
     start = min(rank * slot.length, slot.numel)
     return start, min(start + slot.length, slot.numel)
 
@@ -95,16 +95,26 @@ def take_snapshot(
     *,
     world: DistributedContext,
     progress: TrainState,
-    config: RunConfig,
+    config: Mapping[str, Any],
 ) -> Snapshot:
-    """Copy this rank's state to the host: the part of saving that training waits for."""
+    """Copy this rank's state to the host: the part of saving that training waits for.
+
+    Args:
+        engine: whose state is copied.
+        memory: where to; the snapshot before it is overwritten.
+        world: the ranks.
+        progress: where training stands.
+        config: the resolved configuration as JSON has it; it is written down, and not read here.
+    """
     optimizer = engine.optimizer
     tensors, entries = {}, {}
     for key, slot, values in slices(optimizer, world.rank):
         tensors[key] = memory.copy(key, values)
+        # Every rank knows what all hold, so that rank 0 commits without asking anyone.
         parts = [[_file_name(rank, world.size), *held(slot, rank)] for rank in range(world.size)]
         entries[key] = {"shape": list(slot.shape), "parts": parts}
     if world.device.type == "cuda":
+        # The copies are asynchronous: until this returns the buffers hold old values.
         torch.cuda.synchronize(world.device)
     header = {
         "schema_version": SCHEMA_VERSION,
@@ -113,7 +123,7 @@ def take_snapshot(
         "cursor": dataclasses.asdict(progress.cursor),
         "scalars": optimizer.scalar_state(),
         "records": [dataclasses.asdict(record) for record in progress.records],
-        "config": json.loads(config.to_json()),
+        "config": config,
         "tensors": entries,
     }
     return Snapshot(world.rank, world.size, tensors, header)
@@ -142,6 +152,7 @@ def write_snapshot(folder: Store, snapshot: Snapshot, attempt: str) -> None:
     report = _report_name(snapshot.rank, snapshot.world_size)
     try:
         specs = [TensorSpec(k, tuple(v.shape), v.dtype) for k, v in snapshot.tensors.items()]
+        # Digest while writing: reading a file back would double the traffic.
         with folder.durable(name) as stream:
             digest = write_safetensors(stream, specs, snapshot.tensors.items())
     except Exception as error:  # whatever a client of a store raises
@@ -198,9 +209,11 @@ def _await_report(
     while True:
         if folder.exists(name):
             report: dict[str, Any] = json.loads(folder.read(name))
+            # Else it is of an execution that died here; its writer comes again with ours.
             if report["attempt"] == attempt:
                 return report
         if time.monotonic() > deadline or (given_up is not None and given_up.is_set()):
             return None
         time.sleep(pause)
+        # Ranks usually end within milliseconds; a slow store is not asked a hundred times a second.
         pause = min(2 * pause, longest)

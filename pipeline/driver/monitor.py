@@ -21,6 +21,7 @@ from pipeline.driver.event_log import EventLog
 from pipeline.driver.preflight import PreparedRun
 from pipeline.driver.system_metrics import SystemMetrics
 from pipeline.driver.usage import UsageMetrics
+from pipeline.planner.flops import training_flops
 from pipeline.run.events import (
     CheckpointFailed,
     CheckpointSaved,
@@ -255,7 +256,9 @@ def monitor_for(prepared: PreparedRun, console: Console) -> Iterator[RunMonitor]
     )
     evaluations = _evaluations(prepared, tracker) if config.checkpoint.evaluate else None
     display = RunConsole(console)
-    usage = UsageMetrics(config, tracker.last_value)
+    usage = UsageMetrics(
+        config.cluster, config.train.precision, training_flops(config), tracker.last_value
+    )
     event_log = EventLog(prepared.spool.parent, prepared.run)
     tidy = functools.partial(_tidy, prepared, evaluations)
     monitor = RunMonitor(

@@ -88,10 +88,14 @@ def prepare(config: RunConfig, *, world_size: int) -> PreparedRun:
 def _prepare(config: RunConfig, world_size: int, *, no_gpu: bool) -> PreparedRun:
     storage = storage_root(config)
     shards = _shards(config, storage)
-    samples = open_samples(config, shards.url)
-    make_step_schedule(config, samples=samples.per_epoch, world_size=world_size)
+    samples = open_samples(
+        shards.url, config.data, config.model, certify=config.checkpoint.evaluate
+    )
+    make_step_schedule(
+        config.train, config.checkpoint, samples=samples.per_epoch, world_size=world_size
+    )
     if config.cluster.launcher == "ray":
-        world_sizes(config)
+        world_sizes(config.cluster, config.train)
     if config.cluster.device == "cuda" and no_gpu:
         raise PipelineError("cluster.device=cuda: this machine has no GPU that torch can use")
     tracking = _tracking(config, storage, samples)

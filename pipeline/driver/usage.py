@@ -18,8 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from pipeline.config import RunConfig
-from pipeline.planner.flops import training_flops
+from pipeline.config import ClusterConfig
 from pipeline.run.events import Metrics, Started
 from pipeline.training.device_peak import peak_flops
 
@@ -44,15 +43,22 @@ class UsageMetrics:
     from the start of the ranks to the last record, restarts after failures included.
 
     Args:
-        config: the run.
+        cluster: price and peak of a device, where they are given.
+        precision: type of the working weights, `train.precision`.
+        flops: of an image's passes, see `training_flops`; None: not known.
         recall: metrics of this run so far, earlier executions included.
         clock: seconds.
     """
 
     def __init__(
-        self, config: RunConfig, recall: Recall, clock: Callable[[], float] = time.monotonic
+        self,
+        cluster: ClusterConfig,
+        precision: str,
+        flops: float | None,
+        recall: Recall,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config = config
+        self._cluster, self._precision, self._flops = cluster, precision, flops
         self._recall = recall
         self._clock = clock
         self._hours = recall(DEVICE_HOURS) or 0.0
@@ -62,15 +68,14 @@ class UsageMetrics:
         self._devices = 0
         self._peak: float | None = None
         self._since = self._begin = clock()
-        self._flops = training_flops(config)
 
     def started(self, event: Started) -> dict[str, str]:
         """Take note of the devices and of the step; returns tags of the run."""
         self._advance()
         self._devices = event.devices
         sources = {
-            "given": self._config.cluster.peak_tflops * 1e12,
-            "data sheet": peak_flops(event.device, self._config.train.precision),
+            "given": self._cluster.peak_tflops * 1e12,
+            "data sheet": peak_flops(event.device, self._precision),
             "measured": event.measured_flops,
         }
         source, self._peak = next(((k, v) for k, v in sources.items() if v), ("unknown", None))
@@ -91,8 +96,8 @@ class UsageMetrics:
         self._advance()
         self._productive += event.productive_s
         found = {DEVICE_HOURS: self._hours, PRODUCTIVE: self._productive, **self.time()}
-        if self._config.cluster.price_per_device_hour:
-            found["cost/total"] = self._hours * self._config.cluster.price_per_device_hour
+        if self._cluster.price_per_device_hour:
+            found["cost/total"] = self._hours * self._cluster.price_per_device_hour
         if self._flops and self._devices:
             rate = event.values["train/images_per_s"] * self._flops / self._devices
             found["perf/tflops_per_device"] = rate / 1e12

@@ -261,7 +261,7 @@ def _trainer(job: WorkerSpec, run: Store, name: str, settings: dict[str, Any]) -
     )
 
     cluster = job.config.cluster
-    sizes = world_sizes(job.config)
+    sizes = world_sizes(cluster, job.config.train)
     elastic = len(sizes) > 1
     use_gpu = _use_gpu(cluster, sizes[0])
     filesystem, path = run.arrow()

@@ -155,7 +155,7 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
     Raises:
         PipelineError: the batch does not split over the ranks; the network cannot be rehearsed.
     """
-    counts = make_step_schedule(config, samples=images, world_size=ranks)
+    counts = make_step_schedule(config.train, config.checkpoint, samples=images, world_size=ranks)
     weights, largest = weights_of(config)
     setting = setting_of(config, weights, largest=largest, ranks=ranks)
     optim, accumulation = config.optim, config.train.accumulation

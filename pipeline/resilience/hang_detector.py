@@ -28,8 +28,8 @@ HUNG = 124
 _LONGEST_INTERVAL_S = 5.0
 _FIRST_STEP = 5
 """Multiple of the limit for the first step: kernels are built and memory is found."""
-_FAREWELL_S = 3.0
-"""What a process that ends leaves to its last words, and to those of its peers."""
+_REPORT_S = 3.0
+"""What a process that ends leaves for its own report, and for those of its peers."""
 _WAITING = ("/torch/distributed/", "/deepspeed/", "/optim/exchange.py")
 """Code in which a thread waits for other ranks."""
 
@@ -49,11 +49,11 @@ def watched(
         run: folder of the run; gets `hangs/`.
         emit: receives Hung; of the ranks that still answer the first one calls it.
     """
-    watch = HangDetector(world, cluster, step=step, run=run, emit=emit)
+    detector = HangDetector(world, cluster, step=step, run=run, emit=emit)
     try:
-        yield watch
+        yield detector
     finally:
-        watch.close()
+        detector.close()
 
 
 class HangDetector:
@@ -71,21 +71,25 @@ class HangDetector:
     ) -> None:
         self._world, self._run, self._emit, self._end = world, run, emit, end
         self._limit_s = float(cluster.hang_timeout_s)
+        # A checkpoint may wait for a store as long as a collective may wait for it.
         self._writing_s = float(max(cluster.hang_timeout_s, cluster.collective_timeout_s))
         self._thread = threading.get_ident()
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._tick = 0
         self._first = step
+        # One tuple, replaced as a whole: the other thread never sees half of it, without a lock.
         self._now = (step, Phase.DATA, time.monotonic())
-        self._board: HeartbeatStore | None = None
+        self._heartbeats: HeartbeatStore | None = None
         if not self._limit_s:
             return
         interval_s = min(_LONGEST_INTERVAL_S, self._limit_s / 10)
         if world.size > 1:
-            self._board = HeartbeatStore(world, self._beat, interval_s)
+            self._heartbeats = HeartbeatStore(world, self._own_beat, interval_s)
         arguments = (interval_s,)
-        threading.Thread(target=self._look, args=arguments, name="watch", daemon=True).start()
+        threading.Thread(
+            target=self._watch, args=arguments, name="hang-detector", daemon=True
+        ).start()
 
     def beat(self, step: int, phase: Phase) -> None:
         """The training thread, `step` steps done, begins a phase; costs one assignment."""
@@ -95,27 +99,29 @@ class HangDetector:
         """Watch no longer."""
         with self._lock:  # not in the middle of an ending
             self._closed.set()
-        if self._board is not None:
-            self._board.close()
+        if self._heartbeats is not None:
+            self._heartbeats.close()
 
-    def _beat(self) -> Beat:
+    def _own_beat(self) -> Beat:
         step, phase, since = self._now
         limit = self._writing_s if phase == Phase.CHECKPOINT else self._limit_s
         if step == self._first:
+            # Also the first step of a resumed run, which builds kernels as well.
             limit *= _FIRST_STEP
         waits, place = _place(self._thread)
         self._tick += 1
         overdue = time.monotonic() - since > limit
         return Beat(step, phase, overdue, waits, place, self._tick)
 
-    def _look(self, interval_s: float) -> None:
+    def _watch(self, interval_s: float) -> None:
         while not self._closed.wait(interval_s):
-            own = self._beat()
+            own = self._own_beat()
             if not own.overdue:
-                if self._board is not None:
-                    self._board.rest()
+                if self._heartbeats is not None:
+                    self._heartbeats.rest()
                 continue
-            beats = [own] if self._board is None else self._board.beats()
+            beats = [own] if self._heartbeats is None else self._heartbeats.beats()
+            # Not watched for long enough: a rank named too early would be the wrong one.
             if beats is None:
                 continue
             late = behind(beats)
@@ -128,28 +134,30 @@ class HangDetector:
 
     def _end_all(self, own: Beat, beats: Sequence[Beat | None], late: list[int]) -> None:
         try:
-            self._tell(own, beats, late)
+            self._write_report(own, beats, late)
         finally:  # also where nothing can be said, on a full disk
+            # Not an exception: the training thread stands in a collective that none can reach.
             self._end(HUNG)
 
-    def _tell(self, own: Beat, beats: Sequence[Beat | None], late: list[int]) -> None:
-        text, stacks = self._report(beats, late), _stacks()
+    def _write_report(self, own: Beat, beats: Sequence[Beat | None], late: list[int]) -> None:
+        text, stacks = self._text(beats, late), _stacks()
         name = f"hangs/step-{own.step + 1:08d}-rank-{self._world.rank:05d}.txt"
         with contextlib.suppress(OSError):
             sys.stderr.write(f"rank {self._world.rank}: {text}\n{stacks}")
             sys.stderr.flush()
 
-        def last_words() -> None:
-            # First the short ones; a store that does not answer must not keep them back.
+        def report() -> None:
+            # First the event: a store that does not answer must not hold it back.
             if self._world.rank == min(r for r, beat in enumerate(beats) if beat is not None):
                 self._emit(Hung(own.step + 1, late, text, self._run.child(name).url))
             with contextlib.suppress(OSError, ShardError):  # they are in the log as well
                 self._run.write(name, f"{text}\n\n{stacks}".encode())
 
-        threading.Thread(target=last_words, daemon=True).start()
-        time.sleep(_FAREWELL_S)
+        threading.Thread(target=report, daemon=True).start()
+        # A fixed time and no join: a store may never answer, and peers report as well meanwhile.
+        time.sleep(_REPORT_S)
 
-    def _report(self, beats: Sequence[Beat | None], late: list[int]) -> str:
+    def _text(self, beats: Sequence[Beat | None], late: list[int]) -> str:
         """What is known of every rank, the ones to blame first."""
         lines = [f"no step within {self._limit_s:g} s (cluster.hang_timeout_s)"]
         for rank in late:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from pipeline.run.distributed import DistributedContext
 
 _CONNECT_S = 60
-_PATIENCE = 3
+_MISSED_BEATS = 3
 """Beats that a rank may miss before it counts as silent."""
 
 
@@ -93,7 +93,8 @@ class HeartbeatStore:
         self._heard: dict[int, tuple[Beat, float]] = {}
         self._asking_since = 0.0
         self._names = [str(rank) for rank in range(world.size)]
-        self._tell()
+        self._publish()
+        # All have written once: a missing key would make multi_get wait for it.
         world.barrier()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
@@ -102,17 +103,19 @@ class HeartbeatStore:
 
         A rank whose beat has not changed meanwhile has none.
         """
-        now, patience = time.monotonic(), _PATIENCE * self._interval_s
+        now, limit_s = time.monotonic(), _MISSED_BEATS * self._interval_s
         if not self._wanted.is_set():
             self._asking_since = now
+            # What was heard before says nothing of this silence.
             self._heard = {}
             self._wanted.set()
-        if now - self._asking_since < patience:
+        if now - self._asking_since < limit_s:
             return None
+        # A copy: the other thread adds to it meanwhile.
         heard = dict(self._heard)
-        alive = {r: beat for r, (beat, when) in heard.items() if now - when < patience}
+        alive = {r: beat for r, (beat, when) in heard.items() if now - when < limit_s}
         ranks = range(self._world.size)
-        if not alive:  # not even this rank: the one that keeps the board does not answer
+        if not alive:  # not even this rank: the one that serves the store does not answer
             return [None if rank == 0 else self._own() for rank in ranks]
         return [alive.get(rank) for rank in ranks]
 
@@ -124,14 +127,14 @@ class HeartbeatStore:
         """Stop beating."""
         self._closed.set()
 
-    def _tell(self) -> None:
+    def _publish(self) -> None:
         text = json.dumps(dataclasses.asdict(self._own()))
         self._store.set(self._names[self._world.rank], text)
 
     def _run(self) -> None:
         with contextlib.suppress(RuntimeError):  # rank 0 has gone, and so will this one
             while not self._closed.wait(self._interval_s):
-                self._tell()
+                self._publish()
                 if self._wanted.is_set():
                     self._read(self._store.multi_get(self._names))
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from data_shards.storage.store import Store
-from pipeline.config import RunConfig
+from pipeline.config import TrainConfig
 from pipeline.errors import PipelineError
 from pipeline.resilience.signals import Interruption
 from pipeline.run.state import WorkerSpec
@@ -48,26 +48,27 @@ def too_large(run: Store) -> list[int]:
     return [int(size) for size in json.loads(run.read(RECORD))["too_large"]]
 
 
-def fitting(config: RunConfig, sizes: Sequence[int], world_size: int) -> RunConfig:
-    """The configuration with as many more backward passes per step as the memory asks for.
+def fitting(train: TrainConfig, sizes: Sequence[int], world_size: int) -> TrainConfig:
+    """The loop with as many more backward passes per step as the memory asks for.
 
     Args:
-        config: the run as it was asked for.
+        train: the loop as it was asked for.
         sizes: micro-batches that did not fit.
         world_size: number of ranks, which share the global batch.
 
     Returns:
-        `config` with the smallest `train.accumulation`, at least its own, that divides a rank's
+        `train` with the smallest `accumulation`, at least its own, that divides a rank's
         share into micro-batches of at most half of the smallest of `sizes`.
     """
     if not sizes:
-        return config
-    share = config.train.global_batch // world_size
-    counts = range(config.train.accumulation, share + 1)
+        return train
+    share = train.global_batch // world_size
+    counts = range(train.accumulation, share + 1)
+    # Samples of one rank decide, so what failed counts on any number of ranks.
     most = max(min(sizes) // 2, 1)
+    # Equal micro-batches only: their mean is the mean of the batch.
     fits = (n for n in counts if share % n == 0 and share // n <= most)
-    parts = next(fits, config.train.accumulation)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=parts))
+    return dataclasses.replace(train, accumulation=next(fits, train.accumulation))
 
 
 @contextlib.contextmanager
@@ -94,6 +95,7 @@ def recorded(
         if not is_out_of_memory(error):
             raise
         tried = [*sizes, micro_batch]
+        # Before anything else: once a rank has failed, the others may be ended at any time.
         run.write(RECORD, json.dumps({"too_large": tried}).encode())
         reason = f"{where()}: out of memory with {{}} samples per backward pass; {{}} ({error})"
         if micro_batch > 1:
@@ -150,5 +152,6 @@ def fit_here(fit: Callable[[], None], *, ranks: int) -> None:
                 raise PipelineError(
                     f"{error}: start it again with --start-or-resume and the same --name"
                 ) from None
+        # Out of the except block, whose error still holds tensors of the failed step.
         gc.collect()
         torch.cuda.empty_cache()  # what the next attempt cannot use is in pieces of the wrong size

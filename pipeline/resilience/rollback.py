@@ -53,18 +53,20 @@ def past(cursor: Cursor, gaps: Sequence[Gap]) -> Cursor:
     """The next sample that is not in a gap."""
     for gap in gaps:
         begin, here, end = ((c.epoch, c.position) for c in (gap.begin, cursor, gap.end))
+        # In their order: the end of one gap may lie in the next.
         if begin <= here < end:
             cursor = gap.end
     return cursor
 
 
 class Rollbacks:
-    """The ways back that a run has left.
+    """Decides when skipped steps are too many, and goes back while a roll-back is left.
 
     Args:
         run: folder of the run.
         world: the ranks; all construct it together.
         engine: whose state goes back.
+        max_skipped: `train.max_skipped`, steps in a row.
         limit: `train.rollbacks`, for all executions of the run together.
         per_epoch: samples of one epoch.
     """
@@ -75,39 +77,51 @@ class Rollbacks:
         *,
         world: DistributedContext,
         engine: Partitioned,
+        max_skipped: int,
         limit: int,
         per_epoch: int,
     ) -> None:
         self._run, self._world, self._engine = run, world, engine
-        self._limit, self._per_epoch = limit, per_epoch
+        self._max_skipped, self._limit, self._per_epoch = max_skipped, limit, per_epoch
+        # One reading for all ranks: a store may show them different ones.
         self._gaps: list[Gap] = world.share(read_gaps(run) if world.rank == 0 else None)
 
     def resumed(self, progress: TrainState) -> TrainState:
         """Where a checkpoint goes on that was just loaded."""
         return dataclasses.replace(progress, cursor=past(progress.cursor, self._gaps))
 
-    def go_back(self, failed: TrainState) -> tuple[TrainState, RolledBack] | None:
-        """Load the newest sound checkpoint; None if no roll-back is left.
+    def too_many(self, skipped_in_a_row: int) -> bool:
+        """Whether training cannot go on after so many skipped steps."""
+        return skipped_in_a_row > self._max_skipped
+
+    def go_back(self, failed: TrainState, skipped_in_a_row: int) -> tuple[TrainState, RolledBack]:
+        """Load the newest sound checkpoint.
 
         Ranks: all call it together, with no checkpoint under way.
 
         Args:
             failed: after the last step that was skipped.
+            skipped_in_a_row: how many were skipped, for the message.
 
         Returns:
             The step of the checkpoint with the cursor of `failed`, and what to tell.
 
         Raises:
-            PipelineError: there is no sound checkpoint, or the gap cannot be written down; raised
-                on every rank.
+            PipelineError: no roll-back is left, there is no sound checkpoint, or the gap cannot be
+                written down; raised on every rank.
         """
         if len(self._gaps) >= self._limit:
-            return None
+            raise PipelineError(
+                f"step {failed.step}: a loss or gradient is not finite on at least one rank, the "
+                f"{skipped_in_a_row}. time in a row (train.max_skipped={self._max_skipped}), and "
+                f"of train.rollbacks={self._limit} none is left; nothing was updated"
+            )
         found, _ = load_newest(
             self._run.child("checkpoints"), world=self._world, engine=self._engine
         )
         if found is None:
             raise PipelineError(f"step {failed.step}: there is no checkpoint to go back to")
+        # From where the checkpoint would have gone on: it may lie in or before an older gap.
         gap = Gap(found.step, failed.step, self.resumed(found).cursor, failed.cursor)
         self._gaps.append(gap)
         self._write()
@@ -120,6 +134,7 @@ class Rollbacks:
             rollbacks=len(self._gaps),
             samples_left_out=sum(g.samples(self._per_epoch) for g in self._gaps),
         )
+        # The stream is not opened anew: it goes on where it is, behind the samples left out.
         return TrainState(found.step, failed.cursor), told
 
     def _write(self) -> None:
@@ -130,4 +145,5 @@ class Rollbacks:
                 self._run.write(RECORD, json.dumps(body, indent=1).encode())
             except OSError as failure:
                 error = f"the roll-back cannot be written down: {failure}"
+        # A gap that only memory knew would come back as samples after a restart.
         self._world.agree(error)

@@ -1,4 +1,4 @@
-"""Being told to stop, or that a node goes away: keep a checkpoint in time, then stop or go on."""
+"""Being told to stop, or that a node goes away: save a checkpoint in time, then stop or go on."""
 
 import contextlib
 import signal
@@ -9,9 +9,9 @@ from types import FrameType
 from typing import Protocol
 
 STOP = "stop"
-"""Keep a checkpoint and end."""
+"""Save a checkpoint and end."""
 PAUSE = "pause"
-"""Keep a checkpoint and wait to be ended: as many ranks as there is room for go on from it."""
+"""Save a checkpoint and wait to be ended: as many ranks as there is room for go on from it."""
 
 
 class Interruption(Protocol):
@@ -41,9 +41,11 @@ class StopSignal:
         signal.signal(signal.SIGTERM, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        # In a handler nothing may be locked or sent: the number is noted, the loop looks at it.
         if self._waits and not self._number:
             self._number = number
             return
+        # The status that a shell gives a process that the signal has ended.
         raise SystemExit(128 + number)
 
     @contextlib.contextmanager
@@ -102,6 +104,7 @@ class ControlActor:
         """Give STOP or PAUSE."""
         self._standing.add(order)
         if order == PAUSE:
+            # An answer to the pause before is none to this one: ranks have been replaced since.
             self._paused.clear()
 
     def withdraw(self, order: str) -> None:
@@ -118,7 +121,7 @@ class ControlActor:
         return time.monotonic() - self._asked
 
     def pause(self, rank: int) -> None:
-        """A rank has kept its state and waits for its end."""
+        """A rank has saved its state and waits for its end."""
         self._paused.add(rank)
 
     def paused(self) -> int:

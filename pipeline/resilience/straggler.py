@@ -46,6 +46,7 @@ class Stopwatch:
         if not self._cuda:
             return float(sum(stop - start for start, stop in pairs))
         if stamps:
+            # The last event of the pass: when it has come, so have the others.
             stamps[-1].synchronize()
         return float(sum(start.elapsed_time(stop) for start, stop in pairs) / 1000)
 
@@ -61,6 +62,7 @@ class Stopwatch:
         if not self._running:
             return
         if self._cuda:
+            # On the stream: a clock of the host would measure the queueing of kernels.
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._stamps.append(event)
@@ -105,8 +107,10 @@ class StragglerDetector:
         if len(seconds) < 2 or min(seconds) <= 0:
             return {}
         rank = max(range(len(seconds)), key=seconds.__getitem__)
+        # The low one: of two ranks the mean would hide half of the difference.
         ratio = seconds[rank] / statistics.median_low(seconds)
         slow = rank if ratio > self._ratio else None
+        # Another rank, or none: counting begins anew.
         if slow != self._slow:
             self._slow, self._since, self._records, self._named = slow, self._clock(), 0, False
         self._records += 1

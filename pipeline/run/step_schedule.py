@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from pipeline.config import RunConfig
+from pipeline.config import CheckpointConfig, ClusterConfig, TrainConfig
 from pipeline.errors import PipelineError
 
 
@@ -18,6 +18,7 @@ class StepSchedule:
         rank_batch: samples per rank and step.
         micro_batch: samples per rank and backward pass.
         checkpoint_every: steps between checkpoints; 0 means only at the end.
+        record_every: steps between records.
     """
 
     total_steps: int
@@ -26,20 +27,24 @@ class StepSchedule:
     rank_batch: int
     micro_batch: int
     checkpoint_every: int
+    record_every: int
 
-    def keeps(self, step: int) -> bool:
-        """True if a checkpoint is kept after `step` steps."""
+    def saves(self, step: int) -> bool:
+        """True if a checkpoint is saved after `step` steps."""
         regular = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
         return regular or step == self.last_step
 
+    def records(self, step: int) -> bool:
+        """True if metrics are recorded after `step` steps."""
+        return step % self.record_every == 0 or step == self.last_step
 
-def world_sizes(config: RunConfig) -> tuple[int, ...]:
+
+def world_sizes(cluster: ClusterConfig, train: TrainConfig) -> tuple[int, ...]:
     """Numbers of ranks that the run may have, ascending; one unless `cluster.min_workers` is set.
 
     Raises:
         PipelineError: the smallest or the largest does not divide the batch.
     """
-    cluster, train = config.cluster, config.train
     most = cluster.workers
     least = cluster.min_workers or most
     if least > most:
@@ -56,13 +61,14 @@ def world_sizes(config: RunConfig) -> tuple[int, ...]:
     return sizes
 
 
-def make_step_schedule(config: RunConfig, *, samples: int, world_size: int) -> StepSchedule:
+def make_step_schedule(
+    train: TrainConfig, checkpoint: CheckpointConfig, *, samples: int, world_size: int
+) -> StepSchedule:
     """Counts of the run for a training split of `samples` on `world_size` ranks.
 
     Raises:
         PipelineError: the global batch does not split evenly, or exceeds the split.
     """
-    train = config.train
     parts = world_size * train.accumulation
     if train.global_batch % parts:
         raise PipelineError(
@@ -72,7 +78,7 @@ def make_step_schedule(config: RunConfig, *, samples: int, world_size: int) -> S
     if train.global_batch > samples:
         raise PipelineError(
             f"train.global_batch={train.global_batch} exceeds the {samples} samples of "
-            f"split {config.data.train_split!r}"
+            "the training split"
         )
     total = math.ceil(train.epochs * samples / train.global_batch)
     return StepSchedule(
@@ -81,5 +87,6 @@ def make_step_schedule(config: RunConfig, *, samples: int, world_size: int) -> S
         warmup_steps=min(total, round(train.warmup_epochs * samples / train.global_batch)),
         rank_batch=train.global_batch // world_size,
         micro_batch=train.global_batch // parts,
-        checkpoint_every=config.checkpoint.every_steps,
+        checkpoint_every=checkpoint.every_steps,
+        record_every=train.log_every,
     )

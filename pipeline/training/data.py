@@ -10,8 +10,9 @@ from data_shards.streaming.corruption_log import CorruptionLog
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream, require_crop
 from data_shards.streaming.webdataset_stream import UnindexedStream
+from model.networks.config import NetworkConfig
 from pipeline.checkpoint.export import statistics
-from pipeline.config import RunConfig
+from pipeline.config import DataConfig, TrainConfig
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
 
@@ -24,11 +25,15 @@ class Samples:
         url: the shard set.
         index: its index; None for a set that is read without one.
         per_epoch: samples of one epoch of the training split.
+        data: which split is streamed, and how.
+        network: fits the images; its shape and classes are those of the samples.
     """
 
     url: str
     index: ShardIndex | None
     per_epoch: int
+    data: DataConfig
+    network: NetworkConfig
 
     @property
     def name(self) -> str:
@@ -40,28 +45,30 @@ class Samples:
         """Digest that covers every byte of the set; empty where nothing is known about it."""
         return self.index.digest if self.index else ""
 
-    def calibration(self, config: RunConfig) -> Iterator[Tensor]:
+    def calibration(self, train: TrainConfig) -> Iterator[Tensor]:
         """Batches of the first training samples of the run, uint8 (B, C, H, W).
 
         The same for every number of ranks.
         """
         if self.index is None:
             raise PipelineError("a set without an index has no first samples")
-        batch = config.train.global_batch
-        samples = min(config.train.calibration_samples, self.per_epoch)
+        batch = train.global_batch
+        samples = min(train.calibration_samples, self.per_epoch)
         with SampleStream(
             self.index,
-            config.data.stream,
-            split=config.data.train_split,
+            self.data.stream,
+            split=self.data.train_split,
             global_batch=batch,
-            cursor=Cursor(seed=config.train.seed),
+            cursor=Cursor(seed=train.seed),
         ) as stream:
+            # Whole batches that training itself begins with, read as by one rank: so the means do
+            # not depend on the number of ranks.
             for _ in range(max(1, samples // batch)):
                 yield next(stream).images
 
     def stream(
         self,
-        config: RunConfig,
+        train: TrainConfig,
         world: DistributedContext,
         cursor: Cursor,
         corruption_log: CorruptionLog,
@@ -72,22 +79,23 @@ class Samples:
             ShardError: the set cannot be streamed as asked.
         """
         if self.index is None:
+            # Stock WebDataset draws samples on its own: no corruption log, no exact order.
             return UnindexedStream(
                 self.url,
-                config.data.stream,
-                image_shape=config.model.input_shape,
-                num_classes=config.model.num_classes,
+                self.data.stream,
+                image_shape=self.network.input_shape,
+                num_classes=self.network.num_classes,
                 samples_per_epoch=self.per_epoch,
-                global_batch=config.train.global_batch,
+                global_batch=train.global_batch,
                 rank=world.rank,
                 world_size=world.size,
                 cursor=cursor,
             )
         return SampleStream(
             self.index,
-            config.data.stream,
-            split=config.data.train_split,
-            global_batch=config.train.global_batch,
+            self.data.stream,
+            split=self.data.train_split,
+            global_batch=train.global_batch,
             rank=world.rank,
             world_size=world.size,
             cursor=cursor,
@@ -95,31 +103,38 @@ class Samples:
         )
 
 
-def open_samples(config: RunConfig, url: str) -> Samples:
-    """Load the index of the run's shard set and check that network and options fit it.
+def open_samples(url: str, data: DataConfig, network: NetworkConfig, *, certify: bool) -> Samples:
+    """Load the index of a shard set and check that network and options fit it.
+
+    Args:
+        url: the shard set.
+        data: splits, and how they are read.
+        network: what is trained on them.
+        certify: whether its checkpoints are certified, on the test split.
 
     Raises:
-        PipelineError, ShardError: they do not.
+        PipelineError, ShardError: they do not fit.
     """
-    if config.data.unindexed_samples:
-        if config.checkpoint.evaluate:
+    if data.unindexed_samples:
+        if certify:
             raise PipelineError(
                 "data.unindexed_samples: a set without an index is never certified; give "
                 "--checkpoint.no-evaluate"
             )
-        if statistics(config.model):
+        if statistics(network):
             raise PipelineError(
-                f"data.unindexed_samples: a {config.model.kind} network takes the means of its "
+                f"data.unindexed_samples: a {network.kind} network takes the means of its "
                 "layers from the first training samples; a set without an index has none"
             )
-        return Samples(url, None, config.data.unindexed_samples)
+        return Samples(url, None, data.unindexed_samples, data, network)
     index = load_index(url)
-    index.require(config.model.input_shape, config.model.num_classes)
-    samples = len(index.select(config.data.train_split))
-    require_crop(index, config.data.stream, config.data.train_split)
-    if config.checkpoint.evaluate and index.stored_shape(config.data.test_split) is None:
+    index.require(network.input_shape, network.num_classes)
+    samples = len(index.select(data.train_split))
+    # The driver calls this first: there a refusal costs seconds, in a rank a start of the ranks.
+    require_crop(index, data.stream, data.train_split)
+    if certify and index.stored_shape(data.test_split) is None:
         raise PipelineError(
-            f"data.test_split={config.data.test_split}: shard set {index.store} holds images of "
+            f"data.test_split={data.test_split}: shard set {index.store} holds images of "
             "different shapes there; only the test split is stored at network size"
         )
-    return Samples(url, index, samples)
+    return Samples(url, index, samples, data, network)

@@ -49,7 +49,8 @@ def measured_flops(device: torch.device, precision: str) -> float:
     for size in _SIZES:
         shape = (2, size, size)
         left, right = torch.rand(shape, generator=generator, device=device).to(DTYPES[precision])
-        torch.mm(left.mT, right)
+        torch.mm(left.mT, right)  # the first one of a size chooses and loads its kernel
+        # The least of three: other load can only add to a time.
         seconds = min(product_seconds(left, right) for _ in range(3))
         best = max(best, 2 * size**3 / seconds)
         if seconds > _LONG_S:
@@ -64,6 +65,7 @@ def product_seconds(left: torch.Tensor, right: torch.Tensor) -> float:
     """
     cuda = left.device.type == "cuda"
     if cuda:
+        # Kernels are queued: without both waits the time would be that of the queueing.
         torch.cuda.synchronize(left.device)
     begin = time.perf_counter()
     torch.mm(left.mT, right)

@@ -31,12 +31,14 @@ def emma_loss(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, eps: Tensor | float, scal
     Returns:
         Scalar tensor.
     """
+    # The label's own entry of the shifted logits stays 0: its rate is 0.
     return F.cross_entropy(scale * _shifted(y_BK, d_BK, t_B, eps), t_B)
 
 
 def _shifted(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, eps: Tensor | float) -> Tensor:
     """Relative logits r_k + s_k eps d_k of emma_loss, shape (B, K)."""
     r_BK = y_BK - y_BK.gather(1, t_B[:, None])
+    # The rates keep their gradient: a smaller Lipschitz constant lowers the loss.
     shift_BK = eps * d_BK
     with torch.no_grad():
         s_BK = (-r_BK / shift_BK.clamp_min(_DIVISION_FLOOR)).clamp(_SHIFT_FLOOR, 1.0)
@@ -68,6 +70,7 @@ def mixture_loss(
     """
     r_BK = y_BK - y_BK.gather(1, t_B[:, None])
     hinge_BK = 1 + r_BK / (eps * d_BK).clamp_min(_DIVISION_FLOOR)
+    # The label's own entry is 1 + 0 / floor = 1: it would make every maximum 1.
     hinge_B = hinge_BK.scatter(1, t_B[:, None], 0.0).amax(1).clamp(0, 1)
     return hinge_B.mean() + weight * F.cross_entropy(scale * y_BK, t_B)
 
@@ -169,6 +172,7 @@ def logit_annealing_loss(
     """
     z_BK = scale * _shifted(y_BK, d_BK, t_B, eps)
     lowered_BK = z_BK.scatter_add(1, t_B[:, None], z_BK.new_full((len(t_B), 1), -offset))
+    # expm1 and not 1 - exp: a confident sample has l near 0, where the difference has no digits.
     l_B = F.cross_entropy(lowered_BK / temperature, t_B, reduction="none")
     return (temperature * (-torch.expm1(-l_B)).pow(exponent) * l_B).mean()
 

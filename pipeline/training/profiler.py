@@ -45,6 +45,7 @@ def profiled(
 
     def write(profiler: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
+            # The exporter writes to a local path only; the run folder may be an object store.
             trace = Path(folder) / f"{name}.trace.json.gz"
             profiler.export_chrome_trace(str(trace))
             run.write(f"{FOLDER}/{trace.name}", trace.read_bytes())
@@ -57,12 +58,14 @@ def profiled(
             if cuda:
                 snapshot = Path(folder) / f"{name}.memory.pickle"
                 torch.cuda.memory._dump_snapshot(str(snapshot))
+                # Recording costs time at every allocation, and nobody reads what follows.
                 torch.cuda.memory._record_memory_history(enabled=None)
                 run.write(f"{FOLDER}/{snapshot.name}", snapshot.read_bytes())
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     if cuda:
         torch.cuda.memory._record_memory_history(max_entries=_CUDA_EVENTS)
+    # repeat=1: one trace per execution; a profiler that ran on would slow every step.
     with torch.profiler.profile(
         activities=activities,
         schedule=schedule(wait=_PASSED_OVER, warmup=1, active=steps, repeat=1),

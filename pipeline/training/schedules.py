@@ -3,6 +3,9 @@
 import dataclasses
 import math
 
+from pipeline.config import LossConfig, TrainConfig
+from pipeline.run.step_schedule import StepSchedule
+
 
 @dataclasses.dataclass(frozen=True)
 class StepContext:
@@ -16,6 +19,36 @@ class StepContext:
     """Multiple of the peak learning rates."""
     eps: float
     """Training radius, in the network's norm and pixels of [0, 1]."""
+
+
+def step_context(
+    step: int, *, plan: StepSchedule, train: TrainConfig, loss: LossConfig
+) -> StepContext:
+    """Where a run stands before it takes a step.
+
+    Args:
+        step: 0-based step.
+        plan: counts of the run; `stop_after` does not change its schedules.
+        train: schedule of the learning rate.
+        loss: ramp of the training radius.
+    """
+    total = plan.total_steps
+    if train.schedule == "triangular":
+        lr_factor = triangular_factor(step, total=total)
+    else:
+        lr_factor = learning_rate_factor(
+            step, total=total, warmup=plan.warmup_steps, floor=train.lr_floor
+        )
+    eps = training_radius(
+        step,
+        total=total,
+        eps=loss.eps,
+        start=loss.eps_start,
+        end=loss.eps_end,
+        ramp=loss.eps_ramp,
+    )
+    # All from integers: a resumed run, and every number of ranks, sees the same values.
+    return StepContext(step, step / total, lr_factor, eps)
 
 
 def learning_rate_factor(step: int, *, total: int, warmup: int, floor: float) -> float:
@@ -42,6 +75,7 @@ def triangular_factor(step: int, *, total: int) -> float:
         step: 0-based step, 0 <= step < total.
         total: steps of the whole run.
     """
+    # A factor of 0 would make the step a waste of its samples.
     progress = (step + 0.5) / total
     if progress < 2 / 5:
         return progress * 5 / 2

@@ -1,7 +1,11 @@
-"""What one rank does: build the parts, resume, train, keep checkpoints and artefacts."""
+"""What one rank does: build the parts, resume, train, save checkpoints and artefacts."""
 
 import contextlib
+import dataclasses
+import functools
+import json
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,21 +20,42 @@ from pipeline.resilience.hang_detector import watched
 from pipeline.resilience.oom import fitting, recorded, too_large
 from pipeline.resilience.rollback import Rollbacks
 from pipeline.resilience.signals import Interruption
+from pipeline.resilience.straggler import StragglerDetector
 from pipeline.run.distributed import DistributedContext, join_process_group
-from pipeline.run.events import Emit, MetricsReplayed, Started
+from pipeline.run.events import Emit, Event, MetricsReplayed, Started
 from pipeline.run.state import TrainState, WorkerSpec
 from pipeline.run.step_schedule import StepSchedule, make_step_schedule
 from pipeline.training.data import open_samples
 from pipeline.training.device_peak import measured_flops, peak_flops
+from pipeline.training.hooks import (
+    CheckpointHook,
+    HangDetectionHook,
+    Hook,
+    HookList,
+    InterruptionHook,
+    OrthogonalityHook,
+    ProfilerHook,
+    StragglerHook,
+)
 from pipeline.training.profiler import profiled
+from pipeline.training.recorder import Recorder
+from pipeline.training.schedules import step_context
 from pipeline.training.trainer import Trainer
 from pipeline.training.zero3 import Zero3, require_precision
 
 
-def run_rank(job: WorkerSpec, emit: Emit, interruption: Interruption) -> None:
+def run_rank(
+    job: WorkerSpec, emit: Emit, interruption: Interruption, hooks: Sequence[Hook] = ()
+) -> None:
     """Train on this rank until the plan's last step, or until a stop is requested.
 
     Ranks: all ranks call it together.
+
+    Args:
+        job: the run.
+        emit: receives events; but for Hung, on rank 0 alone.
+        interruption: what this rank can learn of the end of its time.
+        hooks: join the loop after those that every run has.
 
     Raises:
         PipelineError, ShardError, ModelError, OptimizerError: bad input, named.
@@ -42,47 +67,85 @@ def run_rank(job: WorkerSpec, emit: Emit, interruption: Interruption) -> None:
     )
     with join_process_group(config.cluster) as world:
         require_precision(config.train.precision)
-        _train(job, world, emit, interruption)
+        _train(job, world, emit, interruption, hooks)
+
+
+def build_engine(config: RunConfig, *, world: DistributedContext, micro_batch: int) -> Zero3:
+    """The engine of a run; its state has still to be made or loaded.
+
+    Ranks: all call it together.
+
+    Args:
+        config: the run.
+        world: the ranks.
+        micro_batch: samples per rank and backward pass.
+    """
+    return Zero3(
+        world=world,
+        model=config.model,
+        loss=config.loss,
+        optim=config.optim,
+        train=config.train,
+        zero=config.zero,
+        micro_batch=micro_batch,
+    )
 
 
 def _train(
-    job: WorkerSpec, world: DistributedContext, emit: Emit, interruption: Interruption
+    job: WorkerSpec,
+    world: DistributedContext,
+    emit: Emit,
+    interruption: Interruption,
+    hooks: Sequence[Hook],
 ) -> None:
     run = Store(job.run_url)
+    # Rank 0 asks the store for all: an answer that differed would give ranks different batches.
     sizes = world.share(too_large(run) if world.rank == 0 else None)
-    config = fitting(job.config, sizes, world.size)
-    samples = open_samples(config, job.shards_url)
-    plan = make_step_schedule(config, samples=samples.per_epoch, world_size=world.size)
-    engine = Zero3(world=world, config=config, micro_batch=plan.micro_batch)
+    config = job.config
+    config = dataclasses.replace(config, train=fitting(config.train, sizes, world.size))
+    samples = open_samples(
+        job.shards_url, config.data, config.model, certify=config.checkpoint.evaluate
+    )
+    plan = make_step_schedule(
+        config.train, config.checkpoint, samples=samples.per_epoch, world_size=world.size
+    )
+    engine = build_engine(config, world=world, micro_batch=plan.micro_batch)
     progress, damaged = load_newest(run.child("checkpoints"), world=world, engine=engine)
     if progress is None:
+        # Only now: an owner makes each matrix in float64, which a loaded state would overwrite.
         engine.initialise(config.train.seed)
         progress = TrainState(0, Cursor(seed=config.train.seed))
     rollbacks = Rollbacks(
         run,
         world=world,
         engine=engine,
+        max_skipped=config.train.max_skipped,
         limit=config.train.rollbacks,
         per_epoch=samples.per_epoch,
     )
+    # Samples that an earlier execution left out stay left out.
     progress = rollbacks.resumed(progress)
     if world.rank == 0:
         emit(_started(config, world, engine, plan, progress, damaged, sizes))
         emit(MetricsReplayed(progress.records))
     record = f"damaged/step-{progress.step:08d}-rank-{world.rank:05d}.jsonl"
     with (
+        # Left in reverse order: the saver waits for the checkpoint under way when the stream has
+        # ended and while the hang detector still watches.
         contextlib.closing(CorruptionLog(run, record)) as corruption_log,
-        watched(world, config.cluster, step=progress.step, run=run, emit=emit) as watch,
+        watched(world, config.cluster, step=progress.step, run=run, emit=emit) as hang_detector,
         AsyncSaver(
             run,
             world=world,
             engine=engine,
-            config=config,
+            network=config.model,
+            config=json.loads(config.to_json()),
+            timeout_s=config.cluster.collective_timeout_s,
             context=job.context,
-            calibration=lambda: samples.calibration(config),
+            calibration=lambda: samples.calibration(config.train),
             emit=emit,
         ) as saver,
-        samples.stream(config, world, progress.cursor, corruption_log) as stream,
+        samples.stream(config.train, world, progress.cursor, corruption_log) as stream,
         profiled(
             run,
             config.profile if world.rank == 0 else 0,
@@ -90,20 +153,49 @@ def _train(
             device=world.device,
         ) as stepped,
     ):
-        trainer = Trainer(
+        tell = emit if world.rank == 0 else _say_nothing
+        joined = HookList(
+            [
+                # First at every moment: what the other hooks wait for counts as their phase.
+                HangDetectionHook(hang_detector.beat),
+                InterruptionHook(interruption),
+                StragglerHook(
+                    engine.forward_seconds,
+                    StragglerDetector(config.cluster.straggler_ratio),
+                    hosts=world.hosts,
+                    emit=tell,
+                ),
+                OrthogonalityHook(engine.audit_metrics),
+                CheckpointHook(saver),
+                # After the saver, so that the trace of a step holds its checkpoint as well.
+                ProfilerHook(stepped),
+                *hooks,
+            ]
+        )
+        recorder = Recorder(
             world=world,
-            config=config,
+            statistics=engine.statistics,
+            stream=stream,
+            hooks=joined,
+            global_batch=config.train.global_batch,
+            peak_lr=config.optim.lr,
+            emit=tell,
+        )
+        trainer = Trainer(
             plan=plan,
+            context_at=functools.partial(
+                step_context, plan=plan, train=config.train, loss=config.loss
+            ),
             engine=engine,
             stream=stream,
             progress=progress,
-            emit=emit,
-            saver=saver,
+            recorder=recorder,
             rollbacks=rollbacks,
-            interruption=interruption,
-            beat=watch.beat,
-            stepped=stepped,
+            hooks=joined,
+            emit=tell,
         )
+        # Inside of the saver: what does not fit is written down before a failed run waits for its
+        # checkpoint.
         with recorded(
             run,
             sizes,
@@ -111,7 +203,12 @@ def _train(
             where=lambda: f"step {trainer.progress.step + 1}, rank {world.rank}",
         ):
             trainer.fit()
+    # A rank that left earlier would end the process group under the others.
     world.barrier()
+
+
+def _say_nothing(event: Event) -> None:
+    """Where the events of a rank go that are not rank 0's: all have the same."""
 
 
 def _started(

@@ -5,24 +5,26 @@ Builds the partitioned network, hands the flat partitions to the manifold optimi
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.networks.init import initial_value
-from model.networks.registry import build_network
+from model.networks.registry import AnyNetwork, build_network
 from optim.collectives import ProcessGroupExchange
+from optim.config import OptimConfig
 from optim.manifolds import manifold_of
 from optim.param_groups import parameter_groups
 from optim.sharded import ShardedManifoldAdam
 from optim.zero_layout import FlatPartition, Slot
-from pipeline.config import RunConfig, TrainConfig, ZeroConfig
+from pipeline.config import LossConfig, TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.resilience.straggler import Stopwatch
 from pipeline.run.distributed import DistributedContext
 from pipeline.training.device_peak import DTYPES
+from pipeline.training.metrics import Metric
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import StepContext
 
@@ -111,6 +113,7 @@ def _partitions(zero_optimizer: Any, names: dict[int, str]) -> list[FlatPartitio
         for p in parameters:
             length = p.partition_numel()
             slots.append(Slot(names[id(p)], tuple(p.ds_shape), p.ds_numel, offset, length))
+            # Padded to the same length on all ranks, so offsets agree without being told.
             offset += length
 
         def publish(flat: Tensor = flat, group: int = group) -> None:
@@ -141,7 +144,17 @@ def gathered_sizes(network: torch.nn.Module) -> tuple[int, int]:
 class Zero3:
     """A network trained under ZeRO-3 by the sharded manifold optimizer.
 
+    Args:
+        world: the ranks; all construct it together.
+        model: the network.
+        loss: what it is trained for.
+        optim: the manifold optimizer.
+        train: precision, accumulation, clipping, activation checkpointing, seed.
+        zero: bucket sizes.
+        micro_batch: samples per rank and backward pass.
+
     Attributes:
+        statistics: what the tensor that `step` returns holds, in this order.
         optimizer: the bound client optimizer.
         partitions: this rank's flat partitions.
         matrix_count: matrices on the manifold.
@@ -152,35 +165,42 @@ class Zero3:
         self,
         *,
         world: DistributedContext,
-        config: RunConfig,
+        model: AnyNetwork,
+        loss: LossConfig,
+        optim: OptimConfig,
+        train: TrainConfig,
+        zero: ZeroConfig,
         micro_batch: int,
     ) -> None:
-        model, train = config.model, config.train
         deepspeed = _import_deepspeed(world.device)
         deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+        # Sizes of buckets have to be known before the first real parameter is made.
         with torch.device("meta"):
             largest, block = gathered_sizes(build_network(model))
         settings = engine_settings(
-            train=train, zero=config.zero, micro_batch=micro_batch, largest=largest, block=block
+            train=train, zero=zero, micro_batch=micro_batch, largest=largest, block=block
         )
         # The type comes from the settings: DeepSpeed 0.19.8 ignores `dtype` where fp16 is missing.
         # mem_efficient_linear would replace torch's F.linear in the whole process, for good.
         with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
             network = build_network(model)
         network.checkpoint_blocks = train.activation_checkpointing
-        objective = Objective(network, config.loss)
+        objective = Objective(network, loss)
+        self.statistics: Sequence[Metric] = [s.metric for s in objective.statistics]
         named: list[tuple[str, Any]] = list(network.named_parameters())
         _check_working_type(named, train.precision)
-        groups = parameter_groups(named, config.optim)
-        self.optimizer = ShardedManifoldAdam(groups, config.optim)
+        groups = parameter_groups(named, optim)
+        self.optimizer = ShardedManifoldAdam(groups, optim)
         self._engine, *_ = deepspeed.initialize(
             model=objective, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
+        # After initialize: its hooks must run inside of those that gather and release parameters.
         self._stopwatch = Stopwatch(objective, world.device)
         self._device = world.device
         self._network = network
         self._seed = train.seed
         self._initial = {name: p.initial for name, p in named}
+        # The schedule multiplies these; DeepSpeed has no scheduler here that could disagree.
         self._base_lr = [group["lr"] for group in self.optimizer.param_groups]
         exchange = ProcessGroupExchange(named[0][1].ds_process_group)
         self.partitions = _partitions(self._engine.optimizer, {id(p): name for name, p in named})
@@ -198,12 +218,13 @@ class Zero3:
         self.optimizer.initialise(value)
 
     def accumulate(self, images: Tensor, labels: Tensor, now: StepContext) -> Tensor:
-        """Forward and backward pass of one micro-batch; returns the sums of Objective."""
+        """Forward and backward pass of one micro-batch; returns the sums of `statistics`."""
         loss, sums = self._engine(
             images.to(self._device, non_blocking=True),
             labels.to(self._device, non_blocking=True),
             now,
         )
+        # DeepSpeed divides by the accumulation itself and steps only after the last micro-batch.
         self._engine.backward(loss)
         self._engine.step()
         return sums
@@ -214,13 +235,15 @@ class Zero3:
         """One optimizer step over this rank's micro-batches.
 
         Returns:
-            Sums of Objective over the micro-batches, shape (4,); None if a loss or gradient was not
-            finite on some rank: then no rank has updated anything.
+            Sums of `statistics` over the micro-batches, shape (number of statistics,); None if a
+            loss or gradient was not finite on some rank: then no rank has updated anything.
         """
         for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * now.lr_factor
+        # Before the first micro-batch: what is drawn for a step is the same in all of them.
         self._network.begin_step(step=now.step, progress=now.progress, seed=self._seed)
         sums = torch.stack([self.accumulate(x, t, now) for x, t in micro_batches]).sum(0)
+        # DeepSpeed's check for overflow is collective: all ranks have the same answer.
         return sums if self._engine.was_step_applied() else None
 
     def forward_seconds(self) -> float:

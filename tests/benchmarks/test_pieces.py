@@ -12,7 +12,7 @@ from pipeline.config import ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.planner.calibration import Measured
 from pipeline.planner.meta_step import LiveBytes
-from pipeline.training.zero3 import Zero3
+from pipeline.training.worker import build_engine
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import rank_world, small_run
 
@@ -68,7 +68,7 @@ def small_buckets(ranks, width, depth):
 def bytes_of(rank, world_size):
     config = small_buckets(world_size, 256, 2)
     with rank_world(rank, world_size) as world, LiveBytes() as held:
-        engine = Zero3(world=world, config=config, micro_batch=1)
+        engine = build_engine(config, world=world, micro_batch=1)
         engine.initialise(0)
         return held.live, computed(config, world_size)
 

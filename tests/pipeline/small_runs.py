@@ -1,10 +1,11 @@
-"""Small runs that the tests of pipeline share, and the process groups in which their ranks run."""
+"""Small runs that the tests of this room share, and the worlds in which ranks execute them."""
 
 import contextlib
 import dataclasses
 import gc
 import os
 import warnings
+from collections.abc import Sequence
 from unittest import mock
 
 import numpy as np
@@ -22,6 +23,7 @@ from pipeline.run.distributed import join_process_group
 from pipeline.run.events import CheckpointSaved, Event, Metrics
 from pipeline.run.state import WorkerSpec
 from pipeline.training import worker
+from pipeline.training.hooks import Hook
 from pipeline.training.zero3 import Zero3
 
 
@@ -166,7 +168,9 @@ class Undisturbed:
         return False
 
 
-def observed_run(job: WorkerSpec, interruption: Interruption | None = None) -> Outcome:
+def observed_run(
+    job: WorkerSpec, interruption: Interruption | None = None, hooks: Sequence[Hook] = ()
+) -> Outcome:
     """Run the worker of this rank as it is, looking at its engine from outside."""
     outcome = Outcome()
     engines = []
@@ -194,7 +198,7 @@ def observed_run(job: WorkerSpec, interruption: Interruption | None = None) -> O
 
     with mock.patch.object(worker, "Zero3", Observed):
         try:
-            worker.run_rank(job, outcome.events.append, interruption or Undisturbed())
+            worker.run_rank(job, outcome.events.append, interruption or Undisturbed(), hooks)
         except PipelineError as error:
             outcome.error = str(error)
     for engine in engines:

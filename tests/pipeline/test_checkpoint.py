@@ -14,7 +14,7 @@ from pipeline.config import CheckpointConfig, TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.run.events import Started
 from pipeline.run.state import WorkerSpec
-from pipeline.training.zero3 import Zero3
+from pipeline.training.worker import build_engine
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
     local_state,
@@ -193,7 +193,7 @@ def refusals(world, damaged):
     answers = {}
     for model in (small_model(width=21, depth=3), small_model(width=21)):
         settings = dataclasses.replace(config(), model=model)
-        engine = Zero3(world=world, config=settings, micro_batch=BATCH // world.size)
+        engine = build_engine(settings, world=world, micro_batch=BATCH // world.size)
         engine.initialise(seed=5)
         state = local_state(engine)
         for name, folder in damaged.items():

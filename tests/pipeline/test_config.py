@@ -1,8 +1,11 @@
+import ast
 import dataclasses
 import pickle
+from pathlib import Path
 
 import pytest
 
+import pipeline
 from pipeline.config import (
     CheckpointConfig,
     RunConfig,
@@ -75,18 +78,18 @@ def test_plan_counts():
         train=TrainConfig(global_batch=24, epochs=2.5, warmup_epochs=1, accumulation=2),
         checkpoint=CheckpointConfig(every_steps=4),
     )
-    plan = make_step_schedule(config, samples=100, world_size=3)
+    plan = make_step_schedule(config.train, config.checkpoint, samples=100, world_size=3)
     assert plan.total_steps == plan.last_step == 11  # ceil(250 / 24)
     assert plan.warmup_steps == 4
     assert (plan.rank_batch, plan.micro_batch) == (8, 4)
-    assert [step for step in range(1, 12) if plan.keeps(step)] == [4, 8, 11]
+    assert [step for step in range(1, 12) if plan.saves(step)] == [4, 8, 11]
 
 
 def test_stop_after_ends_early_with_a_checkpoint():
     config = small_run(train=TrainConfig(global_batch=24, epochs=1, stop_after=3))
-    plan = make_step_schedule(config, samples=240, world_size=2)
+    plan = make_step_schedule(config.train, config.checkpoint, samples=240, world_size=2)
     assert (plan.total_steps, plan.last_step) == (10, 3)
-    assert [step for step in range(1, 4) if plan.keeps(step)] == [3]
+    assert [step for step in range(1, 4) if plan.saves(step)] == [3]
 
 
 @pytest.mark.parametrize(
@@ -105,4 +108,23 @@ def test_stop_after_ends_early_with_a_checkpoint():
 def test_impossible_batches_are_refused(batch, accumulation, world_size, message):
     config = small_run(train=TrainConfig(global_batch=batch, accumulation=accumulation))
     with pytest.raises(PipelineError, match=message):
-        make_step_schedule(config, samples=100, world_size=world_size)
+        make_step_schedule(config.train, config.checkpoint, samples=100, world_size=world_size)
+
+
+READERS_OF_ALL = {
+    "pipeline/training/worker.py": "takes the configuration apart and builds the parts of a rank",
+    "pipeline/run/state.py": "carries the configuration to the ranks",
+}
+
+
+def test_parts_of_a_run_get_their_own_part_of_the_configuration():
+    """So a signature says what a component depends on; only who builds the parts sees all."""
+    root = Path(pipeline.__file__).parents[1]
+    found = {
+        str(path.relative_to(root))
+        for package in ("training", "checkpoint", "resilience", "run")
+        for path in (root / "pipeline" / package).glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if "RunConfig" in (getattr(node, name, "") for name in ("id", "attr", "name", "value"))
+    }
+    assert found == set(READERS_OF_ALL)

@@ -14,6 +14,7 @@ from pipeline.driver.evaluations import Evaluations
 from pipeline.driver.event_log import EventLog
 from pipeline.driver.monitor import RunMonitor
 from pipeline.driver.usage import UsageMetrics
+from pipeline.planner.flops import training_flops
 from pipeline.presets import run_preset
 from pipeline.run.events import CheckpointFailed, CheckpointSaved, Metrics, MetricsReplayed, Started
 
@@ -49,9 +50,17 @@ class Recorder:
         self.checkpoints.append((step, url, digest, params))
 
 
+def usage_of(recorder):
+    """Metrics of use of a run of digits that `recorder` keeps."""
+    config = run_preset("digits")
+    return UsageMetrics(
+        config.cluster, config.train.precision, training_flops(config), recorder.last_value
+    )
+
+
 def show(*events, terminal, folder):
     console = Console(record=True, force_terminal=terminal, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
-    usage = UsageMetrics(run_preset("digits"), Recorder().last_value)
+    usage = usage_of(Recorder())
     monitor = RunMonitor(
         RunConsole(console),
         Recorder(),
@@ -194,7 +203,7 @@ def test_what_an_earlier_execution_kept_is_recorded_and_certified_once(tmp_path,
     info = mock.Mock(side_effect=lambda opener: mock.Mock(digest=opener("artifact.json").read()))
     monkeypatch.setattr("pipeline.driver.monitor.read_info", info)
     recorder, evaluations = Recorder(), mock.Mock()
-    usage = UsageMetrics(run_preset("digits"), recorder.last_value)
+    usage = usage_of(recorder)
     console = Console(file=io.StringIO())
     event_log = EventLog(tmp_path, run)
     monitor = RunMonitor(
@@ -210,7 +219,7 @@ def test_what_an_earlier_execution_kept_is_recorded_and_certified_once(tmp_path,
 
 def test_what_a_store_refuses_keeps_no_event_waiting(tmp_path):
     recorder, console = Recorder(), Console(file=io.StringIO())
-    usage, run = UsageMetrics(run_preset("digits"), recorder.last_value), Store(tmp_path)
+    usage, run = usage_of(recorder), Store(tmp_path)
     refuse = mock.Mock(side_effect=OSError("no [room]"))
     event_log = EventLog(tmp_path, run)
     monitor = RunMonitor(

@@ -11,22 +11,21 @@ from pipeline.launch import ray_elastic
 from pipeline.launch.ray_elastic import DividingPolicy
 from pipeline.resilience.signals import PAUSE, STOP, ControlActor
 from pipeline.run.step_schedule import world_sizes
-from tests.pipeline.small_runs import small_run
 
 GRACE_S = 100.0
 
 
 def run(workers, least, batch=64, accumulation=1):
-    return small_run(
-        train=TrainConfig(global_batch=batch, accumulation=accumulation),
-        cluster=ClusterConfig(workers=workers, min_workers=least),
+    return (
+        ClusterConfig(workers=workers, min_workers=least),
+        TrainConfig(global_batch=batch, accumulation=accumulation),
     )
 
 
 def test_sizes_divide_the_batch():
-    assert world_sizes(run(8, 0)) == (8,)
-    assert world_sizes(run(8, 2)) == (2, 4, 8)
-    assert world_sizes(run(6, 2, batch=36, accumulation=2)) == (2, 3, 6)
+    assert world_sizes(*run(8, 0)) == (8,)
+    assert world_sizes(*run(8, 2)) == (2, 4, 8)
+    assert world_sizes(*run(6, 2, batch=36, accumulation=2)) == (2, 3, 6)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +38,7 @@ def test_sizes_divide_the_batch():
 )
 def test_a_size_that_does_not_is_refused(workers, least, message):
     with pytest.raises(PipelineError, match=message):
-        world_sizes(run(workers, least))
+        world_sizes(*run(workers, least))
 
 
 class Actor:

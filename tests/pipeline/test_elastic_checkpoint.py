@@ -14,7 +14,6 @@ from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.state import TrainState
 from tests.optim.emulation import Emulation, Problem
-from tests.pipeline.small_runs import small_run
 
 PROBLEM = Problem((30, 17, 8), dtype=torch.float32, matrices_per_group=2)
 SYNC = PROBLEM.lookahead_steps
@@ -46,7 +45,7 @@ def ranks_of(size):
 def save(group, folder, step):
     progress = TrainState(step, Cursor(seed=0, epoch=1, position=step))
     snapshots = [
-        take_snapshot(engine, HostMemory(), world=world, progress=progress, config=small_run())
+        take_snapshot(engine, HostMemory(), world=world, progress=progress, config={})
         for world, engine in group
     ]
     for snapshot in snapshots:

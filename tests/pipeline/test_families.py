@@ -20,8 +20,7 @@ from pipeline.presets import PRESETS, run_preset
 from pipeline.run.state import WorkerSpec
 from pipeline.training.losses import LOSSES
 from pipeline.training.schedules import StepContext
-from pipeline.training.worker import run_rank
-from pipeline.training.zero3 import Zero3
+from pipeline.training.worker import build_engine, run_rank
 from tests.harness import run_ranks
 from tests.model.toy_network import Toy, ToyConfig
 from tests.pipeline.small_runs import Undisturbed, batches, rank_world, small_run, small_shards
@@ -58,7 +57,7 @@ def train_partitioned(rank, world_size, names):
         for name in names:
             config = short(name)
             share = BATCH // world_size
-            engine = Zero3(world=world, config=config, micro_batch=share)
+            engine = build_engine(config, world=world, micro_batch=share)
             engine.initialise(seed=SEED)
             mine = slice(rank * share, (rank + 1) * share)
             for step, (images, labels) in enumerate(batches(STEPS, BATCH)):

@@ -134,7 +134,7 @@ SCRIPTS = {
 @pytest.mark.parametrize("when", SCRIPTS)
 def test_an_outage_costs_training_nothing_and_loses_nothing(tmp_path, monkeypatch, when):
     server = FakeServer(SCRIPTS[when])
-    monkeypatch.setattr(tracker_file, "Server", lambda config: server)
+    monkeypatch.setattr(tracker_file, "MlflowConnection", lambda config: server)
     away = TrackingConfig(uri="http://127.0.0.1:9")
     tracker = Tracker(away, tmp_path, run_name="x", wait_seconds=0.2)
     begin = time.perf_counter()
@@ -153,7 +153,7 @@ def test_an_outage_costs_training_nothing_and_loses_nothing(tmp_path, monkeypatc
 
 def test_records_outlive_a_full_disk(tmp_path, monkeypatch):
     server = FakeServer([])
-    monkeypatch.setattr(tracker_file, "Server", lambda config: server)
+    monkeypatch.setattr(tracker_file, "MlflowConnection", lambda config: server)
     away = TrackingConfig(uri="http://127.0.0.1:9")
     tracker = Tracker(away, tmp_path, run_name="x", wait_seconds=10)
     with full_disk((tmp_path / "spool.jsonl").stat().st_size + 100):
@@ -320,7 +320,7 @@ def calls_while_training(rank, world_size, folder):
         rank_world(rank, world_size),
         mock.patch.object(Trainer, "fit", noted_fit),
         mock.patch.object(Store, "_fs", noted_store),
-        mock.patch.object(tracker_file, "Server", return_value=NotedServer([])),
+        mock.patch.object(tracker_file, "MlflowConnection", return_value=NotedServer([])),
     ):
         code = main(["digits", *options])
     return code, training[0], calls

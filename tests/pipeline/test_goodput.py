@@ -12,9 +12,13 @@ from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.run.events import Metrics
 from pipeline.run.state import TrainState
 from pipeline.run.step_schedule import make_step_schedule
+from pipeline.training.hooks import CheckpointHook
+from pipeline.training.objective import STATISTICS
+from pipeline.training.recorder import Recorder
+from pipeline.training.schedules import StepContext
 from pipeline.training.trainer import Trainer
 from tests.harness import run_ranks
-from tests.pipeline.small_runs import Undisturbed, rank_world, small_run
+from tests.pipeline.small_runs import rank_world, small_run
 
 STEP_S, WAIT_S, KEEP_S = 0.05, 0.2, 0.3
 SKIPPED, KEPT = 2, 3
@@ -42,6 +46,7 @@ class Engine:
 
     def __init__(self, size):
         self.size = size
+        self.statistics = [statistic.metric for statistic in STATISTICS]
 
     def step(self, micro_batches, now):
         time.sleep(STEP_S)
@@ -59,23 +64,30 @@ def train(rank, world_size):
         train=TrainConfig(global_batch=8, epochs=1, warmup_epochs=0, stop_after=4),
         checkpoint=CheckpointConfig(every_steps=KEPT),
     )
-    plan = make_step_schedule(config, samples=80, world_size=world_size)
+    plan = make_step_schedule(config.train, config.checkpoint, samples=80, world_size=world_size)
     events = []
     with rank_world(rank, world_size) as world:
         size = plan.rank_batch
+        saver = SimpleNamespace(save=lambda state: time.sleep(KEEP_S), poll=lambda: None)
+        engine, stream, hooks = Engine(size), Stream(rank, size), CheckpointHook(saver)
         trainer = Trainer(
-            world=world,
-            config=config,
             plan=plan,
-            engine=Engine(size),
-            stream=Stream(rank, size),
+            context_at=lambda step: StepContext(step, step / plan.total_steps, 1.0, 0.1),
+            engine=engine,
+            stream=stream,
             progress=TrainState(0, Cursor(seed=0)),
+            recorder=Recorder(
+                world=world,
+                statistics=engine.statistics,
+                stream=stream,
+                hooks=hooks,
+                global_batch=config.train.global_batch,
+                peak_lr=config.optim.lr,
+                emit=events.append,
+            ),
+            rollbacks=SimpleNamespace(too_many=lambda skipped: False),
+            hooks=hooks,
             emit=events.append,
-            saver=SimpleNamespace(keep=lambda progress: time.sleep(KEEP_S), poll=lambda: None),
-            rollbacks=None,
-            interruption=Undisturbed(),
-            beat=lambda step, phase: None,
-            stepped=lambda: None,
         )
         trainer.fit()
     return {e.step: e for e in events if isinstance(e, Metrics)}

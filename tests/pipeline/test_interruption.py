@@ -8,7 +8,7 @@ import pytest
 from pipeline.resilience.signals import StopSignal
 from pipeline.run.events import Started
 from pipeline.run.state import WorkerSpec
-from pipeline.training import trainer
+from pipeline.training import hooks
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
     Undisturbed,
@@ -42,7 +42,7 @@ class Asked(Undisturbed):
 def runs(rank, world_size, folder, shards):
     config = small_run()
     outcomes = {}
-    trainer._ASK_PREEMPTION_S = 0.0
+    hooks._ASK_PREEMPTION_S = 0.0
     with rank_world(rank, world_size):
 
         def run(name, url, interruption=None):

@@ -7,7 +7,7 @@ import torch
 
 from model.networks.linf.groupsort import GroupSortConfig
 from model.networks.registry import build_network
-from pipeline.config import ClusterConfig, RunConfig, TrainConfig
+from pipeline.config import ClusterConfig, RunConfig
 from pipeline.driver.system_metrics import SystemMetrics
 from pipeline.driver.usage import UsageMetrics
 from pipeline.planner.flops import training_flops
@@ -42,13 +42,8 @@ class Record:
 
 
 def meter_of(clock, record=None, **cluster):
-    config = RunConfig(
-        preset="digits",
-        model=run_preset("digits").model,
-        train=TrainConfig(precision="bf16"),
-        cluster=ClusterConfig(**cluster),
-    )
-    return UsageMetrics(config, record or Record(), clock)
+    flops = training_flops(run_preset("digits"))
+    return UsageMetrics(ClusterConfig(**cluster), "bf16", flops, record or Record(), clock)
 
 
 def metrics(images_per_s=100.0, step=1, productive_s=0.0):

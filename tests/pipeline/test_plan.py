@@ -53,12 +53,12 @@ class Observed(LiveBytes):
 
 def observe(rank, world_size, train):
     """Bytes of one rank: always, and beyond that in each phase; what it sent in one step."""
-    from pipeline.training.zero3 import Zero3
+    from pipeline.training.worker import build_engine
 
     config = planned_run(world_size, **train)
     peaks = {"forward and backward": 0, "optimizer step": 0}
     with rank_world(rank, world_size) as world, Observed() as held:
-        engine = Zero3(world=world, config=config, micro_batch=MICRO)
+        engine = build_engine(config, world=world, micro_batch=MICRO)
         engine.initialise(0)
         step = engine.optimizer.step
 

@@ -17,8 +17,6 @@ from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.driver.console import RunConsole
 from pipeline.driver.event_log import EventLog
 from pipeline.driver.monitor import RunMonitor
-from pipeline.driver.usage import UsageMetrics
-from pipeline.presets import run_preset
 from pipeline.resilience.rollback import Gap, past
 from pipeline.run.events import Metrics, RolledBack, Skipped, Started
 from pipeline.run.state import WorkerSpec
@@ -31,7 +29,7 @@ from tests.pipeline.small_runs import (
     small_shards,
     whole_state,
 )
-from tests.pipeline.test_desk import Recorder
+from tests.pipeline.test_desk import Recorder, usage_of
 
 STEPS, BATCH, EPOCH = 12, 24, 135
 KEPT, BAD = 6, (8, 9)  # the checkpoint before, and the steps whose samples are bad
@@ -173,7 +171,7 @@ def test_the_person_the_tracker_and_the_event_log_are_told(tmp_path):
         recorder,
         None,
         lambda: None,
-        UsageMetrics(run_preset("digits"), recorder.last_value),
+        usage_of(recorder),
         EventLog(tmp_path, Store(tmp_path)),
         Store(tmp_path),
     )

@@ -15,6 +15,7 @@ from pipeline.config import ClusterConfig
 from pipeline.resilience import hang_detector
 from pipeline.resilience.hang_detector import HUNG, HangDetector
 from pipeline.resilience.heartbeat import Beat, Phase, behind
+from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import Hung, Straggling
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import rank_world, small_run
@@ -63,7 +64,7 @@ class Ended:
 
 def standing_still(rank, world_size, folder):
     """Three ranks, of which one is stopped, then waits for data, then is slow with reason."""
-    hang_detector._FAREWELL_S = 0.5
+    hang_detector._REPORT_S = 0.5
     cluster = ClusterConfig(launcher="local", hang_timeout_s=LIMIT_S)
     seen = {}
     with rank_world(rank, world_size) as world:
@@ -122,9 +123,9 @@ def test_a_stopped_rank_and_one_without_data_are_named_by_their_peers(tmp_path):
 
 
 def test_a_lonely_rank_ends_itself_but_not_in_its_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(hang_detector, "_FAREWELL_S", 0.1)
+    monkeypatch.setattr(hang_detector, "_REPORT_S", 0.1)
     monkeypatch.setattr(hang_detector, "_FIRST_STEP", 3)
-    world = hang_detector.DistributedContext(0, 1, torch.device("cpu"), None, ("here",))
+    world = DistributedContext(0, 1, torch.device("cpu"), None, ("here",))
     cluster = ClusterConfig(launcher="local", hang_timeout_s=1)
     begin = time.monotonic()
     for step, least_s in ((0, 3), (5, 1)):
@@ -142,11 +143,11 @@ def test_a_lonely_rank_ends_itself_but_not_in_its_first_step(tmp_path, monkeypat
 
 
 def test_a_rank_that_can_say_nothing_ends_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(hang_detector, "_FAREWELL_S", 0.1)
+    monkeypatch.setattr(hang_detector, "_REPORT_S", 0.1)
     monkeypatch.setattr(
         hang_detector.tempfile, "TemporaryFile", mock.Mock(side_effect=OSError("no room"))
     )
-    world = hang_detector.DistributedContext(0, 1, torch.device("cpu"), None, ("here",))
+    world = DistributedContext(0, 1, torch.device("cpu"), None, ("here",))
     cluster = ClusterConfig(launcher="local", hang_timeout_s=1)
     ended = Ended()
     full = mock.Mock(write=mock.Mock(side_effect=OSError("no room")))

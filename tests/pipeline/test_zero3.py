@@ -12,7 +12,7 @@ from optim.reference import ReferenceManifoldAdam
 from pipeline.config import TrainConfig, ZeroConfig
 from pipeline.training.losses import emma_loss
 from pipeline.training.schedules import StepContext
-from pipeline.training.zero3 import Zero3
+from pipeline.training.worker import build_engine
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import batches, rank_world, small_run
 
@@ -59,7 +59,7 @@ def train_partitioned(rank, world_size, names):
             config = CASES[name]
             share = BATCH // world_size
             micro = share // config.train.accumulation
-            engine = Zero3(world=world, config=config, micro_batch=micro)
+            engine = build_engine(config, world=world, micro_batch=micro)
             engine.initialise(seed=3)
             for images, labels in batches(STEPS, BATCH):
                 mine = slice(rank * share, (rank + 1) * share)
