@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
-# Nothing here phones home, and a local Ray listens on the loopback device only.
+# Nothing here phones home.
 export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: pretrain pretrain-s3 test test-slow lint ui clean
+.PHONY: pretrain pretrain-s3 cluster test test-slow lint ui clean
 
 pretrain: $(VENV)/run.stamp
 	$(BIN)/python -m pipeline.pretrain digits
@@ -15,6 +15,15 @@ pretrain: $(VENV)/run.stamp
 # The same from object storage: a local S3-compatible server, ended with the run.
 pretrain-s3: $(VENV)/test.stamp
 	$(BIN)/python -m tests.pretrain_s3 digits
+
+# A Ray cluster of this machine, until Ctrl-C: on the loopback device (the RAY_ENABLE... switch: without
+# it Ray takes the outward address), and for those alone who have the token in ~/.ray/auth_token.
+# RAY_JOB_STOP_WAIT_TIME_S: seconds that `ray job stop` leaves a run to keep a checkpoint, 3 by default.
+cluster: $(VENV)/run.stamp
+	umask 077 && mkdir -p ~/.ray && $(BIN)/ray get-auth-token --generate > /dev/null
+	chmod -f go= ~/.ray ~/.ray/auth_token || true
+	env -u RAY_ADDRESS RAY_AUTH_MODE=token RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_JOB_STOP_WAIT_TIME_S=120 \
+	$(BIN)/ray start --head --block --node-ip-address 127.0.0.1 --num-cpus 5 $(RAY_FLAGS)
 
 ui: $(VENV)/run.stamp
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \

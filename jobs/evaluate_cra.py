@@ -34,6 +34,7 @@ from jobs.evaluation.runner import (
     output,
 )
 from model.errors import ModelError
+from pipeline.run.exposure import ExposureError
 from pipeline.tracking.client import EvaluationRecord, RunReference, log_evaluation, ui_command
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,14 @@ def main(
         if run is not None:
             command, path = ui_command(config.tracking.uri, run)
             console.print(f"MLflow: {command}\n  then open {path}", soft_wrap=True)
-    except (EvaluationError, ShardError, ModelError, FileNotFoundError) as error:
+    except (
+        EvaluationError,
+        ShardError,
+        ModelError,
+        ExposureError,
+        FileNotFoundError,
+        ConnectionError,
+    ) as error:
         errors.print(f"error: {error}", soft_wrap=True)
         return 2
     except Exception as error:

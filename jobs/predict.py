@@ -26,7 +26,7 @@ from rich.console import Console
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
-from jobs.evaluation.executor import map_inline, map_shards, session
+from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import artifact_info, run_task, task_device
 from jobs.evaluation.tasks import ArtifactTask, matrix_tasks
@@ -37,6 +37,7 @@ from model.artifact.artifact import ArtifactInfo
 from model.certification.eps import eps_value
 from model.certification.matrix_bounds import MatrixBound
 from model.errors import ModelError
+from pipeline.run.ray_session import ray_session
 from pipeline.tracking.client import TrackingConfig
 from pipeline.tracking.registry import Registry, RegistryError
 
@@ -207,7 +208,7 @@ def _predictor(artifact: ArtifactTask, matrices: tuple[MatrixBound, ...]) -> Sou
 @contextmanager
 def _runner(config: PredictConfig) -> Iterator[Run]:
     if config.launcher == "ray":
-        with session():
+        with ray_session():
             yield lambda tasks: map_shards(
                 run_task, tasks, max_in_flight=config.max_in_flight, num_gpus=config.num_gpus
             )
@@ -263,6 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
         ShardError,
         ModelError,
         FileNotFoundError,
+        ConnectionError,
         ValueError,
     ) as error:
         errors.print(f"error: {error}", soft_wrap=True)

@@ -10,7 +10,11 @@ class PipelineError(ValueError):
 
 
 class ExposureError(ValueError):
-    """A server stands open; the message names it and says what to do."""
+    """A cluster or server that must not be used; the message names it and says what to do."""
+
+
+class TokenError(ExposureError):
+    """A cluster asks for a token that this process does not have."""
 
 
 REFUSALS = (PipelineError, ShardError, ModelError, OptimizerError, ExposureError)

@@ -97,11 +97,11 @@ def _run(config: RunConfig, console: Console, stop: StopSignal) -> None:
 
 
 def _run_on_ray(config: RunConfig, console: Console, stop: StopSignal) -> None:
-    from pipeline.launch.ray_launcher import fit, ray_session
+    from pipeline.launch.ray_launcher import cluster_session, fit
 
     with console.status("preparing"):
         prepared = prepare(config, world_size=config.cluster.workers)
-    with ray_session(config.cluster):
+    with cluster_session(config.cluster):
         stop.install()  # once more: ray.init has put a handler of its own there
         with monitor_for(prepared, console) as monitor, stop.deferred():
             fit_in_memory(

@@ -1,11 +1,12 @@
-"""Tasks and jobs on Ray, or tasks in this process: the only Ray import of the jobs."""
+"""Tasks and jobs on Ray, or tasks in this process: where the jobs meet Ray."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
+
+from pipeline.run.ray_session import ray_session
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,8 +42,7 @@ def map_shards(
 ) -> list[Result]:
     """Apply `fn` to every item as Ray tasks of one CPU each.
 
-    Joins the Ray that this process already uses, else the one that RAY_ADDRESS names, else starts
-    a quiet one on the loopback device for the duration of the call or of the `session` around it.
+    Takes the Ray of the session around it, else joins or starts one for the duration of the call.
 
     Args:
         fn: importable function (a function of ``__main__`` would be sent by value).
@@ -60,7 +60,7 @@ def map_shards(
         TaskLostError: a worker died too often.
         Exception: the first exception raised by `fn`, with its own type.
     """
-    with session() as ray:
+    with ray_session() as ray:
         task = ray.remote(fn).options(
             num_cpus=1,
             num_gpus=num_gpus,
@@ -111,32 +111,3 @@ def job_client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     return JobSubmissionClient(address)
-
-
-@contextmanager
-def session() -> Iterator[Any]:
-    """Yield the ray module, connected; stop Ray again only if it was started here.
-
-    Several `map_shards` inside one session share its Ray.
-    """
-    local = not os.environ.get("RAY_ADDRESS")
-    if local:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only, see below
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    if ray.is_initialized():
-        yield ray
-        return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if local:
-        options |= {
-            "address": "local",
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
-        }
-    ray.init(**options)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()

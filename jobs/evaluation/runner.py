@@ -16,7 +16,7 @@ from data_shards.storage.store import Store
 from jobs.evaluation.attack_task import attack_tasks, merge_attack
 from jobs.evaluation.certificate_file import certificate, to_json
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.executor import map_inline, map_shards, session
+from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
 from jobs.evaluation.progress import PROGRESS, Counting, OnProgress
 from jobs.evaluation.results import (
@@ -41,6 +41,7 @@ from model.certification.matrix_bounds import MatrixBound
 from model.certification.rounding import PROGRAMS
 from model.empirical_lipschitz import refute
 from model.networks.base import LipschitzBound
+from pipeline.run.ray_session import ray_session
 
 CERTIFICATE, SAMPLES, SUMMARY = "certificate.json", "samples.parquet", "summary.json"
 FIGURE, HISTOGRAM, LAYERS = "cra.png", "radius.png", "bounds.png"
@@ -268,7 +269,7 @@ def _runner(config: EvaluationConfig, on_done: Callable[[Any], object]) -> Itera
         )
 
     if config.launcher == "ray":
-        with session():
+        with ray_session():
             yield on_ray
         return
     try:

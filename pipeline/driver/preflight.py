@@ -21,6 +21,7 @@ from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.errors import PipelineError
 from pipeline.run.exposure import require_closed
 from pipeline.run.ray_job import is_ray_job, uploaded_code
+from pipeline.run.ray_session import cluster_address
 from pipeline.run.state import WorkerSpec
 from pipeline.run.step_schedule import make_step_schedule, world_sizes
 from pipeline.tracking.client import TrackingConfig
@@ -74,8 +75,11 @@ def prepare(config: RunConfig, *, world_size: int) -> PreparedRun:
         ExposureError: its Ray cluster or MLflow server stands open.
     """
     cluster = config.cluster
-    elsewhere = cluster.launcher == "ray" and (cluster.address or os.environ.get("RAY_ADDRESS"))
-    require_closed(ray=elsewhere or "", mlflow=config.mlflow)
+    try:
+        elsewhere = cluster_address(cluster.address) if cluster.launcher == "ray" else ""
+    except ConnectionError as error:
+        raise PipelineError(str(error)) from error
+    require_closed(ray=elsewhere, mlflow=config.mlflow)
     no_gpu = not elsewhere and not torch.cuda.is_available()
     if cluster.device == "cpu" or no_gpu:
         require_precision(config.train.precision)

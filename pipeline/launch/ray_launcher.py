@@ -1,7 +1,6 @@
 """Starts the ranks on Ray Train and carries their events to the driver."""
 
 import contextlib
-import logging
 import os
 import signal
 import threading
@@ -15,6 +14,7 @@ from pipeline.config import ClusterConfig
 from pipeline.errors import REFUSALS, PipelineError
 from pipeline.resilience.signals import PAUSE, STOP, ControlActor, Flag, Interruption
 from pipeline.run.events import Emit, Event
+from pipeline.run.ray_session import ray_session
 from pipeline.run.state import WorkerSpec
 from pipeline.run.step_schedule import world_sizes
 from pipeline.training.worker import run_rank
@@ -28,42 +28,25 @@ _SPARE_CPUS = 3
 
 
 @contextlib.contextmanager
-def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+def cluster_session(cluster: ClusterConfig) -> Iterator[None]:
     """Join the cluster of this Ray job (or of `cluster.address`), or start a local one.
 
     Raises:
         PipelineError: Ray is not installed, or the cluster cannot be reached.
+        ExposureError: the cluster serves strangers.
     """
-    address = cluster.address or os.environ.get("RAY_ADDRESS", "")
-    if not address:
-        # A plain ray.init() writes a token into the home directory, which then changes the
-        # authentication of every later cluster of this account. Here nobody else can connect.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning
-    try:
-        import ray
-    except ImportError as error:
-        raise PipelineError(
-            "Ray is not installed here; install ray[default,train] or use --cluster.launcher local"
-        ) from error
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if not address:
-        cpus = cluster.workers * cluster.cpus_per_worker + _SPARE_CPUS
-        options.update(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-        )
-    try:
-        ray.init(**({"address": address} if address else {}), **options)
-    except ConnectionError as error:
-        raise PipelineError(f"no Ray cluster answers at {address!r}") from error
-    try:
+    cpus = cluster.workers * cluster.cpus_per_worker + _SPARE_CPUS
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(ray_session(cluster.address, num_cpus=cpus))
+        except ImportError as error:
+            raise PipelineError(
+                "Ray is not installed here; install ray[default,train] or use --cluster.launcher "
+                "local"
+            ) from error
+        except ConnectionError as error:
+            raise PipelineError(str(error)) from error
         yield
-    finally:
-        ray.shutdown()
 
 
 _HEALTH_CHECK = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
@@ -251,8 +234,9 @@ def fit(job: WorkerSpec, handle: Emit, stop: Interruption) -> None:
 def _trainer(job: WorkerSpec, run: Store, name: str, settings: dict[str, Any]) -> Any:
     """Ray's trainer for the ranks of a job, of fixed or elastic size."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
+    from pipeline.launch.rank_group import GroupConfig
     from pipeline.launch.ray_elastic import (
         RESIZE_S,
         START_TIMEOUT_S,
@@ -275,7 +259,7 @@ def _trainer(job: WorkerSpec, run: Store, name: str, settings: dict[str, Any]) -
     trainer = (DividingTrainer if elastic else TorchTrainer)(
         _rank_entry,
         train_loop_config=settings,
-        torch_config=TorchConfig(
+        torch_config=GroupConfig(
             backend="nccl" if use_gpu else "gloo", timeout_s=cluster.collective_timeout_s
         ),
         scaling_config=scaling,

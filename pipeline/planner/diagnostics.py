@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import torch
 from packaging.requirements import Requirement
@@ -28,7 +29,7 @@ from packaging.specifiers import SpecifierSet
 from data_shards.format.index import load_index
 from data_shards.storage.store import Store
 from model.networks.lipnext.ops import c_compiler
-from pipeline.run.exposure import mlflow_exposure, ray_exposure
+from pipeline.run.exposure import TokenError, mlflow_exposure, ray_exposure
 from pipeline.tracking.client import connect
 
 PROJECT = "certified-pretrain"
@@ -292,24 +293,16 @@ def mlflow(uri: str) -> Finding:
 
 
 def ray(address: str) -> Finding:
-    """A Ray cluster can be reached, and not used by strangers."""
-    if "://" in address and not address.startswith("ray://"):
-        request = urllib.request.Request(f"{address.rstrip('/')}/api/version")
-        token = os.environ.get("RAY_AUTH_TOKEN")
-        if token:
-            request.add_header("Authorization", f"Bearer {token}")
-        try:
-            urllib.request.urlopen(request, timeout=5).close()
-        except urllib.error.HTTPError as error:
-            if error.code not in (401, 403):
-                raise
-            return Finding("FAIL", f"HTTP {error.code}", "set RAY_AUTH_MODE=token, RAY_AUTH_TOKEN")
-    else:
-        host, _, port = address.removeprefix("ray://").rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    problem = ray_exposure(address)
+    """A Ray cluster can be reached with our token, and not by strangers."""
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    try:
+        problem = ray_exposure(address)
+    except TokenError as error:
+        return Finding("FAIL", "asks for a token", str(error))
     if problem:
-        return Finding("FAIL", "open to the network", problem)
+        return Finding("FAIL", "open to strangers", problem)
     return Finding("OK", f"{address} answers")
 
 

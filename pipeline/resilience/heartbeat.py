@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from pipeline.run.distributed import DistributedContext
+from pipeline.run.distributed import DistributedContext, listening_store
 
 _CONNECT_S = 60
 _MISSED_BEATS = 3
@@ -154,10 +154,10 @@ class HeartbeatStore:
 def _connect(world: DistributedContext) -> dist.TCPStore:
     """The store: rank 0 keeps it, on the machine where it keeps that of the process group."""
     timeout = datetime.timedelta(seconds=_CONNECT_S)
-    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     if world.rank == 0:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store = listening_store(0, timeout)
         world.share(store.port)
     else:
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         store = dist.TCPStore(host, world.share(None), is_master=False, timeout=timeout)
     return store

@@ -8,11 +8,15 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
+
+_LOOPBACK = "127.0.0.1"
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +77,66 @@ def use_cuda(device: str, ranks_per_node: int) -> bool:
 
 
 def _single_process_environment() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ.update(
         RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        MASTER_ADDR=_LOOPBACK, MASTER_PORT="0",
     )  # fmt: skip
+
+
+def on_one_machine() -> bool:
+    """Whether the ranks meet on the loopback device: nothing of theirs must listen elsewhere."""
+    return os.environ.get("MASTER_ADDR", _LOOPBACK) in (_LOOPBACK, "localhost")
+
+
+def listening_store(port: int, timeout: datetime.timedelta) -> dist.TCPStore:
+    """A store that this process keeps for all ranks; on one machine it listens on loopback alone.
+
+    Args:
+        port: 0 takes a free one.
+        timeout: of its requests.
+    """
+    if not on_one_machine():
+        host = os.environ["MASTER_ADDR"]
+        return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout)
+    with socket.create_server((_LOOPBACK, port)) as server:
+        bound = server.getsockname()[1]
+        return dist.TCPStore(
+            _LOOPBACK,
+            bound,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timeout,
+            master_listen_fd=server.detach(),  # torch's own would listen on all devices
+        )
+
+
+def create_group(backend: str, timeout: datetime.timedelta) -> None:
+    """Create the process group of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Torch's `env://`, but on one machine the store of the group and the sockets between the ranks
+    are on the loopback device.
+    """
+    if on_one_machine():
+        for name in _INTERFACES:
+            os.environ[name] = _loopback_device()
+    if not on_one_machine() or "TORCHELASTIC_USE_AGENT_STORE" in os.environ:  # torchrun keeps it
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if rank == 0:
+        store = listening_store(port, timeout)
+    else:
+        store = dist.TCPStore(_LOOPBACK, port, is_master=False, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _loopback_device() -> str:
+    """Name of the loopback device: lo, or lo0 on macOS."""
+    return next(
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(address.address == _LOOPBACK for address in addresses)
+    )
 
 
 @contextlib.contextmanager
@@ -102,7 +159,7 @@ def join_process_group(cluster: ClusterConfig) -> Iterator[DistributedContext]:
         chosen = torch.device("cpu")
     timeout = datetime.timedelta(seconds=cluster.collective_timeout_s)
     if created:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+        create_group("nccl" if cuda else "gloo", timeout)
     control = dist.new_group(backend="gloo", timeout=timeout)
     size = dist.get_world_size()
     hosts: list[str] = [""] * size

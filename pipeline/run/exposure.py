@@ -1,31 +1,65 @@
-"""Refuses Ray clusters and MLflow servers that anybody on the network may use.
+"""Refuses Ray clusters and MLflow servers that strangers may use.
 
-Who reaches an open Ray dashboard runs code as its user (CVE-2023-48022), who reaches an open MLflow
-server changes runs and the alias of a registered model. So either they listen on the loopback
-device alone, or they ask for credentials. Nothing secret is sent: the question is what a stranger
-gets.
+Who reaches an open Ray runs code as its user (CVE-2023-48022), who reaches an open MLflow server
+changes runs and the alias of a registered model. A cluster is judged by what its servers answer a
+stranger, wherever they listen: other accounts of a machine reach its loopback device, too. An
+MLflow server may serve without credentials on the loopback device alone. Nothing secret is sent to
+a server that has not asked for it.
 
 The jobs ask, too.
 """
 
 import contextlib
+import dataclasses
 import ipaddress
+import json
 import os
 import socket
+import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline.errors import ExposureError
+import grpc
+
+from pipeline.errors import ExposureError, TokenError
 
 TRUST = "CERTIFIED_PRETRAIN_TRUST_NETWORK"
 """Environment variable: 1 says that whoever reaches these servers may use them."""
 
-_TIMEOUT_S = 3.0
-_DASHBOARD_PORT = 8265
+_CONNECT_S = 3.0
+_ANSWER_S = 10.0
+_AGENT_PORT = 52365
+_CLIENT_PORT = 10001
 _JOBS = "/api/jobs/"
+_AGENT_JOBS = "/api/job_agent/jobs/none/logs"
+_NODES = "/api/v0/nodes?limit=10000"
 _EXPERIMENTS = "/api/2.0/mlflow/experiments/search?max_results=1"
+_GCS = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
+_CLIENT = "/ray.rpc.RayletDriver/ClusterInfo"
+_REFUSED = (401, 403)
+_TURNED_AWAY = (
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAVAILABLE,  # nobody, or one who speaks something else, e.g. TLS
+    grpc.StatusCode.UNIMPLEMENTED,  # another service
+)
+_REMEDY = (
+    "stop it, run `export RAY_AUTH_MODE=token` and `(umask 077; ray get-auth-token --generate "
+    "> /dev/null)` here and before it is started again (on one machine: `make cluster`)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Node:
+    """A machine of a Ray cluster and the port of its job agent."""
+
+    host: str
+    agent_port: int
+    head: bool
 
 
 def require_closed(*, ray: str = "", mlflow: str = "") -> None:
@@ -36,7 +70,8 @@ def require_closed(*, ray: str = "", mlflow: str = "") -> None:
         mlflow: tracking URI; empty, or no http: none.
 
     Raises:
-        ExposureError: a server answers without credentials beyond the loopback device.
+        ExposureError: a server serves strangers.
+        TokenError: the cluster does not accept the token of this process.
     """
     if os.environ.get(TRUST) == "1":
         return
@@ -47,29 +82,135 @@ def require_closed(*, ray: str = "", mlflow: str = "") -> None:
 
 
 def ray_exposure(address: str) -> str:
-    """What is open about a Ray cluster; empty: nothing that could be seen from here.
+    """What of a Ray cluster serves a stranger; empty: nothing that answers.
 
-    A dashboard is asked. The port for drivers speaks no HTTP: there the mode that this process
-    would join in counts.
+    The named server is asked first. Once it has turned the stranger away it is asked with this
+    process's token for the nodes, and a stranger asks the job agent of each and the Ray client
+    server of the head.
+
+    Args:
+        address: `host:port`, `ray://host:port`, or the http address of a dashboard.
+
+    Raises:
+        TokenError: the cluster does not accept the token of this process.
     """
-    if "://" in address and not address.startswith("ray://"):
-        where = _open_at(address, _JOBS)
+    if address.startswith(("http://", "https://")):
+        where = address.rstrip("/") if _serves(address.rstrip("/") + _JOBS) else ""
     else:
-        host = _host(address.removeprefix("ray://"))
-        # Ray writes an address of the machine where 127.0.0.1 was asked for.
-        if not (is_loopback(host) or host in own_addresses()):
-            if os.environ.get("RAY_AUTH_MODE") == "token":
-                return ""
-            return (
-                f"the Ray cluster {address} is reached over the network without authentication: "
-                "start it and this process with RAY_AUTH_MODE=token"
-            )
-        where = _open_at(f"http://localhost:{_DASHBOARD_PORT}", _JOBS)
+        host, port = split_address(address)
+        where = _open_rpc(host, port, _CLIENT if address.startswith("ray://") else _GCS)
+    if not where:
+        with ThreadPoolExecutor(16) as pool:
+            where = next(filter(None, pool.map(_open_on, _nodes(address))), "")
     if not where:
         return ""
+    return f"the Ray cluster {address} runs the code of whoever reaches {where}: {_REMEDY}"
+
+
+def _nodes(address: str) -> list[_Node]:
+    """Nodes of a cluster that has turned a stranger away; empty where it cannot be asked."""
+    if address.startswith("ray://"):
+        return []
+    token = ray_token()
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    if address.startswith(("http://", "https://")):
+        return _nodes_of_dashboard(address.rstrip("/"), headers)
+    return _nodes_of_gcs(address, headers)
+
+
+def _nodes_of_dashboard(url: str, headers: Mapping[str, str]) -> list[_Node]:
+    """The dashboard does not tell the ports of the agents: Ray's own is taken."""
+    try:
+        status, body = _get(url + _NODES, headers)
+    except OSError:
+        return []
+    if status in _REFUSED:
+        raise TokenError(_no_token(url))
+    try:
+        found = json.loads(body)["data"]["result"]["result"]
+        return [_Node(n["node_ip"], _AGENT_PORT, bool(n["is_head_node"])) for n in found]
+    except (ValueError, LookupError, TypeError):  # no dashboard of Ray
+        return []
+
+
+def _nodes_of_gcs(address: str, headers: Mapping[str, str]) -> list[_Node]:
+    try:
+        answer = _call(address, _GCS, headers)
+    except grpc.RpcError as error:
+        if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            raise TokenError(_no_token(address)) from None
+        return []
+    except ConnectionError:
+        return []
+    from ray.core.generated import gcs_pb2, gcs_service_pb2
+
+    alive = gcs_pb2.GcsNodeInfo.ALIVE
+    return [
+        _Node(n.node_manager_address, n.dashboard_agent_listen_port, n.is_head_node)
+        for n in gcs_service_pb2.GetAllNodeInfoReply.FromString(answer).node_info_list
+        if n.state == alive
+    ]
+
+
+def _open_on(node: _Node) -> str:
+    """Where a node serves a stranger, or empty."""
+    agent = f"http://{_bracketed(node.host)}:{node.agent_port}"
+    if _serves(agent + _AGENT_JOBS):
+        return agent
+    return _open_rpc(node.host, _CLIENT_PORT, _CLIENT) if node.head else ""
+
+
+def _open_rpc(host: str, port: int, method: str) -> str:
+    """The address if a call without credentials is let through (or hangs), or empty."""
+    address = f"{_bracketed(host)}:{port}"
+    try:
+        _call(address, method, {})
+    except ConnectionError:
+        return ""
+    except grpc.RpcError as error:  # any other error is that of a server that has begun to serve
+        return "" if error.code() in _TURNED_AWAY else address
+    return address
+
+
+def _call(address: str, method: str, metadata: Mapping[str, str]) -> bytes:
+    """Call a method of Ray with an empty message; the answer as it came.
+
+    Raises:
+        ConnectionError: nobody is there, or nobody who speaks gRPC.
+        grpc.RpcError: the server refuses, or does not answer.
+    """
+    try:
+        socket.create_connection(split_address(address), _CONNECT_S).close()
+    except OSError as error:
+        raise ConnectionError(f"{address}: {error}") from None
+    options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)]
+    with grpc.insecure_channel(address, options) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(_ANSWER_S)
+        except grpc.FutureTimeoutError:
+            raise ConnectionError(f"{address} does not speak gRPC") from None
+        answer: bytes = channel.unary_unary(method)(
+            b"", timeout=_ANSWER_S, metadata=list(metadata.items())
+        )
+        return answer
+
+
+def ray_token() -> str:
+    """The token of this process for Ray clusters, from where Ray looks for it; empty: none."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return ""
+    if "RAY_AUTH_TOKEN" in os.environ:
+        return os.environ["RAY_AUTH_TOKEN"].strip()
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token"
+    with contextlib.suppress(OSError):
+        return Path(path).read_text().strip()
+    return ""
+
+
+def _no_token(address: str) -> str:
     return (
-        f"the Ray dashboard {where} runs the code of whoever reaches it: start the cluster with "
-        "RAY_AUTH_MODE=token, or with --dashboard-host 127.0.0.1"
+        f"the Ray cluster {address} does not accept the token of this process: export "
+        "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH unless the token is in ~/.ray/auth_token"
     )
 
 
@@ -118,8 +259,7 @@ def _open_at(url: str, path: str) -> str:
     port = f":{parts.port}" if parts.port else ""
     hosts: Iterable[str] = own_addresses() if is_loopback(host) else [host]
     for candidate in hosts:
-        name = f"[{candidate}]" if ":" in candidate else candidate
-        base = f"{parts.scheme}://{name}{port}{parts.path.rstrip('/')}"
+        base = f"{parts.scheme}://{_bracketed(candidate)}{port}{parts.path.rstrip('/')}"
         if _answers(base + path):
             return base
     return ""
@@ -127,15 +267,48 @@ def _open_at(url: str, path: str) -> str:
 
 def _answers(url: str) -> bool:
     """True if a request without credentials is served."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=_TIMEOUT_S) as answer:
-            return bool(answer.status == 200)
-    except (OSError, ValueError):  # refused, asks for credentials, or nobody there
+        return _get(url)[0] == 200
+    except (OSError, ValueError):  # nobody there
         return False
 
 
-def _host(address: str) -> str:
-    """Host of `host:port`; `auto` and `local` are this machine."""
-    host = address.rpartition(":")[0].strip("[]") or address
-    return "localhost" if host in ("auto", "local") else host
+def _serves(url: str) -> bool:
+    """True unless a request without credentials is turned away, or nobody is there."""
+    try:
+        return _get(url)[0] not in _REFUSED
+    except TimeoutError:  # connected, and busy with it
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def _get(url: str, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
+    """Status and body. Asks directly, and whatever the certificate: so would a stranger."""
+    trusting = ssl.create_default_context()
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusting)
+    )
+    try:
+        answer = opener.open(urllib.request.Request(url, headers=headers or {}), timeout=_ANSWER_S)
+    except urllib.error.HTTPError as error:
+        answer = error
+    with answer:
+        return answer.status, answer.read()
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `host:port` or `ray://host:port`.
+
+    Raises:
+        ExposureError: it is neither.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise ExposureError(f"address of a Ray cluster {address!r}: expected HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -135,7 +135,8 @@ def ui_command(uri: str, run: RunReference) -> tuple[str, str]:
         switches = "MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"
         python = shlex.quote(sys.executable)  # works without an activated environment
         store = shlex.quote(uri)
-        return f"{switches} {python} -m mlflow ui --backend-store-uri {store} --port 5000", path
+        where = f"--backend-store-uri {store} --host 127.0.0.1 --port 5000"
+        return f"{switches} {python} -m mlflow ui {where}", path
     return f"python -m webbrowser -t {shlex.quote(uri + path)}", path
 
 

@@ -35,7 +35,7 @@ from tests.end_to_end.ray_cluster import cluster
 from tests.faulty_proxy import FaultyProxy, Weather
 from tests.object_store import s3_clients, s3_server, upload
 
-HEAD = "ray start --head --num-cpus 4 --node-ip-address 127.0.0.1"
+HEAD = "ray start --head --num-cpus 4"
 _STORM = Weather(unavailable=0.5, reset=0.2, short=0.1)
 _SAME_LOSSES = 10
 """Steps after a change of the ranks whose losses must agree; later rounding grows."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -10,9 +11,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 ROOT = Path(__file__).resolve().parents[2]
+MAKE = "make cluster"
 _START_S = 300
 
 
@@ -31,21 +33,27 @@ class Cluster:
 
     address: str
     gcs: str
+    client: str
     environment: dict[str, str]
     folder: Path
     nodes: list[subprocess.Popen]
 
     def start(self, command, *flags):
-        """Run a `ray start` of the shell until the cluster ends.
+        """Run a `ray start` of the shell, or `make cluster`, until the cluster ends.
 
         Every node has a folder of its own: a second node of this machine would unpack the working
         directory of a job anew, under the feet of the first.
         """
         place = self.folder / str(len(self.nodes))
         agent, metrics = free_ports(2)
-        ports = ["--dashboard-agent-listen-port", str(agent), "--metrics-export-port", str(metrics)]
-        ports += ["--temp-dir", str(place)]
-        words = [command, "--block", "--object-store-memory", "150000000", *ports, *flags]
+        flags = ("--object-store-memory", "150000000", "--temp-dir", str(place), *flags)
+        flags += ("--dashboard-agent-listen-port", str(agent))
+        flags += ("--metrics-export-port", str(metrics))
+        if command.startswith(MAKE):  # with this interpreter's environment as it is
+            installed = f"VENV={sys.prefix} --assume-old={sys.prefix}/run.stamp"
+            words = [command, installed, f'RAY_FLAGS="{" ".join(flags)}"']
+        else:
+            words = [command, "--block", *flags]
         with (self.folder / f"node-{len(self.nodes)}.log").open("wb") as log:
             self.nodes.append(
                 subprocess.Popen(
@@ -71,11 +79,17 @@ class Cluster:
         )
         return done.returncode, done.stdout
 
+    @property
+    def token(self):
+        """The token of the cluster's account."""
+        return (Path(self.environment["HOME"]) / ".ray/auth_token").read_text()
+
     def jobs(self):
         """Details of all submitted jobs, by submission id."""
         from ray.job_submission import JobSubmissionClient
 
-        jobs = JobSubmissionClient(self.address).list_jobs()
+        headers = {"Authorization": f"Bearer {self.token}"}
+        jobs = JobSubmissionClient(self.address, headers=headers).list_jobs()
         return {job.submission_id: job for job in jobs if job.submission_id}  # else a driver
 
     def wait_for_nodes(self, number):
@@ -102,37 +116,52 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(home, head="ray start --head --num-cpus 5 --node-ip-address 127.0.0.1", prefix=""):
-    """Start a head node by a command of the shell; `prefix` comes before it, e.g. exports."""
-    port, dashboard = free_ports(2)
+def cluster(home, head="ray start --head --num-cpus 5", auth="token"):
+    """Start a head node by a command of the shell, for the account whose home is given."""
+    port, dashboard, client = free_ports(3)
     environment = {
-        **os.environ,
+        **{k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")},
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "HOME": str(home),
         "OMP_NUM_THREADS": "1",
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": auth,
         "RAY_worker_niceness": "0",  # 15 would starve them on a busy machine
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
+    if not head.startswith(MAKE):  # which makes it
+        _make_token(home / ".ray")
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         running = Cluster(
-            f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment, Path(folder), []
+            address=f"http://127.0.0.1:{dashboard}",
+            gcs=f"127.0.0.1:{port}",
+            client=f"ray://127.0.0.1:{client}",
+            environment=environment,
+            folder=Path(folder),
+            nodes=[],
         )
         flags = ["--port", str(port), "--dashboard-port", str(dashboard)]
+        flags += ["--ray-client-server-port", str(client)]
         try:
             # A node must not take the address of a cluster for the one that it begins.
-            running.start(f"{prefix} env -u RAY_ADDRESS {head}".strip(), *flags)
+            running.start(head if head.startswith(MAKE) else f"env -u RAY_ADDRESS {head}", *flags)
             _wait_for_dashboard(running)
             yield running
         finally:
             running.end()
 
 
+def _make_token(folder):
+    folder.mkdir(mode=0o700, exist_ok=True)
+    (folder / "auth_token").touch(mode=0o600)
+    (folder / "auth_token").write_text(secrets.token_hex(32))
+
+
 def _wait_for_dashboard(running):
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
-            urlopen(f"{running.address}/api/jobs/", timeout=5).close()
+            headers = {"Authorization": f"Bearer {running.token}"}
+            urlopen(Request(f"{running.address}/api/jobs/", headers=headers), timeout=5).close()
             return
         if running.nodes[0].poll() is not None:
             break

@@ -14,6 +14,7 @@ from jobs.evaluate_cra import evaluate
 from jobs.evaluation.suites import SUITES
 from pipeline.tracking.checkpoint_query import CheckpointQuery
 from tests.end_to_end.ray_cluster import ROOT, cluster
+from tests.strangers import answers, drive, listening, machine_addresses, post_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -26,7 +27,7 @@ TRAINING = (
 
 @pytest.fixture
 def two_nodes(tmp_path):
-    with cluster(tmp_path, "ray start --head --num-cpus 4 --node-ip-address 127.0.0.1") as running:
+    with cluster(tmp_path, "ray start --head --num-cpus 4") as running:
         address = f"env -u RAY_ADDRESS ray start --address {running.gcs}"
         running.start(address, "--num-cpus", "2", "--labels", "role=evaluation")
         running.wait_for_nodes(2)
@@ -100,3 +101,20 @@ def test_a_killed_evaluation_worker_changes_nothing(two_nodes, tmp_path):
         evaluate(alone)
         beside = Store(checkpoint.artifact_url).child("evaluation", f"test-{SUITE}")
         assert result(beside.url) == result(alone["out"])
+    no_stranger_reaches(two_nodes, tmp_path / "code-of-a-stranger-ran")
+
+
+def no_stranger_reaches(running, marker):
+    """These nodes listen on the network: the token protects them."""
+    agents = 0
+    for node in running.nodes:
+        for name, _, port in listening(node.pid):
+            for host in machine_addresses():
+                statuses = post_job(host, port, marker)
+                agents += "DashboardAgent" in name and statuses == {401}
+    assert agents >= len(running.nodes)
+    port = int(running.gcs.rpartition(":")[2])
+    for host in machine_addresses():
+        if answers(host, port):
+            assert not drive(host, port, marker), host
+    assert not marker.exists()

@@ -54,7 +54,7 @@ def kill_node(node):
 
 @pytest.fixture
 def head(tmp_path):
-    with cluster(tmp_path, "ray start --head --num-cpus 1 --node-ip-address 127.0.0.1") as running:
+    with cluster(tmp_path, "ray start --head --num-cpus 1") as running:
         join(running)
         running.wait_for_nodes(2)
         yield running

@@ -7,7 +7,8 @@ import time
 import pytest
 from mlflow import MlflowClient
 
-from tests.end_to_end.ray_cluster import ROOT, cluster
+from tests.end_to_end.ray_cluster import MAKE, ROOT, cluster
+from tests.strangers import answers, drive, listening, machine_addresses, off_loopback, post_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -15,15 +16,12 @@ SHORT = "--train.epochs 1 --train.warmup-epochs 0.2"
 
 
 def example():
-    """The lines of the README that start a cluster and submit a run, without comments."""
+    """The lines of the README that start a cluster, prepare the shell and submit a run."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (block,) = [b for b in blocks if "ray start --head" in b]
-    lines = [line for line in block.splitlines() if line and not line.startswith("#")]
-    starts = [i for i, line in enumerate(lines) if "ray start" in line]
-    (start,) = starts
-    submit = next(line for line in lines[start + 1 :] if "ray job submit" in line)
-    exports = [line for line in lines if line.startswith("export ")]
-    return "".join(f"{line}; " for line in exports), lines[start], submit
+    (start,) = [line for block in blocks for line in block.splitlines() if line.startswith(MAKE)]
+    (submit,) = [block for block in blocks if "ray job submit" in block]
+    export, command = submit.splitlines()
+    return start.partition("#")[0].strip(), export, command
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +32,7 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def head(home):
     """The cluster that the README starts."""
-    exports, start, _ = example()
-    with cluster(home, start, exports) as running:
+    with cluster(home, example()[0]) as running:
         yield running
 
 
@@ -52,9 +49,10 @@ def submission(output):
 
 
 def test_the_example_of_the_readme_runs(head, home):
-    exports, start, submit = example()
-    assert "RAY_JOB_STOP_WAIT_TIME_S" in start
-    code, output = head.run(f"{exports}{submit} {SHORT} --name example")
+    _, export, submit = example()
+    assert "http://127.0.0.1:8265" in submit
+    submit = submit.replace("http://127.0.0.1:8265", head.address)
+    code, output = head.run(f"{export}; {submit} {SHORT} --name example")
     assert code == 0, output
     assert "CRA 36/255" in output
     # Ray warns of leaving .git out of what it uploads.
@@ -71,6 +69,27 @@ def test_the_example_of_the_readme_runs(head, home):
     folder = home / "certified-pretrain/example"
     (summary,) = folder.glob("artifacts/*/evaluation/test/summary.json")
     assert json.loads(summary.read_text())["samples"] == 360
+
+
+def test_no_stranger_reaches_what_make_cluster_starts(head, home, tmp_path):
+    token = home / ".ray/auth_token"
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert token.parent.stat().st_mode & 0o777 == 0o700
+    sockets = listening(head.nodes[0].pid)
+    assert off_loopback(sockets) == set()
+    ports = {port for _, _, port in sockets}
+    gcs, dashboard = (int(address.rpartition(":")[2]) for address in (head.gcs, head.address))
+    assert {gcs, dashboard} < ports
+    marker = tmp_path / "code-of-a-stranger-ran"
+    found = {(h, port): post_job(h, port, marker) for h in machine_addresses() for port in ports}
+    served = {place: statuses for place, statuses in found.items() if statuses != {None}}
+    assert served["127.0.0.1", dashboard] == {401}
+    assert {host for host, _ in served} == {"127.0.0.1"}
+    assert list(served.values()).count({401}) >= 2  # the dashboard and the job agent
+    for host in machine_addresses():
+        if host == "127.0.0.1" or answers(host, gcs):
+            assert not drive(host, gcs, marker), host
+    assert not marker.exists()
 
 
 @pytest.mark.slow

@@ -1,5 +1,3 @@
-import tempfile
-
 import pytest
 
 from data_shards.sources import synthetic
@@ -8,6 +6,7 @@ from data_shards.write import write_shard_set
 from model.artifact.artifact import write_artifact
 from model.networks.config import LipNeXtConfig
 from model.networks.registry import build_network
+from pipeline.run.ray_session import ray_session
 
 NETWORK = LipNeXtConfig(input_shape=(3, 8, 8), num_classes=4, patch=2, width=16, depth=1)
 
@@ -66,21 +65,5 @@ def fields(artifact, tmp_path):
 
 @pytest.fixture(scope="module")
 def local_ray():
-    import ray
-
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
-    ):  # a short path: it holds unix sockets
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
-        )
+    with ray_session(num_cpus=2) as ray:
         yield ray
-        ray.shutdown()

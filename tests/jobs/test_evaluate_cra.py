@@ -20,6 +20,7 @@ from jobs.evaluation.results import EvaluationError, EvaluationSummary
 from jobs.evaluation.runner import artifact_info
 from jobs.evaluation.tasks import ArtifactTask, matrix_tasks, shard_tasks
 from model.certify import certify
+from tests.fake_ray import gcs
 
 COLUMNS = ("nominal", "sound", "deployed")
 
@@ -275,3 +276,11 @@ def test_a_damaged_sample_is_an_error(fields, tmp_path, shards):
     with pytest.raises(ValueError, match=r"test-00002.tar: .* the index states"):
         evaluate(fields | {"shards": copy.url})
     assert not Store(fields["out"]).exists("summary.json")
+
+
+def test_an_open_cluster_is_refused(fields, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with gcs() as port:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+        assert main(["--artifact", fields["artifact"], "--out", fields["out"], "--no-record"]) == 2
+    assert f"runs the code of whoever reaches 127.0.0.1:{port}" in capsys.readouterr().err

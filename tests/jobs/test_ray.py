@@ -1,12 +1,26 @@
+import contextlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
 from jobs.evaluation.executor import TaskLostError, map_shards
+from pipeline.run.ray_session import ray_session
+from tests.strangers import (
+    answers,
+    drive,
+    listening,
+    machine_addresses,
+    off_loopback,
+    post_job,
+    process_tree,
+)
 
 pytestmark = pytest.mark.ray
 
@@ -66,3 +80,68 @@ def test_results_come_in_order_and_lost_tasks_are_repeated(local_ray, dies_first
 def test_a_task_that_is_lost_too_often_is_an_error(local_ray, dies_first, tmp_path):
     with pytest.raises(TaskLostError, match="task 0 lost its worker 1 times"):
         map_shards(dies_first, [(str(tmp_path), 0)], max_in_flight=2, max_retries=0)
+
+
+def test_no_stranger_reaches_a_local_ray_at_any_address(local_ray, tmp_path):
+    with ray_session() as again:
+        assert again is local_ray
+    sockets = listening(os.getpid())
+    kinds = " ".join(name for name, _, _ in sockets)
+    for kind in ("gcs_server", "raylet", "DashboardAgent", "RuntimeEnvAgent", "ray::"):
+        assert kind in kinds  # else the list below would be empty for a wrong reason
+    assert off_loopback(sockets) == set()
+    marker = tmp_path / "code-of-a-stranger-ran"
+    (gcs,) = (port for name, _, port in sockets if name == "gcs_server")
+    (agent,) = (
+        port
+        for name, _, port in sockets
+        if "DashboardAgent" in name and post_job("127.0.0.1", port, marker) == {401}
+    )
+    for host in machine_addresses():
+        assert post_job(host, agent, marker) == ({401} if host == "127.0.0.1" else {None}), host
+        if host == "127.0.0.1" or answers(host, gcs):
+            assert not drive(host, gcs, marker), host
+    assert not marker.exists()
+
+
+def test_the_token_of_a_local_ray_is_in_one_private_file(local_ray):
+    path = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    token = path.read_text()
+    assert len(token) == 64
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    for process in process_tree(os.getpid()):
+        with contextlib.suppress(psutil.Error):
+            assert token not in " ".join(process.cmdline())
+            assert token not in " ".join(process.environ().values())
+    others = [p for p in path.parent.rglob("*") if p.is_file() and not p.is_symlink() and p != path]
+    assert any("gcs_server" in p.name for p in others)  # Ray's logs
+    assert [p for p in others if token.encode() in p.read_bytes()] == []
+
+
+def test_a_local_ray_has_a_token_of_its_own_and_leaves_nothing(local_ray, tmp_path):
+    # In a process of its own: this one has the Ray of the other tests.
+    code = """
+import os, pathlib
+from pipeline.run.ray_session import ray_session
+before = dict(os.environ)
+with ray_session(num_cpus=1) as ray:
+    path = pathlib.Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    print(path.read_text())
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    assert ray.get(ray.remote(lambda: 3).remote()) == 3
+assert not path.parent.exists()
+for name in ("AUTH_MODE", "AUTH_TOKEN", "AUTH_TOKEN_PATH", "ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+    assert os.environ.get(f"RAY_{name}") == before.get(f"RAY_{name}")
+"""
+    ours = {"RAY_AUTH_TOKEN": "of-another-cluster", "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **ours, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() != Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
+    assert not (tmp_path / ".ray").exists()  # where `ray.init` would keep a token for good

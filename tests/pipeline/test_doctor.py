@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from pipeline import doctor
 from pipeline.planner import diagnostics
 from pipeline.planner.diagnostics import Finding, all_checks, bounded
+from tests.fake_ray import dashboard
 from tests.pipeline.small_runs import small_shards
 
 
@@ -155,12 +156,19 @@ def test_dead_servers_are_named(dead_port):
         assert found.status == "FAIL", address
 
 
-def test_a_cluster_that_wants_a_token_says_so():
+def test_a_cluster_must_want_a_token_that_we_have(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with server(status=401) as url:
         found = look(diagnostics.ray, url)
-    assert found == Finding("FAIL", "HTTP 401", "set RAY_AUTH_MODE=token, RAY_AUTH_TOKEN")
+    assert (found.status, found.value) == ("FAIL", "asks for a token")
+    assert "RAY_AUTH_TOKEN_PATH" in found.advice
     with server() as url:
-        assert look(diagnostics.ray, url).status == "OK"
+        found = look(diagnostics.ray, url)
+    assert (found.status, found.value) == ("FAIL", "open to strangers")
+    with dashboard(token="a-token") as port:
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token")
+        assert look(diagnostics.ray, f"http://127.0.0.1:{port}").status == "OK"
 
 
 def test_a_check_that_hangs_fails_in_time():

@@ -1,8 +1,6 @@
-"""What listens beyond the loopback device without asking who is there is refused."""
+"""What serves strangers is refused before anything is sent to it."""
 
 import contextlib
-import http.server
-import threading
 
 import pytest
 
@@ -10,39 +8,49 @@ from jobs import schedule
 from jobs.scheduling.launchers import RayJobs
 from pipeline import pretrain
 from pipeline.run import exposure
-from pipeline.run.exposure import TRUST, ExposureError, is_loopback, own_addresses, require_closed
+from pipeline.run.exposure import (
+    TRUST,
+    ExposureError,
+    TokenError,
+    is_loopback,
+    own_addresses,
+    require_closed,
+)
+from pipeline.run.ray_session import cluster_address
+from tests import fake_ray
 
-PATHS = ("/api/jobs/", "/api/2.0/mlflow/experiments/search?max_results=1")
 OUTSIDE = own_addresses()[:1]
 needs_network = pytest.mark.skipif(not OUTSIDE, reason="this machine has the loopback device alone")
+TOKEN = "a-token-of-ours"
+COMMANDS = ("export RAY_AUTH_MODE=token", "ray get-auth-token --generate")
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(self.server.status if self.path in PATHS else 404)
-        self.end_headers()
-
-    def log_message(self, *arguments):
-        pass
-
-
-@contextlib.contextmanager
-def server(host, status=200):
-    """An HTTP server that answers the probes with `status`; yields its port."""
-    with http.server.ThreadingHTTPServer((host, 0), Handler) as listening:
-        listening.status = status
-        thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
-        thread.start()
-        yield listening.server_address[1]
-        listening.shutdown()
-        thread.join()
+def mlflow_server(host, **options):
+    """An MLflow server as far as a stranger asks it."""
+    return fake_ray.http_door({"/api/2.0/mlflow/experiments/search": {}}, host=host, **options)
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     monkeypatch.delenv(TRUST, raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+
+
+@pytest.fixture
+def node(monkeypatch):
+    """Opens the job agent and the client server of a node by their tokens; their ports."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*, agent=TOKEN, client=TOKEN):
+            port = stack.enter_context(fake_ray.agent(token=agent))
+            client_port = stack.enter_context(fake_ray.client_server(token=client))
+            monkeypatch.setattr(exposure, "_AGENT_PORT", port)
+            monkeypatch.setattr(exposure, "_CLIENT_PORT", client_port)
+            return port, client_port
+
+        yield start
 
 
 def test_loopback_is_told_from_everything_else():
@@ -53,69 +61,130 @@ def test_loopback_is_told_from_everything_else():
     assert not is_loopback("no-such-host.invalid")
 
 
-def test_servers_on_loopback_alone_pass():
-    with server("127.0.0.1") as port:
-        require_closed(ray=f"http://127.0.0.1:{port}", mlflow=f"http://localhost:{port}")
+DOORS = {
+    "http://127.0.0.1:{}": fake_ray.dashboard,
+    "127.0.0.1:{}": fake_ray.gcs,
+    "ray://127.0.0.1:{}": fake_ray.client_server,
+}
+
+
+@pytest.mark.parametrize("form", DOORS)
+def test_a_server_of_a_cluster_that_serves_a_stranger_is_refused_also_on_loopback(form):
+    with DOORS[form]() as port, pytest.raises(ExposureError) as refused:
+        require_closed(ray=form.format(port))
+    assert f"runs the code of whoever reaches {form.format(port).removeprefix('ray://')}" in str(
+        refused.value
+    )
+    for command in COMMANDS:
+        assert command in str(refused.value)
+
+
+@pytest.mark.parametrize("form", DOORS)
+def test_trust_is_said_in_the_environment(form, monkeypatch):
+    monkeypatch.setenv(TRUST, "1")
+    with DOORS[form]() as port:
+        require_closed(ray=form.format(port))
+
+
+@pytest.mark.parametrize("form", DOORS)
+def test_a_cluster_that_asks_for_the_token_passes(form):
+    with DOORS[form](token=TOKEN) as port:
+        require_closed(ray=form.format(port))
+
+
+@pytest.mark.parametrize("form", list(DOORS)[:2])
+def test_a_token_that_is_not_ours_is_said_at_once(form):
+    with DOORS[form](token="of-somebody-else") as port, pytest.raises(TokenError) as refused:
+        require_closed(ray=form.format(port))
+    assert "RAY_AUTH_TOKEN_PATH" in str(refused.value)
+    assert TRUST not in str(refused.value)
+
+
+@pytest.mark.parametrize("open_door", ["agent", "client"])
+@pytest.mark.parametrize("asked", ["gcs", "dashboard"])
+def test_the_other_servers_of_the_cluster_are_asked_too(asked, open_door, node):
+    def cluster(agent_port):
+        nodes = [("127.0.0.1", agent_port)] if asked == "gcs" else ["127.0.0.1"]
+        return getattr(fake_ray, asked)(token=TOKEN, nodes=nodes)
+
+    prefix = "http://" if asked == "dashboard" else ""
+    with cluster(node()[0]) as port:
+        require_closed(ray=f"{prefix}127.0.0.1:{port}")
+    ports = dict(zip(("agent", "client"), node(**{open_door: ""}), strict=True))
+    with cluster(ports["agent"]) as port, pytest.raises(ExposureError) as refused:
+        require_closed(ray=f"{prefix}127.0.0.1:{port}")
+    assert f"127.0.0.1:{ports[open_door]}:" in str(refused.value)
+
+
+def test_a_server_that_serves_a_stranger_never_sees_the_token(monkeypatch):
+    seen = []
+    get = exposure._get
+    monkeypatch.setattr(exposure, "_get", lambda *a: seen.append(a) or get(*a))
+    with fake_ray.dashboard() as port, pytest.raises(ExposureError):
+        require_closed(ray=f"http://127.0.0.1:{port}")
+    assert [arguments[1:] for arguments in seen] == [()]
+
+
+def test_who_speaks_something_else_serves_no_stranger(monkeypatch):
+    monkeypatch.setattr(exposure, "_ANSWER_S", 1.0)
+    with fake_ray.http_door({}) as port:
+        require_closed(ray=f"127.0.0.1:{port}")
+    with fake_ray.grpc_door("/other.Service/Method") as port:
+        require_closed(ray=f"127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("address", ["head", "head:", "head:ray", "ray://head"])
+def test_an_address_without_a_port_is_refused(address):
+    with pytest.raises(ExposureError, match="HOST:PORT"):
+        require_closed(ray=address)
+
+
+def test_the_address_of_a_cluster(monkeypatch):
+    assert cluster_address() == cluster_address("local") == ""
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert cluster_address() == "head:6379"
+    assert cluster_address("other:6379") == "other:6379"
+    assert cluster_address("local") == ""
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: None)
+    with pytest.raises(ConnectionError, match="no Ray cluster was started"):
+        cluster_address("auto")
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: "h:1")
+    assert cluster_address("auto") == "h:1"
+
+
+# -- MLflow --------------------------------------------------------------------------------------
+
+
+def test_an_mlflow_server_on_loopback_alone_passes():
+    with mlflow_server("127.0.0.1") as port:
+        require_closed(mlflow=f"http://localhost:{port}")
     require_closed(ray="", mlflow="sqlite:////somewhere/mlflow.db")
 
 
 @needs_network
-@pytest.mark.parametrize("kind", ["ray", "mlflow"])
 @pytest.mark.parametrize("named", ["127.0.0.1", *OUTSIDE])
-def test_an_open_server_on_all_devices_is_refused_whatever_its_name(kind, named):
-    with server("0.0.0.0") as port, pytest.raises(ExposureError) as refused:
-        require_closed(**{kind: f"http://{named}:{port}"})
+def test_an_open_mlflow_server_on_all_devices_is_refused_whatever_its_name(named):
+    with mlflow_server("0.0.0.0") as port, pytest.raises(ExposureError) as refused:
+        require_closed(mlflow=f"http://{named}:{port}")
     assert f"http://{OUTSIDE[0]}:{port}" in str(refused.value)
-    assert {"ray": "RAY_AUTH_MODE=token", "mlflow": "basic-auth"}[kind] in str(refused.value)
+    assert "basic-auth" in str(refused.value)
 
 
 @needs_network
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_server_that_asks_for_credentials_passes(status):
-    with server("0.0.0.0", status) as port:
-        url = f"http://{OUTSIDE[0]}:{port}"
-        require_closed(ray=url, mlflow=url)
-
-
-@needs_network
-def test_trust_is_said_in_the_environment(monkeypatch):
+def test_an_mlflow_server_that_asks_for_credentials_passes(monkeypatch):
+    with mlflow_server("0.0.0.0", token="x") as port:
+        require_closed(mlflow=f"http://{OUTSIDE[0]}:{port}")
     monkeypatch.setenv(TRUST, "1")
-    with server("0.0.0.0") as port:
-        require_closed(ray=f"http://{OUTSIDE[0]}:{port}", mlflow=f"http://{OUTSIDE[0]}:{port}")
+    with mlflow_server("0.0.0.0") as port:
+        require_closed(mlflow=f"http://{OUTSIDE[0]}:{port}")
 
 
-@pytest.mark.parametrize(
-    "address", ["192.0.2.7:6379", "ray://192.0.2.7:10001", "[2001:db8::1]:6379"]
-)
-def test_a_cluster_on_the_network_needs_a_token(address, monkeypatch):
-    with pytest.raises(ExposureError, match="RAY_AUTH_MODE=token"):
-        require_closed(ray=address)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    require_closed(ray=address)
-
-
-def test_what_ray_makes_of_a_loopback_address_is_this_machine(monkeypatch):
-    monkeypatch.setattr(exposure, "own_addresses", lambda: ["192.0.2.7"])
-    with server("127.0.0.1") as port:
-        monkeypatch.setattr(exposure, "_DASHBOARD_PORT", port)
-        require_closed(ray="192.0.2.7:6379")
-
-
-@needs_network
-@pytest.mark.parametrize("address", ["auto", "127.0.0.1:6379"])
-def test_the_dashboard_of_a_cluster_on_this_machine_is_found(address, monkeypatch):
-    with server("0.0.0.0") as port:
-        monkeypatch.setattr(exposure, "_DASHBOARD_PORT", port)
-        with pytest.raises(ExposureError, match="--dashboard-host"):
-            require_closed(ray=address)
-    with server("127.0.0.1") as port:
-        monkeypatch.setattr(exposure, "_DASHBOARD_PORT", port)
-        require_closed(ray=address)
+# -- who asks ------------------------------------------------------------------------------------
 
 
 @needs_network
 def test_training_is_refused_before_anything_is_made(tmp_path, capsys):
-    with server("0.0.0.0") as port:
+    with mlflow_server("0.0.0.0") as port:
         url = f"http://{OUTSIDE[0]}:{port}"
         storage = tmp_path / "runs"
         code = pretrain.main(["digits", "--storage", str(storage), "--mlflow", url])
@@ -125,18 +194,20 @@ def test_training_is_refused_before_anything_is_made(tmp_path, capsys):
 
 
 def test_training_on_an_open_cluster_is_refused(tmp_path, capsys):
-    arguments = ["digits", "--storage", str(tmp_path / "runs")]
-    assert pretrain.main([*arguments, "--cluster.address", "192.0.2.7:6379"]) == 2
-    assert "192.0.2.7:6379" in capsys.readouterr().out
+    storage = tmp_path / "runs"
+    with fake_ray.gcs() as port:
+        options = ["--storage", str(storage), "--cluster.address", f"127.0.0.1:{port}"]
+        assert pretrain.main(["digits", *options]) == 2
+    assert f"runs the code of whoever reaches 127.0.0.1:{port}" in capsys.readouterr().out
+    assert not storage.exists()
 
 
 @needs_network
 def test_jobs_and_their_scheduler_are_refused(tmp_path, capsys):
-    with server("0.0.0.0") as port:
-        url = f"http://{OUTSIDE[0]}:{port}"
-        with pytest.raises(ExposureError):
-            RayJobs(url, {})
+    with fake_ray.dashboard() as port, pytest.raises(ExposureError):
+        RayJobs(f"http://127.0.0.1:{port}", {})
+    with mlflow_server("0.0.0.0") as port:
         claims = str(tmp_path / "claims")
-        options = ["--once", "--tracking.uri", url, "--claims", claims]
+        options = ["--once", "--tracking.uri", f"http://{OUTSIDE[0]}:{port}", "--claims", claims]
         assert schedule.main([*options, "--tracking.experiment", "digits"]) == 2
     assert "lets anybody change runs" in capsys.readouterr().out

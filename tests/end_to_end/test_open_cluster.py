@@ -1,0 +1,32 @@
+"""What the attacks of the other tests do to an open cluster, and that it is refused."""
+
+import time
+
+import pytest
+
+from pipeline.run.exposure import ExposureError, require_closed
+from tests.end_to_end.ray_cluster import cluster
+from tests.strangers import answers, drive, listening, machine_addresses, post_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def test_an_open_cluster_runs_the_code_of_strangers_and_is_refused(tmp_path):
+    with cluster(tmp_path, "ray start --head --num-cpus 2", auth="disabled") as running:
+        gcs = int(running.gcs.rpartition(":")[2])
+        assert drive("127.0.0.1", gcs, tmp_path / "driven")
+        assert (tmp_path / "driven").exists()
+        sockets = listening(running.nodes[0].pid)
+        agents = [port for name, _, port in sockets if "DashboardAgent" in name]
+        posted = tmp_path / "posted"
+        assert any(200 in post_job("127.0.0.1", port, posted) for port in agents)
+        deadline = time.monotonic() + 200
+        while not posted.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        hosts = [h for h in machine_addresses() if ":" not in h and answers(h, gcs)]
+        assert "127.0.0.1" in hosts
+        for address in (running.address, running.client, running.gcs):
+            for host in hosts:
+                with pytest.raises(ExposureError, match="runs the code of whoever reaches"):
+                    require_closed(ray=address.replace("127.0.0.1", host))
