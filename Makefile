@@ -6,8 +6,10 @@ export OMP_NUM_THREADS ?= 1
 # Nothing here phones home.
 export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY ?= true
+# The tests start many processes, which would each compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: pretrain pretrain-s3 cluster test test-slow lint ui clean
+.PHONY: pretrain pretrain-s3 cluster test test-fast test-slow lint ui clean
 
 pretrain: $(VENV)/run.stamp
 	$(BIN)/python -m pipeline.pretrain digits
@@ -31,6 +33,11 @@ ui: $(VENV)/run.stamp
 
 test: $(VENV)/test.stamp lint
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+
+# Within a minute: one process each, no Ray, no servers, no training of several ranks. Lint is apart.
+test-fast: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m "not (slow or gpu or distributed or ray or integration)" \
+	--ignore tests/end_to_end -n 2 --dist loadfile
 
 test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow

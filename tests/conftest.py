@@ -3,17 +3,27 @@
 import os
 from pathlib import Path
 
+import pytest_randomly
 import torch
 
 LONGEST = Path(__file__).parent / "end_to_end"
+LONG = {"distributed", "integration", "ray"}
+SERVERS = {"s3_address"}  # fixtures
 
 if not torch.cuda.is_available():
-    # DeepSpeed registers a seeder with pytest-randomly, so the first test of any file imports it.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
+# The same as DeepSpeed's seeder, which pytest-randomly would load: that imports MLflow, and takes
+# longer than all other imports of a test process together.
+pytest_randomly.entrypoint_reseeds = [lambda seed: torch.manual_seed(seed % 2**63)]
+
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that two processes end at about the same time."""
-    items.sort(key=lambda item: not item.path.is_relative_to(LONGEST))
+    for item in items:
+        if SERVERS & set(item.fixturenames):
+            item.add_marker("integration")
+    long = {item.path for item in items if LONG & {mark.name for mark in item.iter_markers()}}
+    items.sort(key=lambda item: (not item.path.is_relative_to(LONGEST), item.path not in long))

@@ -1,4 +1,9 @@
-"""Run a function in several gloo processes and bring results or tracebacks back to the test."""
+"""Run a function in several gloo processes and bring results or tracebacks back to the test.
+
+The processes are forked from a server that has imported what they need, which takes longer than
+most of what they do. They inherit modules and nothing else: environment, random numbers and working
+folder are those of a process that was started for the test.
+"""
 
 import multiprocessing
 import multiprocessing.connection
@@ -10,11 +15,36 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
+
+# Python ignores here what cannot be imported; tests/test_harness.py looks what ranks find.
+PRELOADED = ("pytest", "hypothesis", "ray.train", "deepspeed.ops", "mlflow", "pipeline.pretrain",
+             "tests.pipeline.small_runs")  # fmt: skip
+# Of the time before any test changed it. One thread: none may run when the server forks.
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def forking_context() -> BaseContext:
+    """Context of `multiprocessing` whose processes have the heavy libraries imported already.
+
+    One server per test process; it ends with it. Where there is a GPU, processes are started anew:
+    the libraries look for one, and CUDA does not survive a fork.
+    """
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    with mock.patch.dict(os.environ, _ENVIRONMENT, clear=True):
+        forkserver.ensure_running()
+    return context
 
 
 class RankError(AssertionError):
@@ -22,24 +52,40 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120.0,
+    fresh: bool = False,
 ) -> list[Any]:
-    """Call `fn(rank, world_size, *args)` in `world_size` spawned gloo processes.
+    """Call `fn(rank, world_size, *args)` in `world_size` gloo processes.
 
     `fn` must be importable, its arguments and results picklable. One thread per rank; the process
     group is ready when `fn` is called. Returns the results in the order of the ranks.
 
+    With `fresh` every rank is an interpreter of its own: slow, and no two of them iterate over a
+    set of strings in the same order.
+
     Raises:
         RankError: A rank raised, died, or the timeout (seconds) passed.
     """
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("spawn") if fresh else forking_context()
     with tempfile.TemporaryDirectory() as directory:
         ranks = []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(fn, rank, world_size, f"{directory}/store", timeout, sender, args),
+                args=(
+                    fn,
+                    rank,
+                    world_size,
+                    f"{directory}/store",
+                    timeout,
+                    sender,
+                    {**os.environ},
+                    args,
+                ),
                 daemon=True,
             )
             process.start()
@@ -90,10 +136,16 @@ def _rank_main(
     store: str,
     timeout: float,
     sender: Connection,
+    environment: dict[str, str],
     args: tuple[Any, ...],
 ) -> None:
     code = 1
     try:
+        os.environ.clear()
+        os.environ.update(environment)
+        # Nobody has seeded these in a new process, so no two ranks draw the same numbers.
+        np.random.seed()  # noqa: NPY002 - it is the global generator that is inherited
+        torch.seed()
         torch.set_num_threads(1)
         dist.init_process_group(
             "gloo",

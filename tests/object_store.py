@@ -9,8 +9,6 @@ from pathlib import Path
 from unittest import mock
 from urllib.request import Request, urlopen
 
-from moto.server import ThreadedMotoServer
-
 from data_shards.storage.store import Store
 
 KEY, SECRET = "AKIDEXAMPLE0FORTESTS", "secret+not/to/be+seen0123456789abcdefgh"
@@ -20,6 +18,8 @@ BUCKET = "bucket"
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
     """Run a server with one empty bucket that anybody may read; yields its address, host:port."""
+    from moto.server import ThreadedMotoServer  # most test processes start no server
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:

@@ -55,6 +55,7 @@ def test_modules_named_in_the_readme_run():
         assert '__name__ == "__main__"' in source, module
 
 
+@pytest.mark.integration
 def test_importing_the_entry_is_quiet_and_starts_nothing():
     heavy = ("ray", "deepspeed", "mlflow")
     code = f"import sys, pipeline.pretrain; sys.exit(any(m in sys.modules for m in {heavy}))"

@@ -98,6 +98,7 @@ def leaks(folder, done):
     return [(s, place) for s in SECRETS for place, text in texts.items() if s.encode() in text]
 
 
+@pytest.mark.integration
 def test_a_run_leaves_no_secret_in_any_file(tmp_path):
     url = small_shards(tmp_path / "shards")
     done = pretrain(tmp_path, "--data.shards", url)
@@ -107,6 +108,7 @@ def test_a_run_leaves_no_secret_in_any_file(tmp_path):
     assert leaks(tmp_path, done) == []
 
 
+@pytest.mark.integration
 def test_a_run_that_crashes_leaves_no_secret_in_its_traceback(tmp_path):
     url = small_shards(tmp_path / "shards")
     (tmp_path / "runs").mkdir()

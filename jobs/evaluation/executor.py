@@ -44,6 +44,10 @@ def map_shards(
 
     Takes the Ray of the session around it, else joins or starts one for the duration of the call.
 
+    After an error no task is cancelled: those under way end with the session, or by themselves.
+    Ray kills the worker of a cancelled task even if that task has ended and the worker runs another
+    one by then, which is charged with the loss (seen with Ray 2.60).
+
     Args:
         fn: importable function (a function of ``__main__`` would be sent by value).
         items: one task each.
@@ -71,19 +75,15 @@ def map_shards(
         results: list[Any] = [None] * len(items)
         waiting = list(enumerate(items))[::-1]
         running: dict[Any, int] = {}
-        try:
-            while waiting or running:
-                while waiting and len(running) < max_in_flight:
-                    index, item = waiting.pop()
-                    running[task.remote(item)] = index
-                (done, *_), _ = ray.wait(list(running), num_returns=1)
-                index = running.pop(done)
-                results[index] = _result(ray, done, index, max_retries)
-                if on_done:
-                    on_done(results[index])
-        finally:
-            for reference in running:  # only after an error
-                ray.cancel(reference, force=True)
+        while waiting or running:
+            while waiting and len(running) < max_in_flight:
+                index, item = waiting.pop()
+                running[task.remote(item)] = index
+            (done, *_), _ = ray.wait(list(running), num_returns=1)
+            index = running.pop(done)
+            results[index] = _result(ray, done, index, max_retries)
+            if on_done:
+                on_done(results[index])
     return results
 
 

@@ -94,6 +94,7 @@ def broken():
     raise SystemExit(3)
 
 
+@pytest.mark.integration
 def test_a_rank_that_dies_is_noticed():
     with pytest.raises(RuntimeError, match="a rank of broken has died"):
         in_ranks(1, broken)

@@ -1,4 +1,3 @@
-import multiprocessing
 import os
 from collections import Counter
 
@@ -13,6 +12,7 @@ from data_shards.streaming import block_cache as cache_module
 from data_shards.streaming.block_cache import BlockCache
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream
+from tests.harness import forking_context
 from tests.object_store import s3_clients
 
 BLOCK = 4096
@@ -201,7 +201,7 @@ def read_there(endpoint, url, folder, barrier, answers):
 
 
 def test_processes_share_the_work(proxy, s3_set, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = forking_context()
     barrier, answers = context.Barrier(3), context.Queue()
     arguments = (proxy.url, s3_set, str(tmp_path), barrier, answers)
     processes = [context.Process(target=read_there, args=arguments) for _ in range(3)]

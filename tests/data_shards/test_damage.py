@@ -316,6 +316,7 @@ def test_a_member_of_10_gb_is_refused_at_opening(folder):
 @pytest.mark.parametrize(
     "url", ["pipe:touch canary", "pipe://touch canary", "file://x::pipe:touch"]
 )
+@pytest.mark.integration
 def test_no_url_starts_a_shell(url, tmp_path):
     code = (
         "import sys\n"

@@ -19,6 +19,8 @@ from tests.faulty_proxy import Weather
 from tests.harness import run_ranks
 from tests.object_store import s3_clients
 
+pytestmark = pytest.mark.integration
+
 BATCH = 96
 WORLDS = (1, 2, 3, 4, 8)
 WORKERS = (0, 1, 2, 3, 4)

@@ -23,6 +23,8 @@ from tests.data_shards.imagenet_archive import DEVKIT, TRAIN, VAL, make_imagenet
 from tests.data_shards.test_archives import upload
 from tests.faulty_proxy import Weather
 
+pytestmark = pytest.mark.integration
+
 RECIPE = Recipe(channels=3, size=32)
 
 

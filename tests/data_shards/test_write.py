@@ -1,7 +1,6 @@
 import dataclasses
 import gc
 import json
-import multiprocessing
 import os
 import re
 import subprocess
@@ -24,6 +23,7 @@ from data_shards.verify import verify
 from data_shards.write import write_shard_set
 from data_shards.writing import writer
 from data_shards.writing.shard_plan import WriteOptions, plan_shards
+from tests.harness import forking_context
 
 
 def small(**fields):
@@ -91,8 +91,9 @@ def write_there(path):
     write_shard_set(small(), path, samples_per_shard=5)
 
 
+@pytest.mark.integration
 def test_two_processes_write_the_same_set(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = forking_context()
     processes = [context.Process(target=write_there, args=(str(tmp_path),)) for _ in range(2)]
     for process in processes:
         process.start()
@@ -197,6 +198,7 @@ def test_files_of_something_else_are_not_mixed_in(tmp_path):
         write_shard_set(small(), str(tmp_path))
 
 
+@pytest.mark.integration
 def test_two_workers_write_what_one_does(tmp_path):
     one = write_shard_set(small(), str(tmp_path / "one"))
     two = write_shard_set(small(), str(tmp_path / "two"), workers=2)
@@ -205,6 +207,7 @@ def test_two_workers_write_what_one_does(tmp_path):
         assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.integration
 def test_killed_writers_go_on(tmp_path):
     """kill -9 of the main process at several moments; its workers end with it."""
     source = {"samples": "2000", "size": "32", "classes": "5", "samples-per-shard": "100"}
@@ -244,6 +247,7 @@ def die(numbers):
     os._exit(3)
 
 
+@pytest.mark.integration
 def test_a_worker_that_dies_is_an_error(tmp_path):
     source = dataclasses.replace(small(), load=die)
     options = WriteOptions(samples_per_shard=20)

@@ -19,9 +19,9 @@ from jobs.registry.promotion_rule import Rule
 from jobs.registry.serving import SoundPredictor
 from model.artifact.artifact import write_artifact
 from model.networks.registry import build_network
-from pipeline.tracking.client import TrackingConfig
 from pipeline.tracking.registry import Registry
 from tests.jobs.conftest import NETWORK
+from tests.mlflow_database import empty_database
 
 _FAVOURED = 0.6  # share of the samples that are of class 0
 
@@ -31,7 +31,7 @@ class Gated:
 
     def __init__(self, folder):
         self.folder = folder
-        self.tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="gated")
+        self.tracking = empty_database(folder, "gated")
         source = synthetic(classes=NETWORK.num_classes, size=8, samples=400, seed=1)
         images = torch.stack([decode_image(source.encode(i), "jpg") for i in range(400)])
         network = build_network(NETWORK)

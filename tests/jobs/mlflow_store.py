@@ -9,8 +9,9 @@ from jobs.scheduling.config import ScheduleConfig
 from model.artifact.artifact import write_artifact
 from model.networks.registry import build_network
 from pipeline.tracking.checkpoint_query import CheckpointQuery
-from pipeline.tracking.client import MlflowConnection, TrackingConfig, now_ms
+from pipeline.tracking.client import MlflowConnection, now_ms
 from tests.jobs.conftest import NETWORK
+from tests.mlflow_database import empty_database
 
 
 class Store:
@@ -18,7 +19,7 @@ class Store:
 
     def __init__(self, folder, shards, status="FINISHED", **params):
         self.folder, self.shards = Path(folder), shards
-        self.tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="set")
+        self.tracking = empty_database(folder, "set")
         self.server = MlflowConnection(self.tracking)
         self.run_id = self.train("run", status, **params)
 

@@ -25,6 +25,8 @@ from model.artifact.artifact import read_info
 from model.certification.eps import eps_value
 from model.certify import ProvedCertifier
 
+pytestmark = pytest.mark.integration
+
 EPS = ("36/255", "1/255", "255/255")
 
 

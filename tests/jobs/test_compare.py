@@ -19,6 +19,8 @@ from jobs.reporting.comparison_report import comparison_png
 from jobs.reporting.comparison_runs import RunRequest
 from pipeline.tracking.client import connect
 
+pytestmark = pytest.mark.integration
+
 SETTINGS = {
     "data": {"train_split": "train", "test_split": "test"},
     "loss": {"eps": 0.4, "scale": 10.0, "kind": "emma"},

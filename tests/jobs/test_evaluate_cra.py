@@ -22,6 +22,8 @@ from jobs.evaluation.tasks import ArtifactTask, matrix_tasks, shard_tasks
 from model.certify import certify
 from tests.fake_ray import gcs
 
+pytestmark = pytest.mark.integration
+
 COLUMNS = ("nominal", "sound", "deployed")
 
 

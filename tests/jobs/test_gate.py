@@ -14,6 +14,8 @@ from jobs.registry import promotion
 from pipeline.tracking.registry import RegistryError
 from tests.jobs.gated import Gated
 
+pytestmark = pytest.mark.integration
+
 _numbers = itertools.count()
 
 

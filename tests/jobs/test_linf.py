@@ -15,6 +15,8 @@ from model.networks.linf.groupsort import GroupSortConfig
 from model.networks.linf.sortnet import SortNet, SortNetConfig
 from model.networks.registry import build_network
 
+pytestmark = pytest.mark.integration
+
 SHAPE = {"input_shape": (3, 8, 8), "num_classes": 4}
 SORTNET = SortNetConfig(**SHAPE, width=12, depth=2, keep=0.7, input_scale=2.0)
 MLP = SortNetConfig(**SHAPE, width=12, depth=2, keep=0.7, input_scale=2.0, hidden=9)

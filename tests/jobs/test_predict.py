@@ -15,6 +15,8 @@ from jobs.registry.serving import SoundPredictor
 from model.certification.matrix_bounds import matrix_bound
 from tests.jobs.conftest import NETWORK
 
+pytestmark = pytest.mark.integration
+
 SHAPE = NETWORK.input_shape
 
 

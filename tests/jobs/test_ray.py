@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -45,6 +46,13 @@ def dies_first():
         return number
 
     return run
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_the_result_is_the_same_for_every_number_of_tasks(fields, local_ray, tmp_path):
@@ -145,3 +153,23 @@ for name in ("AUTH_MODE", "AUTH_TOKEN", "AUTH_TOKEN_PATH", "ENABLE_WINDOWS_OR_OS
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() != Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
     assert not (tmp_path / ".ray").exists()  # where `ray.init` would keep a token for good
+
+
+def test_an_error_kills_no_worker(local_ray, tmp_path):
+    """It may have gone on to another task by then, which would be charged with the loss."""
+    begun, go_on, ended = (tmp_path / name for name in ("begun", "go on", "ended"))
+
+    def run(number):
+        mine, theirs = (begun, go_on) if number else (tmp_path, begun)
+        mine.touch()
+        while not theirs.exists():
+            time.sleep(0.01)
+        if not number:
+            raise ValueError("deliberate failure")
+        ended.touch()
+
+    with pytest.raises(ValueError, match="deliberate failure"):
+        map_shards(run, range(2), max_in_flight=2)
+    time.sleep(0.5)  # for a kill to arrive
+    go_on.touch()
+    wait_for(ended.exists)

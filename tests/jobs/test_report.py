@@ -12,6 +12,9 @@ from jobs.reporting.data import collect
 from pipeline.tracking.client import MlflowConnection, TrackingConfig, now_ms
 from pipeline.tracking.reader import Point, Reader, TrackingError
 from tests.jobs.conftest import NETWORK, export
+from tests.mlflow_database import empty_database
+
+pytestmark = pytest.mark.integration
 
 EPS = ("1/255", "36/255")
 TAGS = {"devices": "2"}
@@ -50,7 +53,7 @@ class Made:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, shards):
     folder = tmp_path_factory.mktemp("store")
-    tracking = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="set")
+    tracking = empty_database(folder, "set")
     server = MlflowConnection(tracking)
     runs, models = {}, {}
 

@@ -23,6 +23,8 @@ from jobs.scheduling.status_page import page
 from pipeline.tracking.client import TrackingConfig
 from tests.jobs.mlflow_store import Store
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def store(tmp_path, shards):

@@ -11,6 +11,9 @@ from jobs.views import certified_radii, main, views
 from pipeline.tracking.client import MlflowConnection, TrackingConfig, now_ms
 from pipeline.tracking.reader import Reader, TrackingError
 from pipeline.tracking.ui_views import Section, View, bar, line, save_views
+from tests.mlflow_database import empty_database
+
+pytestmark = pytest.mark.integration
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PREFIX = "mlflow.sharedViewState."
@@ -20,7 +23,7 @@ SOUND = ("cra_sound/l2/36_255", "cra_sound/l2/108_255")
 @pytest.fixture
 def tracking(tmp_path):
     """A store with two certified training runs."""
-    config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="set")
+    config = empty_database(tmp_path, "set")
     server = MlflowConnection(config)
     for name, eps, loss in (("one", "0.1", "emma"), ("two", "0.2", "other")):
         params = {"loss.eps": eps, "loss.kind": loss, "model.width": "8", "name": name}

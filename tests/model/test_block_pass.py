@@ -163,6 +163,7 @@ def test_only_the_wanted_gradients_are_computed(generator):
     assert counting.get_total_flops() == 2 * WIDTH**2 * (4 * 60 + WIDTH)
 
 
+@pytest.mark.integration
 def test_kernels_equal_the_operators_in_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "tests.model.fused_cases"]

@@ -33,6 +33,8 @@ from tests.model.certificate_maker import (
 )
 from tests.model.small_networks import trained_like
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

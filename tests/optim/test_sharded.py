@@ -8,7 +8,7 @@ from optim.manifolds import ORTHOGONAL
 from optim.param_groups import parameter_groups
 from optim.sharded import ShardedManifoldAdam
 from optim.zero_layout import FlatPartition
-from tests.harness import RankError, run_ranks
+from tests.harness import run_ranks
 from tests.optim.cases import PROBLEMS, check_everything
 from tests.optim.emulation import Emulation, Problem, cut_slots, gradient
 
@@ -30,18 +30,6 @@ def test_one_process_equals_reference(local_digests):
 def test_ranks_equal_reference_and_one_process(world_size, local_digests):
     digests = run_ranks(check_everything, world_size)
     assert digests[0] == local_digests
-
-
-def fail_on_rank_1(rank, world_size):
-    if rank == 1:
-        raise ValueError("deliberate failure")
-    torch.distributed.barrier()
-
-
-@pytest.mark.distributed
-def test_harness_brings_a_traceback_home():
-    with pytest.raises(RankError, match="deliberate failure"):
-        run_ranks(fail_on_rank_1, 2)
 
 
 class Declared(Exchange):

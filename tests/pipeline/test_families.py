@@ -120,6 +120,7 @@ def train_here(rank, world_size, job):
     return kept[-1].artifact_url
 
 
+@pytest.mark.integration
 def test_a_new_family_is_one_file_and_one_line(tmp_path, monkeypatch):
     """It trains under ZeRO-3, is exported with its statistics, and is certified."""
     monkeypatch.setitem(FAMILIES, "toy", Family(ToyConfig, Toy))

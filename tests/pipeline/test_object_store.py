@@ -13,6 +13,8 @@ from data_shards.writing.writer import write_shard_set
 from tests.faulty_proxy import FAULTS, FaultyProxy, Weather
 from tests.object_store import BUCKET, KEY, SECRET, s3_clients, s3_environment, s3_server, upload
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     ("cluster.launcher", "local"),

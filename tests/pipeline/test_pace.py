@@ -16,34 +16,45 @@ from tests.harness import run_ranks
 from tests.pipeline import small_runs
 from tests.pipeline.small_runs import observed_run, rank_world, small_run, small_shards
 
-SLEEP_S = 0.02
 
+class Slow(nn.Module):
+    """Owns a parameter, and takes a second of the clock."""
 
-class Sleeper(nn.Module):
-    """Owns a parameter and takes its time; waits as if for parameters before."""
-
-    def __init__(self):
+    def __init__(self, clock):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
+        self.weight, self._clock = nn.Parameter(torch.zeros(1)), clock
 
     def forward(self, x):
-        time.sleep(SLEEP_S)
+        self._clock.now += 1.0
         return x * self.weight
 
 
+class Clock:
+    """Args: now: seconds; readings: how often it was asked."""
+
+    now, readings = 0.0, 0
+
+    def __call__(self):
+        self.readings += 1
+        return self.now
+
+
 def test_only_the_modules_with_parameters_are_timed_once_per_reading(monkeypatch):
-    network = nn.Sequential(Sleeper(), nn.ReLU(), nn.Sequential(Sleeper(), nn.Flatten()))
+    clock = Clock()
+    network = nn.Sequential(Slow(clock), nn.ReLU(), nn.Sequential(Slow(clock), nn.Flatten()))
+
+    def gather(*_):
+        clock.now += 0.1
+
     for module in network.modules():  # as a gather of parameters: before, and not counted
-        module.register_forward_pre_hook(lambda *_: time.sleep(SLEEP_S))
+        module.register_forward_pre_hook(gather)
     watch = Stopwatch(network, torch.device("cpu"))
-    readings = []
-    clock = time.perf_counter
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: readings.append(1) or clock())
+    monkeypatch.setattr(pace.time, "perf_counter", clock)
     assert watch.read() == 0
     for _ in range(3):
         network(torch.ones(1, 1))
-    assert len(readings) == 4, "two modules, one of three passes"
-    assert 2 * SLEEP_S < watch.read() < 3 * SLEEP_S
+    assert clock.readings == 4, "two modules, one of three passes"
+    assert watch.read() == pytest.approx(2.0)
     assert watch.read() == 0
 
 

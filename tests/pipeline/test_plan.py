@@ -22,6 +22,8 @@ from pipeline.training.schedules import StepContext
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import rank_world, small_run
 
+pytestmark = pytest.mark.integration
+
 STEPS = 3  # not right after a synchronisation, where exports have less to do
 MICRO = 8
 

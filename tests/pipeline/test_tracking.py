@@ -12,6 +12,8 @@ from pipeline.tracking.client import (
 )
 from pipeline.tracking.outbox import Tracker
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):

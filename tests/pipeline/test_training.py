@@ -166,8 +166,8 @@ def shards(folder):
 
 @pytest.fixture(scope="module")
 def outcomes(folder, shards):
-    """By case, the outcomes of the two ranks."""
-    ranks = run_ranks(run_cases, 2, str(folder), shards, timeout=200)
+    """By case, the outcomes of the two ranks, which share no order of a set, as on two machines."""
+    ranks = run_ranks(run_cases, 2, str(folder), shards, timeout=200, fresh=True)
     return {name: [rank[name] for rank in ranks] for name in CASES}
 
 
