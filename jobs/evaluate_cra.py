@@ -24,16 +24,12 @@ from jobs.evaluation.console import following, report
 from jobs.evaluation.progress import OnProgress
 from jobs.evaluation.results import EvaluationError, EvaluationSummary
 from jobs.evaluation.runner import (
-    CERTIFICATE,
-    FIGURE,
-    HISTOGRAM,
-    LAYERS,
-    SUMMARY,
     artifact_info,
     compute,
     output,
 )
 from model.errors import ModelError
+from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
 from pipeline.tracking.client import EvaluationRecord, RunReference, log_evaluation, ui_command
 
 logger = logging.getLogger(__name__)
@@ -90,7 +86,8 @@ def record(
     """Hand the result to `log`, or record it in `config.tracking` and return the run."""
     info = artifact_info(config.artifact)
     out = output(config)
-    files = [FIGURE, HISTOGRAM, CERTIFICATE, SUMMARY] + [LAYERS] * bool(summary.layers)
+    files = [CRA_FIGURE, RADIUS_FIGURE, CERTIFICATE, SUMMARY]
+    files += [BOUNDS_FIGURE] * bool(summary.layers)
     row = EvaluationRecord(
         eval_key=summary.eval_key,
         artifact_url=summary.artifact_url,

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from jobs.evaluation.progress import EvaluationProgress, OnProgress
 from jobs.evaluation.results import AttackScores, EvaluationSummary
-from jobs.evaluation.runner import CERTIFICATE, FIGURE, HISTOGRAM, LAYERS
+from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE
 
 _LINE_EVERY_S = 30.0
 
@@ -80,7 +80,7 @@ def report(console: Console, summary: EvaluationSummary) -> None:
             f"{summary.artifact_url} --shards {summary.shards_url}",
             soft_wrap=True,
         )
-    figures = [FIGURE, HISTOGRAM] + [LAYERS] * bool(summary.layers)
+    figures = [CRA_FIGURE, RADIUS_FIGURE] + [BOUNDS_FIGURE] * bool(summary.layers)
     console.print(f"figures:     {', '.join(figures)} beside it")
 
 

@@ -18,7 +18,7 @@ from jobs.evaluation.certificate_file import certificate, to_json
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.executor import map_inline, map_shards, session
 from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
-from jobs.evaluation.progress import PROGRESS, Counting, OnProgress
+from jobs.evaluation.progress import Counting, OnProgress
 from jobs.evaluation.results import (
     COLUMNS,
     AttackScores,
@@ -41,9 +41,17 @@ from model.certification.matrix_bounds import MatrixBound
 from model.certification.rounding import PROGRAMS
 from model.empirical_lipschitz import refute
 from model.networks.base import LipschitzBound
+from pipeline.run.layout import (
+    BOUNDS_FIGURE,
+    CERTIFICATE,
+    CRA_FIGURE,
+    PROGRESS,
+    RADIUS_FIGURE,
+    SAMPLES,
+    SUMMARY,
+    evaluation,
+)
 
-CERTIFICATE, SAMPLES, SUMMARY = "certificate.json", "samples.parquet", "summary.json"
-FIGURE, HISTOGRAM, LAYERS = "cra.png", "radius.png", "bounds.png"
 Run = Callable[[Sequence[Any]], list[Any]]
 
 
@@ -120,10 +128,10 @@ def compute(
     )
     out.write(SAMPLES, samples)
     out.write(CERTIFICATE, to_json(body))
-    out.write(FIGURE, cra_png(summary))
-    out.write(HISTOGRAM, radius_histogram_png(summary, **_certified_radii(found.records)))
+    out.write(CRA_FIGURE, cra_png(summary))
+    out.write(RADIUS_FIGURE, radius_histogram_png(summary, **_certified_radii(found.records)))
     if summary.layers:
-        out.write(LAYERS, bounds_png(summary))
+        out.write(BOUNDS_FIGURE, bounds_png(summary))
     out.write(SUMMARY, summary.to_json())  # last: it says that the others are complete
     out.remove(PROGRESS)
     return summary
@@ -204,7 +212,7 @@ def output(config: EvaluationConfig) -> Store:
     """Where the files of an evaluation lie."""
     if config.out:
         return Store(config.out)
-    return Store(config.artifact).child("evaluation", config.split)
+    return Store(config.artifact).child(evaluation(config.split))
 
 
 def evaluation_key(config: EvaluationConfig, load: Callable[[str], ShardIndex] = load_index) -> str:

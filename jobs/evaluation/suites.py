@@ -8,6 +8,7 @@ from typing import Any
 from data_shards.storage.store import Store
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.results import EvaluationError
+from pipeline.run import layout
 
 SUITES: Mapping[str, Mapping[str, Any]] = {
     # The certificate alone: the evaluation that training itself makes of every kept checkpoint.
@@ -41,5 +42,5 @@ def suite_config(
     out = None
     if changes:  # else the place where training itself puts the same evaluation
         folder = f"{split}-{suite.replace('+', '-')}"
-        out = Store(artifact).child("evaluation", folder).url
+        out = Store(artifact).child(layout.evaluation(folder)).url
     return EvaluationConfig(artifact=artifact, split=split, **{"out": out, **settings, **changes})

@@ -31,6 +31,7 @@ from pipeline.checkpoint.writer import (
 )
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
+from pipeline.run import layout
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import CheckpointFailed, CheckpointSaved, Emit
 from pipeline.run.state import TrainState
@@ -119,11 +120,10 @@ class AsyncSaver:
         """
         self.settle()
         begin = time.perf_counter()
-        step = f"step-{progress.step:08d}"
         writing = _Writing(
             step=progress.step,
-            checkpoint=self._run.child("checkpoints", step),
-            artifact=self._run.child("artifacts", step),
+            checkpoint=self._run.child(layout.checkpoint(progress.step)),
+            artifact=self._run.child(layout.artifact(progress.step)),
             stall_s=0.0,
         )
         export = take_export(self._engine, world=self._world, network=self._config.model)

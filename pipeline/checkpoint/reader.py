@@ -13,10 +13,11 @@ from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from model.artifact.safetensors_io import read_header, tensor_of
 from optim.sharded import ShardedManifoldAdam
-from pipeline.checkpoint.writer import COMMIT, SCHEMA_VERSION, Partitioned, held, slices
+from pipeline.checkpoint.writer import SCHEMA_VERSION, Partitioned, held, slices
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import Metrics
+from pipeline.run.layout import COMMIT, DAMAGED_COMMIT, step_folder, step_of
 from pipeline.run.state import TrainState
 
 
@@ -24,15 +25,16 @@ class UnreadableError(PipelineError):
     """A store does not answer; that does not make a checkpoint a damaged one."""
 
 
-DAMAGED = "commit.damaged.json"
 _BLOCK = 1 << 24
 _RECORDS = TypeAdapter(list[Metrics])
 
 
 def committed(checkpoints: Store) -> list[Store]:
     """The committed checkpoints, the highest step first."""
-    names = sorted((name for name in checkpoints.ls("") if name.startswith("step-")), reverse=True)
-    return [checkpoints.child(n) for n in names if checkpoints.child(n).exists(COMMIT)]
+    steps = [step for name in checkpoints.ls() if (step := step_of(name)) is not None]
+    # By number: as texts, step-100000000 comes before step-99999999.
+    folders = [checkpoints.child(step_folder(step)) for step in sorted(steps, reverse=True)]
+    return [folder for folder in folders if folder.exists(COMMIT)]
 
 
 def load_newest(
@@ -68,7 +70,7 @@ def load_newest(
 def _put_aside(folder: Store) -> None:
     """Steps behind it will be written anew, so it must not count as the newest any more."""
     with contextlib.suppress(OSError):  # then it is passed over once more next time
-        folder.write(DAMAGED, folder.read(COMMIT))
+        folder.write(DAMAGED_COMMIT, folder.read(COMMIT))
         folder.remove(COMMIT)
 
 

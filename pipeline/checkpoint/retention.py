@@ -5,11 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from data_shards.storage.store import Store
 from pipeline.checkpoint.reader import committed
-from pipeline.checkpoint.writer import COMMIT
 from pipeline.config import CheckpointConfig
+from pipeline.run.layout import CHECKPOINTS, COMMIT, PINNED, step_of
 
-PINNED = "pinned"
-"""An object of this name in a checkpoint's folder keeps it for good."""
 _GB = 1e9
 
 
@@ -77,11 +75,10 @@ def retain(
     Returns:
         Steps of the committed checkpoints that were removed.
     """
-    checkpoints = run.child("checkpoints")
-    found = committed(checkpoints)
-    names = {_step(folder.url): folder for folder in found}
+    checkpoints = run.child(CHECKPOINTS)
+    folders = {step_of(folder.url) or 0: folder for folder in committed(checkpoints)}
     candidates = []
-    for step, folder in names.items():
+    for step, folder in folders.items():
         sizes = folder.sizes()
         candidates.append(
             Candidate(
@@ -94,14 +91,11 @@ def retain(
         )
     gone = surplus(candidates, policy)
     for step in gone:
-        names[step].remove(COMMIT)  # first: half a checkpoint must not look like a whole one
-        names[step].remove("", recursive=True)
-    newest = max(names, default=0)
+        folders[step].remove(COMMIT)  # first: half a checkpoint must not look like a whole one
+        folders[step].remove("", recursive=True)
+    newest = max(folders, default=0)
     for name in checkpoints.ls():
-        if _step(name) < newest and _step(name) not in names:
+        left = step_of(name)  # None: not ours, so it stays
+        if left is not None and left < newest and left not in folders:
             checkpoints.remove(name, recursive=True)
     return gone
-
-
-def _step(url: str) -> int:
-    return int(url.rstrip("/").rpartition("step-")[2])

@@ -27,10 +27,10 @@ from optim.zero_layout import Slot
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
+from pipeline.run.layout import COMMIT, rank_file, rank_report
 from pipeline.run.state import TrainState
 
 SCHEMA_VERSION = 1
-COMMIT = "commit.json"
 _POLL_S = (0.01, 1.0)
 """Shortest and longest pause between two looks for the other ranks' reports."""
 
@@ -102,7 +102,7 @@ def take_snapshot(
     tensors, entries = {}, {}
     for key, slot, values in slices(optimizer, world.rank):
         tensors[key] = memory.copy(key, values)
-        parts = [[_file_name(rank, world.size), *held(slot, rank)] for rank in range(world.size)]
+        parts = [[rank_file(rank, world.size), *held(slot, rank)] for rank in range(world.size)]
         entries[key] = {"shape": list(slot.shape), "parts": parts}
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
@@ -119,14 +119,6 @@ def take_snapshot(
     return Snapshot(world.rank, world.size, tensors, header)
 
 
-def _file_name(rank: int, world_size: int) -> str:
-    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
-def _report_name(rank: int, world_size: int) -> str:
-    return f"report-{rank:05d}-of-{world_size:05d}.json"
-
-
 def write_snapshot(folder: Store, snapshot: Snapshot, attempt: str) -> None:
     """Write one rank's file, then the report that says so, or why not.
 
@@ -138,8 +130,8 @@ def write_snapshot(folder: Store, snapshot: Snapshot, attempt: str) -> None:
     Raises:
         Exception: the store refused; the report says why if it could be written.
     """
-    name = _file_name(snapshot.rank, snapshot.world_size)
-    report = _report_name(snapshot.rank, snapshot.world_size)
+    name = rank_file(snapshot.rank, snapshot.world_size)
+    report = rank_report(snapshot.rank, snapshot.world_size)
     try:
         specs = [TensorSpec(k, tuple(v.shape), v.dtype) for k, v in snapshot.tensors.items()]
         with folder.durable(name) as stream:
@@ -176,7 +168,7 @@ def commit(
     reports: list[dict[str, Any]] = []
     deadline = time.monotonic() + timeout_s
     for rank in range(snapshot.world_size):
-        name = _report_name(rank, snapshot.world_size)
+        name = rank_report(rank, snapshot.world_size)
         report = _await_report(folder, name, attempt, deadline, given_up)
         if report is None:
             raise PipelineError(f"{folder}: rank {rank} has not written within {timeout_s:g} s")

@@ -21,6 +21,7 @@ from pipeline.driver.event_log import EventLog
 from pipeline.driver.preflight import PreparedRun
 from pipeline.driver.system_metrics import SystemMetrics
 from pipeline.driver.usage import UsageMetrics
+from pipeline.run import layout
 from pipeline.run.events import (
     CheckpointFailed,
     CheckpointSaved,
@@ -38,7 +39,6 @@ from pipeline.run.state import WorkerSpec
 from pipeline.tracking.client import ui_command
 from pipeline.tracking.outbox import Tracker
 
-_FIGURE = "cra.png"
 _REPROJECTIONS = "orthogonality/reprojections"
 _CLOSE_S = 60.0
 _NOT_CERTIFIED = "earlier checkpoints are not certified"
@@ -219,12 +219,12 @@ class RunMonitor:
 
     def _catch_up(self, until: int) -> None:
         """Record and certify artefacts up to a step of which no event has come."""
-        for name in self._run.child("artifacts").ls():
+        for name in self._run.child(layout.ARTIFACTS).ls():
             with self.saying(_NOT_CERTIFIED):
-                step = int(name.removeprefix("step-"))
-                if step <= until and step not in self._followed:
-                    artifact = self._run.child("artifacts", name)
-                    checkpoint = self._run.child("checkpoints", name)
+                step = layout.step_of(name)
+                if step is not None and step <= until and step not in self._followed:
+                    artifact = self._run.child(layout.artifact(step))
+                    checkpoint = self._run.child(layout.checkpoint(step))
                     digest = read_info(artifact.open).digest
                     self._follow(step, artifact.url, digest, checkpoint.url)
 
@@ -357,14 +357,14 @@ def _show(
         title = f"cra_sound, {last.norm}, {last.samples} samples of {last.dataset}"
         display.table(title, list(rows[0]), rows)
         display.message(_comparison(last))
-        display.message(f"CRA curve:   {_where(last.out_url)}/{_FIGURE}")
-        display.message(f"certificate: {_where(last.out_url)}/certificate.json")
+        display.message(f"CRA curve:   {_where(last.out_url)}/{layout.CRA_FIGURE}")
+        display.message(f"certificate: {_where(last.out_url)}/{layout.CERTIFICATE}")
         if last.verifiable:
             display.message(
                 f"check it:    python -m model.verify {_where(last.out_url)} "
                 f"--artifact {_where(last.artifact_url)} --shards {_where(last.shards_url)}"
             )
-    display.message(f"artefacts:   {_where(prepared.job.run_url)}/artifacts")
+    display.message(f"artefacts:   {_where(prepared.job.run_url)}/{layout.ARTIFACTS}")
     if tracker.run is not None:
         command, path = ui_command(prepared.tracking.uri, tracker.run)
         display.message(

@@ -19,6 +19,7 @@ from data_shards.write import write_shard_set
 from pipeline.checkpoint.reader import committed
 from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.errors import PipelineError
+from pipeline.run import layout
 from pipeline.run.exposure import require_closed
 from pipeline.run.ray_job import is_ray_job, uploaded_code
 from pipeline.run.state import WorkerSpec
@@ -27,8 +28,6 @@ from pipeline.tracking.client import TrackingConfig
 from pipeline.training.data import Samples, open_samples
 from pipeline.training.zero3 import require_precision
 
-_RECORD = "run.json"
-_KEY = "tracking.key"
 _SQLITE = "sqlite:///"
 _SOURCES = {"digits": digits, "synthetic": synthetic}
 
@@ -58,7 +57,7 @@ class PreparedRun:
     def accept(self) -> None:
         """Keep changed settings as those of the run; once its ranks have loaded a checkpoint."""
         if self.changed:
-            self.run.write(_RECORD, self.job.config.to_json().encode())
+            self.run.write(layout.CONFIG, self.job.config.to_json().encode())
 
     def params(self) -> dict[str, Any]:
         """Parameters of the tracked run: the resolved configuration and the code version."""
@@ -111,7 +110,8 @@ def _prepare(config: RunConfig, world_size: int, *, no_gpu: bool) -> PreparedRun
         samples=samples,
         tracking=tracking,
         run_key=_run_key(run),
-        spool=(run.local_path() or Path.home() / ".cache/certified-pretrain" / name) / "tracking",
+        spool=(run.local_path() or Path.home() / ".cache/certified-pretrain" / name)
+        / layout.TRACKING,
         changed=changed,
     )
 
@@ -159,8 +159,8 @@ def _shards(config: RunConfig, storage: Store) -> Store:
 
 def _run_key(run: Store) -> str:
     """The key that the first execution of the run has drawn."""
-    run.create(_KEY, uuid.uuid4().hex.encode())
-    return run.read(_KEY).decode()
+    run.create(layout.TRACKING_KEY, uuid.uuid4().hex.encode())
+    return run.read(layout.TRACKING_KEY).decode()
 
 
 def _new_name(config: RunConfig) -> str:
@@ -173,7 +173,7 @@ def _newest_run(config: RunConfig, storage: Store) -> str:
         (entry for entry in storage.ls("") if entry.startswith(f"{config.preset}-")), reverse=True
     )
     for name in names:
-        if storage.child(name).exists(_RECORD):
+        if storage.child(name).exists(layout.CONFIG):
             return name
     raise PipelineError(f"--resume: no run of preset {config.preset!r} under {storage.url}")
 
@@ -186,7 +186,7 @@ def _open_run(config: RunConfig, storage: Store) -> tuple[RunConfig, Store, dict
     if config.name or config.resume:
         named = dataclasses.replace(config, name=config.name or _newest_run(config, storage))
         run = storage.child(named.name)
-        if run.exists(_RECORD) or config.resume or not _created(named, run):
+        if run.exists(layout.CONFIG) or config.resume or not _created(named, run):
             return named, run, _continue(named, run)
         return named, run, {}
     base = _new_name(config)
@@ -199,18 +199,18 @@ def _open_run(config: RunConfig, storage: Store) -> tuple[RunConfig, Store, dict
 
 
 def _created(config: RunConfig, run: Store) -> bool:
-    return run.create(_RECORD, config.to_json().encode())
+    return run.create(layout.CONFIG, config.to_json().encode())
 
 
 def _continue(config: RunConfig, run: Store) -> dict[str, str]:
     """Check that an existing run may be continued with this config; what differs from before."""
-    if not run.exists(_RECORD):
+    if not run.exists(layout.CONFIG):
         raise PipelineError(f"--resume: there is no run {run.url}")
     if not (config.resume or config.start_or_resume):
         raise PipelineError(
             f"run {run.url} exists: give --resume to continue it, or another --name"
         )
-    changed = changes(RunConfig.from_json(run.read(_RECORD).decode()), config)
+    changed = changes(RunConfig.from_json(run.read(layout.CONFIG).decode()), config)
     refused = [f"{name}: {values}" for name, values in changed.items() if decides_result(name)]
     if refused and not config.accept_changes:
         raise PipelineError(
@@ -218,7 +218,7 @@ def _continue(config: RunConfig, run: Store) -> dict[str, str]:
             + "; ".join(refused)
             + " (--accept-changes continues all the same)"
         )
-    if config.resume and not committed(run.child("checkpoints")):
+    if config.resume and not committed(run.child(layout.CHECKPOINTS)):
         raise PipelineError(f"--resume: {run.url} has no committed checkpoint")
     return changed
 

@@ -15,11 +15,10 @@ from data_shards.streaming.sampler import Cursor
 from pipeline.checkpoint.reader import load_newest
 from pipeline.checkpoint.writer import Partitioned
 from pipeline.errors import PipelineError
+from pipeline.run import layout
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import RolledBack
 from pipeline.run.state import TrainState
-
-RECORD = "rollbacks.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +40,11 @@ class Gap:
 
 def read_gaps(run: Store) -> list[Gap]:
     """The gaps of a run, in the order in which they were made."""
-    if not run.exists(RECORD):
+    if not run.exists(layout.ROLLBACKS):
         return []
     return [
         Gap(row["step"], row["given_up"], Cursor(**row["begin"]), Cursor(**row["end"]))
-        for row in json.loads(run.read(RECORD))["gaps"]
+        for row in json.loads(run.read(layout.ROLLBACKS))["gaps"]
     ]
 
 
@@ -104,7 +103,7 @@ class Rollbacks:
         if len(self._gaps) >= self._limit:
             return None
         found, _ = load_newest(
-            self._run.child("checkpoints"), world=self._world, engine=self._engine
+            self._run.child(layout.CHECKPOINTS), world=self._world, engine=self._engine
         )
         if found is None:
             raise PipelineError(f"step {failed.step}: there is no checkpoint to go back to")
@@ -127,7 +126,7 @@ class Rollbacks:
         if self._world.rank == 0:
             body = {"gaps": [dataclasses.asdict(gap) for gap in self._gaps]}
             try:
-                self._run.write(RECORD, json.dumps(body, indent=1).encode())
+                self._run.write(layout.ROLLBACKS, json.dumps(body, indent=1).encode())
             except OSError as failure:
                 error = f"the roll-back cannot be written down: {failure}"
         self._world.agree(error)

@@ -16,6 +16,7 @@ from pipeline.resilience.hang_detector import watched
 from pipeline.resilience.oom import fitting, recorded, too_large
 from pipeline.resilience.rollback import Rollbacks
 from pipeline.resilience.signals import Interruption
+from pipeline.run import layout
 from pipeline.run.distributed import DistributedContext, join_process_group
 from pipeline.run.events import Emit, MetricsReplayed, Started
 from pipeline.run.state import TrainState, WorkerSpec
@@ -54,7 +55,7 @@ def _train(
     samples = open_samples(config, job.shards_url)
     plan = make_step_schedule(config, samples=samples.per_epoch, world_size=world.size)
     engine = Zero3(world=world, config=config, micro_batch=plan.micro_batch)
-    progress, damaged = load_newest(run.child("checkpoints"), world=world, engine=engine)
+    progress, damaged = load_newest(run.child(layout.CHECKPOINTS), world=world, engine=engine)
     if progress is None:
         engine.initialise(config.train.seed)
         progress = TrainState(0, Cursor(seed=config.train.seed))
@@ -69,7 +70,7 @@ def _train(
     if world.rank == 0:
         emit(_started(config, world, engine, plan, progress, damaged, sizes))
         emit(MetricsReplayed(progress.records))
-    record = f"damaged/step-{progress.step:08d}-rank-{world.rank:05d}.jsonl"
+    record = layout.damaged_samples(progress.step, world.rank)
     with (
         contextlib.closing(CorruptionLog(run, record)) as corruption_log,
         watched(world, config.cluster, step=progress.step, run=run, emit=emit) as watch,

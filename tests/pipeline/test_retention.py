@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from data_shards.storage.store import Store
 from pipeline.checkpoint.reader import committed
-from pipeline.checkpoint.retention import PINNED, Candidate, retain, surplus
-from pipeline.checkpoint.writer import COMMIT
+from pipeline.checkpoint.retention import Candidate, retain, surplus
 from pipeline.config import CheckpointConfig
+from pipeline.run.layout import COMMIT, PINNED
 
 
 def steps(*numbers, size=1_000_000_000):
@@ -91,3 +91,17 @@ def test_in_a_folder(tmp_path):
     # The torn one that is newer than all others may be under way.
     assert [name[-2:] for name in run.ls("checkpoints")] == ["10", "30", "40", "45"]
     assert run.exists("artifacts/step-00000020/artifact.json")
+
+
+def test_what_people_and_tools_leave_there_is_no_checkpoint_and_stays(tmp_path):
+    run = Store(tmp_path)
+    names = ["step-00000010", "step-00000020", "step-00000030"]
+    strays = ["step-backup", "step-00000090.bak", "step-000000040", "step-5"]
+    for name in names + strays:
+        run.write(f"checkpoints/{name}/{COMMIT}", b"{}")
+    run.write("checkpoints/.DS_Store", b"")
+    assert retain(run, CheckpointConfig(keep_last=1), {}) == [10, 20]
+    assert [folder.url[-2:] for folder in committed(run.child("checkpoints"))] == ["30"]
+    assert set(run.ls("checkpoints")) == {
+        f"checkpoints/{name}" for name in [*strays, ".DS_Store", "step-00000030"]
+    }

@@ -12,8 +12,9 @@ import torch
 from data_shards.storage.store import Store
 from pipeline.checkpoint import writer
 from pipeline.checkpoint.reader import _check_file, _read_commit, committed
-from pipeline.checkpoint.writer import COMMIT, Snapshot, commit, write_snapshot
+from pipeline.checkpoint.writer import Snapshot, commit, write_snapshot
 from pipeline.errors import PipelineError
+from pipeline.run.layout import COMMIT
 
 RANKS = 2
 
