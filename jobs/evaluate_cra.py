@@ -1,6 +1,6 @@
 """Certified robust accuracy of a model artefact on a shard set.
 
-    python -m jobs.evaluate_cra --artifact URL --shards URL [--attack quick]
+    python -m jobs.evaluate_cra --artifact URL --shards URL [--attack fast]
 
 Writes a certificate that `python -m model.verify` re-derives, its samples, a summary and figures to
 the output URL, and records the result in MLflow. The trainer calls `evaluate` by name, in a thread,
@@ -20,9 +20,9 @@ from rich.console import Console
 
 from data_shards.errors import ShardError
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.console import following, report
+from jobs.evaluation.console import following
 from jobs.evaluation.progress import OnProgress
-from jobs.evaluation.results import EvaluationError, EvaluationSummary
+from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import (
     artifact_info,
     compute,
@@ -30,6 +30,7 @@ from jobs.evaluation.runner import (
 )
 from model.errors import ModelError
 from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
+from pipeline.run.summary import EvaluationSummary, report
 from pipeline.tracking.client import EvaluationRecord, RunReference, log_evaluation, ui_command
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ def main(
         config = tyro.cli(EvaluationConfig, args=arguments, prog="jobs.evaluate_cra")
         with following(errors) as on_progress:
             summary = compute(config, on_progress=on_progress)
-        report(console, summary)
+        report(console, [summary])
         if before_record:
             before_record()
         run = record(config, summary) if config.record else None

@@ -21,11 +21,7 @@ from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
 from jobs.evaluation.progress import Counting, OnProgress
 from jobs.evaluation.results import (
     COLUMNS,
-    AttackScores,
-    ColumnScores,
     EvaluationError,
-    EvaluationSummary,
-    LayerRow,
     ShardRecords,
     column_of,
     labels_of,
@@ -34,6 +30,7 @@ from jobs.evaluation.results import (
     samples_parquet,
     scores,
 )
+from jobs.evaluation.suites import NO_ATTACK
 from jobs.evaluation.tasks import ArtifactTask, exact_program, forget, matrix_tasks, shard_tasks
 from model.artifact.artifact import ArtifactInfo, read_info, read_without_parameters
 from model.certification.eps import check_reach
@@ -51,6 +48,7 @@ from pipeline.run.layout import (
     SUMMARY,
     evaluation,
 )
+from pipeline.run.summary import AttackScores, ColumnScores, EvaluationSummary, LayerRow
 
 Run = Callable[[Sequence[Any]], list[Any]]
 
@@ -147,7 +145,7 @@ def _find(
     device = task_device(config.device, launcher=config.launcher, num_gpus=config.num_gpus)
     artifact = ArtifactTask(url=Store(config.artifact).url, digest=info.digest, device=device)
     bounding = matrix_tasks(artifact, info)
-    passes = 1 if config.attack == "none" else 2
+    passes = 1 if config.attack == NO_ATTACK else 2
     total = len(bounding) + passes * len(index.shards_of(config.split))
     counting = Counting(output(config), total, config.eps, on_progress)
     with _runner(config, counting.add) as run:
@@ -164,7 +162,7 @@ def _find(
         bound = _bound(config, info, matrices, records)
         columns = {name: _scores(name, records, config, bound, info.norm) for name in COLUMNS}
         attack = None
-        if config.attack != "none":
+        if config.attack != NO_ATTACK:
             attack = merge_attack(run(attack_tasks(config, tasks, records)), columns["sound"].cra)
     return Findings(records, matrices, bound, columns, attack)
 

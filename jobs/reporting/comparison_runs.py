@@ -20,10 +20,11 @@ from typing import Any
 
 from data_shards.format.index import load_index
 from data_shards.storage.store import Store
-from jobs.evaluation.results import EvaluationError, EvaluationSummary
+from jobs.evaluation.results import EvaluationError
 from jobs.reporting.comparison_config import CompareConfig
 from model.artifact.artifact import ArtifactInfo, parameter_shapes, read_info
 from pipeline.run import layout
+from pipeline.run.summary import EvaluationSummary
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from jobs.evaluation.results import EvaluationSummary
 from jobs.reporting.cost import Cost, training_cost
 from model.certification.eps import eps_value
 from pipeline.run.layout import CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
+from pipeline.run.summary import EvaluationSummary
 from pipeline.tracking.reader import Reader, TrackedModel, TrackedRun
 
 FIGURES = (CRA_FIGURE, RADIUS_FIGURE)

@@ -13,7 +13,7 @@ from data_shards.format.index import ShardIndex, load_index
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import evaluation_key
-from jobs.evaluation.suites import SUITES
+from jobs.evaluation.suites import EVALUATION_SUITES
 from jobs.scheduling.claims import Claim, ClaimPhase, Claims, State
 from jobs.scheduling.config import ScheduleConfig
 from model.errors import ModelError
@@ -128,7 +128,8 @@ class Backlog:
 
     def _left_to_training(self, checkpoint: Checkpoint, suite: str) -> bool:
         age = time.time() - checkpoint.created_s
-        return checkpoint.training and not SUITES[suite] and age < self._config.patience_s
+        by_training = not EVALUATION_SUITES[suite]  # the one that changes no setting
+        return checkpoint.training and by_training and age < self._config.patience_s
 
 
 def claim_key(eval_key: str, run_id: str) -> str:

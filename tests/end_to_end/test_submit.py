@@ -56,7 +56,7 @@ def test_the_example_of_the_readme_runs(head, home):
     assert "RAY_JOB_STOP_WAIT_TIME_S" in start
     code, output = head.run(f"{exports}{submit} {SHORT} --name example")
     assert code == 0, output
-    assert "CRA 36/255" in output
+    assert "36/255" in output
     # Ray warns of leaving .git out of what it uploads.
     lines = [line for line in output.splitlines() if "working_dir.py" not in line]
     for noise in ("Warning", "WARNING", "Traceback"):

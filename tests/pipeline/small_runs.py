@@ -165,7 +165,7 @@ class Undisturbed:
         return False
 
 
-def observed_run(job: worker.Job, interruption: Interruption | None = None) -> Outcome:
+def observed_run(job: worker.WorkerSpec, interruption: Interruption | None = None) -> Outcome:
     """Run the worker of this rank as it is, looking at its engine from outside."""
     outcome = Outcome()
     engines = []
