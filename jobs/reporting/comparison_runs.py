@@ -181,7 +181,7 @@ class Runs:
         if (folder / _DONE).exists():
             return outcome
         words = order.words(self._config)
-        if list(folder.glob(f"{layout.CHECKPOINTS}/*/{layout.COMMIT}")):
+        if list(folder.glob(f"{layout.CHECKPOINTS}/*/*/{layout.COMMIT}")):
             words.append("--resume")
         elif folder.exists():
             shutil.rmtree(folder)  # stopped before its first checkpoint

@@ -34,6 +34,7 @@ from pipeline.errors import PipelineError
 from pipeline.run import layout
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import CheckpointFailed, CheckpointSaved, Emit
+from pipeline.run.lease import fence
 from pipeline.run.state import TrainState
 
 _GIVE_UP_S = 30.0
@@ -64,7 +65,8 @@ class AsyncSaver:
         config: the run.
         context: facts that every artefact carries.
         calibration: training images for networks with stored means, uint8 (B, C, H, W).
-        emit: receives Kept and CheckpointFailed, on rank 0.
+        emit: receives CheckpointSaved and CheckpointFailed, on rank 0.
+        writer: number of the run's lease under which this process writes.
     """
 
     def __init__(
@@ -77,9 +79,11 @@ class AsyncSaver:
         context: dict[str, Any],
         calibration: Callable[[], Iterable[Tensor]],
         emit: Emit,
+        writer: int = 0,
     ) -> None:
         self._run, self._world, self._engine, self._config = run, world, engine, config
         self._context, self._calibration, self._emit = context, calibration, emit
+        self._writer = writer
         self._memory = HostMemory()
         self._attempt: str = world.share(secrets.token_hex(8))
         self._given_up = threading.Event()
@@ -122,7 +126,7 @@ class AsyncSaver:
         begin = time.perf_counter()
         writing = _Writing(
             step=progress.step,
-            checkpoint=self._run.child(layout.checkpoint(progress.step)),
+            checkpoint=self._run.child(layout.written_checkpoint(progress.step, self._writer)),
             artifact=self._run.child(layout.artifact(progress.step)),
             stall_s=0.0,
         )
@@ -171,6 +175,8 @@ class AsyncSaver:
         begin = time.perf_counter()
         try:
             if export is not None:
+                if fence(self._run).number > self._writer:
+                    raise PipelineError("another process has taken over the lease of this run")
                 # First: a run that dies in between must not resume past a step without artefact.
                 context = {**self._context, "step": writing.step}
                 writing.info = write_export(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from data_shards.storage.store import Store
 from pipeline.checkpoint.reader import committed
 from pipeline.config import CheckpointConfig
-from pipeline.run.layout import CHECKPOINTS, COMMIT, PINNED, step_of
+from pipeline.run import layout
 
 _GB = 1e9
 
@@ -75,8 +75,7 @@ def retain(
     Returns:
         Steps of the committed checkpoints that were removed.
     """
-    checkpoints = run.child(CHECKPOINTS)
-    folders = {step_of(folder.url) or 0: folder for folder in committed(checkpoints)}
+    folders = committed(run)
     candidates = []
     for step, folder in folders.items():
         sizes = folder.sizes()
@@ -85,17 +84,28 @@ def retain(
                 step,
                 sum(sizes.values()),
                 scores.get(step),
-                pinned=PINNED in sizes,
+                pinned=run.child(layout.checkpoint(step)).exists(layout.PINNED),
                 pending=step in unfinished,
             )
         )
     gone = surplus(candidates, policy)
     for step in gone:
-        folders[step].remove(COMMIT)  # first: half a checkpoint must not look like a whole one
-        folders[step].remove("", recursive=True)
+        # First: half a checkpoint must not look like a whole one.
+        folders[step].remove(layout.COMMIT)
+        run.remove(layout.checkpoint(step), recursive=True)
+    for step in folders.keys() - set(gone):
+        _remove_others(run, step, layout.writer_of(folders[step].url) or 0)
     newest = max(folders, default=0)
-    for name in checkpoints.ls():
-        left = step_of(name)  # None: not ours, so it stays
+    for name in run.ls(layout.CHECKPOINTS):
+        left = layout.step_of(name)  # None: not ours, so it stays
         if left is not None and left < newest and left not in folders:
-            checkpoints.remove(name, recursive=True)
+            run.remove(name, recursive=True)
     return gone
+
+
+def _remove_others(run: Store, step: int, kept: int) -> None:
+    """Remove what earlier writers have left of a step that writer `kept` has committed."""
+    for name in run.ls(layout.checkpoint(step)):
+        writer = layout.writer_of(name)
+        if writer is not None and writer < kept:
+            run.remove(name, recursive=True)

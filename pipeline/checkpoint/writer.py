@@ -162,7 +162,8 @@ def commit(
         given_up: ends the waiting when set.
 
     Raises:
-        PipelineError: a rank could not write its file, or did not say; nothing was committed.
+        PipelineError: a rank could not write its file, or did not say, or another process has
+            committed the same; nothing was committed.
         OSError: the store refused.
     """
     reports: list[dict[str, Any]] = []
@@ -176,7 +177,8 @@ def commit(
             raise PipelineError(f"{folder}: rank {rank}: {report['error']}")
         reports.append({key: report[key] for key in ("file", "sha256", "size")})
     body = {**snapshot.header, "files": reports}
-    folder.write(COMMIT, json.dumps(body, indent=1, sort_keys=True).encode())
+    if not folder.create(COMMIT, json.dumps(body, indent=1, sort_keys=True).encode()):
+        raise PipelineError(f"{folder} was committed by another process")
     with contextlib.suppress(OSError):  # the checkpoint exists; what is left over costs little
         for stray in set(folder.ls()) - {COMMIT, *(report["file"] for report in reports)}:
             folder.remove(stray)  # reports, and what an interrupted attempt left

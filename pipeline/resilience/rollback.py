@@ -102,9 +102,7 @@ class Rollbacks:
         """
         if len(self._gaps) >= self._limit:
             return None
-        found, _ = load_newest(
-            self._run.child(layout.CHECKPOINTS), world=self._world, engine=self._engine
-        )
+        found, _ = load_newest(self._run, world=self._world, engine=self._engine)
         if found is None:
             raise PipelineError(f"step {failed.step}: there is no checkpoint to go back to")
         gap = Gap(found.step, failed.step, self.resumed(found).cursor, failed.cursor)

@@ -4,7 +4,9 @@
     tracking.key                           by which MLflow knows the run, on any machine
     events.jsonl                           everything that is not a metric
     memory.json, rollbacks.json            micro-batches that did not fit, samples left out
-    checkpoints/step-00000500/             rank-*.safetensors and commit.json, or pinned
+    lease/                                 who writes the run now, and who did before
+    checkpoints/step-00000500/writer-0001/ rank-*.safetensors and commit.json, of one writer
+    checkpoints/step-00000500/pinned       keeps the checkpoint for good
     artifacts/step-00000500/               the model artifact; evaluation/SPLIT/ beside its files
     tracking/spool.jsonl                   metrics on their way to MLflow, on the driver's disk
     damaged/, hangs/, profile/             damaged samples, stacks of stuck ranks, traces
@@ -15,6 +17,7 @@ What a model artifact holds is decided by `model.artifact.artifact`.
 """
 
 import re
+from collections.abc import Callable
 
 CONFIG = "run.json"
 TRACKING_KEY = "tracking.key"
@@ -22,9 +25,11 @@ EVENTS = "events.jsonl"
 OUT_OF_MEMORY = "memory.json"
 ROLLBACKS = "rollbacks.json"
 
+LEASES = "lease"
+
 CHECKPOINTS = "checkpoints"
 COMMIT = "commit.json"
-"""Written last: a checkpoint's folder without it does not exist for a reader."""
+"""Written last: a folder of a writer without it does not exist for a reader."""
 DAMAGED_COMMIT = "commit.damaged.json"
 """The commit of a checkpoint that could not be loaded."""
 PINNED = "pinned"
@@ -40,6 +45,7 @@ TRACKING = "tracking"
 SPOOL = "spool.jsonl"
 
 _STEP = re.compile(r"step-([0-9]{8,})")
+_WRITER = re.compile(r"writer-([0-9]{4,})")
 
 
 def step_folder(step: int) -> str:
@@ -56,15 +62,38 @@ def step_of(name: str) -> int | None:
     Args:
         name: of the folder, or its path or URL.
     """
+    return _number(_STEP, step_folder, name)
+
+
+def _number(pattern: re.Pattern[str], folder: Callable[[int], str], name: str) -> int | None:
     last = name.rstrip("/").rpartition("/")[2]
-    match = _STEP.fullmatch(last)
-    step = int(match[1]) if match else None
-    return step if step is not None and step_folder(step) == last else None
+    match = pattern.fullmatch(last)
+    number = int(match[1]) if match else None
+    return number if number is not None and folder(number) == last else None
+
+
+def writer_folder(writer: int) -> str:
+    """Name of the folder of one writer: the number of its lease, 0 for one that holds none.
+
+    Each writes into its own, so one that was away for longer than its lease and goes on all the
+    same touches no file of its successor.
+    """
+    return f"writer-{writer:04d}"
+
+
+def writer_of(name: str) -> int | None:
+    """The writer of a folder, by its exact name, as `step_of`."""
+    return _number(_WRITER, writer_folder, name)
 
 
 def checkpoint(step: int) -> str:
-    """Folder of the checkpoint after a step."""
+    """Folder of the checkpoint after a step, of all writers."""
     return f"{CHECKPOINTS}/{step_folder(step)}"
+
+
+def written_checkpoint(step: int, writer: int) -> str:
+    """What one writer has written of the checkpoint after a step."""
+    return f"{checkpoint(step)}/{writer_folder(writer)}"
 
 
 def artifact(step: int) -> str:

@@ -55,7 +55,7 @@ def _train(
     samples = open_samples(config, job.shards_url)
     plan = make_step_schedule(config, samples=samples.per_epoch, world_size=world.size)
     engine = Zero3(world=world, config=config, micro_batch=plan.micro_batch)
-    progress, damaged = load_newest(run.child(layout.CHECKPOINTS), world=world, engine=engine)
+    progress, damaged = load_newest(run, world=world, engine=engine)
     if progress is None:
         engine.initialise(config.train.seed)
         progress = TrainState(0, Cursor(seed=config.train.seed))
@@ -82,6 +82,7 @@ def _train(
             context=job.context,
             calibration=lambda: samples.calibration(config),
             emit=emit,
+            writer=job.writer,
         ) as saver,
         samples.stream(config, world, progress.cursor, corruption_log) as stream,
         profiled(

@@ -89,7 +89,7 @@ def test_store_holds_config_metrics_checkpoints_and_evaluations(digits_run):
     assert len(evaluations) == len(digests)
     series = client.get_metric_history(run.info.run_id, "cra_nominal/l2/36_255")
     assert len(series) == len(digests)
-    committed = list(digits_run.folder.glob("checkpoints/*/commit.json"))
+    committed = list(digits_run.folder.glob("checkpoints/*/*/commit.json"))
     assert len(committed) == len(digests)
 
 

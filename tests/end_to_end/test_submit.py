@@ -91,14 +91,14 @@ def test_two_submissions_at_once_then_stop_and_resubmit(head, home):
     jobs = [submission(head.run(stopped)[1])]
     jobs += [submission(head.run(f"{base}{long} {SHORT} --name beside")[1])]
     run = home / "certified-pretrain/stopped"
-    wait_for(lambda: list(run.glob("checkpoints/*/commit.json")))
+    wait_for(lambda: list(run.glob("checkpoints/*/*/commit.json")))
     code, output = head.run(f"ray job stop {jobs[0]}")
     assert code == 0, output
     assert head.jobs()[jobs[0]].status == "STOPPED"
     client, runs = tracked(home)
     assert runs["stopped"].info.status == "KILLED"
     assert runs["stopped"].data.tags["mlflow.user"] == "ada"
-    kept = sorted(path.parent for path in run.glob("checkpoints/*/commit.json"))
+    kept = sorted(path.parent for path in run.glob("checkpoints/*/*/commit.json"))
     wait_for(lambda: head.jobs()[jobs[1]].status.is_terminal())
     assert head.jobs()[jobs[1]].status == "SUCCEEDED"
 

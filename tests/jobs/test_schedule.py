@@ -16,10 +16,11 @@ from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.suites import EVALUATION_SUITES
 from jobs.schedule import Scheduler, _apply, _due_now, main, rules_by_time, trigger
 from jobs.scheduling.backlog import Backlog
-from jobs.scheduling.claims import Claim, ClaimPhase, Claims
+from jobs.scheduling.claims import ClaimPhase, Claims
 from jobs.scheduling.config import ScheduleConfig, arguments
 from jobs.scheduling.launchers import submission_id
 from jobs.scheduling.status_page import page
+from pipeline.run.lease import Lease
 from pipeline.tracking.client import TrackingConfig
 from tests.jobs.mlflow_store import Store
 
@@ -201,7 +202,7 @@ def test_two_schedulers_share_the_work_and_keep_their_bounds(store):
     _, words, facts = submitters[0].submitted[0]
     assert words[:2] == ["-m", "jobs.scheduling.claimed_evaluation"]
     assert facts["suite"] == "certify+fast-attack"
-    assert submission_id(Claim("ab", 2)) == "cra-ab-0002"
+    assert submission_id(Lease("ab", 2)) == "cra-ab-0002"
 
 
 def test_a_time_that_passed_without_a_scheduler_is_caught_up(store):
