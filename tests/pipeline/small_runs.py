@@ -1,4 +1,4 @@
-"""Small runs that the tests of this room share, and the worlds in which ranks execute them."""
+"""Small runs that the tests of pipeline share, and the process groups in which their ranks run."""
 
 import contextlib
 import dataclasses
@@ -20,6 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.resilience.signals import Interruption
 from pipeline.run.distributed import join_process_group
 from pipeline.run.events import CheckpointSaved, Event, Metrics
+from pipeline.run.state import WorkerSpec
 from pipeline.training import worker
 from pipeline.training.zero3 import Zero3
 
@@ -165,7 +166,7 @@ class Undisturbed:
         return False
 
 
-def observed_run(job: worker.WorkerSpec, interruption: Interruption | None = None) -> Outcome:
+def observed_run(job: WorkerSpec, interruption: Interruption | None = None) -> Outcome:
     """Run the worker of this rank as it is, looking at its engine from outside."""
     outcome = Outcome()
     engines = []
