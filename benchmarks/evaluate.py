@@ -21,12 +21,12 @@ from torch import Tensor
 from benchmarks.report import Row, write_result
 from benchmarks.timing import interleaved
 from jobs.evaluate_cra import evaluate
-from jobs.evaluation.results import EvaluationSummary
 from model.certification.matrix_bounds import matrix_bound
 from model.networks.base import CertifiedNetwork
 from model.networks.config import LipNeXtConfig
 from model.networks.registry import build_network, parameter_count
 from pipeline.presets import run_preset
+from pipeline.run.summary import EvaluationSummary
 
 _ORDER = 4096
 _PRODUCTS = 4  # Gram matrix and three squarings
@@ -54,8 +54,8 @@ def evaluation_rows(artifact: str, shards: str) -> list[Row]:
         rows.append({"what": "evaluation, this process", "seconds": one})
         two = seconds(lambda: evaluate(fields | {"out": f"{folder}/two"}))
         rows.append({"what": "evaluation, 2 Ray tasks, start of Ray included", "seconds": two})
-        attack = fields | {"launcher": "local", "attack": "quick", "out": f"{folder}/attack"}
-        rows.append({"what": "with --attack quick", "seconds": seconds(lambda: evaluate(attack))})
+        attack = fields | {"launcher": "local", "attack": "fast", "out": f"{folder}/attack"}
+        rows.append({"what": "with --attack fast", "seconds": seconds(lambda: evaluate(attack))})
         command = [sys.executable, "-m", "model.verify", f"{folder}/one"]
         command += ["--artifact", artifact, "--shards", shards]
         verify = seconds(lambda: subprocess.run(command, check=True, capture_output=True))

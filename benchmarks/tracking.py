@@ -75,7 +75,7 @@ def seconds_per_step(config: RunConfig, uri: str | None) -> float:
     """Train and return the median wall time from one record to the next."""
     clock: list[float] = []
     with contextlib.ExitStack() as stack:
-        prepared = prepare(config, world_size=1)
+        prepared = stack.enter_context(prepare(config, world_size=1))
         monitor = stack.enter_context(monitor_at(prepared, uri)) if uri else None
 
         def emit(event: Event) -> None:

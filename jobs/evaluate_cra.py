@@ -1,6 +1,6 @@
 """Certified robust accuracy of a model artefact on a shard set.
 
-    python -m jobs.evaluate_cra --artifact URL --shards URL [--attack quick]
+    python -m jobs.evaluate_cra --artifact URL --shards URL [--attack fast]
 
 Writes a certificate that `python -m model.verify` re-derives, its samples, a summary and figures to
 the output URL, and records the result in MLflow. The trainer calls `evaluate` by name, in a thread,
@@ -20,21 +20,18 @@ from rich.console import Console
 
 from data_shards.errors import ShardError
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.console import following, report
+from jobs.evaluation.console import following
 from jobs.evaluation.progress import OnProgress
-from jobs.evaluation.results import EvaluationError, EvaluationSummary
+from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import (
-    CERTIFICATE,
-    FIGURE,
-    HISTOGRAM,
-    LAYERS,
-    SUMMARY,
     artifact_info,
     compute,
     output,
 )
 from model.errors import ModelError
 from pipeline.run.exposure import ExposureError
+from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
+from pipeline.run.summary import EvaluationSummary, report
 from pipeline.tracking.client import EvaluationRecord, RunReference, log_evaluation, ui_command
 
 logger = logging.getLogger(__name__)
@@ -91,7 +88,8 @@ def record(
     """Hand the result to `log`, or record it in `config.tracking` and return the run."""
     info = artifact_info(config.artifact)
     out = output(config)
-    files = [FIGURE, HISTOGRAM, CERTIFICATE, SUMMARY] + [LAYERS] * bool(summary.layers)
+    files = [CRA_FIGURE, RADIUS_FIGURE, CERTIFICATE, SUMMARY]
+    files += [BOUNDS_FIGURE] * bool(summary.layers)
     row = EvaluationRecord(
         eval_key=summary.eval_key,
         artifact_url=summary.artifact_url,
@@ -143,7 +141,7 @@ def main(
         config = tyro.cli(EvaluationConfig, args=arguments, prog="jobs.evaluate_cra")
         with following(errors) as on_progress:
             summary = compute(config, on_progress=on_progress)
-        report(console, summary)
+        report(console, [summary])
         if before_record:
             before_record()
         run = record(config, summary) if config.record else None

@@ -55,7 +55,7 @@ def render(report: Report, *, uri: str, now: datetime | None = None) -> dict[str
         now: time of the report; default: the present.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jobs"),
+        loader=jinja2.PackageLoader("jobs.reporting"),
         autoescape=jinja2.select_autoescape(["html.j2"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

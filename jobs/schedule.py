@@ -30,11 +30,12 @@ from rich.console import Console
 from jobs.evaluation.results import EvaluationError
 from jobs.scheduling.backlog import Backlog, BacklogEntry
 from jobs.scheduling.claimed_evaluation import Options, command
-from jobs.scheduling.claims import Claim, ClaimPhase, Claims
+from jobs.scheduling.claims import ClaimPhase, Claims
 from jobs.scheduling.config import ScheduleConfig, arguments, log_folder
 from jobs.scheduling.launchers import Processes, RayJobs, Submitter
 from jobs.scheduling.status_page import page
 from pipeline.run.exposure import ExposureError, require_closed
+from pipeline.run.lease import Lease, LeaseError
 from pipeline.tracking.checkpoint_query import CheckpointQuery
 
 logger = logging.getLogger(__name__)
@@ -91,8 +92,8 @@ class Scheduler:
         self._backlog = backlog
         self._submitter = submitter
         self._open: dict[tuple[str, str], BacklogEntry] = {}
-        self._running: dict[Claim, BacklogEntry] = {}
-        self._beaten: dict[Claim, float] = {}
+        self._running: dict[Lease, BacklogEntry] = {}
+        self._beaten: dict[Lease, float] = {}
         self._told: set[tuple[str, str]] = set()
         self.failures = 0
 
@@ -143,7 +144,7 @@ class Scheduler:
             say = logger.info if code == 0 else logger.warning
             say("%s ended with exit code %d", _describe(entry), code)
 
-    def _keep(self, claim: Claim) -> None:
+    def _keep(self, claim: Lease) -> None:
         """A process that is being started cannot renew its claim itself."""
         now = time.monotonic()
         if now - self._beaten.get(claim, 0.0) >= self._config.lease_s / 4:
@@ -272,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _stop)
     try:
         return _run(tyro.cli(ScheduleConfig, args=argv, prog="jobs.schedule"), console)
-    except (EvaluationError, ExposureError, ValidationError, ConnectionError) as error:
+    except (EvaluationError, LeaseError, ExposureError, ValidationError, ConnectionError) as error:
         console.print(f"error: {error}", soft_wrap=True)
         return 2
     except KeyboardInterrupt:

@@ -247,6 +247,9 @@ class RunConfig:
     start_or_resume: bool = False
     """Continue the run of this --name if there is one, else start it: for jobs that are submitted
     again by a machine."""
+    wait_for_lease: bool = False
+    """Wait until the process that trains the run of this --name has ended, and then go on; without
+    it a second one is refused."""
     accept_changes: bool = False
     """Continue a run although settings differ that decide what is computed. The network and the
     kinds of optimizer state must fit its checkpoints; the order of the samples stays that of the
@@ -324,7 +327,7 @@ class RunConfig:
 
 MATHEMATICS = ("model", "data", "optim", "loss", "train")
 """Parts that must not change when a run is resumed."""
-_HOW_TO_CONTINUE = ("name", "resume", "start_or_resume", "accept_changes")
+_HOW_TO_CONTINUE = ("name", "resume", "start_or_resume", "wait_for_lease", "accept_changes")
 _FREE_ON_RESUME = {
     "train.accumulation",  # as the number of ranks: it changes the rounding of sums
     "train.stop_after",

@@ -7,7 +7,8 @@ Parses, prepares, launches, shows. Exit codes: 0 done, 1 failed, 2 refused, 124 
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 import tyro
 from pydantic import ValidationError
@@ -99,9 +100,11 @@ def _run(config: RunConfig, console: Console, stop: StopSignal) -> None:
 def _run_on_ray(config: RunConfig, console: Console, stop: StopSignal) -> None:
     from pipeline.launch.ray_launcher import cluster_session, fit
 
-    with console.status("preparing"):
-        prepared = prepare(config, world_size=config.cluster.workers)
-    with cluster_session(config.cluster):
+    with contextlib.ExitStack() as stack:
+        preparing = prepare(config, world_size=config.cluster.workers, waiting=_once(console))
+        with console.status("preparing"):
+            prepared = stack.enter_context(preparing)
+        stack.enter_context(cluster_session(config.cluster))
         stop.install()  # once more: ray.init has put a handler of its own there
         with monitor_for(prepared, console) as monitor, stop.deferred():
             fit_in_memory(
@@ -118,7 +121,8 @@ def _run_here(config: RunConfig, console: Console, stop: StopSignal) -> None:
             error = None
             if world.rank == 0:
                 try:
-                    prepared = prepare(config, world_size=world.size)
+                    preparing = prepare(config, world_size=world.size, waiting=_once(console))
+                    prepared = stack.enter_context(preparing)
                     monitor = stack.enter_context(monitor_for(prepared, console))
                     job, emit = monitor.stamp(prepared.job), _last_words(monitor)
                 except REFUSALS as refusal:
@@ -127,6 +131,18 @@ def _run_here(config: RunConfig, console: Console, stop: StopSignal) -> None:
             with stop.deferred():
                 shared = world.share(job)
                 fit_here(lambda: run_rank(shared, emit, stop), ranks=world.size)
+
+
+def _once(console: Console) -> Callable[[str], None]:
+    """Prints the first thing it is told: who holds the run that is waited for."""
+    told = threading.Event()
+
+    def show(held: str) -> None:
+        if not told.is_set():
+            console.print(f"{held}: waiting", highlight=False, markup=False, soft_wrap=True)
+            told.set()
+
+    return show
 
 
 def _last_words(monitor: RunMonitor) -> Emit:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 
 import numpy as np
 import torch
@@ -20,34 +19,15 @@ from torch import Tensor
 from data_shards.format.index import Shard, ShardIndex
 from data_shards.streaming.sample_reader import ShardBatch, read_shard
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.results import AttackScores, EvaluationError, ShardRecords
+from jobs.evaluation.results import EvaluationError, ShardRecords
+from jobs.evaluation.suites import ATTACK_SUITES
 from jobs.evaluation.tasks import ArtifactTask, ShardTask, in_program
-from model.attacks import apgd, apgd_targeted, pgd
 from model.certification.eps import eps_value
 from model.certification.rounding import FLOAT32, FLOAT64
+from pipeline.run.summary import AttackScores
 
 INSIDE = 1 - 1e-6
 """Share of a radius that is searched: rounding cannot carry a point out of the open ball."""
-
-
-@dataclass(frozen=True)
-class Suite:
-    """Attacks that are tried in this order on the samples that still hold."""
-
-    methods: Mapping[str, Callable[..., Tensor]]
-    """Functions of model.attacks by name."""
-    steps: int
-    """Gradient steps of a run."""
-    restarts: int = 1
-    """Runs of each method (per target class where it has targets)."""
-
-
-SUITES = {
-    "quick": Suite({"pgd": pgd, "apgd_ce": apgd}, steps=20),
-    "standard": Suite(
-        {"pgd": pgd, "apgd_ce": apgd, "apgd_t_dlr": partial(apgd_targeted, rivals=9)}, steps=100
-    ),
-}
 
 
 class CertificateViolationError(EvaluationError):
@@ -87,7 +67,7 @@ class AttackRecords:
     """What the attacks did to one shard.
 
     Attributes:
-        suite: name of the suite.
+        suite: name of the attack suite.
         robust: by eps ratio, whether each sample is classified correctly and no attack broke it.
         inside: number of samples attacked just inside their certified radius.
         violations: refutations of the certificate, confirmed in float64 with exact distances.
@@ -121,8 +101,10 @@ class AttackTask:
     """Sound certified radius of each sample."""
 
     def __post_init__(self) -> None:
-        if self.suite not in SUITES:
-            raise EvaluationError(f"no attack suite {self.suite!r}; known: {', '.join(SUITES)}")
+        if self.suite not in ATTACK_SUITES:
+            raise EvaluationError(
+                f"no attack suite {self.suite!r}; known: {', '.join(ATTACK_SUITES)}"
+            )
         counts = (len(self.index.rows), len(self.prediction), len(self.radius))
         if len(set(counts)) > 1:
             raise EvaluationError(
@@ -205,7 +187,7 @@ class _BatchAttack:
         self, stage: str, classes: Tensor, eps: Tensor, attacked: Tensor, *, clip: bool
     ) -> Tensor:
         """Which of the attacked samples keep their class in the float64 program, bool (B,)."""
-        suite = SUITES[self.task.suite]
+        suite = ATTACK_SUITES[self.task.suite]
         holding = attacked.clone()
         images = self.images.float()
         for name, method in suite.methods.items():
@@ -334,7 +316,7 @@ def merge_attack(parts: Sequence[AttackRecords], cra: Mapping[str, float]) -> At
                 f"accuracy under attack at eps {ratio} is {accuracy[ratio]!r}, below the certified "
                 f"{certified!r}"
             )
-    suite = SUITES[parts[0].suite]
+    suite = ATTACK_SUITES[parts[0].suite]
     return AttackScores(
         suite=parts[0].suite,
         methods=tuple(suite.methods),

@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from data_shards.format.index import ShardIndex
-from jobs.evaluation.results import ColumnScores
 from model.artifact.artifact import ArtifactInfo, head_rule
 from model.certification.matrix_bounds import MatrixBound
 from model.networks.base import LipschitzBound
+from pipeline.run.summary import ColumnScores
 
 SCHEMA = "certified-radius/1"
 PERTURBATION = "exact real norm, any real vector"

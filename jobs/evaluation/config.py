@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
+from data_shards.storage.store import Store
+from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.suites import ATTACK_SUITES, EVALUATION_SUITES, NO_ATTACK
 from model.certification.eps import check_table
+from pipeline.run import layout
 from pipeline.tracking.client import TrackingConfig
 
 _USUAL = {
@@ -36,8 +40,9 @@ class EvaluationConfig:
     72/255, 108/255 and 255/255 in l2, 2/255, 8/255, 16/255 and 25/255 in l-infinity."""
     deployed: Literal["float32", "bfloat16"] = "float32"
     """Program that serves the model: the arithmetic of the column cra_deployed."""
-    attack: Literal["none", "quick", "standard"] = "none"
-    """Attacks that bound the true robust accuracy from above, and test the certificate."""
+    attack: str = NO_ATTACK
+    """Attack suite that bounds the true robust accuracy from above, and tests the certificate:
+    `fast` (20 steps), `strong` (100 steps, targeted attacks too) or `none`."""
     attack_seed: Annotated[int, pydantic.Field(ge=0)] = 0
     """Seed of the attacks' random starts."""
     batch_size: Annotated[int, pydantic.Field(gt=0)] = 256
@@ -66,6 +71,40 @@ class EvaluationConfig:
         check_table(eps)
         return eps
 
+    @pydantic.field_validator("attack")
+    @classmethod
+    def _known(cls, attack: str) -> str:
+        if attack not in (NO_ATTACK, *ATTACK_SUITES):
+            known = ", ".join((NO_ATTACK, *ATTACK_SUITES))
+            raise ValueError(f"no attack suite {attack!r}; known: {known}")
+        return attack
+
     def for_norm(self, norm: str) -> EvaluationConfig:
         """Return the config with the usual radii of a norm, where none are named."""
         return self if self.eps else dataclasses.replace(self, eps=_USUAL[norm])
+
+
+def suite_config(
+    suite: str, artifact: str, *, split: str = EvaluationConfig.split, **settings: Any
+) -> EvaluationConfig:
+    """Return the evaluation of an artifact by a suite, with its own output beside the artifact.
+
+    Args:
+        suite: name of the evaluation suite.
+        artifact: URL of the artifact.
+        split: split of the shard set.
+        settings: further fields of EvaluationConfig: where it runs and what it records.
+
+    Raises:
+        EvaluationError: no such suite.
+    """
+    if suite not in EVALUATION_SUITES:
+        raise EvaluationError(
+            f"no evaluation suite {suite!r}; known: {', '.join(EVALUATION_SUITES)}"
+        )
+    changes = EVALUATION_SUITES[suite]
+    out = None
+    if changes:  # else the place where training itself puts the same evaluation
+        folder = f"{split}-{suite.replace('+', '-')}"
+        out = Store(artifact).child(layout.evaluation(folder)).url
+    return EvaluationConfig(artifact=artifact, split=split, **{"out": out, **settings, **changes})

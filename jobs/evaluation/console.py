@@ -9,11 +9,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 
 from jobs.evaluation.progress import EvaluationProgress, OnProgress
-from jobs.evaluation.results import AttackScores, EvaluationSummary
-from jobs.evaluation.runner import CERTIFICATE, FIGURE, HISTOGRAM, LAYERS
 
 _LINE_EVERY_S = 30.0
 
@@ -41,54 +38,3 @@ def following(console: Console) -> Iterator[OnProgress]:
                 last = time.monotonic()
 
         yield show
-
-
-def report(console: Console, summary: EvaluationSummary) -> None:
-    """Print the three columns, the bound, the attack and how to check the certificate."""
-    table = Table(
-        title=f"certified robust accuracy, {summary.samples} samples of {summary.dataset}"
-    )
-    table.add_column(f"eps ({summary.norm})")
-    for name, column in summary.columns.items():
-        table.add_column(f"cra_{name}\n{column.program}", justify="right")
-    if summary.attack:
-        table.add_column(f"under attack\n{summary.attack.suite}", justify="right")
-    table.add_row("clean", *(f"{column.clean:.2%}" for column in summary.columns.values()))
-    for ratio in summary.columns["sound"].cra:
-        cells = [
-            "vacuous" if column.vacuous else f"{column.cra[ratio]:.2%}"
-            for column in summary.columns.values()
-        ]
-        if summary.attack:
-            cells.append(f"{summary.attack.accuracy[ratio]:.2%}")
-        table.add_row(ratio, *cells)
-    console.print(table)
-    sound = summary.columns["sound"]
-    console.print(
-        f"Lipschitz constant: proved <= {summary.network_bound:.9f}, observed >= "
-        f"{summary.observed_lipschitz:.9f}; float64 error of a margin <= "
-        f"{sound.largest_error_ball or float('inf'):.1e}\n"
-        f"mean certified radius {sound.mean_radius:.4f}; artefact {summary.artifact_digest[:12]}, "
-        f"step {summary.step}, largest orthogonality residual {summary.orthogonality_residual:.1e}"
-    )
-    if summary.attack:
-        console.print(_attack_line(summary.attack))
-    console.print(f"certificate: {summary.out_url}/{CERTIFICATE}", soft_wrap=True)
-    if summary.verifiable:
-        console.print(
-            f"check it:    python -m model.verify {summary.out_url} --artifact "
-            f"{summary.artifact_url} --shards {summary.shards_url}",
-            soft_wrap=True,
-        )
-    figures = [FIGURE, HISTOGRAM] + [LAYERS] * bool(summary.layers)
-    console.print(f"figures:     {', '.join(figures)} beside it")
-
-
-def _attack_line(attack: AttackScores) -> str:
-    pixels = "pixels kept in [0, 1]" if attack.clipped else "pixels not clipped"
-    return (
-        f"attack {attack.suite}: {', '.join(attack.methods)}; {attack.steps} steps, "
-        f"{attack.restarts} restarts, {attack.samples} samples, {pixels}; "
-        f"{attack.inside_radius_samples} attacked inside their radius, "
-        f"{attack.inside_radius_flips} changed class"
-    )

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.lib.stride_tricks import sliding_window_view
 
-from jobs.evaluation.results import AttackScores, ColumnScores, EvaluationSummary
 from model.certification.eps import eps_value
+from pipeline.run.summary import AttackScores, ColumnScores, EvaluationSummary
 
 _STYLE: Mapping[str, dict[str, Any]] = {
     "nominal": {"color": "0.45", "linestyle": "--", "linewidth": 1.5, "zorder": 4},

@@ -14,8 +14,8 @@ import numpy as np
 from data_shards.storage.store import Store
 from jobs.evaluation.results import ShardRecords
 from model.certification.eps import eps_value
+from pipeline.run.layout import PROGRESS
 
-PROGRESS = "progress.json"
 _WRITE_EVERY_S = 5.0
 
 

@@ -1,12 +1,11 @@
-"""Per-sample records of an evaluation, their merge and their summary: pure functions."""
+"""Per-sample records of an evaluation, their merge and their scores: pure functions."""
 
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model.certification.eps import eps_value
-from model.verify_files import CHOICES
+from pipeline.run.summary import ColumnScores
 
 COLUMNS = ("nominal", "sound", "deployed")
 CURVE_EPS = {
@@ -71,156 +70,6 @@ class ShardRecords:
     columns: Mapping[str, ColumnRecords]
     observed_lipschitz: float
     largest_factor: float
-
-
-@dataclass(frozen=True)
-class ColumnScores:
-    """The summary of one column.
-
-    Attributes:
-        program: arithmetic that computed the logits.
-        lipschitz: Lipschitz constant that was used; 1 in the nominal column.
-        unit_roundoff: unit roundoff of the program's activations.
-        clean: accuracy.
-        certified: number of samples certified at each eps.
-        cra: certified robust accuracy by eps ratio.
-        mean_radius: average certified radius; a wrong prediction counts as 0.
-        vacuous: the error terms leave no radius to any sample that has a positive margin.
-        largest_error: largest error of a margin at a sample; None: nothing can be said.
-        largest_error_ball: largest error of a margin on a ball; None: nothing can be said.
-        curve: (eps, certified robust accuracy) over a grid.
-    """
-
-    program: str
-    lipschitz: float
-    unit_roundoff: float
-    clean: float
-    certified: dict[str, int]
-    cra: dict[str, float]
-    mean_radius: float
-    vacuous: bool
-    largest_error: float | None
-    largest_error_ball: float | None
-    curve: tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True)
-class AttackScores:
-    """Accuracy under attack; it bounds the true robust accuracy from above.
-
-    Attributes:
-        suite: name of the suite.
-        methods: attacks of the suite, in the order in which they are tried.
-        steps: gradient steps of each attack.
-        restarts: runs of each attack.
-        samples: samples attacked.
-        clipped: attacked images stay in [0, 1].
-        accuracy: share of samples that no attack broke, by eps ratio.
-        inside_radius_samples: samples attacked just inside their certified radius.
-        inside_radius_flips: of these, how many changed class; anything but 0 is an error.
-    """
-
-    suite: str
-    methods: tuple[str, ...]
-    steps: int
-    restarts: int
-    samples: int
-    clipped: bool
-    accuracy: dict[str, float]
-    inside_radius_samples: int
-    inside_radius_flips: int
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """Bounds of the norm of one matrix: proved from above, observed from below."""
-
-    name: str
-    upper: float
-    lower: float
-
-
-@dataclass(frozen=True)
-class EvaluationSummary:
-    """The result of an evaluation; the same for every number of tasks.
-
-    Attributes:
-        columns: scores by column: `nominal` is the float32 program with layers taken as exactly
-            orthogonal and no rounding term; `sound` and `deployed` are proved, for the float64
-            program and for the one that serves.
-        per_class: clean and sound certified accuracy by true class.
-        orthogonality_residual: the artefact's largest ``‖XᵀX - I‖``.
-        network_bound: proved Lipschitz constant of the features.
-        observed_lipschitz: largest constant that a gradient showed: a lower bound.
-        layers: bounds of every matrix.
-        attack: accuracy under attack, if one was asked for.
-        certificate_digest: digest of certificate.json.
-        family: kind of the network.
-    """
-
-    norm: str
-    eval_key: str
-    artifact_url: str
-    artifact_digest: str
-    shards_url: str
-    dataset: str
-    index_digest: str
-    split: str
-    out_url: str
-    step: int
-    samples: int
-    columns: dict[str, ColumnScores]
-    per_class: tuple[dict[str, float], ...]
-    orthogonality_residual: float
-    network_bound: float
-    observed_lipschitz: float
-    layers: tuple[LayerRow, ...]
-    attack: AttackScores | None
-    certificate_digest: str
-    family: str
-
-    @property
-    def verifiable(self) -> bool:
-        """Whether `model.verify`, which shares no code with the rest, knows the network."""
-        return self.family in CHOICES["kind"]
-
-    def metrics(self) -> dict[str, float]:
-        """Return the scalars by metric name, e.g. ``cra_sound/l2/36_255``.
-
-        A vacuous column has none.
-        """
-        found = {"clean": self.columns["sound"].clean}
-        for name, column in self.columns.items():
-            if not column.vacuous:
-                for ratio, value in column.cra.items():
-                    found[f"cra_{name}/{self.norm}/{metric_suffix(ratio)}"] = value
-                found[f"mean_radius_{name}"] = column.mean_radius
-        for ratio, value in (self.attack.accuracy if self.attack else {}).items():
-            found[f"attack/{self.norm}/{metric_suffix(ratio)}"] = value
-        return found
-
-    def to_json(self) -> bytes:
-        """Return the bytes of ``summary.json``."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False).encode() + b"\n"
-
-    @classmethod
-    def from_json(cls, data: bytes) -> EvaluationSummary:
-        """Read the bytes of ``summary.json``."""
-        fields = json.loads(data)
-        for column in fields["columns"].values():
-            column["curve"] = tuple((eps, value) for eps, value in column["curve"])
-        fields["columns"] = {name: ColumnScores(**c) for name, c in fields["columns"].items()}
-        fields["per_class"] = tuple(fields["per_class"])
-        fields["layers"] = tuple(LayerRow(**row) for row in fields["layers"])
-        if fields["attack"] is not None:
-            fields["attack"]["methods"] = tuple(fields["attack"]["methods"])
-            fields["attack"] = AttackScores(**fields["attack"])
-        return cls(**fields)
-
-
-def metric_suffix(ratio: str) -> str:
-    """36/255 -> 36_255: a slash would open a new group of charts."""
-    return ratio.replace("/", "_")
 
 
 def merge(

@@ -18,14 +18,10 @@ from jobs.evaluation.certificate_file import certificate, to_json
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
-from jobs.evaluation.progress import PROGRESS, Counting, OnProgress
+from jobs.evaluation.progress import Counting, OnProgress
 from jobs.evaluation.results import (
     COLUMNS,
-    AttackScores,
-    ColumnScores,
     EvaluationError,
-    EvaluationSummary,
-    LayerRow,
     ShardRecords,
     column_of,
     labels_of,
@@ -34,6 +30,7 @@ from jobs.evaluation.results import (
     samples_parquet,
     scores,
 )
+from jobs.evaluation.suites import NO_ATTACK
 from jobs.evaluation.tasks import ArtifactTask, exact_program, forget, matrix_tasks, shard_tasks
 from model.artifact.artifact import ArtifactInfo, read_info, read_without_parameters
 from model.certification.eps import check_reach
@@ -41,10 +38,19 @@ from model.certification.matrix_bounds import MatrixBound
 from model.certification.rounding import PROGRAMS
 from model.empirical_lipschitz import refute
 from model.networks.base import LipschitzBound
+from pipeline.run.layout import (
+    BOUNDS_FIGURE,
+    CERTIFICATE,
+    CRA_FIGURE,
+    PROGRESS,
+    RADIUS_FIGURE,
+    SAMPLES,
+    SUMMARY,
+    evaluation,
+)
 from pipeline.run.ray_session import ray_session
+from pipeline.run.summary import AttackScores, ColumnScores, EvaluationSummary, LayerRow
 
-CERTIFICATE, SAMPLES, SUMMARY = "certificate.json", "samples.parquet", "summary.json"
-FIGURE, HISTOGRAM, LAYERS = "cra.png", "radius.png", "bounds.png"
 Run = Callable[[Sequence[Any]], list[Any]]
 
 
@@ -121,10 +127,10 @@ def compute(
     )
     out.write(SAMPLES, samples)
     out.write(CERTIFICATE, to_json(body))
-    out.write(FIGURE, cra_png(summary))
-    out.write(HISTOGRAM, radius_histogram_png(summary, **_certified_radii(found.records)))
+    out.write(CRA_FIGURE, cra_png(summary))
+    out.write(RADIUS_FIGURE, radius_histogram_png(summary, **_certified_radii(found.records)))
     if summary.layers:
-        out.write(LAYERS, bounds_png(summary))
+        out.write(BOUNDS_FIGURE, bounds_png(summary))
     out.write(SUMMARY, summary.to_json())  # last: it says that the others are complete
     out.remove(PROGRESS)
     return summary
@@ -140,7 +146,7 @@ def _find(
     device = task_device(config.device, launcher=config.launcher, num_gpus=config.num_gpus)
     artifact = ArtifactTask(url=Store(config.artifact).url, digest=info.digest, device=device)
     bounding = matrix_tasks(artifact, info)
-    passes = 1 if config.attack == "none" else 2
+    passes = 1 if config.attack == NO_ATTACK else 2
     total = len(bounding) + passes * len(index.shards_of(config.split))
     counting = Counting(output(config), total, config.eps, on_progress)
     with _runner(config, counting.add) as run:
@@ -157,7 +163,7 @@ def _find(
         bound = _bound(config, info, matrices, records)
         columns = {name: _scores(name, records, config, bound, info.norm) for name in COLUMNS}
         attack = None
-        if config.attack != "none":
+        if config.attack != NO_ATTACK:
             attack = merge_attack(run(attack_tasks(config, tasks, records)), columns["sound"].cra)
     return Findings(records, matrices, bound, columns, attack)
 
@@ -205,7 +211,7 @@ def output(config: EvaluationConfig) -> Store:
     """Where the files of an evaluation lie."""
     if config.out:
         return Store(config.out)
-    return Store(config.artifact).child("evaluation", config.split)
+    return Store(config.artifact).child(evaluation(config.split))
 
 
 def evaluation_key(config: EvaluationConfig, load: Callable[[str], ShardIndex] = load_index) -> str:

@@ -1,45 +1,52 @@
-"""Evaluation suites by name: the settings in which they differ, in one place."""
+"""Evaluation suites and attack suites by name; adding one takes an entry of a table.
+
+An attack suite says how images are attacked (`--attack fast`). An evaluation suite says what is
+computed of a checkpoint (`--rules certify@checkpoint`), an attack suite included. No name occurs in
+both tables, and the name of an evaluation suite lists its parts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from data_shards.storage.store import Store
-from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.results import EvaluationError
+from torch import Tensor
 
-SUITES: Mapping[str, Mapping[str, Any]] = {
-    # The certificate alone: the evaluation that training itself makes of every kept checkpoint.
-    "quick": {},
-    # With a first upper bound of the true robust accuracy.
-    "standard": {"attack": "quick"},
-    # With the strongest upper bound that this project has.
-    "sound+attack": {"attack": "standard"},
-    # And the column cra_deployed of the program that most accelerators serve.
-    "full": {"attack": "standard", "deployed": "bfloat16"},
+from model.attacks import apgd, apgd_targeted, pgd
+
+NO_ATTACK = "none"
+
+
+@dataclass(frozen=True)
+class AttackSuite:
+    """Attacks that are tried in this order on the samples that still hold."""
+
+    methods: Mapping[str, Callable[..., Tensor]]
+    """Functions of model.attacks by name."""
+    steps: int
+    """Gradient steps of a run."""
+    restarts: int = 1
+    """Runs of each method (per target class where it has targets)."""
+
+
+ATTACK_SUITES: dict[str, AttackSuite] = {
+    "fast": AttackSuite({"pgd": pgd, "apgd_ce": apgd}, steps=20),
+    # 9 targets: as many as AutoAttack's targeted attacks try (arXiv 2003.01690).
+    "strong": AttackSuite(
+        {"pgd": pgd, "apgd_ce": apgd, "apgd_t_dlr": partial(apgd_targeted, rivals=9)}, steps=100
+    ),
 }
 
-
-def suite_config(
-    suite: str, artifact: str, *, split: str = EvaluationConfig.split, **settings: Any
-) -> EvaluationConfig:
-    """Return the evaluation of an artefact by a suite, with its own output beside the artefact.
-
-    Args:
-        suite: name of the suite.
-        artifact: URL of the artefact.
-        split: split of the shard set.
-        settings: further fields of EvaluationConfig: where it runs and what it records.
-
-    Raises:
-        EvaluationError: no such suite.
-    """
-    if suite not in SUITES:
-        raise EvaluationError(f"no evaluation suite {suite!r}; known: {', '.join(SUITES)}")
-    changes = SUITES[suite]
-    out = None
-    if changes:  # else the place where training itself puts the same evaluation
-        folder = f"{split}-{suite.replace('+', '-')}"
-        out = Store(artifact).child("evaluation", folder).url
-    return EvaluationConfig(artifact=artifact, split=split, **{"out": out, **settings, **changes})
+EVALUATION_SUITES: dict[str, Mapping[str, Any]] = {
+    # The certificate alone: the evaluation that training itself makes of every kept checkpoint.
+    "certify": {},
+    # With a first upper bound of the true robust accuracy.
+    "certify+fast-attack": {"attack": "fast"},
+    # With the strongest upper bound that this project has.
+    "certify+strong-attack": {"attack": "strong"},
+    # And the column cra_deployed of the program that most accelerators serve.
+    "certify+strong-attack+bfloat16": {"attack": "strong", "deployed": "bfloat16"},
+}
+"""Fields of EvaluationConfig that a suite sets, by its name."""

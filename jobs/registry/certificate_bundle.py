@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_shards.storage.store import Store
-from jobs.evaluation.results import EvaluationError, EvaluationSummary
-from jobs.evaluation.runner import CERTIFICATE, SAMPLES, SUMMARY
+from jobs.evaluation.results import EvaluationError
 from jobs.registry.promotion_rule import Bits, Rule
 from model.certification.eps import eps_value
+from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
+from pipeline.run.summary import EvaluationSummary
 
 FILES = (CERTIFICATE, SAMPLES, SUMMARY)
 VERIFY_TIMEOUT_S = 6 * 3600.0

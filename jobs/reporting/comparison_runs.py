@@ -20,13 +20,15 @@ from typing import Any
 
 from data_shards.format.index import load_index
 from data_shards.storage.store import Store
-from jobs.evaluation.results import EvaluationError, EvaluationSummary
+from jobs.evaluation.results import EvaluationError
 from jobs.reporting.comparison_config import CompareConfig
 from model.artifact.artifact import ArtifactInfo, parameter_shapes, read_info
+from pipeline.run import layout
+from pipeline.run.summary import EvaluationSummary
 
 logger = logging.getLogger(__name__)
 
-_RECORD, _DONE, _SUMMARY = "run.json", "done.json", "summary.json"
+_DONE = "done.json"
 _TAIL = 1500
 
 
@@ -87,7 +89,7 @@ class Outcome:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The resolved configuration, nested."""
-        settings: dict[str, Any] = json.loads((self.folder / _RECORD).read_text())
+        settings: dict[str, Any] = json.loads((self.folder / layout.CONFIG).read_text())
         return settings
 
     def setting(self, name: str) -> Any:
@@ -100,7 +102,8 @@ class Outcome:
     @cached_property
     def artifact(self) -> Path:
         """Folder of the last artefact."""
-        return sorted((self.folder / "artifacts").iterdir())[-1]
+        folders = (self.folder / layout.ARTIFACTS).iterdir()
+        return max(folders, key=lambda folder: layout.step_of(folder.name) or 0)
 
     @cached_property
     def info(self) -> ArtifactInfo:
@@ -117,7 +120,7 @@ class Outcome:
         """The certified table of the last artefact."""
         split = self.setting("data.test_split")
         return EvaluationSummary.from_json(
-            (self.artifact / "evaluation" / split / _SUMMARY).read_bytes()
+            (self.artifact / layout.evaluation(split) / layout.SUMMARY).read_bytes()
         )
 
     def samples(self, split: str) -> int:
@@ -128,7 +131,7 @@ class Outcome:
     def _step_seconds(self) -> list[tuple[int, float]]:
         """(steps, seconds) of every metric record, from the throughput that the loop measured."""
         batch, found, last = self.setting("train.global_batch"), [], 0
-        with (self.folder / "tracking" / "spool.jsonl").open() as lines:
+        with (self.folder / layout.TRACKING / layout.SPOOL).open() as lines:
             for row in map(json.loads, lines):
                 rate = row.get("values", {}).get("train/images_per_s")
                 if rate and row["step"] > last:
@@ -178,7 +181,7 @@ class Runs:
         if (folder / _DONE).exists():
             return outcome
         words = order.words(self._config)
-        if (folder / "checkpoints").is_dir() and list(folder.glob("checkpoints/*/commit.json")):
+        if list(folder.glob(f"{layout.CHECKPOINTS}/*/*/{layout.COMMIT}")):
             words.append("--resume")
         elif folder.exists():
             shutil.rmtree(folder)  # stopped before its first checkpoint

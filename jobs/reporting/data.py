@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from jobs.evaluation.results import EvaluationSummary
 from jobs.reporting.cost import Cost, training_cost
 from model.certification.eps import eps_value
+from pipeline.run.layout import CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
+from pipeline.run.summary import EvaluationSummary
 from pipeline.tracking.reader import Reader, TrackedModel, TrackedRun
 
-CERTIFICATE, SUMMARY = "certificate.json", "summary.json"
-FIGURES = ("cra.png", "radius.png")
+FIGURES = (CRA_FIGURE, RADIUS_FIGURE)
 NOT_SETTINGS = frozenset({"name", "storage", "mlflow", "experiment", "resume"})
 """Parameters that say which run it is, not how it was trained."""
 

@@ -13,10 +13,11 @@ from data_shards.format.index import ShardIndex, load_index
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import evaluation_key
-from jobs.evaluation.suites import SUITES
-from jobs.scheduling.claims import Claim, ClaimPhase, Claims, State
+from jobs.evaluation.suites import EVALUATION_SUITES
+from jobs.scheduling.claims import ClaimPhase, Claims, State
 from jobs.scheduling.config import ScheduleConfig
 from model.errors import ModelError
+from pipeline.run.lease import Lease
 from pipeline.tracking.checkpoint_query import Checkpoint, CheckpointQuery
 
 _KEY_CHARACTERS = 16
@@ -41,12 +42,12 @@ class BacklogEntry:
     suite: str
     phase: ClaimPhase
     config: EvaluationConfig | None = None
-    claim: Claim | None = None
+    claim: Lease | None = None
     attempted: bool = False
     note: str = ""
 
     @property
-    def next(self) -> Claim:
+    def next(self) -> Lease:
         """The attempt that is to be made.
 
         Raises:
@@ -112,7 +113,7 @@ class Backlog:
                 checkpoint, suite, ClaimPhase.FAILED, note=f"{type(error).__name__}: {error}"
             )
         key = self._keys[name]
-        first = Claim(claim_key(key, checkpoint.run_id), 1)
+        first = Lease(claim_key(key, checkpoint.run_id), 1)
         state = view.states.get(first.key)
         entry = BacklogEntry(checkpoint, suite, ClaimPhase.OPEN, config, first)
         if view.recorded & {(key, checkpoint.run_id), (key, "")}:
@@ -128,7 +129,8 @@ class Backlog:
 
     def _left_to_training(self, checkpoint: Checkpoint, suite: str) -> bool:
         age = time.time() - checkpoint.created_s
-        return checkpoint.training and not SUITES[suite] and age < self._config.patience_s
+        by_training = not EVALUATION_SUITES[suite]  # the one that changes no setting
+        return checkpoint.training and by_training and age < self._config.patience_s
 
 
 def claim_key(eval_key: str, run_id: str) -> str:

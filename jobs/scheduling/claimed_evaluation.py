@@ -17,7 +17,8 @@ from typing import Any
 
 import tyro
 
-from jobs.scheduling.claims import LOST_CODE, Claim, Claims, Holding
+from jobs.scheduling.claims import LOST_CODE, Claims
+from pipeline.run.lease import Holding, Lease
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     split = words.index("--") if "--" in words else len(words)
     options = tyro.cli(Options, args=words[:split], prog="jobs.scheduling.claimed_evaluation")
     signal.signal(signal.SIGTERM, _stop)
-    claims, claim = Claims(options.claims, lease_s=options.lease_s), Claim.parse(options.claim)
-    holding = Holding(claims, claim, lease_s=options.lease_s, lost=_lost)
+    claims, claim = Claims(options.claims, lease_s=options.lease_s), Lease.parse(options.claim)
+    holding = Holding(claims, claim, lost=_lost)
     code = 1
     try:
         with holding():

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import pydantic
 
-from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.suites import SUITES, suite_config
+from jobs.evaluation.config import EvaluationConfig, suite_config
+from jobs.evaluation.suites import EVALUATION_SUITES
 from pipeline.tracking.checkpoint_query import Checkpoint
 from pipeline.tracking.client import TrackingConfig
 
@@ -38,9 +38,10 @@ class TaskConfig:
 class ScheduleConfig:
     """Evaluate the checkpoints of an MLflow store: when, which, and where."""
 
-    rules: tuple[str, ...] = ("standard@checkpoint",)
-    """SUITE@WHEN. Suites: quick, standard, sound+attack, full. When: `checkpoint` (as soon as there
-    is one), an interval such as `30m`, `6h`, `1d`, or a cron expression such as `0 3 * * *`."""
+    rules: tuple[str, ...] = ("certify+fast-attack@checkpoint",)
+    """SUITE@WHEN. Suites: certify, certify+fast-attack, certify+strong-attack,
+    certify+strong-attack+bfloat16. When: `checkpoint` (as soon as there is one), an interval such
+    as `30m`, `6h`, `1d`, or a cron expression such as `0 3 * * *`."""
     newest: bool = False
     """Evaluate only the newest checkpoint of every training run."""
     tracking: TrackingConfig = TrackingConfig()
@@ -68,7 +69,7 @@ class ScheduleConfig:
     poll_s: _Seconds = 30.0
     """Seconds between two looks for new checkpoints."""
     patience_s: _Seconds = 3600.0
-    """Seconds for which the suite `quick` is left to a training in progress, which makes it too."""
+    """Seconds for which `certify` is left to a training in progress, which does the same."""
     timezone: str = "UTC"
     """Time zone of cron expressions."""
     once: bool = False
@@ -81,8 +82,9 @@ class ScheduleConfig:
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> ScheduleConfig:
         for suite in self.suites:
-            if suite not in SUITES:
-                raise ValueError(f"no evaluation suite {suite!r}; known: {', '.join(SUITES)}")
+            if suite not in EVALUATION_SUITES:
+                known = ", ".join(EVALUATION_SUITES)
+                raise ValueError(f"no evaluation suite {suite!r}; known: {known}")
         if "@" in urlsplit(self.tracking.uri).netloc:
             raise ValueError(
                 "tracking.uri holds credentials, which would stand in the command of every "

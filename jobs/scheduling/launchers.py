@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jobs.evaluation.executor import job_client
-from jobs.scheduling.claims import Claim
 from pipeline.run.exposure import require_closed
+from pipeline.run.lease import Lease
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ _GRACE_S = 20.0
 class Submitter(Protocol):
     """Starts evaluations and tells when they have ended."""
 
-    def submit(self, claim: Claim, words: Sequence[str], metadata: Mapping[str, str]) -> str:
+    def submit(self, claim: Lease, words: Sequence[str], metadata: Mapping[str, str]) -> str:
         """Start `python WORDS` for an attempt; returns where its output is to be found.
 
         Raises:
@@ -35,7 +35,7 @@ class Submitter(Protocol):
         """
         ...
 
-    def ended(self, claim: Claim) -> int | None:
+    def ended(self, claim: Lease) -> int | None:
         """Exit code of an attempt, None while it runs."""
         ...
 
@@ -53,9 +53,9 @@ class Processes:
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
-        self._running: dict[Claim, subprocess.Popen[bytes]] = {}
+        self._running: dict[Lease, subprocess.Popen[bytes]] = {}
 
-    def submit(self, claim: Claim, words: Sequence[str], metadata: Mapping[str, str]) -> str:
+    def submit(self, claim: Lease, words: Sequence[str], metadata: Mapping[str, str]) -> str:
         """See Submitter."""
         self._logs.mkdir(parents=True, exist_ok=True)
         log = self._logs / f"{claim.name}.log"
@@ -69,7 +69,7 @@ class Processes:
             )
         return str(log)
 
-    def ended(self, claim: Claim) -> int | None:
+    def ended(self, claim: Lease) -> int | None:
         """See Submitter."""
         code = self._running[claim].poll()
         return code if code is None or code >= 0 else 128 - code
@@ -105,7 +105,7 @@ class RayJobs:
         self._address = address
         self._runtime_env = dict(runtime_env)
 
-    def submit(self, claim: Claim, words: Sequence[str], metadata: Mapping[str, str]) -> str:
+    def submit(self, claim: Lease, words: Sequence[str], metadata: Mapping[str, str]) -> str:
         """See Submitter. The cluster refuses a second job of the same attempt."""
         self._client.submit_job(
             entrypoint=f"python {shlex.join(words)}",
@@ -115,7 +115,7 @@ class RayJobs:
         )
         return f"ray job logs --address {self._address} {submission_id(claim)}"
 
-    def ended(self, claim: Claim) -> int | None:
+    def ended(self, claim: Lease) -> int | None:
         """See Submitter."""
         try:
             info = self._client.get_job_info(submission_id(claim))
@@ -138,7 +138,7 @@ class RayJobs:
         """See Submitter."""
 
 
-def submission_id(claim: Claim) -> str:
+def submission_id(claim: Lease) -> str:
     """Name of the Ray job of an attempt."""
     return f"cra-{claim.name.replace('.', '-')}"
 

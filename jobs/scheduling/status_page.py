@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from jobs.evaluation.progress import PROGRESS, EvaluationProgress
+from jobs.evaluation.progress import EvaluationProgress
 from jobs.evaluation.runner import output
 from jobs.scheduling.backlog import BacklogEntry
 from jobs.scheduling.claims import ClaimPhase, Claims
 from jobs.scheduling.config import ScheduleConfig
+from pipeline.run.layout import PROGRESS
 
 _LINES = 15
 

@@ -31,8 +31,10 @@ from pipeline.checkpoint.writer import (
     write_snapshot,
 )
 from pipeline.errors import PipelineError
+from pipeline.run import layout
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import CheckpointFailed, CheckpointSaved, Emit
+from pipeline.run.lease import fence
 from pipeline.run.state import TrainState
 
 _GIVE_UP_S = 30.0
@@ -66,6 +68,7 @@ class AsyncSaver:
         context: facts that every artefact carries.
         calibration: training images for networks with stored means, uint8 (B, C, H, W).
         emit: receives CheckpointSaved and CheckpointFailed, on rank 0.
+        writer: number of the run's lease under which this process writes.
     """
 
     def __init__(
@@ -80,10 +83,12 @@ class AsyncSaver:
         context: dict[str, Any],
         calibration: Callable[[], Iterable[Tensor]],
         emit: Emit,
+        writer: int = 0,
     ) -> None:
         self._run, self._world, self._engine = run, world, engine
         self._network, self._config, self._timeout_s = network, config, timeout_s
         self._context, self._calibration, self._emit = context, calibration, emit
+        self._writer = writer
         self._memory = HostMemory()
         # The same on all ranks, new in each execution: a dead one's reports are not taken for ours.
         self._attempt: str = world.share(secrets.token_hex(8))
@@ -126,11 +131,10 @@ class AsyncSaver:
         """
         self.wait()  # its snapshot lies in the buffers that are filled now
         begin = time.perf_counter()
-        step = f"step-{progress.step:08d}"
         writing = _Writing(
             step=progress.step,
-            checkpoint=self._run.child("checkpoints", step),
-            artifact=self._run.child("artifacts", step),
+            checkpoint=self._run.child(layout.written_checkpoint(progress.step, self._writer)),
+            artifact=self._run.child(layout.artifact(progress.step)),
             stall_s=0.0,
         )
         # Export before the copy: it is collective, and refuses weights that are not finite.
@@ -180,6 +184,8 @@ class AsyncSaver:
         begin = time.perf_counter()
         try:
             if export is not None:
+                if fence(self._run).number > self._writer:
+                    raise PipelineError("another process has taken over the lease of this run")
                 # First: a run that dies in between must not resume past a step without artefact.
                 context = {**self._context, "step": writing.step}
                 writing.info = write_export(

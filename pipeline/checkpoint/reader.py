@@ -13,10 +13,20 @@ from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from model.artifact.safetensors_io import read_header, tensor_of
 from optim.sharded import ShardedManifoldAdam
-from pipeline.checkpoint.writer import COMMIT, SCHEMA_VERSION, Partitioned, held, slices
+from pipeline.checkpoint.writer import SCHEMA_VERSION, Partitioned, held, slices
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import Metrics
+from pipeline.run.layout import (
+    CHECKPOINTS,
+    COMMIT,
+    DAMAGED_COMMIT,
+    checkpoint,
+    step_of,
+    writer_folder,
+    writer_of,
+)
+from pipeline.run.lease import fence
 from pipeline.run.state import TrainState
 
 
@@ -24,24 +34,44 @@ class UnreadableError(PipelineError):
     """A store does not answer; that does not make a checkpoint a damaged one."""
 
 
-DAMAGED = "commit.damaged.json"
 _BLOCK = 1 << 24
 _RECORDS = TypeAdapter(list[Metrics])
 
 
-def committed(checkpoints: Store) -> list[Store]:
-    """The committed checkpoints, the highest step first."""
-    # Steps are padded with zeros, so the order of names is that of steps.
-    names = sorted((name for name in checkpoints.ls("") if name.startswith("step-")), reverse=True)
-    return [checkpoints.child(n) for n in names if checkpoints.child(n).exists(COMMIT)]
+def committed(run: Store) -> dict[int, Store]:
+    """The committed checkpoints of a run by step, the highest one first.
+
+    Of a step that several processes have committed it is that of the last one to hold the run's
+    lease. What a process has committed after another one took its lease over does not count.
+
+    Args:
+        run: folder of the run.
+    """
+    limit = fence(run)
+    found = {}
+    steps = [step for name in run.ls(CHECKPOINTS) if (step := step_of(name)) is not None]
+    for step in sorted(steps, reverse=True):  # as texts, step-100000000 comes before step-99999999
+        folder = run.child(checkpoint(step))
+        writers = [writer for name in folder.ls() if (writer := writer_of(name)) is not None]
+        for writer in sorted(writers, reverse=True):
+            written = folder.child(writer_folder(writer))
+            if limit.admits(writer, step) and written.exists(COMMIT):
+                found[step] = written
+                break
+    return found
 
 
 def load_newest(
-    checkpoints: Store, *, world: DistributedContext, engine: Partitioned
+    run: Store, *, world: DistributedContext, engine: Partitioned
 ) -> tuple[TrainState | None, list[str]]:
     """Load the newest checkpoint that is sound; newer ones are put aside (`commit.damaged.json`).
 
     Ranks: all call it together.
+
+    Args:
+        run: folder of the run.
+        world: the ranks.
+        engine: whose state is filled.
 
     Returns:
         Where it stands, None if nothing was ever committed; and what was wrong with newer ones.
@@ -51,7 +81,7 @@ def load_newest(
         UnreadableError: the store does not answer; raised on every rank.
     """
     # One listing for all ranks: a store may show them different ones.
-    found = world.share(committed(checkpoints) if world.rank == 0 else None)
+    found = world.share(list(committed(run).values()) if world.rank == 0 else None)
     damaged: list[str] = []
     for folder in found:
         loaded = _try_load(folder, world, engine)
@@ -69,7 +99,7 @@ def load_newest(
 def _put_aside(folder: Store) -> None:
     """Steps behind it will be written anew, so it must not count as the newest any more."""
     with contextlib.suppress(OSError):  # then it is passed over once more next time
-        folder.write(DAMAGED, folder.read(COMMIT))
+        folder.write(DAMAGED_COMMIT, folder.read(COMMIT))
         folder.remove(COMMIT)
 
 

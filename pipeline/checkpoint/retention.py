@@ -5,11 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from data_shards.storage.store import Store
 from pipeline.checkpoint.reader import committed
-from pipeline.checkpoint.writer import COMMIT
 from pipeline.config import CheckpointConfig
+from pipeline.run import layout
 
-PINNED = "pinned"
-"""An object of this name in a checkpoint's folder keeps it for good."""
 _GB = 1e9
 
 
@@ -78,33 +76,37 @@ def retain(
     Returns:
         Steps of the committed checkpoints that were removed.
     """
-    checkpoints = run.child("checkpoints")
-    found = committed(checkpoints)
-    names = {_step(folder.url): folder for folder in found}
+    folders = committed(run)
     candidates = []
-    for step, folder in names.items():
+    for step, folder in folders.items():
         sizes = folder.sizes()
         candidates.append(
             Candidate(
                 step,
                 sum(sizes.values()),
                 scores.get(step),
-                pinned=PINNED in sizes,
+                pinned=run.child(layout.checkpoint(step)).exists(layout.PINNED),
                 pending=step in unfinished,
             )
         )
     gone = surplus(candidates, policy)
     for step in gone:
-        names[step].remove(COMMIT)  # first: half a checkpoint must not look like a whole one
-        names[step].remove("", recursive=True)
-    newest = max(names, default=0)
-    # An uncommitted folder older than the newest is what a dead writer left; a newer one may be
-    # under way.
-    for name in checkpoints.ls():
-        if _step(name) < newest and _step(name) not in names:
-            checkpoints.remove(name, recursive=True)
+        # First: half a checkpoint must not look like a whole one.
+        folders[step].remove(layout.COMMIT)
+        run.remove(layout.checkpoint(step), recursive=True)
+    for step in folders.keys() - set(gone):
+        _remove_others(run, step, layout.writer_of(folders[step].url) or 0)
+    newest = max(folders, default=0)
+    for name in run.ls(layout.CHECKPOINTS):
+        left = layout.step_of(name)  # None: not ours, so it stays
+        if left is not None and left < newest and left not in folders:
+            run.remove(name, recursive=True)
     return gone
 
 
-def _step(url: str) -> int:
-    return int(url.rstrip("/").rpartition("step-")[2])
+def _remove_others(run: Store, step: int, kept: int) -> None:
+    """Remove what earlier writers have left of a step that writer `kept` has committed."""
+    for name in run.ls(layout.checkpoint(step)):
+        writer = layout.writer_of(name)
+        if writer is not None and writer < kept:
+            run.remove(name, recursive=True)

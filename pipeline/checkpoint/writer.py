@@ -26,10 +26,10 @@ from optim.sharded import ShardedManifoldAdam
 from optim.zero_layout import Slot
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
+from pipeline.run.layout import COMMIT, rank_file, rank_report
 from pipeline.run.state import TrainState
 
 SCHEMA_VERSION = 1
-COMMIT = "commit.json"
 _POLL_S = (0.01, 1.0)
 """Shortest and longest pause between two looks for the other ranks' reports."""
 
@@ -111,7 +111,7 @@ def take_snapshot(
     for key, slot, values in slices(optimizer, world.rank):
         tensors[key] = memory.copy(key, values)
         # Every rank knows what all hold, so that rank 0 commits without asking anyone.
-        parts = [[_file_name(rank, world.size), *held(slot, rank)] for rank in range(world.size)]
+        parts = [[rank_file(rank, world.size), *held(slot, rank)] for rank in range(world.size)]
         entries[key] = {"shape": list(slot.shape), "parts": parts}
     if world.device.type == "cuda":
         # The copies are asynchronous: until this returns the buffers hold old values.
@@ -129,14 +129,6 @@ def take_snapshot(
     return Snapshot(world.rank, world.size, tensors, header)
 
 
-def _file_name(rank: int, world_size: int) -> str:
-    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
-def _report_name(rank: int, world_size: int) -> str:
-    return f"report-{rank:05d}-of-{world_size:05d}.json"
-
-
 def write_snapshot(folder: Store, snapshot: Snapshot, attempt: str) -> None:
     """Write one rank's file, then the report that says so, or why not.
 
@@ -148,8 +140,8 @@ def write_snapshot(folder: Store, snapshot: Snapshot, attempt: str) -> None:
     Raises:
         Exception: the store refused; the report says why if it could be written.
     """
-    name = _file_name(snapshot.rank, snapshot.world_size)
-    report = _report_name(snapshot.rank, snapshot.world_size)
+    name = rank_file(snapshot.rank, snapshot.world_size)
+    report = rank_report(snapshot.rank, snapshot.world_size)
     try:
         specs = [TensorSpec(k, tuple(v.shape), v.dtype) for k, v in snapshot.tensors.items()]
         # Digest while writing: reading a file back would double the traffic.
@@ -181,13 +173,14 @@ def commit(
         given_up: ends the waiting when set.
 
     Raises:
-        PipelineError: a rank could not write its file, or did not say; nothing was committed.
+        PipelineError: a rank could not write its file, or did not say, or another process has
+            committed the same; nothing was committed.
         OSError: the store refused.
     """
     reports: list[dict[str, Any]] = []
     deadline = time.monotonic() + timeout_s
     for rank in range(snapshot.world_size):
-        name = _report_name(rank, snapshot.world_size)
+        name = rank_report(rank, snapshot.world_size)
         report = _await_report(folder, name, attempt, deadline, given_up)
         if report is None:
             raise PipelineError(f"{folder}: rank {rank} has not written within {timeout_s:g} s")
@@ -195,7 +188,8 @@ def commit(
             raise PipelineError(f"{folder}: rank {rank}: {report['error']}")
         reports.append({key: report[key] for key in ("file", "sha256", "size")})
     body = {**snapshot.header, "files": reports}
-    folder.write(COMMIT, json.dumps(body, indent=1, sort_keys=True).encode())
+    if not folder.create(COMMIT, json.dumps(body, indent=1, sort_keys=True).encode()):
+        raise PipelineError(f"{folder} was committed by another process")
     with contextlib.suppress(OSError):  # the checkpoint exists; what is left over costs little
         for stray in set(folder.ls()) - {COMMIT, *(report["file"] for report in reports)}:
             folder.remove(stray)  # reports, and what an interrupted attempt left

@@ -1,15 +1,14 @@
-"""What the person sees: a live line on a terminal, plain lines elsewhere, a final table."""
+"""What the person sees: a live line on a terminal, plain lines elsewhere."""
 
 import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from pipeline.run.events import Metrics, Started
 
@@ -139,12 +138,3 @@ class RunConsole:
         if self._task is not None:
             self._bar.stop()
             self._task = None
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
-        """Print the final table, one row per checkpoint."""
-        table = Table(title=title)
-        for column in columns:
-            table.add_column(column, justify="right")
-        for row in rows:
-            table.add_row(*(row.get(column, "-") for column in columns))
-        self.console.print(table)

@@ -6,13 +6,16 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pipeline.run.summary import EvaluationSummary
+from pipeline.tracking.client import EvaluationRecord
+
 ENTRY = "jobs.evaluate_cra:evaluate"
 
 
-def resolve(entry: str) -> Callable[..., Any]:
+def resolve(entry: str) -> Callable[..., EvaluationSummary]:
     """Function named by `module:function`."""
     module, function = entry.split(":")
-    resolved: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    resolved: Callable[..., EvaluationSummary] = getattr(importlib.import_module(module), function)
     return resolved
 
 
@@ -31,14 +34,14 @@ class Evaluations:
     def __init__(
         self,
         settings: Mapping[str, Any],
-        log: Callable[[Any], object],
+        log: Callable[[EvaluationRecord], object],
         *,
         beside_training: bool,
     ) -> None:
         self._settings = dict(settings)
         self._log = log
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="evaluation")
-        self._submitted: list[tuple[int, concurrent.futures.Future[Any]]] = []
+        self._submitted: list[tuple[int, concurrent.futures.Future[EvaluationSummary]]] = []
         self._released = threading.Event()
         if beside_training:
             self._released.set()
@@ -47,7 +50,7 @@ class Evaluations:
         """Queue the evaluation of one artefact; returns at once."""
         self._submitted.append((step, self._pool.submit(self._evaluate, artifact_url, step)))
 
-    def _evaluate(self, artifact_url: str, step: int) -> Any:
+    def _evaluate(self, artifact_url: str, step: int) -> EvaluationSummary:
         self._released.wait()
         settings = {**self._settings, "artifact": artifact_url}
         return resolve(ENTRY)(settings, step=step, log=self._log)
@@ -63,13 +66,13 @@ class Evaluations:
             return set()
         return {step for step, f in self._submitted if not f.done() or f.cancelled()}
 
-    def finished(self) -> list[Any]:
+    def finished(self) -> list[EvaluationSummary]:
         """Summaries of the evaluations that have succeeded so far."""
         ended = [f for _, f in self._submitted if f.done()]
         done = [f for f in ended if not f.cancelled() and not f.exception()]
         return [future.result() for future in done]
 
-    def results(self) -> list[Any]:
+    def results(self) -> list[EvaluationSummary]:
         """Wait for all evaluations; their summaries in the order of submission.
 
         Raises:

@@ -9,8 +9,7 @@ from typing import Any
 from data_shards.storage.store import Store
 from pipeline.run.append_log import AppendLog
 from pipeline.run.events import Event, Metrics, MetricsReplayed
-
-NAME = "events.jsonl"
+from pipeline.run.layout import EVENTS
 
 
 class EventLog:
@@ -24,9 +23,9 @@ class EventLog:
     def __init__(self, folder: Path, run: Store) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._run = run
-        path = folder / NAME
-        if run.local_path() is None and not path.exists() and run.exists(NAME):
-            path.write_bytes(run.read(NAME))
+        path = folder / EVENTS
+        if run.local_path() is None and not path.exists() and run.exists(EVENTS):
+            path.write_bytes(run.read(EVENTS))
         self._lines = AppendLog(path)
 
     def add(self, event: Event) -> None:
@@ -47,4 +46,4 @@ class EventLog:
         """
         self._lines.flush()
         if self._run.local_path() is None:
-            self._run.write(NAME, self._lines.path.read_bytes())
+            self._run.write(EVENTS, self._lines.path.read_bytes())

@@ -22,6 +22,7 @@ from pipeline.driver.preflight import PreparedRun
 from pipeline.driver.system_metrics import SystemMetrics
 from pipeline.driver.usage import UsageMetrics
 from pipeline.planner.flops import training_flops
+from pipeline.run import layout
 from pipeline.run.events import (
     CheckpointFailed,
     CheckpointSaved,
@@ -36,10 +37,10 @@ from pipeline.run.events import (
 )
 from pipeline.run.ray_job import submission_tags
 from pipeline.run.state import WorkerSpec
+from pipeline.run.summary import EvaluationSummary, local_path, report
 from pipeline.tracking.client import ui_command
 from pipeline.tracking.outbox import Tracker
 
-_FIGURE = "cra.png"
 _REPROJECTIONS = "orthogonality/reprojections"
 _CLOSE_S = 60.0
 _NOT_CERTIFIED = "earlier checkpoints are not certified"
@@ -129,7 +130,7 @@ class RunMonitor:
                 self._hangs += 1
                 self._display.message(
                     f"[red]hung[/red] in step {event.step}: {escape(event.report)}; stacks: "
-                    f"{escape(_where(event.url))}"
+                    f"{escape(local_path(event.url))}"
                 )
                 self._tracker.log_metrics(event.step, {"faults/hangs": float(self._hangs)})
             case Skipped():
@@ -188,7 +189,7 @@ class RunMonitor:
 
     def _keep(self, event: CheckpointSaved) -> None:
         self._display.message(
-            f"[green]kept[/green] step {event.step}: {escape(_where(event.checkpoint_url))}, "
+            f"[green]kept[/green] step {event.step}: {escape(local_path(event.checkpoint_url))}, "
             f"artefact {event.digest[:12]}, orthogonality residual <= {event.residual:.1e}; "
             f"training waited {event.stall_s:.2f} s"
         )
@@ -220,12 +221,12 @@ class RunMonitor:
 
     def _catch_up(self, until: int) -> None:
         """Record and certify artefacts up to a step of which no event has come."""
-        for name in self._run.child("artifacts").ls():
+        for name in self._run.child(layout.ARTIFACTS).ls():
             with self.saying(_NOT_CERTIFIED):
-                step = int(name.removeprefix("step-"))
-                if step <= until and step not in self._followed:
-                    artifact = self._run.child("artifacts", name)
-                    checkpoint = self._run.child("checkpoints", name)
+                step = layout.step_of(name)
+                if step is not None and step <= until and step not in self._followed:
+                    artifact = self._run.child(layout.artifact(step))
+                    checkpoint = self._run.child(layout.checkpoint(step))
                     digest = read_info(artifact.open).digest
                     self._follow(step, artifact.url, digest, checkpoint.url)
 
@@ -339,7 +340,7 @@ def _evaluations(prepared: PreparedRun, tracker: Tracker) -> Evaluations:
     return Evaluations(settings, tracker.log_evaluation, beside_training=beside)
 
 
-def _results(evaluations: Evaluations | None, console: Console) -> list[Any]:
+def _results(evaluations: Evaluations | None, console: Console) -> list[EvaluationSummary]:
     if evaluations is None:
         return []
     with console.status(f"certifying: {evaluations.waiting} evaluations to go"):
@@ -347,51 +348,18 @@ def _results(evaluations: Evaluations | None, console: Console) -> list[Any]:
 
 
 def _show(
-    summaries: list[Any], prepared: PreparedRun, tracker: Tracker, display: RunConsole
+    summaries: list[EvaluationSummary],
+    prepared: PreparedRun,
+    tracker: Tracker,
+    display: RunConsole,
 ) -> None:
-    """The final table, the figure of the last checkpoint, and how to open the MLflow UI."""
+    """The final table, where everything lies, and how to open the MLflow UI."""
     if summaries:
-        last = summaries[-1]
-        rows = []
-        for summary in summaries:
-            sound = summary.columns["sound"]
-            cells = {f"CRA {eps}": f"{value:.2%}" for eps, value in sound.cra.items()}
-            rows.append({"step": str(summary.step), "clean": f"{sound.clean:.2%}", **cells})
-        title = f"cra_sound, {last.norm}, {last.samples} samples of {last.dataset}"
-        display.table(title, list(rows[0]), rows)
-        display.message(_comparison(last))
-        display.message(f"CRA curve:   {_where(last.out_url)}/{_FIGURE}")
-        display.message(f"certificate: {_where(last.out_url)}/certificate.json")
-        if last.verifiable:
-            display.message(
-                f"check it:    python -m model.verify {_where(last.out_url)} "
-                f"--artifact {_where(last.artifact_url)} --shards {_where(last.shards_url)}"
-            )
-    display.message(f"artefacts:   {_where(prepared.job.run_url)}/artifacts")
+        report(display.console, summaries)
+    artifacts = f"{local_path(prepared.job.run_url)}/{layout.ARTIFACTS}"
+    display.message(f"artifacts:   {escape(artifacts)}")
     if tracker.run is not None:
         command, path = ui_command(prepared.tracking.uri, tracker.run)
         display.message(
-            f"MLflow UI:   {command}\n             then open http://127.0.0.1:5000{path}"
+            f"MLflow UI:   {escape(command)}\n             then open http://127.0.0.1:5000{path}"
         )
-
-
-def _comparison(summary: Any) -> str:
-    """How much the proof costs, and what is proved of the program that serves."""
-    columns = summary.columns
-    nominal, sound, deployed = columns["nominal"], columns["sound"], columns["deployed"]
-    loss = max(nominal.cra[eps] - sound.cra[eps] for eps in sound.cra)
-    if deployed.vacuous:
-        serving = "vacuous"
-    else:
-        serving = ", ".join(f"{value:.2%}" for value in deployed.cra.values())
-    return (
-        f"Lipschitz constant: proved <= {summary.network_bound:.8f}, observed >= "
-        f"{summary.observed_lipschitz:.8f}; cra_nominal exceeds cra_sound by at most "
-        f"{100 * loss:.2f} points; cra_deployed ({deployed.program}): {serving}"
-    )
-
-
-def _where(url: str) -> str:
-    """A path that a person can open on this machine, else the URL without credentials."""
-    store = Store(url)
-    return str(store.local_path() or store)

@@ -1,12 +1,15 @@
 """Everything that can be known before workers start: storage, shards, run folder, refusals."""
 
+import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import itertools
 import os
 import subprocess
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ from data_shards.write import write_shard_set
 from pipeline.checkpoint.reader import committed
 from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.errors import PipelineError
+from pipeline.run import layout
 from pipeline.run.exposure import require_closed
+from pipeline.run.lease import Lease, LeaseError, end_without_lease, hold_run
 from pipeline.run.ray_job import is_ray_job, uploaded_code
 from pipeline.run.ray_session import cluster_address
 from pipeline.run.state import WorkerSpec
@@ -28,8 +33,6 @@ from pipeline.tracking.client import TrackingConfig
 from pipeline.training.data import Samples, open_samples
 from pipeline.training.zero3 import require_precision
 
-_RECORD = "run.json"
-_KEY = "tracking.key"
 _SQLITE = "sqlite:///"
 _SOURCES = {"digits": digits, "synthetic": synthetic}
 
@@ -59,7 +62,7 @@ class PreparedRun:
     def accept(self) -> None:
         """Keep changed settings as those of the run; once its ranks have loaded a checkpoint."""
         if self.changed:
-            self.run.write(_RECORD, self.job.config.to_json().encode())
+            self.run.write(layout.CONFIG, self.job.config.to_json().encode())
 
     def params(self) -> dict[str, Any]:
         """Parameters of the tracked run: the resolved configuration and the code version."""
@@ -67,11 +70,27 @@ class PreparedRun:
         return {**flatten(body), "code": self.job.context["code"]}
 
 
-def prepare(config: RunConfig, *, world_size: int) -> PreparedRun:
+@contextlib.contextmanager
+def prepare(
+    config: RunConfig,
+    *,
+    world_size: int,
+    waiting: Callable[[str], None] = lambda held: None,
+    lost: Callable[[str], None] = end_without_lease,
+) -> Iterator[PreparedRun]:
     """Check the run against the machine and the shards, and create or reopen its folder.
+
+    This process is the only one that writes the run for the duration of the block.
+
+    Args:
+        config: the run.
+        world_size: number of ranks.
+        waiting: is told who holds the run, every time that `wait_for_lease` looks again.
+        lost: called from a thread when another process has taken the run over.
 
     Raises:
         PipelineError, ShardError: the run is impossible; nothing was started.
+        LeaseError: another process trains it.
         ExposureError: its Ray cluster or MLflow server stands open.
     """
     cluster = config.cluster
@@ -83,13 +102,28 @@ def prepare(config: RunConfig, *, world_size: int) -> PreparedRun:
     no_gpu = not elsewhere and not torch.cuda.is_available()
     if cluster.device == "cpu" or no_gpu:
         require_precision(config.train.precision)
-    try:
-        return _prepare(config, world_size, no_gpu=no_gpu)
-    except OSError as error:
-        raise PipelineError(f"storage or shards: {type(error).__name__}: {error}") from error
+    hold = functools.partial(_hold, waiting=waiting if config.wait_for_lease else None, lost=lost)
+    with contextlib.ExitStack() as stack:
+        try:
+            prepared = _prepare(
+                config, world_size, lambda run: stack.enter_context(hold(run)), no_gpu=no_gpu
+            )
+        except OSError as error:
+            raise PipelineError(f"storage or shards: {type(error).__name__}: {error}") from error
+        yield prepared
 
 
-def _prepare(config: RunConfig, world_size: int, *, no_gpu: bool) -> PreparedRun:
+def _hold(
+    run: Store, *, waiting: Callable[[str], None] | None, lost: Callable[[str], None]
+) -> contextlib.AbstractContextManager[Lease]:
+    return hold_run(
+        run, newest_step=lambda: max(committed(run), default=-1), lost=lost, waiting=waiting
+    )
+
+
+def _prepare(
+    config: RunConfig, world_size: int, hold: Callable[[Store], Lease], *, no_gpu: bool
+) -> PreparedRun:
     storage = storage_root(config)
     shards = _shards(config, storage)
     samples = open_samples(
@@ -103,7 +137,7 @@ def _prepare(config: RunConfig, world_size: int, *, no_gpu: bool) -> PreparedRun
     if config.cluster.device == "cuda" and no_gpu:
         raise PipelineError("cluster.device=cuda: this machine has no GPU that torch can use")
     tracking = _tracking(config, storage, samples)
-    config, run, changed = _open_run(config, storage)
+    config, run, lease, changed = _open_run(config, storage, hold)
     name = config.name
     context = {
         "run": name,
@@ -112,14 +146,21 @@ def _prepare(config: RunConfig, world_size: int, *, no_gpu: bool) -> PreparedRun
         "shards_digest": samples.digest,
         "code": code_version(),
     }
-    job = WorkerSpec(config=config, run_url=run.url, shards_url=shards.url, context=context)
+    job = WorkerSpec(
+        config=config,
+        run_url=run.url,
+        shards_url=shards.url,
+        context=context,
+        writer=lease.number,
+    )
     return PreparedRun(
         job=job,
         run=run,
         samples=samples,
         tracking=tracking,
         run_key=_run_key(run),
-        spool=(run.local_path() or Path.home() / ".cache/certified-pretrain" / name) / "tracking",
+        spool=(run.local_path() or Path.home() / ".cache/certified-pretrain" / name)
+        / layout.TRACKING,
         changed=changed,
     )
 
@@ -167,8 +208,8 @@ def _shards(config: RunConfig, storage: Store) -> Store:
 
 def _run_key(run: Store) -> str:
     """The key that the first execution of the run has drawn."""
-    run.create(_KEY, uuid.uuid4().hex.encode())
-    return run.read(_KEY).decode()
+    run.create(layout.TRACKING_KEY, uuid.uuid4().hex.encode())
+    return run.read(layout.TRACKING_KEY).decode()
 
 
 def _new_name(config: RunConfig) -> str:
@@ -181,44 +222,57 @@ def _newest_run(config: RunConfig, storage: Store) -> str:
         (entry for entry in storage.ls("") if entry.startswith(f"{config.preset}-")), reverse=True
     )
     for name in names:
-        if storage.child(name).exists(_RECORD):
+        if storage.child(name).exists(layout.CONFIG):
             return name
     raise PipelineError(f"--resume: no run of preset {config.preset!r} under {storage.url}")
 
 
-def _open_run(config: RunConfig, storage: Store) -> tuple[RunConfig, Store, dict[str, str]]:
+def _open_run(
+    config: RunConfig, storage: Store, hold: Callable[[Store], Lease]
+) -> tuple[RunConfig, Store, Lease, dict[str, str]]:
     """The configuration with its name, the run's folder, created or checked, and what has changed.
 
-    Of two processes that begin a run of the same name at the same time one is refused.
+    Nothing is written into the folder before its lease is held.
     """
     if config.name or config.resume:
         named = dataclasses.replace(config, name=config.name or _newest_run(config, storage))
         run = storage.child(named.name)
-        if run.exists(_RECORD) or config.resume or not _created(named, run):
-            return named, run, _continue(named, run)
-        return named, run, {}
+        _require_run(named, run)  # before the lease: a refused run leaves no folder
+        lease = hold(run)
+        if run.exists(layout.CONFIG) or config.resume or not _created(named, run):
+            return named, run, lease, _continue(named, run)
+        return named, run, lease, {}
     base = _new_name(config)
     for number in itertools.count(1):  # a second one of the same second is numbered
         named = dataclasses.replace(config, name=base if number == 1 else f"{base}-{number}")
         run = storage.child(named.name)
-        if _created(named, run):
-            return named, run, {}
+        if not run.exists(layout.CONFIG):
+            with contextlib.suppress(LeaseError):  # it belongs to one that has just begun
+                lease = hold(run)
+                if _created(named, run):
+                    return named, run, lease, {}
     raise AssertionError("unreachable")
 
 
 def _created(config: RunConfig, run: Store) -> bool:
-    return run.create(_RECORD, config.to_json().encode())
+    return run.create(layout.CONFIG, config.to_json().encode())
+
+
+def _require_run(config: RunConfig, run: Store) -> None:
+    """Check that the run exists if it has to, and does not if it must not."""
+    exists = run.exists(layout.CONFIG)
+    if config.resume and not exists:
+        raise PipelineError(f"--resume: there is no run {run.url}")
+    if exists and not (config.resume or config.start_or_resume):
+        raise PipelineError(
+            f"run {run.url} exists: give --resume to continue it, or another --name"
+        )
 
 
 def _continue(config: RunConfig, run: Store) -> dict[str, str]:
     """Check that an existing run may be continued with this config; what differs from before."""
-    if not run.exists(_RECORD):
-        raise PipelineError(f"--resume: there is no run {run.url}")
-    if not (config.resume or config.start_or_resume):
-        raise PipelineError(
-            f"run {run.url} exists: give --resume to continue it, or another --name"
-        )
-    changed = changes(RunConfig.from_json(run.read(_RECORD).decode()), config)
+    _require_run(config, run)
+    changed = changes(RunConfig.from_json(run.read(layout.CONFIG).decode()), config)
     refused = [f"{name}: {values}" for name, values in changed.items() if decides_result(name)]
     if refused and not config.accept_changes:
         raise PipelineError(
@@ -226,7 +280,7 @@ def _continue(config: RunConfig, run: Store) -> dict[str, str]:
             + "; ".join(refused)
             + " (--accept-changes continues all the same)"
         )
-    if config.resume and not committed(run.child("checkpoints")):
+    if config.resume and not committed(run):
         raise PipelineError(f"--resume: {run.url} has no committed checkpoint")
     return changed
 

@@ -14,6 +14,7 @@ from pipeline.config import ClusterConfig
 from pipeline.errors import REFUSALS, PipelineError
 from pipeline.resilience.signals import PAUSE, STOP, ControlActor, Flag, Interruption
 from pipeline.run.events import Emit, Event
+from pipeline.run.layout import ray_folder
 from pipeline.run.ray_session import ray_session
 from pipeline.run.state import WorkerSpec
 from pipeline.run.step_schedule import world_sizes
@@ -217,7 +218,7 @@ def fit(job: WorkerSpec, handle: Emit, stop: Interruption) -> None:
     orders = ray.remote(ControlActor).options(**options).remote()
     run = Store(job.run_url)
     # Ray Train would silently continue from a folder of the same name, so each has its own.
-    name = f"ray-{uuid.uuid4().hex[:8]}"
+    name = ray_folder(uuid.uuid4().hex[:8])
     trainer = _trainer(job, run, name, {"job": job, "emit": _EventSender(events), "orders": orders})
     interrupt = signal.getsignal(signal.SIGINT)
     with _pump(events, handle, orders, stop):

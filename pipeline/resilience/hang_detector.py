@@ -22,6 +22,7 @@ from pipeline.config import ClusterConfig
 from pipeline.resilience.heartbeat import Beat, HeartbeatStore, Phase, behind
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import Emit, Hung
+from pipeline.run.layout import hang_report
 
 HUNG = 124
 """Exit status of a process that was ended because the run had stood still."""
@@ -141,7 +142,7 @@ class HangDetector:
 
     def _write_report(self, own: Beat, beats: Sequence[Beat | None], late: list[int]) -> None:
         text, stacks = self._text(beats, late), _stacks()
-        name = f"hangs/step-{own.step + 1:08d}-rank-{self._world.rank:05d}.txt"
+        name = hang_report(own.step + 1, self._world.rank)
         with contextlib.suppress(OSError):
             sys.stderr.write(f"rank {self._world.rank}: {text}\n{stacks}")
             sys.stderr.flush()

@@ -19,9 +19,9 @@ from data_shards.storage.store import Store
 from pipeline.config import TrainConfig
 from pipeline.errors import PipelineError
 from pipeline.resilience.signals import Interruption
+from pipeline.run import layout
 from pipeline.run.state import WorkerSpec
 
-RECORD = "memory.json"
 _TEXTS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """How allocators that have no type of their own say it."""
 
@@ -43,9 +43,9 @@ def too_large(run: Store) -> list[int]:
     Args:
         run: folder of the run.
     """
-    if not run.exists(RECORD):
+    if not run.exists(layout.OUT_OF_MEMORY):
         return []
-    return [int(size) for size in json.loads(run.read(RECORD))["too_large"]]
+    return [int(size) for size in json.loads(run.read(layout.OUT_OF_MEMORY))["too_large"]]
 
 
 def fitting(train: TrainConfig, sizes: Sequence[int], world_size: int) -> TrainConfig:
@@ -96,7 +96,7 @@ def recorded(
             raise
         tried = [*sizes, micro_batch]
         # Before anything else: once a rank has failed, the others may be ended at any time.
-        run.write(RECORD, json.dumps({"too_large": tried}).encode())
+        run.write(layout.OUT_OF_MEMORY, json.dumps({"too_large": tried}).encode())
         reason = f"{where()}: out of memory with {{}} samples per backward pass; {{}} ({error})"
         if micro_batch > 1:
             half = "the next execution of this run tries half of them"

@@ -15,11 +15,10 @@ from data_shards.streaming.sampler import Cursor
 from pipeline.checkpoint.reader import load_newest
 from pipeline.checkpoint.writer import Partitioned
 from pipeline.errors import PipelineError
+from pipeline.run import layout
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import RolledBack
 from pipeline.run.state import TrainState
-
-RECORD = "rollbacks.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +40,11 @@ class Gap:
 
 def read_gaps(run: Store) -> list[Gap]:
     """The gaps of a run, in the order in which they were made."""
-    if not run.exists(RECORD):
+    if not run.exists(layout.ROLLBACKS):
         return []
     return [
         Gap(row["step"], row["given_up"], Cursor(**row["begin"]), Cursor(**row["end"]))
-        for row in json.loads(run.read(RECORD))["gaps"]
+        for row in json.loads(run.read(layout.ROLLBACKS))["gaps"]
     ]
 
 
@@ -116,9 +115,7 @@ class Rollbacks:
                 f"{skipped_in_a_row}. time in a row (train.max_skipped={self._max_skipped}), and "
                 f"of train.rollbacks={self._limit} none is left; nothing was updated"
             )
-        found, _ = load_newest(
-            self._run.child("checkpoints"), world=self._world, engine=self._engine
-        )
+        found, _ = load_newest(self._run, world=self._world, engine=self._engine)
         if found is None:
             raise PipelineError(f"step {failed.step}: there is no checkpoint to go back to")
         # From where the checkpoint would have gone on: it may lie in or before an older gap.
@@ -142,7 +139,7 @@ class Rollbacks:
         if self._world.rank == 0:
             body = {"gaps": [dataclasses.asdict(gap) for gap in self._gaps]}
             try:
-                self._run.write(RECORD, json.dumps(body, indent=1).encode())
+                self._run.write(layout.ROLLBACKS, json.dumps(body, indent=1).encode())
             except OSError as failure:
                 error = f"the roll-back cannot be written down: {failure}"
         # A gap that only memory knew would come back as samples after a restart.

@@ -16,13 +16,15 @@ class WorkerSpec:
         config: the resolved configuration.
         run_url: folder of the run (checkpoints, artefacts, evaluations).
         shards_url: the shard set.
-        context: facts that every artefact carries (run id, code version, shard digest).
+        context: facts that every artifact carries (run id, code version, shard digest).
+        writer: number of the run's lease under which its checkpoints are written.
     """
 
     config: RunConfig
     run_url: str
     shards_url: str
     context: dict[str, Any]
+    writer: int = 0
 
 
 @dataclasses.dataclass

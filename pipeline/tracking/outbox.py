@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.run.append_log import AppendLog
+from pipeline.run.layout import SPOOL
 from pipeline.tracking.client import (
     METRICS_PER_CALL,
     EvaluationRecord,
@@ -274,7 +275,7 @@ class _Spool:
 
     def __init__(self, folder: Path, server: str, run_key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "spool.jsonl"
+        self.path = folder / SPOOL
         self._lines = AppendLog(self.path)
         self._state = folder / f"server-{sha256(server.encode()).hexdigest()[:12]}.json"
         self.run_key = self._first_run_key() or run_key or uuid.uuid4().hex

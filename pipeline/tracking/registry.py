@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.run.layout import SUMMARY
 from pipeline.tracking.client import (
     MlflowConnection,
     RunReference,
@@ -232,10 +233,10 @@ class Registry(MlflowConnection):
             raise RegistryError(f"run {run_id} is no evaluation in this MLflow store")
         try:
             with tempfile.TemporaryDirectory() as folder:
-                place = self._download(f"{run.info.artifact_uri}/summary.json", folder)
+                place = self._download(f"{run.info.artifact_uri}/{SUMMARY}", folder)
                 summary = json.loads(place.read_bytes())
         except (MlflowException, OSError, ValueError) as error:
-            raise RegistryError(f"run {run_id} has no readable summary.json: {error}") from error
+            raise RegistryError(f"run {run_id} has no readable {SUMMARY}: {error}") from error
         return RecordedEvaluation(run_id, run.data.tags, run.data.params, summary)
 
     def evaluation_with(self, certificate_digest: str) -> str | None:

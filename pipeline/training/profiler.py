@@ -10,8 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, schedule
 
 from data_shards.storage.store import Store
+from pipeline.run import layout
 
-FOLDER = "profile"
 _PASSED_OVER = 3
 """Steps before the trace begins: they allocate, and DeepSpeed records its order of modules."""
 _ROWS = 60
@@ -40,27 +40,27 @@ def profiled(
     if not steps:
         yield lambda: None
         return
-    name = f"step-{first + _PASSED_OVER + 2:08d}"  # one more of its own warms the profiler up
+    step = first + _PASSED_OVER + 2  # one more of its own warms the profiler up
     cuda = device.type == "cuda"
 
     def write(profiler: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
             # The exporter writes to a local path only; the run folder may be an object store.
-            trace = Path(folder) / f"{name}.trace.json.gz"
+            trace = Path(folder) / "trace.json.gz"  # the profiler packs what ends in .gz
             profiler.export_chrome_trace(str(trace))
-            run.write(f"{FOLDER}/{trace.name}", trace.read_bytes())
+            run.write(layout.profile(step, trace.name), trace.read_bytes())
             averages = profiler.key_averages()
             time, memory = (
                 averages.table(sort_by=f"self_{device.type}_{what}", row_limit=_ROWS)
                 for what in ("time_total", "memory_usage")
             )
-            run.write(f"{FOLDER}/{name}.txt", f"{time}\n\n{memory}\n".encode())
+            run.write(layout.profile(step, "txt"), f"{time}\n\n{memory}\n".encode())
             if cuda:
-                snapshot = Path(folder) / f"{name}.memory.pickle"
+                snapshot = Path(folder) / "memory.pickle"
                 torch.cuda.memory._dump_snapshot(str(snapshot))
                 # Recording costs time at every allocation, and nobody reads what follows.
                 torch.cuda.memory._record_memory_history(enabled=None)
-                run.write(f"{FOLDER}/{snapshot.name}", snapshot.read_bytes())
+                run.write(layout.profile(step, snapshot.name), snapshot.read_bytes())
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     if cuda:

@@ -21,6 +21,7 @@ from pipeline.resilience.oom import fitting, recorded, too_large
 from pipeline.resilience.rollback import Rollbacks
 from pipeline.resilience.signals import Interruption
 from pipeline.resilience.straggler import StragglerDetector
+from pipeline.run import layout
 from pipeline.run.distributed import DistributedContext, join_process_group
 from pipeline.run.events import Emit, Event, MetricsReplayed, Started
 from pipeline.run.state import TrainState, WorkerSpec
@@ -110,7 +111,7 @@ def _train(
         config.train, config.checkpoint, samples=samples.per_epoch, world_size=world.size
     )
     engine = build_engine(config, world=world, micro_batch=plan.micro_batch)
-    progress, damaged = load_newest(run.child("checkpoints"), world=world, engine=engine)
+    progress, damaged = load_newest(run, world=world, engine=engine)
     if progress is None:
         # Only now: an owner makes each matrix in float64, which a loaded state would overwrite.
         engine.initialise(config.train.seed)
@@ -128,7 +129,7 @@ def _train(
     if world.rank == 0:
         emit(_started(config, world, engine, plan, progress, damaged, sizes))
         emit(MetricsReplayed(progress.records))
-    record = f"damaged/step-{progress.step:08d}-rank-{world.rank:05d}.jsonl"
+    record = layout.damaged_samples(progress.step, world.rank)
     with (
         # Left in reverse order: the saver waits for the checkpoint under way when the stream has
         # ended and while the hang detector still watches.
@@ -144,6 +145,7 @@ def _train(
             context=job.context,
             calibration=lambda: samples.calibration(config.train),
             emit=emit,
+            writer=job.writer,
         ) as saver,
         samples.stream(config.train, world, progress.cursor, corruption_log) as stream,
         profiled(

@@ -151,7 +151,7 @@ class Run:
         self.driver.send_signal(signal.SIGTERM)
         self.driver.wait(PATIENCE_S)
         self.ranks = ranks
-        checkpoints = committed(Store(self.folder / "checkpoints"))
+        checkpoints = list(committed(Store(self.folder)).values())
         self.changed_at = _commit(checkpoints[0])["step"] if checkpoints else 0
 
     def finish(self) -> Result:
@@ -196,7 +196,7 @@ class Run:
                 losses[row["step"]] = row["values"]["train/loss"]
         steps = self.steps()
         repeated = [before + 1 - after for before, after in itertools.pairwise(steps)]
-        commits = [_commit(folder) for folder in committed(Store(self.folder / "checkpoints"))]
+        commits = [_commit(folder) for folder in committed(Store(self.folder)).values()]
         return Result(
             digest=json.loads((self.artifact / "artifact.json").read_text())["digest"],
             losses=losses,

@@ -36,7 +36,7 @@ def config(storage):
     for name, changes in RUNS.items():
         run = pretrain(storage, name, *SMALL, *changes)
         artifacts = sorted(run.folder.glob("artifacts/*"))
-        for attack, folder in zip(("none", "none", "quick"), artifacts, strict=True):
+        for attack, folder in zip(("none", "none", "fast"), artifacts, strict=True):
             fields = {"artifact": str(folder), "launcher": "local", "attack": attack}
             evaluate({**fields, "tracking": tracking})
     return tracking

@@ -11,14 +11,14 @@ import pytest
 
 from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
-from jobs.evaluation.suites import SUITES
+from jobs.evaluation.suites import EVALUATION_SUITES
 from pipeline.tracking.checkpoint_query import CheckpointQuery
 from tests.end_to_end.ray_cluster import ROOT, cluster
 from tests.strangers import answers, drive, listening, machine_addresses, post_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
-SUITE = "standard"
+SUITE = "certify+fast-attack"
 TRAINING = (
     "python -m pipeline.pretrain digits --name run --train.epochs 1 --train.warmup-epochs 0.2 "
     "--checkpoint.every-steps 12 --checkpoint.no-evaluate"
@@ -92,7 +92,7 @@ def test_a_killed_evaluation_worker_changes_nothing(two_nodes, tmp_path):
     assert {job.metadata["suite"] for job in jobs} == {SUITE}
     for checkpoint in checkpoints:
         alone = {
-            **SUITES[SUITE],
+            **EVALUATION_SUITES[SUITE],
             "artifact": checkpoint.artifact_url,
             "launcher": "local",
             "record": False,

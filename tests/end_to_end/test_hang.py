@@ -36,7 +36,7 @@ def ranks_of(process):
 def stop_one_after(folder, process):
     """SIGSTOP for the youngest rank once a checkpoint is committed."""
     deadline = time.monotonic() + 600
-    while not list(folder.glob("checkpoints/*/commit.json")):
+    while not list(folder.glob("checkpoints/*/*/commit.json")):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.2)

@@ -49,7 +49,7 @@ class Store:
         )
         return url, digest, model_id
 
-    def fake_checkpoint(self, step, suite="standard"):
+    def fake_checkpoint(self, step, suite="certify+fast-attack"):
         """A checkpoint whose evaluation by tests.jobs.fake_evaluation is one of its own."""
         url, digest, model_id = self.checkpoint(step, run_id=self.train(f"run-{step}"))
         (found,) = [c for c in self.watch().checkpoints() if c.model_id == model_id]

@@ -12,7 +12,6 @@ from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
 from jobs.evaluate_cra import evaluate
 from jobs.evaluation.attack_task import (
-    SUITES,
     CertificateViolationError,
     attack_tasks,
     lies_inside,
@@ -20,6 +19,7 @@ from jobs.evaluation.attack_task import (
 )
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.results import EvaluationError, merge
+from jobs.evaluation.suites import ATTACK_SUITES
 from jobs.evaluation.tasks import ArtifactTask, forget, shard_tasks
 from model.artifact.artifact import read_info
 from model.certification.eps import eps_value
@@ -49,7 +49,7 @@ def certified(artifact, shards, network):
 
 @pytest.fixture(scope="module")
 def attacks(artifact, certified):
-    config = EvaluationConfig(artifact=artifact, eps=EPS, attack="quick", attack_seed=5)
+    config = EvaluationConfig(artifact=artifact, eps=EPS, attack="fast", attack_seed=5)
     return attack_tasks(config, *certified)
 
 
@@ -75,7 +75,7 @@ def test_what_is_certified_holds_and_the_rest_shrinks_with_eps(results, sound, c
     labels = np.concatenate([part.label for part in records])
     predictions = np.concatenate([part.columns["sound"].prediction for part in records])
     clean = float(np.mean(labels == predictions))
-    assert (found.suite, found.steps, found.restarts, found.clipped) == ("quick", 20, 1, True)
+    assert (found.suite, found.steps, found.restarts, found.clipped) == ("fast", 20, 1, True)
     assert found.methods == ("pgd", "apgd_ce")
     assert found.samples == len(labels)
     assert found.inside_radius_samples == len(labels)
@@ -103,8 +103,8 @@ def test_starts_belong_to_seed_shard_batch_radius_and_method(attacks, monkeypatc
         starts.append(torch.rand(1, generator=generator).item())
         return images
 
-    suite = dataclasses.replace(SUITES["quick"], methods={"a": attack, "b": attack})
-    monkeypatch.setitem(SUITES, "quick", suite)
+    suite = dataclasses.replace(ATTACK_SUITES["fast"], methods={"a": attack, "b": attack})
+    monkeypatch.setitem(ATTACK_SUITES, "fast", suite)
     first, second = attacks[:2]
     for task in (first, second, dataclasses.replace(first, seed=6)):
         task.run()
@@ -136,8 +136,8 @@ def test_an_attack_on_broken_samples_is_not_repeated(attacks, monkeypatch):
         calls.append((len(images), clip))
         return images
 
-    suite = dataclasses.replace(SUITES["quick"], methods={"a": attack})
-    monkeypatch.setitem(SUITES, "quick", suite)
+    suite = dataclasses.replace(ATTACK_SUITES["fast"], methods={"a": attack})
+    monkeypatch.setitem(ATTACK_SUITES, "fast", suite)
     found = attacks[0].run()
     right = attacks[0].prediction == attacks[0].index.rows.label
     np.testing.assert_array_equal(found.robust["255/255"], right)
@@ -212,21 +212,21 @@ def test_an_evaluation_with_inflated_radii_fails_and_leaves_no_summary(fields, m
 
     monkeypatch.setattr(ProvedCertifier, "certify", lying)
     with pytest.raises(CertificateViolationError, match=r"refuted for \d+ samples; sample '"):
-        evaluate(fields | {"attack": "quick"})
+        evaluate(fields | {"attack": "fast"})
     assert not Store(fields["out"]).exists("summary.json")
     assert not Store(fields["out"]).exists("certificate.json")
 
 
 def test_suites():
-    assert set(SUITES) == {"quick", "standard"}
-    assert tuple(SUITES["standard"].methods) == ("pgd", "apgd_ce", "apgd_t_dlr")
-    assert SUITES["standard"].steps == 100
+    assert set(ATTACK_SUITES) == {"fast", "strong"}
+    assert tuple(ATTACK_SUITES["strong"].methods) == ("pgd", "apgd_ce", "apgd_t_dlr")
+    assert ATTACK_SUITES["strong"].steps == 100
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"suite": "none"}, "no attack suite 'none'; known: quick, standard"),
+        ({"suite": "none"}, "no attack suite 'none'; known: fast, strong"),
         ({"radius": np.zeros(1)}, r"test-00000\.tar: \d+ samples, \d+ predictions and 1 radii"),
     ],
 )

@@ -6,11 +6,11 @@ import time
 import pytest
 
 from data_shards.storage.store import Store
-from jobs.evaluation.results import EvaluationError
-from jobs.scheduling.claims import Claim, ClaimPhase, Claims, Holding
+from jobs.scheduling.claims import ClaimPhase, Claims
+from pipeline.run.lease import Holding, Lease, LeaseError
 from tests.object_store import BUCKET, s3_clients, s3_server
 
-FIRST = Claim("0123abcd", 1)
+FIRST = Lease("0123abcd", 1)
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def at_once(url, number=6):
 
     def take(client):
         barrier.wait()
-        if client.take(FIRST, {"suite": "quick"}):
+        if client.take(FIRST, {"suite": "certify"}):
             taken.append(client)
 
     threads = [threading.Thread(target=take, args=(client,)) for client in clients]
@@ -38,7 +38,7 @@ def at_once(url, number=6):
 
 def test_one_of_many_takes_a_claim(tmp_path):
     (winner,) = at_once(str(tmp_path))
-    assert winner.read(FIRST)["suite"] == "quick"
+    assert winner.read(FIRST)["suite"] == "certify"
     assert winner.read(FIRST)["by"] == winner._me
 
 
@@ -57,7 +57,7 @@ def test_one_of_many_takes_a_claim_on_an_object_store():
 def test_a_store_without_conditional_writes_is_refused(claims, monkeypatch):
     claims.require_exclusive()
     monkeypatch.setattr(Store, "create", lambda *_: True)
-    with pytest.raises(EvaluationError, match=r"If-None-Match.*--claims"):
+    with pytest.raises(LeaseError, match=r"If-None-Match.*another store"):
         claims.require_exclusive()
 
 
@@ -111,7 +111,7 @@ def test_failures_are_counted_and_stops_are_not(claims):
 def test_a_holder_outlives_its_lease_and_learns_of_its_loss(claims):
     claims.take(FIRST, {})
     lost = []
-    holding = Holding(claims, FIRST, lease_s=0.4, lost=lost.append)
+    holding = Holding(claims, FIRST, lost=lost.append)
     with holding():
         time.sleep(0.8)
         assert claims.states()[FIRST.key].phase is ClaimPhase.RUNNING
@@ -123,6 +123,6 @@ def test_a_holder_outlives_its_lease_and_learns_of_its_loss(claims):
 
 
 def test_names_of_claims():
-    assert Claim.parse(FIRST.name) == FIRST
-    with pytest.raises(EvaluationError, match="no claim"):
-        Claim.parse("0123abcd")
+    assert Lease.parse(FIRST.name) == FIRST
+    with pytest.raises(LeaseError, match="no lease"):
+        Lease.parse("0123abcd")

@@ -166,8 +166,8 @@ def test_a_run_is_resumed_from_its_checkpoint_and_begun_again_without_one(machin
     for folder in (tmp_path / "compare/runs").glob("*-final-*"):
         (folder / "done.json").unlink()
         if folder.name.startswith("quick"):
-            (folder / "checkpoints/step-1").mkdir(parents=True)
-            (folder / "checkpoints/step-1/commit.json").write_text("{}")
+            (folder / "checkpoints/step-00000001/writer-0001").mkdir(parents=True)
+            (folder / "checkpoints/step-00000001/writer-0001/commit.json").write_text("{}")
     done = len(machine.started)
     compare(config(tmp_path))
     assert machine.resumed == ["quick"]

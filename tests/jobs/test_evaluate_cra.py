@@ -16,10 +16,11 @@ from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import evaluate, main
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.results import EvaluationError, EvaluationSummary
+from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import artifact_info
 from jobs.evaluation.tasks import ArtifactTask, matrix_tasks, shard_tasks
 from model.certify import certify
+from pipeline.run.summary import EvaluationSummary
 from tests.fake_ray import gcs
 
 pytestmark = pytest.mark.integration
@@ -130,7 +131,7 @@ def test_a_residual_that_the_artefact_states_is_not_believed(fields, tmp_path, a
 
 
 def test_an_attack_is_reported_beside_the_certificate(fields):
-    summary = evaluate(fields | {"attack": "quick"})
+    summary = evaluate(fields | {"attack": "fast"})
     assert summary.attack.inside_radius_flips == 0
     assert summary.attack.inside_radius_samples == summary.samples
     for eps, certified in summary.columns["sound"].cra.items():
@@ -165,7 +166,7 @@ def test_a_finished_result_is_used_again(fields):
     other = evaluate(fields | {"eps": ("2/255",)})
     assert other.eval_key != first.eval_key
     assert list(other.columns["sound"].cra) == ["2/255"]
-    attacked = evaluate(fields | {"eps": ("2/255",), "attack": "quick"})
+    attacked = evaluate(fields | {"eps": ("2/255",), "attack": "fast"})
     assert attacked.attack is not None
 
 

@@ -10,16 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 import jobs.evaluation.plots
-from jobs.evaluation.console import report
 from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
-from jobs.evaluation.results import (
-    CURVE_EPS,
-    AttackScores,
-    ColumnScores,
-    EvaluationSummary,
-    LayerRow,
-)
+from jobs.evaluation.results import CURVE_EPS
 from model.certification.eps import eps_value
+from pipeline.run.summary import AttackScores, ColumnScores, EvaluationSummary, LayerRow, report
 
 RATIOS = ("36/255", "72/255", "108/255", "255/255")
 RNG = np.random.default_rng(0)
@@ -51,7 +45,7 @@ def summary(depth=4, vacuous=False, attack=True):
     upper = 1 + 10.0 ** RNG.uniform(-8, -5, len(names))
     sound = column(RADIUS, "float64")
     scores = AttackScores(
-        suite="standard",
+        suite="strong",
         methods=("pgd", "apgd_ce"),
         steps=100,
         restarts=1,
@@ -177,7 +171,7 @@ def test_columns_and_attack_are_named_and_the_band_lies_between_them():
         "cra_nominal (float32)",
         "cra_sound (float64)",
         "cra_deployed (float32)",
-        "under attack (standard)",
+        "under attack (strong)",
         "not known",
     ]
     (axes,) = figure.axes
@@ -254,5 +248,5 @@ def test_the_files_are_pngs_of_the_stated_size_without_pyplot():
 @pytest.mark.parametrize(("family", "offered"), [("lipnext", True), ("sll", False)])
 def test_only_a_network_that_the_verifier_knows_is_offered_for_a_check(family, offered):
     told = io.StringIO()
-    report(Console(file=told), dataclasses.replace(summary(), family=family))
+    report(Console(file=told), [dataclasses.replace(summary(), family=family)])
     assert ("python -m model.verify" in told.getvalue()) == offered

@@ -41,7 +41,7 @@ def settings(request, shards, tmp_path):
         "out": str(tmp_path / "out"),
         "launcher": "local",
         "batch_size": 7,
-        "attack": "quick",
+        "attack": "fast",
         "record": False,
     }
 

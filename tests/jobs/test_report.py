@@ -78,7 +78,7 @@ def made(tmp_path_factory, shards):
 
     one = train("one", 1000, **PARAMS)
     certify(one, 10, 16)
-    certify(one, 20, 20, attack="quick")
+    certify(one, 20, 20, attack="fast")
     certify(train("two<b>", 2000, **{**PARAMS, "loss.eps": 0.2}), 10, 24)
     for run_id in runs.values():
         server.finish_run(run_id, "FINISHED", now_ms())

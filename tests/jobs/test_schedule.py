@@ -11,15 +11,16 @@ from mlflow import MlflowClient
 from pydantic import ValidationError
 from rich.console import Console
 
-from jobs.evaluation.config import EvaluationConfig
+from jobs.evaluation.config import EvaluationConfig, suite_config
 from jobs.evaluation.results import EvaluationError
-from jobs.evaluation.suites import SUITES, suite_config
+from jobs.evaluation.suites import EVALUATION_SUITES
 from jobs.schedule import Scheduler, _apply, _due_now, main, rules_by_time, trigger
 from jobs.scheduling.backlog import Backlog
-from jobs.scheduling.claims import Claim, ClaimPhase, Claims
+from jobs.scheduling.claims import ClaimPhase, Claims
 from jobs.scheduling.config import ScheduleConfig, arguments
 from jobs.scheduling.launchers import submission_id
 from jobs.scheduling.status_page import page
+from pipeline.run.lease import Lease
 from pipeline.tracking.client import TrackingConfig
 from tests.jobs.mlflow_store import Store
 
@@ -55,12 +56,17 @@ class Recorder:
 
 
 def test_rules_name_suites_and_times():
-    rules = ("quick@checkpoint", "standard", "full@0 3 * * *", "sound+attack@6h")
+    rules = (
+        "certify@checkpoint",
+        "certify+fast-attack",
+        "certify+strong-attack+bfloat16@0 3 * * *",
+        "certify+strong-attack@6h",
+    )
     config = ScheduleConfig(rules=rules)
     assert rules_by_time(config) == {
-        "checkpoint": ["quick", "standard"],
-        "0 3 * * *": ["full"],
-        "6h": ["sound+attack"],
+        "checkpoint": ["certify", "certify+fast-attack"],
+        "0 3 * * *": ["certify+strong-attack+bfloat16"],
+        "6h": ["certify+strong-attack"],
     }
     now = datetime(2026, 11, 21, 12, tzinfo=timezone.utc)
     due = trigger("0 3 * * *", config).get_next_fire_time(None, now)
@@ -72,7 +78,7 @@ def test_rules_name_suites_and_times():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rules": ("nightly@6h",)}, "no evaluation suite 'nightly'; known: quick, standard"),
+        ({"rules": ("nightly@6h",)}, "no evaluation suite 'nightly'; known: certify, certify"),
         ({"tracking": TrackingConfig(uri="https://mlflow.example")}, "needs --claims URL"),
         ({"tracking": TrackingConfig(uri="https://me:sesame@x")}, "credentials"),
         ({"runtime_env": "[]"}, "runtime_env must be a JSON object"),
@@ -83,7 +89,7 @@ def test_impossible_schedules_are_refused(changes, message):
         ScheduleConfig(**changes)
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", EVALUATION_SUITES)
 def test_the_command_says_what_the_suite_says(suite, tmp_path):
     config = suite_config(
         suite,
@@ -97,8 +103,8 @@ def test_the_command_says_what_the_suite_says(suite, tmp_path):
 
 
 def test_suites_differ_in_their_result_and_in_its_place(artifact):
-    configs = [suite_config(suite, artifact) for suite in SUITES]
-    assert len({config.out for config in configs}) == len(SUITES)
+    configs = [suite_config(suite, artifact) for suite in EVALUATION_SUITES]
+    assert len({config.out for config in configs}) == len(EVALUATION_SUITES)
     assert configs[0] == EvaluationConfig(artifact=artifact)  # what training makes
     with pytest.raises(EvaluationError, match="no evaluation suite"):
         suite_config("slow", artifact)
@@ -110,27 +116,27 @@ def test_what_is_open_done_left_to_training_or_unreadable(store):
     store.checkpoint(2, run_id=busy)
     gone = Path(store.checkpoint(3)[0].removeprefix("file://"))
     (gone / "artifact.json").unlink()
-    look, claims, config = backlog(store, rules=("quick", "standard"))
+    look, claims, config = backlog(store, rules=("certify", "certify+fast-attack"))
     entries = {(e.suite, e.checkpoint.step): e for e in look.look(config.suites)}
     phases = {name: entry.phase for name, entry in entries.items()}
     assert phases == {
-        ("quick", 1): ClaimPhase.OPEN,
-        ("quick", 2): ClaimPhase.RUNNING,
-        ("quick", 3): ClaimPhase.FAILED,
-        ("standard", 1): ClaimPhase.OPEN,
-        ("standard", 2): ClaimPhase.OPEN,
-        ("standard", 3): ClaimPhase.FAILED,
+        ("certify", 1): ClaimPhase.OPEN,
+        ("certify", 2): ClaimPhase.RUNNING,
+        ("certify", 3): ClaimPhase.FAILED,
+        ("certify+fast-attack", 1): ClaimPhase.OPEN,
+        ("certify+fast-attack", 2): ClaimPhase.OPEN,
+        ("certify+fast-attack", 3): ClaimPhase.FAILED,
     }
-    assert entries["quick", 2].note == "left to its training"
-    assert "no artefact" in entries["quick", 3].note
+    assert entries["certify", 2].note == "left to its training"
+    assert "no artefact" in entries["certify", 3].note
     with pytest.raises(EvaluationError, match="no artefact"):
-        _ = entries["quick", 3].next
+        _ = entries["certify", 3].next
 
     impatient = backlog(store, patience_s=1e-6)[0]
-    assert impatient.look(["quick"])[1].phase is ClaimPhase.OPEN
+    assert impatient.look(["certify"])[1].phase is ClaimPhase.OPEN
 
-    claims.take(entries["standard", 1].next, {"suite": "standard"})
-    assert {e.phase for e in look.look(["standard"])} == {
+    claims.take(entries["certify+fast-attack", 1].next, {"suite": "certify+fast-attack"})
+    assert {e.phase for e in look.look(["certify+fast-attack"])} == {
         ClaimPhase.RUNNING,
         ClaimPhase.OPEN,
         ClaimPhase.FAILED,
@@ -138,7 +144,7 @@ def test_what_is_open_done_left_to_training_or_unreadable(store):
     console = Console(record=True, width=200)
     page(console, config, claims, look.look(config.suites))
     text = console.export_text()
-    assert "standard of run step 1; claim" in text
+    assert "certify+fast-attack of run step 1; claim" in text
     assert "left to its training" in text
     assert "no artefact at" in text
 
@@ -147,7 +153,7 @@ def test_an_evaluation_has_the_split_and_the_radii_of_its_training(store):
     params = {"data.test_split": "validation", "checkpoint.evaluate_eps": "['1/255', '8/255']"}
     store.checkpoint(1, run_id=store.train("other", **params))
     (checkpoint,) = store.watch().checkpoints()
-    for suite in SUITES:
+    for suite in EVALUATION_SUITES:
         config = store.config().evaluation(suite, checkpoint)
         assert (config.split, config.eps) == ("validation", ("1/255", "8/255"))
         assert config.out is None or "/evaluation/validation-" in config.out
@@ -158,7 +164,7 @@ def test_only_the_newest_checkpoint_of_each_run(store):
     for step in (1, 2, 3):
         store.checkpoint(step)
         store.checkpoint(10 * step, run_id=other)
-    found = backlog(store, newest=True)[0].look(["standard"])
+    found = backlog(store, newest=True)[0].look(["certify+fast-attack"])
     assert sorted(entry.checkpoint.step for entry in found) == [3, 30]
 
 
@@ -172,7 +178,7 @@ def test_versions_of_registered_models_are_watched(store):
     watch = store.watch(models=config.models)
     watch._experiments = ("another",)
     claims = Claims(config.claims_url, lease_s=60)
-    (entry,) = Backlog(config, claims, watch).look(["standard"])
+    (entry,) = Backlog(config, claims, watch).look(["certify+fast-attack"])
     assert entry.checkpoint.model_id == model_id
     assert entry.config.tracking.experiment == "set"
 
@@ -186,7 +192,7 @@ def test_two_schedulers_share_the_work_and_keep_their_bounds(store):
         look, claims, config = backlog(store, parallel=2)
         schedulers.append(Scheduler(config, claims, look, submitter))
     for scheduler in schedulers:
-        scheduler.look(["standard"])
+        scheduler.look(["certify+fast-attack"])
     for scheduler in schedulers * 2:
         scheduler.tick()
     assert [len(s.submitted) for s in submitters] == [2, 2]
@@ -197,8 +203,8 @@ def test_two_schedulers_share_the_work_and_keep_their_bounds(store):
     assert schedulers[0].failures == 1
     _, words, facts = submitters[0].submitted[0]
     assert words[:2] == ["-m", "jobs.scheduling.claimed_evaluation"]
-    assert facts["suite"] == "standard"
-    assert submission_id(Claim("ab", 2)) == "cra-ab-0002"
+    assert facts["suite"] == "certify+fast-attack"
+    assert submission_id(Lease("ab", 2)) == "cra-ab-0002"
 
 
 def test_a_time_that_passed_without_a_scheduler_is_caught_up(store):
@@ -207,7 +213,7 @@ def test_a_time_that_passed_without_a_scheduler_is_caught_up(store):
     assert _due_now("checkpoint", config, claims)
     assert _due_now("1h", config, claims)
     assert not _due_now(cron, config, claims)  # never applied: its time will come
-    _apply(Scheduler(config, claims, look, Recorder()), claims, cron, ["standard"])
+    _apply(Scheduler(config, claims, look, Recorder()), claims, cron, ["certify+fast-attack"])
     assert not _due_now(cron, config, claims)
     (mark,) = [name for name in claims.store.ls() if name.startswith("rule.")]
     claims.store.write(mark, json.dumps({"at": time.time() - 86400}).encode())
@@ -220,9 +226,9 @@ def test_a_store_that_does_not_answer_is_asked_again(store, monkeypatch, caplog)
     scheduler = Scheduler(config, claims, look, submitter := Recorder())
     with monkeypatch.context() as patch:
         patch.setattr(look._watch, "checkpoints", lambda: 1 / 0)
-        scheduler.look(["standard"])
+        scheduler.look(["certify+fast-attack"])
     assert "cannot look for checkpoints: ZeroDivisionError" in caplog.text
-    scheduler.look(["standard"])
+    scheduler.look(["certify+fast-attack"])
     scheduler.tick()
     assert len(submitter.submitted) == 1
 
@@ -231,7 +237,7 @@ def test_once_evaluates_records_and_then_has_nothing_to_do(store, capfd, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(store.folder / "cache"))
     url, _, model_id = store.checkpoint(7)
     flags = ["--tracking.uri", store.tracking.uri, "--tracking.experiment", "set"]
-    flags += ["--rules", "quick@checkpoint", "--tasks.launcher", "local"]
+    flags += ["--rules", "certify@checkpoint", "--tasks.launcher", "local"]
     assert main([*flags, "--once"]) == 0
     log = next((store.folder / "cache").rglob("*.log")).read_text()
     assert "certified robust accuracy" in log
@@ -245,11 +251,11 @@ def test_once_evaluates_records_and_then_has_nothing_to_do(store, capfd, monkeyp
     assert main([*flags, "--once"]) == 0
     assert "attempt" not in capfd.readouterr().err
     assert main([*flags, "--status"]) == 0
-    assert "│ quick │ 1           │ 0    │ 0       │ 0       │ 1    │ 0      │" in (
+    assert "│ certify │ 1           │ 0    │ 0       │ 0       │ 1    │ 0      │" in (
         capfd.readouterr().out
     )
 
 
 def test_bad_input_is_refused_by_the_command(capfd):
-    assert main(["--rules", "quick@now and then"]) == 2
+    assert main(["--rules", "certify@now and then"]) == 2
     assert "neither `checkpoint`" in capfd.readouterr().out

@@ -27,7 +27,12 @@ class Schedulers:
 
     def __init__(self, store):
         self.command = [sys.executable, "-m", "jobs.schedule", "--tracking.uri", store.tracking.uri]
-        self.command += ["--tracking.experiment", "set", "--rules", "standard@checkpoint"]
+        self.command += [
+            "--tracking.experiment",
+            "set",
+            "--rules",
+            "certify+fast-attack@checkpoint",
+        ]
         self.command += ["--entry", "tests.jobs.fake_evaluation:main", "--tasks.launcher", "local"]
         self.command += ["--lease-s", "8", "--poll-s", "1", "--parallel", "2", "--attempts", "99"]
         self.log = (store.folder / "schedulers.log").open("ab")

@@ -1,4 +1,4 @@
-"""Small runs that the tests of this room share, and the worlds in which ranks execute them."""
+"""Small runs that the tests of pipeline share, and the process groups in which their ranks run."""
 
 import contextlib
 import dataclasses

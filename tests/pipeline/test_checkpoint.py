@@ -68,7 +68,8 @@ def stop_and_go_on(rank, world_size, folder, shards):
             if rank == 0:
                 shutil.copytree(f"{folder}/stopped-fp32", f"{folder}/{url}")
                 if url == "uncommitted":
-                    Path(folder, url, f"checkpoints/step-{STOP:08d}/commit.json").unlink()
+                    step = Path(folder, url, f"checkpoints/step-{STOP:08d}")
+                    (step / "writer-0000/commit.json").unlink()
             world.barrier()
 
         for precision in ("fp32", "bf16"):
@@ -160,13 +161,13 @@ def test_without_commit_a_checkpoint_does_not_exist(outcomes):
 
 def test_newest_is_the_highest_committed_step(tmp_path):
     store = Store(tmp_path)
-    assert committed(store) == []
-    assert committed(store.child("nothing")) == []
-    for step in (900, 1000, 11000):
-        store.write(f"step-{step:08d}/rank-00000-of-00001.safetensors", b"")
-        if step < 11000:
-            store.write(f"step-{step:08d}/commit.json", b"{}")
-    assert [folder.url[-5:] for folder in committed(store)] == ["01000", "00900"]
+    assert committed(store) == {}
+    assert committed(store.child("nothing")) == {}
+    for step in (900, 1000, 11000, 100_000_000):  # as a text the last one is the lowest
+        store.write(f"checkpoints/step-{step:08d}/writer-0001/rank-00000-of-00001.safetensors", b"")
+        if step != 11000:
+            store.write(f"checkpoints/step-{step:08d}/writer-0001/commit.json", b"{}")
+    assert list(committed(store)) == [100_000_000, 1000, 900]
 
 
 # -- other numbers of ranks, and damage ------------------------------------------------------------
@@ -181,7 +182,7 @@ def go_on_elsewhere(rank, world_size, url, shards, damaged):
             run = Path(broken.rpartition("/c")[0])
             refused["worker"] = observed_run(WorkerSpec(config(), str(run), shards, {}))
             if rank == 0:
-                for name in Path(run, "checkpoints").glob("*/rank-00000-*"):
+                for name in Path(run, "checkpoints").glob("*/*/rank-00000-*"):
                     name.write_bytes(b"")
             world.barrier()
             refused["none sound"] = observed_run(WorkerSpec(config(), str(run), shards, {}))
@@ -220,7 +221,7 @@ def damaged_runs(folder):
     for name in ("missing", "cut short", "flipped", "commit cut short", "another network", "sound"):
         run = folder / f"damaged-{name.replace(' ', '-')}"
         shutil.copytree(folder / "pristine", run)
-        step = run / f"checkpoints/step-{STOP:08d}"
+        step = run / f"checkpoints/step-{STOP:08d}/writer-0000"
         urls[name] = str(step)
         if name == "missing":
             (step / FILES[1]).unlink()
@@ -244,7 +245,7 @@ def elsewhere(folder, shards, outcomes):
         url = folder / f"on-{world_size}"
         shutil.copytree(folder / "pristine", url)
         # Left behind by a writing that was never committed: no commit lists it.
-        stray = url / f"checkpoints/step-{STOP:08d}/rank-00002-of-00003.safetensors"
+        stray = url / f"checkpoints/step-{STOP:08d}/writer-0000/rank-00002-of-00003.safetensors"
         stray.write_bytes(b"stray")
         damaged = damaged_runs(folder) if world_size == 3 else {}
         ranks = run_ranks(go_on_elsewhere, world_size, str(url), shards, damaged, timeout=200)

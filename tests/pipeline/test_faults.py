@@ -269,8 +269,7 @@ def on_a_full_disk(rank, world_size, folder, shards):
                 disk.enter_context(full_disk(4096))
             if done == FULL[1]:
                 disk.close()
-                found = committed(Store(f"{folder}/full/checkpoints"))
-                newest.extend(store.url[-1:] for store in found)
+                newest.extend(str(step) for step in committed(Store(f"{folder}/full")))
             return genuine(engine, *arguments, **options)
 
         outcomes["plain"] = observed_run(WorkerSpec(config(), f"{folder}/plain", shards, {}))

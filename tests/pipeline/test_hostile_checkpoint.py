@@ -105,7 +105,7 @@ def test_a_commit_of_something_else_is_refused(tmp_path, text):
 
 def test_a_store_that_is_away_makes_no_checkpoint_a_damaged_one(tmp_path, monkeypatch):
     for step in (2, 3):
-        save(list(ranks_of(2)), Store(tmp_path / f"step-{step:08d}"), step)
+        save(list(ranks_of(2)), Store(tmp_path / f"checkpoints/step-{step:08d}/writer-0001"), step)
     (target,) = ranks_of(1)
     before = digests([target])
     genuine = Store.read_range
@@ -115,7 +115,7 @@ def test_a_store_that_is_away_makes_no_checkpoint_a_damaged_one(tmp_path, monkey
         raise OSError("503: slow down")
 
     monkeypatch.setattr(Store, "read_range", away)
-    with pytest.raises(UnreadableError, match=r"step-00000003 cannot be read.*503"):
+    with pytest.raises(UnreadableError, match=r"step-00000003/writer-0001 cannot be read.*503"):
         load_newest(Store(tmp_path), world=target[0], engine=target[1])
     assert digests([target]) == before
     monkeypatch.setattr(Store, "read_range", genuine)

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from data_shards.storage.store import Store
 from pipeline.checkpoint.reader import committed
-from pipeline.checkpoint.retention import PINNED, Candidate, retain, surplus
-from pipeline.checkpoint.writer import COMMIT
+from pipeline.checkpoint.retention import Candidate, retain, surplus
 from pipeline.config import CheckpointConfig
+from pipeline.run.layout import COMMIT, PINNED, written_checkpoint
 
 
 def steps(*numbers, size=1_000_000_000):
@@ -79,15 +79,30 @@ def test_the_newest_and_the_pinned_never_go(numbers, last, every, best, budget, 
 def test_in_a_folder(tmp_path):
     run = Store(tmp_path)
     for step in (10, 20, 30, 40):
-        run.write(f"checkpoints/step-{step:08d}/{COMMIT}", b"{}")
-        run.write(f"checkpoints/step-{step:08d}/rank-00000-of-00001.safetensors", b"x" * step)
+        folder = run.child(written_checkpoint(step, 1))
+        folder.write(COMMIT, b"{}")
+        folder.write("rank-00000-of-00001.safetensors", b"x" * step)
     run.write(f"checkpoints/step-00000010/{PINNED}", b"")
     for torn in (15, 45):
-        run.write(f"checkpoints/step-{torn:08d}/rank-00000-of-00001.safetensors", b"x")
+        run.write(f"checkpoints/step-{torn:08d}/writer-0001/rank-00000-of-00001.safetensors", b"x")
     run.write("artifacts/step-00000020/artifact.json", b"{}")
     assert retain(run, CheckpointConfig(keep_last=1), {20: 0.1, 30: 0.9}) == [20]
-    found = [folder.url[-2:] for folder in committed(run.child("checkpoints"))]
-    assert found == ["40", "30", "10"]
+    found = list(committed(run))
+    assert found == [40, 30, 10]
     # The torn one that is newer than all others may be under way.
     assert [name[-2:] for name in run.ls("checkpoints")] == ["10", "30", "40", "45"]
     assert run.exists("artifacts/step-00000020/artifact.json")
+
+
+def test_what_people_and_tools_leave_there_is_no_checkpoint_and_stays(tmp_path):
+    run = Store(tmp_path)
+    names = ["step-00000010", "step-00000020", "step-00000030"]
+    strays = ["step-backup", "step-00000090.bak", "step-000000040", "step-5"]
+    for name in names + strays:
+        run.write(f"checkpoints/{name}/writer-0001/{COMMIT}", b"{}")
+    run.write("checkpoints/.DS_Store", b"")
+    assert retain(run, CheckpointConfig(keep_last=1), {}) == [10, 20]
+    assert list(committed(run)) == [30]
+    assert set(run.ls("checkpoints")) == {
+        f"checkpoints/{name}" for name in [*strays, ".DS_Store", "step-00000030"]
+    }

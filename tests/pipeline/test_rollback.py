@@ -100,7 +100,8 @@ def runs(rank, world_size, folder, shards):
         if rank == 0:
             for name in ("moved", "remembered"):
                 shutil.copytree(f"{folder}/stopped", f"{folder}/{name}")
-            commit = Path(folder, "moved/checkpoints", f"step-{KEPT:08d}", "commit.json")
+            step = Path(folder, "moved/checkpoints", f"step-{KEPT:08d}")
+            commit = step / "writer-0000/commit.json"
             body = json.loads(commit.read_text())
             body["cursor"] = dataclasses.asdict(cursor(*divmod(BAD[-1] * BATCH, EPOCH)))
             commit.write_text(json.dumps(body))

@@ -9,10 +9,10 @@ import pytest
 import pipeline.driver.preflight
 from data_shards.sources import digits
 from data_shards.write import write_shard_set
-from pipeline.driver.preflight import prepare
 from pipeline.errors import PipelineError
 from pipeline.pretrain import parse
 from pipeline.run.ray_job import is_ray_job, submission_tags, uploaded_code
+from tests.pipeline.prepared import prepare
 
 
 @pytest.fixture

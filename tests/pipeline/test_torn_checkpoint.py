@@ -12,8 +12,9 @@ import torch
 from data_shards.storage.store import Store
 from pipeline.checkpoint import writer
 from pipeline.checkpoint.reader import _check_file, _read_commit, committed
-from pipeline.checkpoint.writer import COMMIT, Snapshot, commit, write_snapshot
+from pipeline.checkpoint.writer import Snapshot, commit, write_snapshot
 from pipeline.errors import PipelineError
+from pipeline.run.layout import COMMIT, written_checkpoint
 
 RANKS = 2
 
@@ -67,16 +68,21 @@ def killed_while_saving(folder: Store, step: int, last: int) -> bool:
 def test_killed_at_any_write(tmp_path):
     newest_steps = []
     for last in itertools.count():
-        checkpoints = Store(tmp_path / str(last))
-        save(checkpoints.child("step-00000004"), 4, "before")
-        folder = checkpoints.child("step-00000008")
+        run = Store(tmp_path / str(last))
+        save(run.child(written_checkpoint(4, 1)), 4, "before")
+        folder = run.child(written_checkpoint(8, 1))
         died = killed_while_saving(folder, 8, last)
-        newest = committed(checkpoints)[0]
+        newest = next(iter(committed(run).values()))
         newest_steps.append(_read_commit(newest)["step"])
         assert newest_steps[-1] == (8 if folder.exists(COMMIT) else 4)
         for record in _read_commit(newest)["files"]:
             _check_file(newest, record)
-        # The same step once more, as after a restart: nothing of the dead attempt is left.
+        # The same step once more, as after a restart: nothing of the dead attempt is left. One that
+        # has committed it is not made again by the same writer.
+        if folder.exists(COMMIT):
+            with pytest.raises(PipelineError, match="was committed by another process"):
+                save(folder, 8, "second")
+            folder = run.child(written_checkpoint(8, 2))
         save(folder, 8, "second")
         files = [f"rank-{rank:05d}-of-00002.safetensors" for rank in range(RANKS)]
         assert sorted(os.listdir(folder.local_path())) == [COMMIT, *files]

@@ -1,0 +1,250 @@
+"""The result of an evaluation, and the table that a person sees of it.
+
+The evaluation fills an `EvaluationSummary` and writes it as `summary.json`; training, which reaches
+the evaluation by name only, gets the same record back. Both print it with `report`.
+"""
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from data_shards.storage.store import Store
+from model.verify_files import CHOICES
+from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE
+
+
+@dataclass(frozen=True)
+class ColumnScores:
+    """The summary of one column.
+
+    Attributes:
+        program: arithmetic that computed the logits.
+        lipschitz: Lipschitz constant that was used; 1 in the nominal column.
+        unit_roundoff: unit roundoff of the program's activations.
+        clean: accuracy.
+        certified: number of samples certified at each eps.
+        cra: certified robust accuracy by eps ratio.
+        mean_radius: average certified radius; a wrong prediction counts as 0.
+        vacuous: the error terms leave no radius to any sample that has a positive margin.
+        largest_error: largest error of a margin at a sample; None: nothing can be said.
+        largest_error_ball: largest error of a margin on a ball; None: nothing can be said.
+        curve: (eps, certified robust accuracy) over a grid.
+    """
+
+    program: str
+    lipschitz: float
+    unit_roundoff: float
+    clean: float
+    certified: dict[str, int]
+    cra: dict[str, float]
+    mean_radius: float
+    vacuous: bool
+    largest_error: float | None
+    largest_error_ball: float | None
+    curve: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class AttackScores:
+    """Accuracy under attack; it bounds the true robust accuracy from above.
+
+    Attributes:
+        suite: name of the attack suite.
+        methods: attacks of the suite, in the order in which they are tried.
+        steps: gradient steps of each attack.
+        restarts: runs of each attack.
+        samples: samples attacked.
+        clipped: attacked images stay in [0, 1].
+        accuracy: share of samples that no attack broke, by eps ratio.
+        inside_radius_samples: samples attacked just inside their certified radius.
+        inside_radius_flips: of these, how many changed class; anything but 0 is an error.
+    """
+
+    suite: str
+    methods: tuple[str, ...]
+    steps: int
+    restarts: int
+    samples: int
+    clipped: bool
+    accuracy: dict[str, float]
+    inside_radius_samples: int
+    inside_radius_flips: int
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """Bounds of the norm of one matrix: proved from above, observed from below."""
+
+    name: str
+    upper: float
+    lower: float
+
+
+@dataclass(frozen=True)
+class EvaluationSummary:
+    """The result of an evaluation; the same for every number of tasks.
+
+    Attributes:
+        columns: scores by column: `nominal` is the float32 program with layers taken as exactly
+            orthogonal and no rounding term; `sound` and `deployed` are proved, for the float64
+            program and for the one that serves.
+        per_class: clean and sound certified accuracy by true class.
+        orthogonality_residual: the artefact's largest ``‖XᵀX - I‖``.
+        network_bound: proved Lipschitz constant of the features.
+        observed_lipschitz: largest constant that a gradient showed: a lower bound.
+        layers: bounds of every matrix.
+        attack: accuracy under attack, if one was asked for.
+        certificate_digest: digest of certificate.json.
+        family: kind of the network.
+    """
+
+    norm: str
+    eval_key: str
+    artifact_url: str
+    artifact_digest: str
+    shards_url: str
+    dataset: str
+    index_digest: str
+    split: str
+    out_url: str
+    step: int
+    samples: int
+    columns: dict[str, ColumnScores]
+    per_class: tuple[dict[str, float], ...]
+    orthogonality_residual: float
+    network_bound: float
+    observed_lipschitz: float
+    layers: tuple[LayerRow, ...]
+    attack: AttackScores | None
+    certificate_digest: str
+    family: str
+
+    @property
+    def verifiable(self) -> bool:
+        """Whether `model.verify`, which shares no code with the rest, knows the network."""
+        return self.family in CHOICES["kind"]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the scalars by metric name, e.g. ``cra_sound/l2/36_255``.
+
+        A vacuous column has none.
+        """
+        found = {"clean": self.columns["sound"].clean}
+        for name, column in self.columns.items():
+            if not column.vacuous:
+                for ratio, value in column.cra.items():
+                    found[f"cra_{name}/{self.norm}/{metric_suffix(ratio)}"] = value
+                found[f"mean_radius_{name}"] = column.mean_radius
+        for ratio, value in (self.attack.accuracy if self.attack else {}).items():
+            found[f"attack/{self.norm}/{metric_suffix(ratio)}"] = value
+        return found
+
+    def to_json(self) -> bytes:
+        """Return the bytes of ``summary.json``."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "EvaluationSummary":
+        """Read the bytes of ``summary.json``."""
+        fields = json.loads(data)
+        for column in fields["columns"].values():
+            column["curve"] = tuple((eps, value) for eps, value in column["curve"])
+        fields["columns"] = {name: ColumnScores(**c) for name, c in fields["columns"].items()}
+        fields["per_class"] = tuple(fields["per_class"])
+        fields["layers"] = tuple(LayerRow(**row) for row in fields["layers"])
+        if fields["attack"] is not None:
+            fields["attack"]["methods"] = tuple(fields["attack"]["methods"])
+            fields["attack"] = AttackScores(**fields["attack"])
+        return cls(**fields)
+
+
+def metric_suffix(ratio: str) -> str:
+    """36/255 -> 36_255: a slash would open a new group of charts."""
+    return ratio.replace("/", "_")
+
+
+def report(console: Console, summaries: Sequence[EvaluationSummary]) -> None:
+    """Print a table of evaluations, and of the last one its bounds and how to check it.
+
+    Earlier ones show `cra_sound` alone, the last one every column and the accuracy under attack.
+
+    Args:
+        console: where to.
+        summaries: at least one, in the order of their steps, all of one shard set.
+    """
+    last = summaries[-1]
+    console.print(_table(summaries))
+    for line in _lines(last):
+        # Names and paths come from outside: no markup, no wrapping of what is to be copied.
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(summaries: Sequence[EvaluationSummary]) -> Table:
+    last = summaries[-1]
+    title = f"certified robust accuracy, {last.norm}, {last.samples} samples of {last.dataset}"
+    table = Table(title=Text(title))
+    table.add_column("step", justify="right")
+    table.add_column("")
+    ratios = tuple(last.columns["sound"].cra)
+    for name in ("clean", *ratios):
+        table.add_column(name, justify="right")
+    for summary in summaries:
+        names = list(summary.columns) if summary is last else ["sound"]
+        for name in names:
+            column = summary.columns[name]
+            cells = ["vacuous" if column.vacuous else _percent(column.cra[r]) for r in ratios]
+            table.add_row(str(summary.step), f"cra_{name}", _percent(column.clean), *cells)
+    if last.attack:
+        cells = [_percent(last.attack.accuracy[ratio]) for ratio in ratios]
+        table.add_row(str(last.step), "under attack", "-", *cells)
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}"
+
+
+def _lines(summary: EvaluationSummary) -> Iterator[str]:
+    sound, deployed = summary.columns["sound"], summary.columns["deployed"]
+    yield (
+        f"Lipschitz constant: proved <= {summary.network_bound:.9f}, observed >= "
+        f"{summary.observed_lipschitz:.9f}; {sound.program} error of a margin <= "
+        f"{sound.largest_error_ball or float('inf'):.1e}"
+    )
+    yield (
+        f"mean certified radius {sound.mean_radius:.4f}; artifact {summary.artifact_digest[:12]}, "
+        f"step {summary.step}, largest orthogonality residual "
+        f"{summary.orthogonality_residual:.1e}; cra_deployed is of the {deployed.program} program"
+    )
+    if summary.attack:
+        yield _attack_line(summary.attack)
+    out = local_path(summary.out_url)
+    yield f"CRA curve:   {out}/{CRA_FIGURE}"
+    others = [RADIUS_FIGURE] + [BOUNDS_FIGURE] * bool(summary.layers)
+    yield f"figures:     {', '.join(others)} beside it"
+    yield f"certificate: {out}/{CERTIFICATE}"
+    if summary.verifiable:
+        artifact, shards = local_path(summary.artifact_url), local_path(summary.shards_url)
+        words = ("python", "-m", "model.verify", out, "--artifact", artifact, "--shards", shards)
+        yield f"check it:    {shlex.join(words)}"
+
+
+def _attack_line(attack: AttackScores) -> str:
+    pixels = "pixels kept in [0, 1]" if attack.clipped else "pixels not clipped"
+    return (
+        f"attack {attack.suite}: {', '.join(attack.methods)}; {attack.steps} steps, "
+        f"{attack.restarts} restarts, {attack.samples} samples, {pixels}; "
+        f"{attack.inside_radius_samples} attacked inside their radius, "
+        f"{attack.inside_radius_flips} changed class"
+    )
+
+
+def local_path(url: str) -> str:
+    """A path that a person can open on this machine, else the URL without credentials."""
+    store = Store(url)
+    return str(store.local_path() or store)

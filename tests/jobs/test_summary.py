@@ -1,0 +1,68 @@
+"""What training and the evaluation job share: one record of an evaluation and one table of it."""
+
+import dataclasses
+import io
+import shlex
+from unittest import mock
+
+from rich.console import Console
+
+from pipeline.driver.console import RunConsole
+from pipeline.driver.monitor import _show
+from pipeline.run.summary import report
+from tests.jobs.test_figure import summary
+
+
+def printed(show):
+    file = io.StringIO()
+    show(Console(file=file, width=80))
+    return file.getvalue()
+
+
+def rows(text):
+    """(step, column) of the table's rows."""
+    lines = [line.split("│") for line in text.splitlines() if line.startswith("│")]
+    return [(int(cells[1]), cells[2].strip()) for cells in lines]
+
+
+def test_earlier_evaluations_show_what_is_proved_and_the_last_one_everything():
+    evaluations = [dataclasses.replace(summary(), step=step) for step in (500, 1000)]
+    text = printed(lambda console: report(console, evaluations))
+    assert rows(text) == [
+        (500, "cra_sound"),
+        *((1000, f"cra_{name}") for name in evaluations[-1].columns),
+        (1000, "under attack"),
+    ]
+    assert max(map(len, text.split("Lipschitz constant")[0].splitlines())) <= 80
+
+
+def test_a_column_that_proves_nothing_says_so():
+    text = printed(lambda console: report(console, [summary(vacuous=True)]))
+    (line,) = [line for line in text.splitlines() if "cra_deployed │" in line]
+    assert line.count("vacuous") == len(summary().columns["sound"].cra)
+
+
+def test_training_prints_the_table_of_the_job():
+    evaluation = summary()
+    prepared, tracker = mock.Mock(), mock.Mock(run=None)
+    prepared.job.run_url = "file:///runs/a"
+    by_job = printed(lambda console: report(console, [evaluation]))
+    by_training = printed(
+        lambda console: _show([evaluation], prepared, tracker, RunConsole(console))
+    )
+    assert by_training == f"{by_job}artifacts:   /runs/a/artifacts\n"
+
+
+def test_names_from_outside_end_no_run():
+    hostile = dataclasses.replace(
+        summary(),
+        dataset="[/x][bold]<script>",
+        out_url="file:///a [/b]/it's",
+        shards_url="s3://me:secret@bucket/$(reboot)",
+    )
+    text = printed(lambda console: report(console, [hostile]))
+    assert "[/x][bold]<script>" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("check it:")]
+    words = shlex.split(line.removeprefix("check it:"))
+    assert words[3] == "/a [/b]/it's"
+    assert words[-1] == "s3://bucket/$(reboot)"
