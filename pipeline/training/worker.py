@@ -13,6 +13,8 @@ import torch
 from data_shards.storage.store import Store
 from data_shards.streaming.corruption_log import CorruptionLog
 from data_shards.streaming.sampler import Cursor
+from data_shards.streaming.stream import SampleStream
+from data_shards.streaming.webdataset_stream import UnindexedStream
 from pipeline.checkpoint.async_saver import AsyncSaver
 from pipeline.checkpoint.reader import load_newest
 from pipeline.config import RunConfig
@@ -102,8 +104,8 @@ def _train(
     run = Store(job.run_url)
     # Rank 0 asks the store for all: an answer that differed would give ranks different batches.
     sizes = world.share(too_large(run) if world.rank == 0 else None)
-    config = job.config
-    config = dataclasses.replace(config, train=fitting(config.train, sizes, world.size))
+    train = fitting(job.config.train, sizes, world.size)
+    config = dataclasses.replace(job.config, train=train)
     samples = open_samples(
         job.shards_url, config.data, config.model, certify=config.checkpoint.evaluate
     )
@@ -156,44 +158,31 @@ def _train(
         ) as stepped,
     ):
         tell = emit if world.rank == 0 else _say_nothing
-        joined = HookList(
-            [
-                # First at every moment: what the other hooks wait for counts as their phase.
-                HangDetectionHook(hang_detector.beat),
-                InterruptionHook(interruption),
-                StragglerHook(
-                    engine.forward_seconds,
-                    StragglerDetector(config.cluster.straggler_ratio),
-                    hosts=world.hosts,
-                    emit=tell,
-                ),
-                OrthogonalityHook(engine.audit_metrics),
-                CheckpointHook(saver),
-                # After the saver, so that the trace of a step holds its checkpoint as well.
-                ProfilerHook(stepped),
-                *hooks,
-            ]
-        )
-        recorder = Recorder(
-            world=world,
-            statistics=engine.statistics,
-            stream=stream,
-            hooks=joined,
-            global_batch=config.train.global_batch,
-            peak_lr=config.optim.lr,
-            emit=tell,
-        )
-        trainer = Trainer(
-            plan=plan,
-            context_at=functools.partial(
-                step_context, plan=plan, train=config.train, loss=config.loss
+        joined = [
+            # First at every moment: what the other hooks wait for counts as their phase.
+            HangDetectionHook(hang_detector.beat),
+            InterruptionHook(interruption),
+            StragglerHook(
+                engine.forward_seconds,
+                StragglerDetector(config.cluster.straggler_ratio),
+                hosts=world.hosts,
+                emit=tell,
             ),
+            OrthogonalityHook(engine.audit_metrics),
+            CheckpointHook(saver),
+            # After the saver, so that the trace of a step holds its checkpoint as well.
+            ProfilerHook(stepped),
+            *hooks,
+        ]
+        trainer = _trainer(
+            config,
+            plan,
+            world=world,
             engine=engine,
             stream=stream,
             progress=progress,
-            recorder=recorder,
             rollbacks=rollbacks,
-            hooks=joined,
+            hooks=HookList(joined),
             emit=tell,
         )
         # Inside of the saver: what does not fit is written down before a failed run waits for its
@@ -207,6 +196,41 @@ def _train(
             trainer.fit()
     # A rank that left earlier would end the process group under the others.
     world.barrier()
+
+
+def _trainer(
+    config: RunConfig,
+    plan: StepSchedule,
+    *,
+    world: DistributedContext,
+    engine: Zero3,
+    stream: SampleStream | UnindexedStream,
+    progress: TrainState,
+    rollbacks: Rollbacks,
+    hooks: Hook,
+    emit: Emit,
+) -> Trainer:
+    """The loop, with a recorder that knows the same hooks."""
+    recorder = Recorder(
+        world=world,
+        statistics=engine.statistics,
+        stream=stream,
+        hooks=hooks,
+        global_batch=config.train.global_batch,
+        peak_lr=config.optim.lr,
+        emit=emit,
+    )
+    return Trainer(
+        plan=plan,
+        context_at=functools.partial(step_context, plan=plan, train=config.train, loss=config.loss),
+        engine=engine,
+        stream=stream,
+        progress=progress,
+        recorder=recorder,
+        rollbacks=rollbacks,
+        hooks=hooks,
+        emit=emit,
+    )
 
 
 def _say_nothing(event: Event) -> None:
