@@ -121,8 +121,12 @@ def remainder(norm: float, terms: int) -> float:
 
     The eigenvalues are imaginary, where Taylor's remainder is no larger than its next term.
     """
+    if norm == 0:
+        return 0.0
+    if not 0 < norm < math.inf:  # not a number: the scale was never stored
+        return math.inf
     try:
-        return math.exp(terms * math.log(norm) - math.lgamma(terms + 1)) if norm > 0 else 0.0
+        return math.exp(terms * math.log(norm) - math.lgamma(terms + 1))
     except OverflowError:
         return math.inf
 
@@ -218,7 +222,12 @@ class SkewConvolution(nn.Module):
         return (1 + remainder(self._size(bound), self.terms) * SLACK) * (1 + 2.0**-50)
 
     def _size(self, bound: MatrixBound) -> float:
-        return bound.upper * float(self.scale) * SLACK
+        return bound.upper * self._stored_scale * SLACK
+
+    @property
+    def _stored_scale(self) -> float:
+        """|scale|: its sign is whatever somebody stored, and no norm is negative."""
+        return abs(float(self.scale))
 
     def carry(self, state: ErrorState, bound: MatrixBound, pixels: int) -> None:
         """Carry bounds of the input through this layer (docs/families.md).
@@ -229,7 +238,7 @@ class SkewConvolution(nn.Module):
             pixels: positions of the output, for the bias.
         """
         program, start = state.program, state.computed
-        size, absolute = self._size(bound), bound.absolute * float(self.scale) * SLACK
+        size, absolute = self._size(bound), bound.absolute * self._stored_scale * SLACK
         # W and scale are copies; the difference, the scaling, the product and the quotient round.
         kappa = program.product(self.side**2 * self.channels, copies=2, roundings=4)
         norm, error, peak = 1.0, 0.0, 1.0
@@ -241,7 +250,8 @@ class SkewConvolution(nn.Module):
             peak = max(peak, partial, norm + error)
         state.norm = self.norm(bound) * state.norm
         state.error = self.norm(bound) * state.error + error * start
-        state.note(peak * start)
+        # A scale that is flushed costs as much as the filter is large before it is scaled.
+        state.note(torch.maximum(peak * start, bound.absolute * start))
         state.translate(math.sqrt(pixels) * float(self.bias.detach().double().norm()) * SLACK)
 
 
