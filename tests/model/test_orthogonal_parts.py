@@ -222,6 +222,34 @@ def test_a_singular_matrix_says_nothing_in_float32(generator):
     assert bound.condition > 1e6
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [CholeskyDense(6, 4), DenseReflection(6, 4, rank=4), CholeskyDense(4, 4, depth=1)],
+    ids=["cholesky", "reflection", "cancelled"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_matrix_of_zeros_is_refused_in_plain_words(layer, training, generator):
+    layer = filled(layer, generator, torch.float32).train(training)
+    with torch.no_grad():
+        layer.weight.zero_()
+        if layer.depth:  # gain times V is minus the identity
+            layer.weight[:, :-1] = -torch.eye(4)
+            layer.weight[:, -1] = 1
+    with pytest.raises(ModelError, match=r"neck\.0\.weight makes a matrix of zeros"):
+        layer.bound("neck.0.weight", layer.weight)
+    with pytest.raises(ModelError, match=r"rows cannot be made orthonormal.* row is 0"):
+        layer(torch.rand(2, 6)[:, : layer.columns])
+
+
+@pytest.mark.parametrize("layer", [CholeskyDense(6, 4), DenseReflection(6, 4, rank=4)])
+def test_repeated_rows_are_bounded(layer, generator):
+    layer = filled(layer, generator, torch.float32).eval()
+    with torch.no_grad():
+        layer.weight[1] = layer.weight[0]
+        assert layer(torch.rand(2, 6)).isfinite().all()
+    assert 1e2 < layer.bound("weight", layer.weight).condition < 1e7
+
+
 def test_linear_residual_has_the_norm_of_its_kernel(generator):
     layer = filled(LinearResidual(3, depth=4, shape=(4, 5)), generator).eval()
     x = random(generator, 1, 3, 4, 5)

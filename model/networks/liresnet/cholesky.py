@@ -28,7 +28,7 @@ class _OrthonormalRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, share: float) -> Tensor:
-        factor = torch.linalg.cholesky(regularised_gram(x, share))
+        factor = _factor(regularised_gram(x, share))
         q = torch.linalg.solve_triangular(factor, x, upper=False)
         ctx.save_for_backward(factor, q)
         return q
@@ -47,12 +47,27 @@ class _OrthonormalRows(torch.autograd.Function):
         return torch.linalg.solve_triangular(factor.mH, result, upper=True), None
 
 
+def _factor(gram: Tensor) -> Tensor:
+    try:
+        factor: Tensor = torch.linalg.cholesky(gram)
+    except torch.linalg.LinAlgError as error:
+        largest = float(gram.diagonal(dim1=-2, dim2=-1).real.amax())
+        raise ModelError(
+            f"rows cannot be made orthonormal: X X^* + eta I, shape {tuple(gram.shape)}, has no "
+            f"Cholesky factor in {gram.dtype}; the largest square of a row is {largest:.3g}"
+        ) from error
+    return factor
+
+
 def orthonormal_rows(x: Tensor, share: float) -> Tensor:
     """Q = L^-1 X, differentiable once.
 
     Args:
         x: X, real or complex, shape (..., m, k) with m <= k.
         share: eta as a share of the mean of the diagonal of X X^*, in (0, 1].
+
+    Raises:
+        ModelError: X is 0, or so small or large that its squares are no numbers of its type.
     """
     return _OrthonormalRows.apply(x, share)
 
@@ -109,10 +124,12 @@ def computed_bound(
         share: see `orthonormal_rows`.
 
     Raises:
-        ModelError: an entry is not finite.
+        ModelError: an entry is not finite, or X is 0.
     """
     if not bool(stored.isfinite().all()):
         raise ModelError(f"{name} holds values that are not finite")
+    if not bool(x.abs().amax((-2, -1)).all()):
+        raise ModelError(f"{name} makes a matrix of zeros, whose rows cannot be made orthonormal")
     m, k = x.shape[-2:]
     condition, observed = math.inf, 0.0
     if bool(((size >= SMALLEST) & (size <= _LARGEST)).all()):
