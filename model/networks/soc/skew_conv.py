@@ -5,6 +5,7 @@ is orthogonal. exp(J) x is a truncated series; `Skew` states what the truncation
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,18 +15,10 @@ from torch.nn.grad import conv2d_weight
 
 from model.certification.matrix_bounds import MatrixBound, matrix_bound, tensor_digest
 from model.certification.power_iteration import estimated_norm
+from model.certification.products import convolve, transposed
 from model.certification.rounding import SLACK, U64, ErrorState
 from model.networks.init import set_initial
 from model.networks.lipnext.layers import at_least_float32
-
-
-def transposed(kernel: Tensor) -> Tensor:
-    """Filter of the transposed map: channels swapped, both spatial axes flipped; a copy."""
-    # A transposed copy first: arithmetic on a transposed view reads memory in steps of rows.
-    if kernel.shape[-1] == 1:
-        return kernel[:, :, 0, 0].mT.contiguous()[:, :, None, None]
-    swapped = kernel.transpose(0, 1).contiguous()
-    return swapped.flatten(2).flip(2).view_as(swapped)
 
 
 def skew(weight: Tensor) -> Tensor:
@@ -61,14 +54,14 @@ def reshapes(kernel: Tensor) -> list[Tensor]:
 
 
 def series(x: Tensor, kernel: Tensor, terms: int) -> Tensor:
-    """Sum of J^i x / i! for i < terms, by Horner's rule.
+    """Sum of J^i x / i! for i < terms, by Horner's rule, with products of known rounding.
 
     Args:
         x: shape (B, C, H, W).
         kernel: J, shape (C, C, k, k) with odd k.
         terms: at least 1.
     """
-    return _horner(x, kernel, terms - 1, 1)
+    return _horner(x, kernel, terms - 1, 1, convolve)
 
 
 def fast_series(x: Tensor, kernel: Tensor, terms: int) -> Tensor:
@@ -80,11 +73,13 @@ def fast_series(x: Tensor, kernel: Tensor, terms: int) -> Tensor:
     return _FastSeries.apply(x, kernel, terms)
 
 
-def _horner(x: Tensor, kernel: Tensor, last: int, first: int) -> Tensor:
+def _horner(
+    x: Tensor, kernel: Tensor, last: int, first: int, convolution: Callable[..., Tensor] = F.conv2d
+) -> Tensor:
     """Nested sum x + J/first (x + J/(first+1) (... x + J/last x))."""
     z = x
     for i in range(last, first - 1, -1):
-        z = x + F.conv2d(z, kernel, padding=kernel.shape[-1] // 2) / i
+        z = x + convolution(z, kernel, padding=kernel.shape[-1] // 2) / i
     return z
 
 
