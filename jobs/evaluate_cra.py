@@ -24,15 +24,14 @@ from jobs.evaluation.console import following, report
 from jobs.evaluation.progress import OnProgress
 from jobs.evaluation.results import EvaluationError, EvaluationSummary
 from jobs.evaluation.runner import (
-    CERTIFICATE,
     FIGURE,
     HISTOGRAM,
     LAYERS,
-    SUMMARY,
     artifact_info,
     compute,
     output,
 )
+from jobs.evaluation.stored_result import CERTIFICATE, SUMMARY
 from model.errors import ModelError
 from pipeline.tracking.client import EvaluationRecord, RunReference, log_evaluation, ui_command
 
@@ -51,8 +50,9 @@ def evaluate(
     """Evaluate an artefact, write the result and record it.
 
     The result does not depend on the launcher or on the number of tasks. A result of the same
-    artefact, shards and config that already lies at the output URL is used as it is. Failing to
-    record is logged and raises nothing: evaluating again then only records.
+    artefact, shards, config, certifier and kind of device that already lies at the output URL is
+    used again, as its certificate and its samples say. Failing to record is logged and raises
+    nothing: evaluating again then only records.
 
     Args:
         config: the config, or its fields as plain values.

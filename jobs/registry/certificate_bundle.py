@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from data_shards.storage.store import Store
 from jobs.evaluation.results import EvaluationError, EvaluationSummary
-from jobs.evaluation.runner import CERTIFICATE, SAMPLES, SUMMARY
+from jobs.evaluation.stored_result import CERTIFICATE, SAMPLES, SUMMARY
 from jobs.registry.promotion_rule import Bits, Rule
 from model.certification.eps import eps_value
 
@@ -97,6 +97,16 @@ class CertificateBundle:
     def model_digest(self) -> str:
         """Digest of the model artefact."""
         return str(self.body["model"]["digest"])
+
+    @property
+    def index_digest(self) -> str:
+        """Digest of the index of the test set."""
+        return str(self.body["shards"]["index_digest"])
+
+    @property
+    def dataset(self) -> str:
+        """Name of the test set, as evaluations record it."""
+        return f"{self.body['shards']['name']}-{self.body['shards']['split']}"
 
     def certified(self, rule: Rule) -> Bits:
         """Whether each sample is classified correctly with a sound radius greater than eps.
