@@ -13,7 +13,9 @@ from rich.table import Table
 
 from jobs.evaluation.progress import EvaluationProgress, OnProgress
 from jobs.evaluation.results import AttackScores, EvaluationSummary
-from jobs.evaluation.runner import CERTIFICATE, FIGURE, HISTOGRAM, LAYERS
+from jobs.evaluation.runner import FIGURE, HISTOGRAM, LAYERS
+from jobs.evaluation.stored_result import CERTIFICATE
+from model.certification.intervals import with_interval
 
 _LINE_EVERY_S = 30.0
 
@@ -46,21 +48,25 @@ def following(console: Console) -> Iterator[OnProgress]:
 def report(console: Console, summary: EvaluationSummary) -> None:
     """Print the three columns, the bound, the attack and how to check the certificate."""
     table = Table(
-        title=f"certified robust accuracy, {summary.samples} samples of {summary.dataset}"
+        title=f"certified robust accuracy, {summary.samples} samples of {summary.dataset} "
+        "(95 % Wilson intervals)"
     )
     table.add_column(f"eps ({summary.norm})")
     for name, column in summary.columns.items():
         table.add_column(f"cra_{name}\n{column.program}", justify="right")
     if summary.attack:
         table.add_column(f"under attack\n{summary.attack.suite}", justify="right")
-    table.add_row("clean", *(f"{column.clean:.2%}" for column in summary.columns.values()))
+    count = summary.samples
+    table.add_row(
+        "clean", *(with_interval(column.clean, count) for column in summary.columns.values())
+    )
     for ratio in summary.columns["sound"].cra:
         cells = [
-            "vacuous" if column.vacuous else f"{column.cra[ratio]:.2%}"
+            "vacuous" if column.vacuous else with_interval(column.cra[ratio], count)
             for column in summary.columns.values()
         ]
         if summary.attack:
-            cells.append(f"{summary.attack.accuracy[ratio]:.2%}")
+            cells.append(with_interval(summary.attack.accuracy[ratio], count))
         table.add_row(ratio, *cells)
     console.print(table)
     sound = summary.columns["sound"]

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from data_shards.storage.store import Store
 from model.artifact.artifact import read_info
+from model.certification.intervals import with_interval
 from model.networks.registry import FAMILIES
 from pipeline.checkpoint.retention import retain
 from pipeline.driver.console import RunConsole
@@ -352,9 +353,13 @@ def _show(
         rows = []
         for summary in summaries:
             sound = summary.columns["sound"]
-            cells = {f"CRA {eps}": f"{value:.2%}" for eps, value in sound.cra.items()}
-            rows.append({"step": str(summary.step), "clean": f"{sound.clean:.2%}", **cells})
-        title = f"cra_sound, {last.norm}, {last.samples} samples of {last.dataset}"
+            shares = {"clean": sound.clean, **{f"CRA {eps}": v for eps, v in sound.cra.items()}}
+            cells = {name: with_interval(v, summary.samples) for name, v in shares.items()}
+            rows.append({"step": str(summary.step), **cells})
+        title = (
+            f"cra_sound, {last.norm}, {last.samples} samples of {last.dataset} "
+            "(95 % Wilson intervals)"
+        )
         display.table(title, list(rows[0]), rows)
         display.message(_comparison(last))
         display.message(f"CRA curve:   {_where(last.out_url)}/{_FIGURE}")
