@@ -49,8 +49,9 @@ def evaluate(
     """Evaluate an artefact, write the result and record it.
 
     The result does not depend on the launcher or on the number of tasks. A result of the same
-    artefact, shards and config that already lies at the output URL is used as it is. Failing to
-    record is logged and raises nothing: evaluating again then only records.
+    artefact, shards, config, certifier and kind of device that already lies at the output URL is
+    used again, as its certificate and its samples say. Failing to record is logged and raises
+    nothing: evaluating again then only records.
 
     Args:
         config: the config, or its fields as plain values.

@@ -23,6 +23,7 @@ from data_shards.errors import ShardError
 from jobs.evaluation.results import EvaluationError
 from jobs.registry import promotion
 from jobs.registry.promotion_rule import Rule
+from model.certification.intervals import with_interval
 from model.errors import ModelError
 from pipeline.tracking.client import TrackingConfig, ui_command
 from pipeline.tracking.registry import Registry, RegistryError
@@ -40,7 +41,11 @@ def _rule(model: Name, rule: Rule, tracking: TrackingConfig) -> int:
         tracking: MLflow store.
     """
     promotion.set_rule(Registry(tracking), model, rule)
-    _say(f"{model}: champion by {rule.metric}, alpha {rule.alpha:g}, gain >= {rule.min_gain:.2%}")
+    _say(
+        f"{model}: champion by {rule.metric}, alpha {rule.alpha:g} divided by the candidates "
+        f"judged on the same test set, gain >= {rule.min_gain:.2%}, first champion on at least "
+        f"{rule.min_samples} samples"
+    )
     return 0
 
 
@@ -113,7 +118,7 @@ def _status(model: Name, tracking: TrackingConfig) -> int:
     registry = Registry(tracking)
     rule = promotion.rule_of(registry, model)
     table = Table(title=f"{model}: {rule.metric}, alpha {rule.alpha:g}, gain >= {rule.min_gain:g}")
-    for column in ("version", "alias", "step", "data", "CRA", "certificate", "decision"):
+    for column in ("version", "alias", "step", "data", "samples", "CRA", "certificate", "decision"):
         table.add_column(column, no_wrap=True)
     for version in registry.versions(model):
         tags = version.tags
@@ -123,7 +128,8 @@ def _status(model: Name, tracking: TrackingConfig) -> int:
             ", ".join(version.aliases),
             tags.get("step", "?"),
             tags.get("dataset", "?"),
-            f"{float(share):.2%}" if share else "?",
+            tags.get("samples", "?"),
+            _share(share, tags.get("samples")),
             tags.get("certificate_digest", "none")[:12],
             tags.get("gate.decision", "not judged"),
         )
@@ -152,6 +158,13 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         errors.print(f"failed: {type(error).__name__}: {error}", soft_wrap=True)
         return 1
+
+
+def _share(share: str | None, samples: str | None) -> str:
+    """Certified accuracy with its interval, as far as a version's tags say."""
+    if share is None or samples is None:
+        return "?" if share is None else f"{float(share):.2%}"
+    return with_interval(float(share), int(samples))
 
 
 def _console() -> Console:

@@ -19,12 +19,12 @@ import jinja2
 import pydantic
 import tyro
 from rich.console import Console
-from scipy.stats import binomtest
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from jobs.reporting.data import ComparisonGroup, Report, ReportEntry, collect
 from jobs.reporting.figures import color_of, cost_svg, curves_svg, time_unit
+from model.certification.intervals import wilson, with_interval
 from pipeline.tracking.client import RunReference, TrackingConfig, ui_command
 from pipeline.tracking.reader import Reader, TrackedRun, TrackingError
 
@@ -80,12 +80,6 @@ def render(report: Report, *, uri: str, now: datetime | None = None) -> dict[str
     return {name: environment.get_template(f"{name}.j2").render(values) for name in names}
 
 
-def interval(certified: int, samples: int) -> tuple[float, float]:
-    """Return the 95 % Wilson interval of a share: what another test set of this size may show."""
-    found = binomtest(certified, samples).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
-
-
 def per_point(entry: ReportEntry, ratio: str) -> float | None:
     """Return the device seconds per percentage point of `cra_sound`; None if one is missing."""
     seconds = entry.reported.cost.up_to(entry.chosen.summary.step)
@@ -133,7 +127,8 @@ _FILTERS: Mapping[str, Callable[..., object]] = {
     "duration": duration,
     "percent": percent,
     "number": number,
-    "interval": interval,
+    "interval": wilson,
+    "share": with_interval,
     "per_point": per_point,
     "per_further_point": per_further_point,
     "cell": cell,

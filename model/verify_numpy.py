@@ -187,7 +187,7 @@ def margin_error(
     channels, height, width = config["input_shape"]
     C, tokens = config["width"], height * width // config["patch"] ** 2
     # 1. pixels, and 2. stem
-    n, e = norms, program.wide * norms
+    n, e = norms, gamma(3, program.wide) * norms
     n = n + math.sqrt(channels * height * width) / 2
     e = e + program.wide * (n + e)
     e = e + program.stored * (n + e)

@@ -61,7 +61,7 @@ def certificate(
         "network_bound": bound.value,
         "head": {"kind": head_rule(info.network), "largest_factor": largest_factor},
         "observed_lipschitz": observed_lipschitz,
-        "columns": {name: _column(scores) for name, scores in columns.items()},
+        "columns": {name: column_body(scores) for name, scores in columns.items()},
         "samples_sha256": samples_sha256,
         "code_version": version("certified-pretrain"),
     }
@@ -74,7 +74,8 @@ def to_json(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
 
-def _column(scores: ColumnScores) -> dict[str, Any]:
+def column_body(scores: ColumnScores) -> dict[str, Any]:
+    """What certificate.json says of one column."""
     fields = asdict(scores)
     del fields["curve"]  # drawn from samples.parquet
     return fields

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_shards.format.index import ShardIndex, load_index
 from data_shards.storage.store import Store
 from jobs.evaluation.attack_task import attack_tasks, merge_attack
 from jobs.evaluation.certificate_file import certificate, to_json
+from jobs.evaluation.certifier_version import certifier_digest
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
@@ -30,6 +34,7 @@ from jobs.evaluation.results import (
     samples_parquet,
     scores,
 )
+from jobs.evaluation.stored_result import read_result, require_bound
 from jobs.evaluation.suites import NO_ATTACK
 from jobs.evaluation.tasks import ArtifactTask, exact_program, forget, matrix_tasks, shard_tasks
 from model.artifact.artifact import ArtifactInfo, read_info, read_without_parameters
@@ -37,6 +42,7 @@ from model.certification.eps import check_reach
 from model.certification.matrix_bounds import MatrixBound
 from model.certification.rounding import PROGRAMS
 from model.empirical_lipschitz import refute
+from model.errors import ModelError
 from model.networks.base import LipschitzBound
 from pipeline.run.layout import (
     BOUNDS_FIGURE,
@@ -51,7 +57,9 @@ from pipeline.run.layout import (
 from pipeline.run.ray_session import ray_session
 from pipeline.run.summary import AttackScores, ColumnScores, EvaluationSummary, LayerRow
 
+DEVICE_KINDS = ("cpu", "cuda")
 Run = Callable[[Sequence[Any]], list[Any]]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,12 +90,11 @@ def compute(
     config = config.for_norm(info.norm)
     index = _fitting_index(config, info)
     out = output(config)
-    key = _eval_key(config, info, index)
-    if out.exists(SUMMARY):
-        present = read_summary(out)
-        if present is not None and present.eval_key == key:
-            return present
-    found = _find(config, info, index, on_progress)
+    device = task_device(config.device, launcher=config.launcher, num_gpus=config.num_gpus)
+    key = _eval_key(config, info, index, device)
+    if out.exists(SUMMARY) and (present := _finished(config, info, index, key)):
+        return present
+    found = _find(config, info, index, device, on_progress)
     samples = samples_parquet(found.records)
     body = certificate(
         info=info,
@@ -140,10 +147,10 @@ def _find(
     config: EvaluationConfig,
     info: ArtifactInfo,
     index: ShardIndex,
+    device: str,
     on_progress: OnProgress | None,
 ) -> Findings:
     """Run all tasks: bounds of the matrices, certificates of the samples, attacks."""
-    device = task_device(config.device, launcher=config.launcher, num_gpus=config.num_gpus)
     artifact = ArtifactTask(url=Store(config.artifact).url, digest=info.digest, device=device)
     bounding = matrix_tasks(artifact, info)
     passes = 1 if config.attack == NO_ATTACK else 2
@@ -199,10 +206,42 @@ def _fitting_index(
     return index
 
 
-def read_summary(out: Store) -> EvaluationSummary | None:
-    """Summary of a finished evaluation, None if it is of another version of this program."""
+def _finished(
+    config: EvaluationConfig, info: ArtifactInfo, index: ShardIndex, key: str
+) -> EvaluationSummary | None:
+    """The same evaluation where it was made before; None if it must be made (again).
+
+    Its numbers are those of the certificate and the samples that lie there.
+    """
+    out = output(config)
+    if _stored_key(out) != key:
+        return None
     try:
-        return EvaluationSummary.from_json(out.read(SUMMARY))
+        result = read_result(out)
+        require_bound(result, info, read_without_parameters(Store(config.artifact).open, info))
+        rows = index.select(config.split)
+        files = [index.shards[number].file for number in index.rows.shard[rows]]
+        keys = [name.decode() for name in index.rows.key[rows]]
+        if result.keys != tuple(zip(files, keys, strict=True)) or not np.array_equal(
+            result.label, index.rows.label[rows]
+        ):
+            raise EvaluationError(f"{SAMPLES} lists other samples than {index.store}")
+    except (EvaluationError, ModelError) as error:
+        logger.warning("%s: %s; the evaluation is made again", out, error)
+        return None
+    return dataclasses.replace(
+        result.summary,
+        artifact_url=str(Store(config.artifact)),
+        shards_url=str(index.store),
+        out_url=str(out),
+        orthogonality_residual=info.largest_residual,
+    )
+
+
+def _stored_key(out: Store) -> str | None:
+    """Key of a finished evaluation, None if its summary is of another version of this program."""
+    try:
+        return str(json.loads(out.read(SUMMARY))["eval_key"])
     except (KeyError, TypeError, ValueError):
         return None
 
@@ -214,8 +253,13 @@ def output(config: EvaluationConfig) -> Store:
     return Store(config.artifact).child(evaluation(config.split))
 
 
-def evaluation_key(config: EvaluationConfig, load: Callable[[str], ShardIndex] = load_index) -> str:
-    """Identify the result of an evaluation that need not have been made.
+def evaluation_keys(
+    config: EvaluationConfig, load: Callable[[str], ShardIndex] = load_index
+) -> tuple[str, ...]:
+    """Identify the results of an evaluation that need not have been made.
+
+    One for each kind of device that it may be made on: only `device=auto` leaves a choice, which is
+    that of the machine where it runs.
 
     Args:
         config: the evaluation.
@@ -227,12 +271,16 @@ def evaluation_key(config: EvaluationConfig, load: Callable[[str], ShardIndex] =
     """
     info = artifact_info(config.artifact)
     config = config.for_norm(info.norm)
-    return _eval_key(config, info, _fitting_index(config, info, load))
+    index = _fitting_index(config, info, load)
+    kinds = DEVICE_KINDS if config.device == "auto" else (config.device,)
+    return tuple(_eval_key(config, info, index, kind) for kind in kinds)
 
 
-def _eval_key(config: EvaluationConfig, info: ArtifactInfo, index: ShardIndex) -> str:
+def _eval_key(config: EvaluationConfig, info: ArtifactInfo, index: ShardIndex, device: str) -> str:
     """Identify the result: everything that may change a number, and nothing else."""
     parts = {
+        "certifier": certifier_digest(),
+        "device": device,
         "columns": COLUMNS,
         "deployed": config.deployed,
         "attack": (config.attack, config.attack_seed),

@@ -214,6 +214,7 @@ def load(task: ArtifactTask) -> Artifact:
             f"artefact {task.url} has changed: digest {artifact.info.digest}, "
             f"the evaluation began with {task.digest}"
         )
+    artifact.network.requires_grad_(False)  # derivatives by the image alone are asked for
     return artifact
 
 
@@ -225,7 +226,7 @@ def in_program(task: ArtifactTask, program: str) -> CertifiedNetwork:
         return artifact.network
     with torch.device(task.device):
         network = build_network(artifact.info.network).to(PROGRAMS[program].dtype).eval()
-    network.requires_grad_(False)  # derivatives by the image alone are asked for
+    network.requires_grad_(False)
     network.load_state_dict(artifact.network.state_dict())
     return network
 

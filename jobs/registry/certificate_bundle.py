@@ -99,6 +99,16 @@ class CertificateBundle:
         """Digest of the model artefact."""
         return str(self.body["model"]["digest"])
 
+    @property
+    def index_digest(self) -> str:
+        """Digest of the index of the test set."""
+        return str(self.body["shards"]["index_digest"])
+
+    @property
+    def dataset(self) -> str:
+        """Name of the test set, as evaluations record it."""
+        return f"{self.body['shards']['name']}-{self.body['shards']['split']}"
+
     def certified(self, rule: Rule) -> Bits:
         """Whether each sample is classified correctly with a sound radius greater than eps.
 

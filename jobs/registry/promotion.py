@@ -129,8 +129,9 @@ def register(registry: Registry, name: str, evaluation: str) -> Version:
                 "artifact_digest": info.digest,
                 "certificate_digest": evidence.digest,
                 "evaluation_run": registry.evaluation_with(evidence.digest) or "",
-                "dataset": evidence.summary.dataset,
+                "dataset": evidence.dataset,
                 "step": str(step),
+                "samples": str(len(certified)),
                 rule.metric: f"{certified.mean():.6f}",
             }
             version = registry.add_version(name, model_id=model_id, run_id=run.run_id, tags=tags)
@@ -183,10 +184,12 @@ def promote(
                 f"{candidate} and {champion} were not certified on the same test samples: evaluate "
                 f"the champion on those of the candidate and name that evaluation with --against"
             )
+    used = evidence[candidate.number]
     comparison = compare(
         rule,
-        evidence[candidate.number].certified(rule),
+        used.certified(rule),
         theirs.certified(rule) if theirs else None,
+        judged_before=len(registry.judged(used.index_digest) - {used.model_digest}),
     )
     reason, promoted = comparison.reason, comparison.passes
     verification: dict[str, Any] = {}
@@ -204,7 +207,7 @@ def promote(
     }
     if promoted:
         _require_champion(registry, candidate, champion)
-    run = _record(registry, name, rule, comparison, body)
+    run = _record(registry, name, rule, comparison, body, used)
     _act(registry, candidate, champion, promoted=promoted, run_id=run.run_id)
     return Decision(promoted, candidate, champion, reason, comparison, run)
 
@@ -265,11 +268,18 @@ def _verify(
 
 
 def _record(
-    registry: Registry, name: str, rule: Rule, comparison: Comparison, body: Mapping[str, Any]
+    registry: Registry,
+    name: str,
+    rule: Rule,
+    comparison: Comparison,
+    body: Mapping[str, Any],
+    used: CertificateBundle,
 ) -> RunReference:
     """The run of a decision, written before anything moves."""
     decision = "promoted" if body["promoted"] else "rejected"
     tags = {**_tags("promote", name), "gate.decision": decision, "gate.reason": body["reason"]}
+    # By these a later decision counts this one.
+    tags |= {"gate.index_digest": used.index_digest, "gate.model_digest": used.model_digest}
     with registry.gate_run(f"gate-promote-{name}", tags) as run:
         metrics = {
             rule.metric: comparison.candidate_cra,
@@ -277,6 +287,8 @@ def _record(
             "gate/p_value": comparison.p_value,
             "gate/candidate_only": float(comparison.candidate_only),
             "gate/champion_only": float(comparison.champion_only),
+            "gate/judged": float(comparison.judged),
+            "gate/level": comparison.level,
         }
         params = {
             **body["rule"],

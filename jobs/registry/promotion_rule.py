@@ -12,6 +12,7 @@ import pydantic
 from scipy.stats import binomtest
 
 from model.certification.eps import eps_value
+from model.certification.intervals import with_interval
 
 MISSED_FORGERY = 1e-3
 """Largest probability that a forgery which decided the comparison is not met."""
@@ -28,8 +29,10 @@ class Rule:
     A candidate becomes champion if, on the same test set, it has at least `min_gain` more cra_sound
     at eps than the champion, and chance would give an advantage as large in at most `alpha` of all
     cases: of the samples that only one of the two certifies, each is the candidate's with
-    probability 1/2 (exact one-sided sign test on paired samples, McNemar 1947). `alpha` is that of
-    one decision, not of many candidates together. The first champion needs one certified sample.
+    probability 1/2 (exact one-sided sign test on paired samples, McNemar 1947). Whoever judges many
+    candidates on one test set meets chance more often, so `alpha` is divided by the number of
+    candidates that were judged on it so far, this one included (Bonferroni). The first champion is
+    compared with none: it needs one certified sample, and a test set of `min_samples`.
     """
 
     eps: str
@@ -37,9 +40,11 @@ class Rule:
     norm: Literal["l2", "linf"] = "l2"
     """Norm of the radius."""
     alpha: Annotated[float, pydantic.Field(gt=0, le=0.5)] = 0.05
-    """Largest p-value of a promotion."""
+    """Largest p-value of a promotion, before it is divided by the number of candidates."""
     min_gain: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
     """Smallest gain of cra_sound, a share of the samples."""
+    min_samples: Annotated[int, pydantic.Field(ge=1)] = 200
+    """Fewest test samples of a first champion; with 200 a share is known to 7 points at best."""
 
     @pydantic.field_validator("eps")
     @classmethod
@@ -66,6 +71,8 @@ class Comparison:
         p_value: probability of such an advantage, or a larger one, by chance.
         passes: what the rule says.
         reason: why, in words.
+        judged: candidates judged so far on this test set, this one included.
+        level: largest p-value that passes, alpha / judged.
     """
 
     samples: int
@@ -76,6 +83,8 @@ class Comparison:
     p_value: float
     passes: bool
     reason: str
+    judged: int
+    level: float
 
     @property
     def gain(self) -> float:
@@ -83,34 +92,51 @@ class Comparison:
         return self.candidate_cra - (self.champion_cra or 0.0)
 
 
-def compare(rule: Rule, candidate: Bits, champion: Bits | None) -> Comparison:
-    """Apply the rule to the certified bits of the same samples in the same order."""
-    samples = len(candidate)
+def compare(
+    rule: Rule, candidate: Bits, champion: Bits | None, *, judged_before: int = 0
+) -> Comparison:
+    """Apply the rule to the certified bits of the same samples in the same order.
+
+    Args:
+        rule: the rule.
+        candidate: whether each sample is certified.
+        champion: the same; None: there is no champion.
+        judged_before: other candidates that were judged on these samples.
+    """
+    samples, judged = len(candidate), judged_before + 1
+    level = rule.alpha / judged
+    share = float(candidate.mean())
     if champion is None:
         count = int(candidate.sum())
-        passes = count > 0
-        share = count / samples
-        reason = f"first champion, {count} of {samples} samples certified"
-        return Comparison(samples, share, None, count, 0, 1.0, passes, reason)
+        passes = count > 0 and samples >= rule.min_samples
+        reason = (
+            f"first champion, {count} of {samples} samples certified, "
+            f"{with_interval(share, samples)} (needed: 1 of at least {rule.min_samples} samples, "
+            "rule.min_samples)"
+        )
+        return Comparison(samples, share, None, count, 0, 1.0, passes, reason, judged, level)
     ours, theirs = int((candidate & ~champion).sum()), int((champion & ~candidate).sum())
     p_value = _p_value(ours, theirs)
     gain = (ours - theirs) / samples
-    passes = _passes(rule, ours, theirs, samples)
+    passes = _passes(rule, level, ours, theirs, samples)
     reason = (
-        f"{rule.metric}: {candidate.mean():.4%} against {champion.mean():.4%}, gain {gain:+.4%} "
+        f"{rule.metric} on {samples} samples: {with_interval(share, samples)} against "
+        f"{with_interval(float(champion.mean()), samples)}, gain {gain:+.4%} "
         f"(needed: more than 0 and at least {rule.min_gain:.4%}); {ours} samples certified by the "
         f"candidate only, {theirs} by the champion only, p = {p_value:.3g} (needed: at most "
-        f"{rule.alpha:g})"
+        f"{level:.3g}, that is {rule.alpha:g} / {judged} candidates judged on this test set)"
     )
     return Comparison(
         samples,
-        float(candidate.mean()),
+        share,
         float(champion.mean()),
         ours,
         theirs,
         p_value,
         passes,
         reason,
+        judged,
+        level,
     )
 
 
@@ -123,7 +149,8 @@ def samples_to_verify(rule: Rule, found: Comparison) -> int:
     forged = math.ceil(_FIRST_SHARE * found.samples)
     if found.champion_cra is not None:
         forged = 1
-        while _passes(rule, found.candidate_only, found.champion_only + forged, found.samples):
+        ours, theirs = found.candidate_only, found.champion_only
+        while _passes(rule, found.level, ours, theirs + forged, found.samples):
             forged += 1
     if forged >= found.samples:
         return 1
@@ -138,8 +165,8 @@ def _p_value(ours: int, theirs: int) -> float:
     return float(binomtest(ours, ours + theirs, 0.5, alternative="greater").pvalue)
 
 
-def _passes(rule: Rule, ours: int, theirs: int, samples: int) -> bool:
+def _passes(rule: Rule, level: float, ours: int, theirs: int, samples: int) -> bool:
     # Integers: a gain of exactly min_gain must not be lost to rounding.
     gain = ours - theirs
     enough = gain > 0 and gain >= rule.min_gain * samples * (1 - 1e-12)
-    return enough and _p_value(ours, theirs) <= rule.alpha
+    return enough and _p_value(ours, theirs) <= level

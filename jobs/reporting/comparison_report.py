@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_runs import Outcome
+from model.certification.intervals import wilson
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def markdown(config: CompareConfig, systems: Sequence[System], *, date: str, cod
         f"Code {code}. Budget: {_budget(config)}. Seeds {', '.join(map(str, config.seeds))}; "
         f"{config.workers} ranks of {config.threads} threads, {config.parallel} runs at a time. "
         f"Column `sound` on {first.samples} samples of split `{first.split}`: mean ± sample "
-        "standard deviation over the seeds, in per cent, ordered by the mean over the radii. "
+        "standard deviation over the seeds, in per cent, ordered by the mean over the radii; in "
+        f"brackets the 95 % Wilson interval of the mean as a share of {first.samples} samples. "
         "Seconds are those of the training loop, without start-up and certification.",
     ]
     if config.trials:
@@ -113,13 +115,14 @@ def _table(group: Sequence[System]) -> list[str]:
     titles = ["system", "clean", *radii, "parameters", "steps", "seconds", "images/s", "tuned"]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for system in group:
-        cells = [_spread(system.cra(r)) if r in system.eps else "" for r in radii]
         run = system.finals[0]
+        samples = run.summary.samples
+        cells = [_spread(system.cra(r), samples) if r in system.eps else "" for r in radii]
         rate = run.steps * run.setting("train.global_batch") / run.seconds
         tuned = ", ".join(f"{name} {value:.4g}" for name, value in system.changes.items())
         row = [
             f"`{system.preset}`",
-            _spread(system.clean()),
+            _spread(system.clean(), samples),
             *cells,
             f"{run.parameters:,}",
             f"{run.steps:,}",
@@ -131,9 +134,12 @@ def _table(group: Sequence[System]) -> list[str]:
     return lines
 
 
-def _spread(values: Sequence[float]) -> str:
-    mean = f"{100 * statistics.fmean(values):.1f}"
-    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
+def _spread(values: Sequence[float], samples: int) -> str:
+    """Mean and deviation over the seeds; the interval is of the mean as a share of the samples."""
+    mean = statistics.fmean(values)
+    low, high = wilson(round(mean * samples), samples)
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean:.1f}{deviation} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def comparison_png(group: Sequence[System]) -> bytes:

@@ -21,6 +21,7 @@ from typing import Any
 from data_shards.format.index import load_index
 from data_shards.storage.store import Store
 from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.stored_result import read_result
 from jobs.reporting.comparison_config import CompareConfig
 from model.artifact.artifact import ArtifactInfo, parameter_shapes, read_info
 from pipeline.run import layout
@@ -119,9 +120,7 @@ class Outcome:
     def summary(self) -> EvaluationSummary:
         """The certified table of the last artefact."""
         split = self.setting("data.test_split")
-        return EvaluationSummary.from_json(
-            (self.artifact / layout.evaluation(split) / layout.SUMMARY).read_bytes()
-        )
+        return read_result(Store(str(self.artifact / layout.evaluation(split)))).summary
 
     def samples(self, split: str) -> int:
         """Samples of a split of the shard set that it was trained on."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.stored_result import certificate_body, contradiction
 from jobs.reporting.cost import Cost, training_cost
 from model.certification.eps import eps_value
 from pipeline.run.layout import CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
@@ -197,8 +198,10 @@ def _evaluated(reader: Reader, tracked: TrackedRun) -> Evaluated | str:
         return f"no {' and no '.join(sorted(missing))} in MLflow"
     try:
         summary = EvaluationSummary.from_json(reader.read_file(tracked.run_id, SUMMARY))
-        certificate = json.loads(reader.read_file(tracked.run_id, CERTIFICATE))
+        certificate = certificate_body(reader.read_file(tracked.run_id, CERTIFICATE))
         reason = disagreement(tracked, summary, certificate)
+    except EvaluationError as error:
+        return str(error)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{SUMMARY} or {CERTIFICATE} cannot be read: {error!r}"
     if reason:
@@ -208,29 +211,24 @@ def _evaluated(reader: Reader, tracked: TrackedRun) -> Evaluated | str:
 
 
 def disagreement(
-    tracked: TrackedRun, summary: EvaluationSummary, certificate: Mapping[str, object]
+    tracked: TrackedRun, summary: EvaluationSummary, certificate: Mapping[str, Any]
 ) -> str | None:
     """Return in what a record, its summary and its certificate contradict each other, if they do.
 
     This finds numbers that were changed in the store. That the certificate itself is right is for
     `model.verify` to say, which needs weights and images.
     """
-    body = {key: value for key, value in certificate.items() if key != "digest"}
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = certificate["digest"]
     stated = {
-        f"the digest in {CERTIFICATE}": certificate["digest"],
         f"the certificate digest in {SUMMARY}": summary.certificate_digest,
         "the parameter certificate_digest": tracked.params.get("certificate_digest"),
     }
     for what, value in stated.items():
         if value != digest:
             return f"{what} is {value}, but {CERTIFICATE} has {digest}"
-    for name, column in dict(certificate["columns"]).items():  # type: ignore[call-overload]
-        mine = summary.columns[name]
-        if (mine.clean, mine.cra) != (column["clean"], column["cra"]):
-            return f"column {name} of {SUMMARY} is not the one of {CERTIFICATE}"
-    for name, value in summary.metrics().items():
-        if tracked.metrics.get(name) != value:
-            return f"metric {name} is {tracked.metrics.get(name)}, the certificate says {value}"
+    if reason := contradiction(summary, certificate):
+        return reason
+    for name, metric in summary.metrics().items():
+        if tracked.metrics.get(name) != metric:
+            return f"metric {name} is {tracked.metrics.get(name)}, the certificate says {metric}"
     return None

@@ -12,7 +12,7 @@ from data_shards.errors import ShardError
 from data_shards.format.index import ShardIndex, load_index
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.results import EvaluationError
-from jobs.evaluation.runner import evaluation_key
+from jobs.evaluation.runner import evaluation_keys
 from jobs.evaluation.suites import EVALUATION_SUITES
 from jobs.scheduling.claims import ClaimPhase, Claims, State
 from jobs.scheduling.config import ScheduleConfig
@@ -80,7 +80,7 @@ class Backlog:
         self._config = config
         self._claims = claims
         self._watch = watch
-        self._keys: dict[tuple[str, str], str] = {}
+        self._keys: dict[tuple[str, str], tuple[str, ...]] = {}
         self._done: set[tuple[str, str]] = set()
 
     def look(self, suites: Sequence[str]) -> list[BacklogEntry]:
@@ -107,16 +107,16 @@ class Backlog:
         config = self._config.evaluation(suite, checkpoint)
         try:
             if name not in self._keys:
-                self._keys[name] = evaluation_key(config, view.load)
+                self._keys[name] = evaluation_keys(config, view.load)
         except _UNREADABLE as error:
             return BacklogEntry(
                 checkpoint, suite, ClaimPhase.FAILED, note=f"{type(error).__name__}: {error}"
             )
-        key = self._keys[name]
-        first = Lease(claim_key(key, checkpoint.run_id), 1)
+        keys = self._keys[name]
+        first = Lease(claim_key(keys[0], checkpoint.run_id), 1)
         state = view.states.get(first.key)
         entry = BacklogEntry(checkpoint, suite, ClaimPhase.OPEN, config, first)
-        if view.recorded & {(key, checkpoint.run_id), (key, "")}:
+        if view.recorded & {(key, run) for key in keys for run in (checkpoint.run_id, "")}:
             entry = replace(entry, phase=ClaimPhase.DONE)
         elif state is not None:
             note = "" if state.code is None else f"exit code {state.code}"

@@ -16,7 +16,13 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from model.artifact.safetensors_io import TensorSpec, read_header, tensor_of, write_safetensors
+from model.artifact.safetensors_io import (
+    TensorRange,
+    TensorSpec,
+    read_header,
+    tensor_of,
+    write_safetensors,
+)
 from model.errors import ModelError
 from model.networks.base import CertifiedNetwork
 from model.networks.config import NetworkConfig
@@ -204,7 +210,7 @@ def read_tensors(open_binary: OpenBinary, names: Sequence[str]) -> Iterator[tupl
                 raise ModelError(f"{WEIGHTS} holds no tensor {name}")
             r = ranges[name]
             stream.seek(r.start)
-            yield name, tensor_of(stream.read(r.stop - r.start), r.dtype, r.shape)
+            yield name, _stored_value(name, stream.read(r.stop - r.start), r)
 
 
 def read_without_parameters(open_binary: OpenBinary, info: ArtifactInfo) -> CertifiedNetwork:
@@ -260,10 +266,18 @@ def _load(network: CertifiedNetwork, stream: IO[bytes]) -> str:
             f"stored {stored.get(first)}, expected {expected.get(first)}"
         )
     for name, r in ranges.items():
-        parameters[name].copy_(tensor_of(hashing.read(r.stop - r.start), r.dtype, r.shape))
+        parameters[name].copy_(_stored_value(name, hashing.read(r.stop - r.start), r))
     if hashing.read(1):
         raise ModelError(f"{WEIGHTS} goes on after its last tensor")
     return hashing.digest.hexdigest()
+
+
+def _stored_value(name: str, data: bytes, place: TensorRange) -> Tensor:
+    """One tensor as it is stored; what `write_artifact` never writes is refused here, too."""
+    value = tensor_of(data, place.dtype, place.shape)
+    if value.is_floating_point() and not bool(value.isfinite().all()):
+        raise ModelError(f"{WEIGHTS}: tensor {name} holds values that are not finite")
+    return value
 
 
 class _HashingReader:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.certification.eigen_bounds import proved_norm
 from model.certification.matrix_bounds import MatrixBound, tensor_digest
+from model.certification.products import convolve, folded, output_side
 from model.certification.rounding import SLACK, U64, gamma
 from model.errors import ModelError
 
@@ -21,43 +22,6 @@ _WHOLE = 2048
 """Up to this order the matrix of the whole operator is bounded as well, which is tighter."""
 PHASE_ERROR = 64
 """Error of a computed exp(2 pi i t), t = fraction + fraction, in units of roundoff, generously."""
-
-
-def folded(kernel: Tensor, stride: int) -> Tensor:
-    """The kernel (o, c, k, k) as one of stride 1, (o, c stride^2, k', k')."""
-    extra = -kernel.shape[-1] % stride
-    return F.pixel_unshuffle(F.pad(kernel, (0, extra, 0, extra)), stride)
-
-
-def output_side(side: int, kernel: int, stride: int, padding: int) -> int:
-    """Side of the output of a convolution."""
-    return (side + 2 * padding - kernel) // stride + 1
-
-
-def convolve(x: Tensor, kernel: Tensor, *, stride: int, padding: int) -> Tensor:
-    """A convolution as matrix products, one for each tap of the folded kernel.
-
-    The rounding of these is known; a library's convolution may take a transform of Winograd's kind.
-
-    Args:
-        x: shape (B, c, H, W).
-        kernel: shape (o, c, k, k).
-        stride: step between patches.
-        padding: zeros on every side.
-    """
-    small = folded(kernel, stride)
-    taps = small.shape[-1]
-    sides = [output_side(n, kernel.shape[-1], stride, padding) for n in x.shape[-2:]]
-    after = [
-        stride * (out + taps - 1) - n - padding for out, n in zip(sides, x.shape[-2:], strict=True)
-    ]
-    x = F.pixel_unshuffle(F.pad(x, (padding, after[1], padding, after[0])), stride)
-    y = x.new_zeros(())
-    for a in range(taps):
-        for b in range(taps):
-            part = x[:, :, a : a + sides[0], b : b + sides[1]]
-            y = y + torch.einsum("oc,bchw->bohw", small[:, :, a, b], part)
-    return y
 
 
 def kernel_bound(
@@ -121,7 +85,8 @@ def _torus_bound(kernel: Tensor, sizes: Tensor, sides: tuple[int, int]) -> float
         across = torch.arange(columns, device=kernel.device)[:, None, None] * ticks  # integers
         turn = (f * ticks % rows / rows)[:, None] + across % columns / columns
         phase = torch.polar(torch.ones_like(turn), 2 * math.pi * turn)
-        symbols = torch.einsum("ocab,gab->goc", kernel.to(phase.dtype), phase)
+        parts = [torch.einsum("ocab,gab->goc", kernel, part) for part in (phase.real, phase.imag)]
+        symbols = torch.complex(*parts)
         largest = max(largest, proved_norm(symbols))
     slip = (PHASE_ERROR + 8) * U64 + gamma(4 * taps**2 + 4, U64)
     return (largest + slip * float(sizes.norm())) * SLACK

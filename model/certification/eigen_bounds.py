@@ -1,8 +1,8 @@
-"""Extreme eigenvalues of Hermitian matrices, proved by a Cholesky factorisation that succeeds.
+"""Extreme eigenvalues of Hermitian matrices, proved by a Cholesky factor and its residual.
 
-If the factorisation of a matrix A of order n succeeds in floating point, A + E is positive definite
-for some E with ||E|| <= gamma_(n+1) / (1 - gamma_(n+1)) trace(A) (Higham, theorem 10.3). It takes
-substitution, in whatever order and blocks. Estimates of the eigenvalues need not be accurate.
+L L^* is positive semidefinite for any L whatever. So A >= -||L L^* - A|| for every computed factor
+L of A, and the residual is computed: nothing is assumed of the factorisation, of its library or of
+the device, and estimates of the eigenvalues need not be accurate.
 """
 
 import math
@@ -10,10 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from model.certification.products import COMPLEX, product
 from model.certification.rounding import SLACK, U64, gamma
-
-COMPLEX = 4
-"""A complex dot product of k terms errs by at most gamma(4 k) times the sum of its terms' sizes."""
 
 
 def proved_least(gram: Tensor, estimate: Tensor) -> Tensor:
@@ -24,10 +22,9 @@ def proved_least(gram: Tensor, estimate: Tensor) -> Tensor:
         estimate: of their least eigenvalues, (...).
     """
     s = 0.99 * estimate
-    ok = _succeeds(gram - s[..., None, None] * _identity(gram))
     trace = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1)
-    error = 2 * gamma(COMPLEX * (gram.shape[-1] + 3), U64) * trace
-    return torch.where(ok, (s - error) * (1 - 2.0**-50), 0.0).clamp(min=0)
+    ok = _nearly_semidefinite(gram - s[..., None, None] * _identity(gram), trace)
+    return torch.where(ok, (s - _charge(gram, trace)) * (1 - 2.0**-50), 0.0).clamp(min=0)
 
 
 def proved_norm(matrices: Tensor) -> float:
@@ -39,19 +36,43 @@ def proved_norm(matrices: Tensor) -> float:
     if not 2.0**-100 <= largest <= 2.0**100:
         return math.inf  # squares might overflow or vanish
     rows, n = m.shape[-2:]
-    gram = m.mH @ m
+    gram = product(m.mH, m)
     trace = float(gram.diagonal(dim1=-2, dim2=-1).real.sum(-1).max())
     s = float(torch.linalg.eigvalsh(gram).max()) * (1 + 2.0**-20)
-    if not bool(_succeeds(s * _identity(gram) - gram).all()):
+    if not bool(
+        _nearly_semidefinite(s * _identity(gram) - gram, gram.new_tensor(n * s).real).all()
+    ):
         s = trace
     error = gamma(COMPLEX * (rows + 3), U64) * trace
-    error += 2 * gamma(COMPLEX * (n + 3), U64) * n * s
+    error += float(_charge(gram, gram.new_tensor(n * s).real))
     return math.sqrt(s + error) * SLACK
 
 
-def _succeeds(matrices: Tensor) -> Tensor:
-    result: Tensor = torch.linalg.cholesky_ex(matrices).info == 0
-    return result
+def _charge(matrices: Tensor, trace: Tensor) -> Tensor:
+    """What is charged for the residual of a factor, and for making A, relative to its trace."""
+    return 2 * gamma(COMPLEX * (matrices.shape[-1] + 3), U64) * trace
+
+
+def _nearly_semidefinite(matrices: Tensor, trace: Tensor) -> Tensor:
+    """Whether ||L L^* - A|| is below the charge, for the factor L that the library returns.
+
+    Args:
+        matrices: A, shape (..., n, n).
+        trace: at least the trace of A, (...).
+    """
+    factor = torch.linalg.cholesky_ex(matrices).L
+    n = matrices.shape[-1]
+    # Of the product that the residual is the difference of: its own rounding.
+    rounding = gamma(COMPLEX * (n + 1), U64) * frobenius(factor).square()
+    residual = frobenius(product(factor, factor.mH) - matrices) + rounding
+    # Not a number, where there is no factor, is no bound.
+    return residual * SLACK <= 2 * gamma(COMPLEX * (n + 2), U64) * trace
+
+
+def frobenius(matrices: Tensor) -> Tensor:
+    """Frobenius norms of (..., m, n), by rows: rounding stays below gamma_(m + n)."""
+    norms: Tensor = matrices.abs().square().sum(-1).sum(-1).sqrt()
+    return norms
 
 
 def _identity(like: Tensor) -> Tensor:

@@ -15,6 +15,9 @@ U64 = 2.0**-53
 SLACK = 1 + 2.0**-30
 """Covers the rounding of a norm or a short sum of non-negative float64 numbers."""
 
+PIXEL_ROUNDINGS = 3
+"""Roundings between a real pixel and the number that the network subtracts 1/2 from."""
+
 
 def up(value: float) -> float:
     """The next float64 above: turns a result rounded to nearest into an upper bound."""
@@ -97,7 +100,10 @@ class ErrorState:
 
     @classmethod
     def images(cls, norms: Tensor, count: int, program: Program) -> "ErrorState":
-        """Pixels divided by 255, less 1/2, stored as activation.
+        """Pixels as real numbers, as the program gets them; less 1/2, stored as activation.
+
+        Three roundings: a point x + delta is given in the program's wide type, and x / 255 may be a
+        product with a rounded reciprocal.
 
         Args:
             norms: bounds of the norms of the images, (B,).
@@ -105,7 +111,7 @@ class ErrorState:
             program: the arithmetic.
         """
         norm = norms.double()
-        carried = cls(norm, program.wide * norm, program, norm)
+        carried = cls(norm, gamma(PIXEL_ROUNDINGS, program.wide) * norm, program, norm)
         carried.norm = norm + math.sqrt(count) / 2
         carried.error = carried.error + program.wide * carried.computed
         carried.error = carried.error + program.activation * carried.computed

@@ -105,16 +105,19 @@ class Head(nn.Module):
         """Bound of the error of every logit difference, float64 (B,).
 
         Args:
-            features: bounds of the pooled features.
+            features: bounds of the pooled features; notes the peak of the head.
             largest_factor: largest of the factor bounds.
         """
         program = features.program
-        largest = 1.0
-        if self.kind == "linear":
-            largest = float(self.weight.double().norm(dim=1).max()) * SLACK
+        stored = float(self.weight.double().norm(dim=1).max()) * SLACK
+        largest = stored if self.kind == "linear" else 1.0
         row = self._row_error(program.wide, program.weight)
         dot = gamma(self.weight.shape[1] + 1, program.wide)
         bias = dot * (1 + program.weight) + program.weight
-        bias *= float(self.bias.abs().max())
+        largest_bias = float(self.bias.abs().max())
+        bias *= largest_bias
+        # A row whose norm overflows is divided by infinity: its logit becomes the bias.
+        size = largest * (1 + row) * (1 + dot) * features.computed + largest_bias
+        features.note(size.clamp(min=stored))
         rounding = 2 * largest * (row + dot * (1 + row)) * features.computed + 2 * bias
         return largest_factor * features.error + rounding

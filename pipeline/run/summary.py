@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_shards.storage.store import Store
+from model.certification.intervals import wilson
 from model.verify_files import CHOICES
 from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE
 
@@ -186,8 +187,9 @@ def report(console: Console, summaries: Sequence[EvaluationSummary]) -> None:
 
 def _table(summaries: Sequence[EvaluationSummary]) -> Table:
     last = summaries[-1]
-    title = f"certified robust accuracy, {last.norm}, {last.samples} samples of {last.dataset}"
-    table = Table(title=Text(title))
+    count = last.samples
+    title = f"certified robust accuracy, {last.norm}, {count} samples of {last.dataset}"
+    table = Table(title=Text(title), caption="below: 95 % Wilson intervals")
     table.add_column("step", justify="right")
     table.add_column("")
     ratios = tuple(last.columns["sound"].cra)
@@ -197,16 +199,17 @@ def _table(summaries: Sequence[EvaluationSummary]) -> Table:
         names = list(summary.columns) if summary is last else ["sound"]
         for name in names:
             column = summary.columns[name]
-            cells = ["vacuous" if column.vacuous else _percent(column.cra[r]) for r in ratios]
-            table.add_row(str(summary.step), f"cra_{name}", _percent(column.clean), *cells)
+            cells = ["vacuous" if column.vacuous else _share(column.cra[r], count) for r in ratios]
+            table.add_row(str(summary.step), f"cra_{name}", _share(column.clean, count), *cells)
     if last.attack:
-        cells = [_percent(last.attack.accuracy[ratio]) for ratio in ratios]
+        cells = [_share(last.attack.accuracy[ratio], count) for ratio in ratios]
         table.add_row(str(last.step), "under attack", "-", *cells)
     return table
 
 
-def _percent(share: float) -> str:
-    return f"{share:.2%}"
+def _share(share: float, samples: int) -> str:
+    low, high = wilson(round(share * samples), samples)
+    return f"{share:.2%}\n{100 * low:.1f} - {100 * high:.1f}"
 
 
 def _lines(summary: EvaluationSummary) -> Iterator[str]:

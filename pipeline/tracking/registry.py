@@ -27,8 +27,10 @@ from pipeline.tracking.client import (
     flatten_params,
     now_ms,
 )
+from pipeline.tracking.reader import pages
 
 _EVIDENCE = "evidence"
+_PAGE = 1000
 
 
 class RegistryError(ValueError):
@@ -244,6 +246,16 @@ class Registry(MlflowConnection):
         condition = f"params.certificate_digest = '{certificate_digest}'"
         runs = self._client.search_runs([self._experiment_id], condition, max_results=1)
         return str(runs[0].info.run_id) if runs else None
+
+    def judged(self, index_digest: str) -> set[str]:
+        """Digests of the models that the gate has judged on a test set, whatever it decided."""
+        condition = (
+            "tags.stage = 'gate' and tags.`gate.action` = 'promote' and "
+            f"tags.`gate.index_digest` = '{index_digest}'"
+        )
+        runs = pages(self._client.search_runs, [self._experiment_id], condition, max_results=_PAGE)
+        tags = (run.data.tags for run in runs if run.info.status == "FINISHED")
+        return {found["gate.model_digest"] for found in tags}
 
     @contextlib.contextmanager
     def gate_run(self, run_name: str, tags: Mapping[str, str]) -> Iterator[RunReference]:

@@ -63,7 +63,7 @@ class Gated:
 
     @property
     def rule(self):
-        return Rule(eps=self.eps)
+        return Rule(eps=self.eps, min_samples=1)
 
     def evaluation(self, artifact, out, **changes):
         """Evaluate and record an artefact; the URL of the evaluation."""

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from data_shards.storage.store import Store as Folder
-from jobs.evaluation.runner import artifact_info, evaluation_key
+from jobs.evaluation.runner import artifact_info, evaluation_keys
 from jobs.scheduling.config import ScheduleConfig
 from model.artifact.artifact import write_artifact
 from model.networks.registry import build_network
@@ -54,7 +54,7 @@ class Store:
         url, digest, model_id = self.checkpoint(step, run_id=self.train(f"run-{step}"))
         (found,) = [c for c in self.watch().checkpoints() if c.model_id == model_id]
         facts = {
-            "eval_key": evaluation_key(self.config().evaluation(suite, found)),
+            "eval_key": evaluation_keys(self.config().evaluation(suite, found))[-1],
             "digest": digest,
             "run_id": found.run_id,
             "model_id": model_id,

@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,9 +16,11 @@ from data_shards.sources import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import evaluate, main
+from jobs.evaluation.certifier_version import certifier_digest
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.results import EvaluationError
-from jobs.evaluation.runner import artifact_info
+from jobs.evaluation.runner import artifact_info, evaluation_keys
+from jobs.evaluation.stored_result import read_result
 from jobs.evaluation.tasks import ArtifactTask, matrix_tasks, shard_tasks
 from model.certify import certify
 from pipeline.run.summary import EvaluationSummary
@@ -168,6 +171,118 @@ def test_a_finished_result_is_used_again(fields):
     assert list(other.columns["sound"].cra) == ["2/255"]
     attacked = evaluate(fields | {"eps": ("2/255",), "attack": "fast"})
     assert attacked.attack is not None
+
+
+def put(place, **values):
+    """Change values of nested dictionaries and lists in place, by paths joined with two lines."""
+    for path, value in values.items():
+        *steps, last = path.split("__")
+        inner = place
+        for step in steps:
+            inner = inner[int(step) if step.isdigit() else step]
+        inner[int(last) if last.isdigit() else last] = value
+
+
+FORGERIES = {
+    "cra": {"columns__sound__cra__36/255": 1.0},
+    "certified": {"columns__sound__certified__36/255": 16},
+    "clean": {"columns__deployed__clean": 1.0},
+    "mean": {"columns__nominal__mean_radius": 9.0},
+    "vacuous": {"columns__sound__vacuous": True},
+    "curve": {"columns__sound__curve__3": [0.03, 0.9]},
+    "error": {"columns__sound__largest_error_ball": 0.0},
+    "bound": {"network_bound": 0.5},
+    "observed": {"observed_lipschitz": 0.1},
+    "layer": {"layers__0__upper": 0.9},
+    "class": {"per_class__0__36/255": 1.0},
+    "samples": {"samples": 1_000_000},
+    "norm": {"norm": "linf"},
+    "dataset": {"dataset": "imagenet-test"},
+    "model": {"artifact_digest": "0" * 64},
+    "family": {"family": "sll"},
+    "attack": {"attack__accuracy__36/255": -0.5},
+    "flips": {"attack__inside_radius_flips": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, artifact):
+    settings = {"launcher": "local", "eps": ("1/255", "36/255"), "attack": "quick"}
+    out = str(tmp_path_factory.mktemp("finished"))
+    return evaluate({"artifact": artifact, "out": out, "record": False, **settings})
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_summary_is_not_believed(finished, forgery, tmp_path):
+    shutil.copytree(finished.out_url.removeprefix("file://"), tmp_path / "out")
+    out = Store(str(tmp_path / "out"))
+    assert read_result(out).summary == finished
+    body = json.loads(out.read("summary.json"))
+    put(body, **FORGERIES[forgery])
+    out.write("summary.json", json.dumps(body).encode())
+    with pytest.raises(EvaluationError, match=r"of summary\.json|in summary\.json"):
+        read_result(out)
+
+
+def test_samples_and_certificate_of_another_digest_are_not_believed(finished, tmp_path):
+    shutil.copytree(finished.out_url.removeprefix("file://"), tmp_path / "out")
+    out = Store(str(tmp_path / "out"))
+    certificate, samples = out.read("certificate.json"), out.read("samples.parquet")
+    body = json.loads(certificate)
+    body["network_bound"] = 0.5
+    out.write("certificate.json", json.dumps(body).encode())
+    with pytest.raises(EvaluationError, match=r"digest in certificate\.json is .*, but"):
+        read_result(out)
+    out.write("certificate.json", certificate)
+    out.write("samples.parquet", samples + b" ")
+    with pytest.raises(EvaluationError, match=r"samples\.parquet is not the one of certificate"):
+        read_result(out)
+    out.remove("samples.parquet")
+    with pytest.raises(EvaluationError, match="no finished evaluation at"):
+        read_result(out)
+
+
+def test_a_result_that_was_forged_is_made_again(fields, capsys):
+    first = evaluate(fields)
+    out = Store(fields["out"])
+    body = json.loads(out.read("summary.json"))
+    sound = body["columns"]["sound"]
+    sound["cra"] = dict.fromkeys(sound["cra"], 1.0)
+    put(body, columns__sound__clean=1.0, network_bound=0.5)
+    out.write("summary.json", json.dumps(body).encode())
+    arguments = ["--artifact", fields["artifact"], "--out", fields["out"], "--launcher", "local"]
+    arguments += ["--batch-size", "3", "--no-record", "--eps", *fields["eps"]]
+    assert main(arguments) == 0
+    assert f"proved <= {first.network_bound:.9f}" in capsys.readouterr().out
+    assert EvaluationSummary.from_json(out.read("summary.json")) == first
+
+
+def test_a_mended_certifier_and_another_device_make_another_result(fields, monkeypatch):
+    config = EvaluationConfig(**fields)
+    first = evaluate(fields)
+    cpu, cuda = evaluation_keys(config)
+    assert first.eval_key == cpu != cuda
+    assert evaluation_keys(replace(config, device="cuda")) == (cuda,)
+    monkeypatch.setattr("jobs.evaluation.runner.certifier_digest", lambda: "mended")
+    assert not set(evaluation_keys(config)) & {cpu, cuda}
+    assert evaluate(fields).eval_key == evaluation_keys(config)[0]
+
+
+def test_the_certifier_is_the_text_of_what_makes_the_numbers(tmp_path, monkeypatch):
+    root = tmp_path / "model"
+    (root / "verifier").mkdir(parents=True)
+    (root / "__init__.py").write_text("")
+    monkeypatch.setattr("model.__file__", str(root / "__init__.py"))
+
+    def digest(path, text):
+        (root / path).write_text(text)
+        certifier_digest.cache_clear()
+        return certifier_digest()
+
+    found = [digest(p, t) for p in ("a.py", "verifier/b.py") for t in ("x = 1", "x = 2")]
+    monkeypatch.undo()
+    certifier_digest.cache_clear()
+    assert found[0] != found[1] == found[2] == found[3] != certifier_digest()
 
 
 def test_a_summary_of_another_version_is_computed_again(fields):

@@ -53,9 +53,35 @@ def test_a_gain_must_reach_the_least():
 
 
 def test_the_first_champion_certifies_something():
-    first = compare(RULE, bits(10, (0, 1)), None)
+    first = compare(RULE, bits(200, (0, 20)), None)
     assert (first.passes, first.candidate_cra, first.champion_cra) == (True, 0.1, None)
-    assert not compare(RULE, bits(10), None).passes
+    assert not compare(RULE, bits(200), None).passes
+
+
+def test_the_first_champion_was_seen_on_enough_samples():
+    refused = compare(RULE, bits(199, (0, 199)), None)
+    assert not refused.passes
+    assert "199 of 199 samples certified, 100.00% (98.1 to 100.0)" in refused.reason
+    assert "needed: 1 of at least 200 samples" in refused.reason
+    assert compare(Rule(eps="36/255", min_samples=199), bits(199, (0, 199)), None).passes
+
+
+@pytest.mark.parametrize(("before", "passes"), [(0, True), (1, True), (2, False)])
+def test_the_level_is_divided_by_the_candidates_judged_so_far(before, passes):
+    candidate, champion = bits(1000, (0, 12)), bits(1000, (500, 503))
+    found = compare(RULE, candidate, champion, judged_before=before)
+    assert found.p_value == pytest.approx(0.01758, rel=1e-3)
+    assert (found.judged, found.level) == (before + 1, 0.05 / (before + 1))
+    assert found.passes == passes
+    assert f"at most {found.level:.3g}, that is 0.05 / {before + 1} candidates" in found.reason
+
+
+def test_the_verified_samples_follow_the_divided_level():
+    candidate, champion = bits(1000, (0, 30)), bits(1000, (500, 505))
+    first, late = (compare(RULE, candidate, champion, judged_before=n) for n in (0, 19))
+    assert late.passes
+    # Less has to be forged to bring a decision about that is nearer to its level.
+    assert samples_to_verify(RULE, late) > samples_to_verify(RULE, first)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +104,8 @@ def test_enough_samples_are_verified_to_meet_a_forgery_that_decided(ours, theirs
 
 
 def test_a_clear_advantage_needs_few_samples():
-    clear = Comparison(50_000, 0.6, 0.5, 6000, 1000, 0.0, True, "")
-    close = Comparison(50_000, 0.504, 0.5, 1200, 1000, 0.0, True, "")
+    clear = Comparison(50_000, 0.6, 0.5, 6000, 1000, 0.0, True, "", 1, 0.05)
+    close = Comparison(50_000, 0.504, 0.5, 1200, 1000, 0.0, True, "", 1, 0.05)
     assert samples_to_verify(RULE, clear) < 100
     assert samples_to_verify(RULE, close) > 1000
 

@@ -6,9 +6,10 @@ import pytest
 from mlflow import MlflowClient
 
 from jobs.evaluate_cra import evaluate
-from jobs.report import PAGE, TEXT, cell, duration, interval, main, per_further_point, render
+from jobs.report import PAGE, TEXT, cell, duration, main, per_further_point, render
 from jobs.reporting.cost import Cost, passed_epochs
 from jobs.reporting.data import collect
+from model.certification.intervals import wilson
 from pipeline.tracking.client import MlflowConnection, TrackingConfig, now_ms
 from pipeline.tracking.reader import Point, Reader, TrackingError
 from tests.jobs.conftest import NETWORK, export
@@ -294,7 +295,7 @@ def test_cost_of_a_point(report):
 
 
 def test_interval_is_wilsons():
-    low, high = interval(90, 100)
+    low, high = wilson(90, 100)
     assert (low, high) == pytest.approx((0.8256, 0.9448), abs=1e-4)
 
 

@@ -115,7 +115,7 @@ def test_dense_layers_do_not_expand(generator):
         values = torch.linalg.svdvals(jacobian)
         assert values.max() <= 1 + 1e-12
         assert values.min() >= least
-    q = corner._rows()
+    q = corner._q()
     square = torch.eye(12) - 2 * q.T @ q
     torch.testing.assert_close(jacobian, square[:7].detach(), rtol=0, atol=1e-14)
 
@@ -178,10 +178,8 @@ def test_proved_eigenvalues_enclose(generator, dtype):
 def computed_rows(layer, dtype):
     """Q as a program of this type computes it, in float64."""
     layer = copy.deepcopy(layer).to(dtype).eval().requires_grad_(False)
-    if isinstance(layer, ReflectionConvolution):
-        q = orthonormal_rows(layer._x(layer.weight, fast=False), layer.share)
-        return q.to(torch.complex128)
-    return layer._rows().double()
+    q = layer._q()
+    return q.to(torch.complex128 if q.is_complex() else torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +218,89 @@ def test_a_singular_matrix_says_nothing_in_float32(generator):
         layer.weight[:3, :3] = -(2**0.5) * torch.eye(3)
     bound = layer.bound("weight", layer.weight)
     assert bound.condition > 1e6
+
+
+def test_eigenvalues_are_proved_whatever_the_library_returns(generator, monkeypatch):
+    m = random(generator, 2, 6, 4)
+    gram, norm = m.mT @ m, float(torch.linalg.matrix_norm(m, 2).max())
+    least = torch.linalg.eigvalsh(gram)[:, 0]
+
+    def wrong(matrices):
+        return torch.return_types.linalg_cholesky_ex(
+            (torch.eye(4).double().expand_as(matrices), torch.zeros(2, dtype=torch.int32))
+        )
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda gram: torch.full((2, 4), 1e-3))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", wrong)
+    assert proved_norm(m) >= norm
+    assert (proved_least(gram, 100 * least) <= least).all()
+
+
+LAYERS = [
+    CholeskyDense(12, 5),
+    DenseReflection(12, 12, rank=5, depth=2),
+    ReflectionConvolution(6, rank=3, depth=2, shape=(4, 5)),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize("function", ["cholesky", "solve_triangular"])
+def test_a_solver_that_is_not_backward_stable_is_refused(layer, function, generator, monkeypatch):
+    layer = filled(layer, generator, torch.float32).eval()
+    x = torch.rand(2, 6, 4, 5) if isinstance(layer, ReflectionConvolution) else torch.rand(2, 12)
+    exact = getattr(torch.linalg, function)
+    expected = layer(x)
+
+    def sloppy(*arguments, **settings):
+        # As a solver errs that inverts blocks of an ill-conditioned factor.
+        result = exact(*arguments, **settings)
+        return result + 1e-11 * torch.tril(torch.ones_like(result))
+
+    monkeypatch.setattr(torch.linalg, function, sloppy)
+    with pytest.raises(ModelError, match=r"leaves residuals of .* times what is charged"):
+        layer(x)
+    monkeypatch.setattr(torch.linalg, function, exact)
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_what_was_measured_is_what_is_used(layer, generator, monkeypatch):
+    layer = filled(layer, generator, torch.float32).eval().requires_grad_(False)
+    q = layer._q()
+    assert layer._q() is q
+    layer.weight.mul_(0.9)
+    assert layer._q() is not q
+    changed = layer._q()
+    assert not torch.equal(changed, q)
+    assert layer.double()._q().dtype != changed.dtype
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [CholeskyDense(6, 4), DenseReflection(6, 4, rank=4), CholeskyDense(4, 4, depth=1)],
+    ids=["cholesky", "reflection", "cancelled"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_matrix_of_zeros_is_refused_in_plain_words(layer, training, generator):
+    layer = filled(layer, generator, torch.float32).train(training)
+    with torch.no_grad():
+        layer.weight.zero_()
+        if layer.depth:  # gain times V is minus the identity
+            layer.weight[:, :-1] = -torch.eye(4)
+            layer.weight[:, -1] = 1
+    with pytest.raises(ModelError, match=r"neck\.0\.weight makes a matrix of zeros"):
+        layer.bound("neck.0.weight", layer.weight)
+    with pytest.raises(ModelError, match=r"rows cannot be made orthonormal.* row is 0"):
+        layer(torch.rand(2, 6)[:, : layer.columns])
+
+
+@pytest.mark.parametrize("layer", [CholeskyDense(6, 4), DenseReflection(6, 4, rank=4)])
+def test_repeated_rows_are_bounded(layer, generator):
+    layer = filled(layer, generator, torch.float32).eval()
+    with torch.no_grad():
+        layer.weight[1] = layer.weight[0]
+        assert layer(torch.rand(2, 6)).isfinite().all()
+    assert 1e2 < layer.bound("weight", layer.weight).condition < 1e7
 
 
 def test_linear_residual_has_the_norm_of_its_kernel(generator):

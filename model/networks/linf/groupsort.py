@@ -174,5 +174,6 @@ def _carry(state: ErrorState, layer: RowBoundedLinear) -> Tensor:
     inputs, bias = layer.weight.shape[1], largest_entry(layer.bias)
     size = state.computed + bias
     state.norm = state.norm + bias
-    state.note(size)
+    # A row whose norm overflows is divided by infinity and becomes 0.
+    state.note(size.clamp(min=float(layer.weight.double().abs().sum(1).max()) * SLACK))
     return state.program.product(3 * inputs + 3, copies=3, roundings=3) * size

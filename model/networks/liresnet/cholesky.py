@@ -14,28 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.certification.eigen_bounds import COMPLEX, proved_least
+from model.certification.eigen_bounds import frobenius, proved_least
 from model.certification.matrix_bounds import MatrixBound, tensor_digest
+from model.certification.products import COMPLEX, product
 from model.certification.rounding import SLACK, U64, ErrorState, Program, gamma
 from model.errors import ModelError
 
 SMALLEST, _LARGEST = 2.0**-10, 2.0**40
 """Between these lie the squared sizes of matrices that are certified."""
+_SOLVER = 4
+"""gamma_(m + 3) times this is charged for the residuals of a factor and of a solution."""
 
 
 class _OrthonormalRows(torch.autograd.Function):
     """L^-1 X; X itself is not kept. eta counts as a constant in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, share: float) -> Tensor:
-        factor = torch.linalg.cholesky(regularised_gram(x, share))
+    def forward(ctx: Any, x: Tensor, share: float, measured: bool) -> Tensor:
+        gram = regularised_gram(x, share)
+        factor = _factor(gram)
         q = torch.linalg.solve_triangular(factor, x, upper=False)
+        if measured:
+            _check_residuals(x, gram, factor, q)
         ctx.save_for_backward(factor, q)
         return q
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         # dQ = L^-1 dX - Phi(M) Q with M = L^-1 dS L^-*, Phi the lower triangle with half of the
         # diagonal. Transposed: L^-* (G - H Q), H Hermitian with the lower triangle of G Q^*.
         factor, q = ctx.saved_tensors
@@ -44,22 +50,66 @@ class _OrthonormalRows(torch.autograd.Function):
         hermitian = hermitian + hermitian.mH
         hermitian.diagonal(dim1=-2, dim2=-1).copy_(lower.diagonal(dim1=-2, dim2=-1).real)
         result = gradient - hermitian @ q
-        return torch.linalg.solve_triangular(factor.mH, result, upper=True), None
+        return torch.linalg.solve_triangular(factor.mH, result, upper=True), None, None
 
 
-def orthonormal_rows(x: Tensor, share: float) -> Tensor:
+def _factor(gram: Tensor) -> Tensor:
+    try:
+        factor: Tensor = torch.linalg.cholesky(gram)
+    except torch.linalg.LinAlgError as error:
+        largest = float(gram.diagonal(dim1=-2, dim2=-1).real.amax())
+        raise ModelError(
+            f"rows cannot be made orthonormal: X X^* + eta I, shape {tuple(gram.shape)}, has no "
+            f"Cholesky factor in {gram.dtype}; the largest square of a row is {largest:.3g}"
+        ) from error
+    return factor
+
+
+def orthonormal_rows(x: Tensor, share: float, *, measured: bool = False) -> Tensor:
     """Q = L^-1 X, differentiable once.
 
     Args:
         x: X, real or complex, shape (..., m, k) with m <= k.
         share: eta as a share of the mean of the diagonal of X X^*, in (0, 1].
+        measured: compute the residuals of L and Q as well, for X in float64: `rows_error` charges
+            what they may be, so it holds on every device and for every solver.
+
+    Raises:
+        ModelError: X is 0, or so small or large that its squares are no numbers of its type; or the
+            solver leaves more than is charged for it.
     """
-    return _OrthonormalRows.apply(x, share)
+    return _OrthonormalRows.apply(x, share, measured)
+
+
+def _check_residuals(x: Tensor, gram: Tensor, factor: Tensor, q: Tensor) -> None:
+    """L has a positive diagonal, and L L^* - S and L Q - X are as small as `rows_error` charges."""
+    m, weight = x.shape[-2], _weight(x.is_complex())
+    size, factor = frobenius(x), factor.tril()
+    # Both are differences of a product, which is rounded itself.
+    rounding = gamma(weight * (m + 1), U64) * frobenius(factor)
+    of_gram = frobenius(product(factor, factor.mH) - gram) + rounding * frobenius(factor)
+    of_rows = frobenius(product(factor, q) - x) + rounding * frobenius(q)
+    charged = _solver_error(m, weight) * size
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    positive = (diagonal.real > 0) & (diagonal.real == diagonal)
+    ok = (of_gram * SLACK <= charged * size) & (of_rows * SLACK <= charged * math.sqrt(m))
+    if not bool((ok & positive.all(-1)).all()):
+        worst = float(torch.maximum(of_gram / size, of_rows / math.sqrt(m)).div(charged).max())
+        raise ModelError(
+            f"the Cholesky factorisation or the substitution on {x.device} leaves residuals of "
+            f"{worst:.3g} times what is charged for them (matrices {tuple(x.shape)}): nothing can "
+            "be certified there; evaluate on the CPU"
+        )
+
+
+def _solver_error(m: int, weight: int) -> float:
+    """Relative residuals that are charged: of L L^* to ||X||^2, of L Q to ||X|| sqrt(m)."""
+    return _SOLVER * gamma(weight * (m + 3), U64)
 
 
 def regularised_gram(x: Tensor, share: float) -> Tensor:
     """S = X X^* + eta I, shape (..., m, m)."""
-    gram = x @ x.mH
+    gram = product(x, x.mH)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(share * diagonal.real.mean(-1, keepdim=True))
     return gram
@@ -78,9 +128,9 @@ ENTRY_ROUNDINGS = 8
 
 
 def entry_error(program: Program) -> float:
-    """Relative error of the parts of such an entry: two copies of weights and the roundings."""
+    """Relative error of the parts of such an entry in float64: copies of weights and roundings."""
     copies = 2 * program.weight + program.weight**2
-    rounding = gamma(ENTRY_ROUNDINGS, program.wide)
+    rounding = gamma(ENTRY_ROUNDINGS, U64)
     return copies + rounding * (1 + copies)
 
 
@@ -109,10 +159,12 @@ def computed_bound(
         share: see `orthonormal_rows`.
 
     Raises:
-        ModelError: an entry is not finite.
+        ModelError: an entry is not finite, or X is 0.
     """
     if not bool(stored.isfinite().all()):
         raise ModelError(f"{name} holds values that are not finite")
+    if not bool(x.abs().amax((-2, -1)).all()):
+        raise ModelError(f"{name} makes a matrix of zeros, whose rows cannot be made orthonormal")
     m, k = x.shape[-2:]
     condition, observed = math.inf, 0.0
     if bool(((size >= SMALLEST) & (size <= _LARGEST)).all()):
@@ -157,6 +209,8 @@ def rows_error(
 ) -> float:
     """||computed Q - Q||, infinite where nothing can be said (docs/families.md).
 
+    Q is computed in float64, measured, and rounded to what the program computes with.
+
     Args:
         bound: of the stored matrix.
         m: rows of X.
@@ -165,14 +219,14 @@ def rows_error(
         program: the arithmetic.
         complex_terms: X is complex.
     """
-    u, weight = program.wide, _weight(complex_terms)
-    rho = bound.condition
-    q = rho * (_gram_error(m, k, entries, u, weight) + 3 * gamma(weight * (m + 1), u))
-    solve = gamma(weight * m, u) * math.sqrt(2.2 * rho) / (1 - min(q, 0.25))
-    if not (q <= 0.25 and solve <= 0.25):
+    weight, rho = _weight(complex_terms), bound.condition
+    solver = _solver_error(m, weight) * (1 + entries) ** 2
+    q = rho * (_gram_error(m, k, entries, U64, weight) + solver)
+    if not q <= 0.25:
         return math.inf
-    moved = math.sqrt(rho) * entries / (1 - q)
-    return (q / (1 - q) + moved + 2 * solve * (math.sqrt(m) + moved)) * SLACK
+    moved = math.sqrt(rho) * (entries + solver * math.sqrt(m)) / (1 - q)
+    error = q / (1 - q) + moved
+    return (error + program.wide * math.sqrt(m) * (1 + error)) * SLACK
 
 
 def carry_reflection(

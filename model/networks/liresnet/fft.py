@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.certification.eigen_bounds import COMPLEX
+from model.certification.products import COMPLEX, product
 from model.certification.rounding import Program, gamma
 
 PHASE_ERROR = 64
@@ -23,7 +23,7 @@ def spectrum(images: Tensor, *, fast: bool) -> Tensor:
         return torch.fft.rfft2(images, norm="ortho")
     rows, columns = _waves(images.shape[-2], images), _waves(images.shape[-1], images)
     half = images.shape[-1] // 2 + 1
-    return rows @ (images.to(rows.dtype) @ columns[:, :half])
+    return product(rows, product(images, columns[:, :half]))
 
 
 def images_of(half: Tensor, width: int, *, fast: bool) -> Tensor:
@@ -37,7 +37,7 @@ def images_of(half: Tensor, width: int, *, fast: bool) -> Tensor:
     if width % 2 == 0:
         count[-1] = 1
     back = (columns[:, : half.shape[-1]].mH * count).to(half.dtype)
-    return ((rows.mH @ half) @ back).real
+    return product(product(rows.mH, half), back).real
 
 
 def _waves(n: int, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.certification.matrix_bounds import MatrixBound
+from model.certification.products import product
 from model.certification.rounding import FLOAT64, SLACK, ErrorState, Program
 from model.networks.centering import Centering
 from model.networks.init import set_initial
@@ -48,6 +49,32 @@ class _Computed(nn.Module):
         self.depth, self.share = depth, share
         size = torch.empty(self.rows, self.columns + (depth > 0))
         self.weight = set_initial(nn.Parameter(size), kind)
+        self._known: tuple[object, Tensor] | None = None
+
+    def _x(self, weight: Tensor, *, fast: bool = False) -> Tensor:
+        """X of the parameter's value, by a library's transforms where `fast`."""
+        raise NotImplementedError
+
+    def _q(self) -> Tensor:
+        """Q in float32 or wider.
+
+        In evaluation it is computed in float64, measured, rounded once, and kept while the weight
+        stays: an attack asks many times, and what was measured is what is used.
+        """
+        if self.training:
+            return orthonormal_rows(self._x(at_least_float32(self.weight), fast=True), self.share)
+        key = (self.weight.data_ptr(), self.weight.dtype, self.weight._version)
+        if self._known is not None and self._known[0] == key and not self._differentiated():
+            return self._known[1]
+        q = orthonormal_rows(self._x(self.weight.double()), self.share, measured=True)
+        working = torch.promote_types(self.weight.dtype, torch.float32)
+        q = q.to(working.to_complex() if q.is_complex() else working)
+        if not q.requires_grad:
+            self._known = key, q
+        return q
+
+    def _differentiated(self) -> bool:
+        return torch.is_grad_enabled() and self.weight.requires_grad
 
     def stored(self, weight: Tensor) -> Tensor:
         """The part of X that is stored, (rows, columns)."""
@@ -66,12 +93,10 @@ class _Dense(_Computed):
     transposed = False
     bias: nn.Parameter | None
 
-    def _x(self, weight: Tensor) -> Tensor:
+    def _x(self, weight: Tensor, *, fast: bool = False) -> Tensor:
+        """See _Computed."""
         x = self.identity(weight) + self.stored(weight)
         return x.mT if self.transposed else x
-
-    def _rows(self) -> Tensor:
-        return orthonormal_rows(self._x(at_least_float32(self.weight)), self.share)
 
     @torch.no_grad()
     def bound(self, name: str, stored: Tensor) -> MatrixBound:
@@ -113,7 +138,7 @@ class CholeskyDense(_Dense):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
-        q = self._rows()
+        q = self._q()
         bias = None if self.bias is None else at_least_float32(self.bias)
         return F.linear(x.to(q.dtype), q, bias)
 
@@ -153,7 +178,7 @@ class DenseReflection(_Dense):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
-        q = self._rows()
+        q = self._q()
         x = x.to(q.dtype)
         y = x[..., : self.outputs] - 2 * F.linear(F.linear(x, q), q[:, : self.outputs].mT)
         return y if self.bias is None else y + at_least_float32(self.bias)
@@ -198,18 +223,17 @@ class ReflectionConvolution(_Computed):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) to (B, channels, *grid)."""
-        weight = at_least_float32(self.weight)
-        q = orthonormal_rows(self._x(weight, fast=self.training), self.share)
-        z = spectrum(F.pad(x.to(weight.dtype), (1, 1, 1, 1)), fast=self.training)
+        q = self._q()
+        z = spectrum(F.pad(x.to(q.real.dtype), (1, 1, 1, 1)), fast=self.training)
         z = z.permute(2, 3, 1, 0)
-        z = z - 2 * (q.mH @ (q @ z))
+        z = z - 2 * product(q.mH, product(q, z))
         y = images_of(z.permute(3, 2, 0, 1), self.torus[1], fast=self.training)
         if not self.grow:
             y = y[:, :, 1:-1, 1:-1]
         centred: Tensor = self.centre(y)
         return centred + at_least_float32(self.bias)[:, None, None]
 
-    def _x(self, weight: Tensor, *, fast: bool) -> Tensor:
+    def _x(self, weight: Tensor, *, fast: bool = False) -> Tensor:
         """V^* at every frequency, complex (H, W // 2 + 1, rank, channels)."""
         kernel = self.identity(weight) + self.stored(weight)
         kernel = kernel.view(self.channels, self.rank, 3, 3)
@@ -226,14 +250,14 @@ class ReflectionConvolution(_Computed):
         return computed_bound(
             stored,
             name,
-            self._x(weight, fast=False),
+            self._x(weight),
             size=sizes.square().sum() / math.prod(self.torus) * SLACK,
             defect=self._entry_error(FLOAT64),
             share=self.share,
         )
 
     def _entry_error(self, program: Program) -> float:
-        one, other = entry_error(program), entrywise_error(self.torus, program)
+        one, other = entry_error(program), entrywise_error(self.torus, FLOAT64)
         return one + other * (1 + one)
 
     def carry(self, state: ErrorState, bound: MatrixBound) -> None:

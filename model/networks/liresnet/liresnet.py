@@ -9,8 +9,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.certification.conv_bounds import output_side
 from model.certification.matrix_bounds import Matrices, MatrixBound
+from model.certification.products import output_side
 from model.certification.rounding import ErrorState, Program
 from model.errors import ModelError
 from model.networks.base import CertifiedNetwork, LipschitzBound
@@ -21,6 +21,9 @@ from model.networks.liresnet.cholesky import SMALLEST
 from model.networks.liresnet.free_conv import LinearResidual, RegularisedConvolution
 from model.networks.liresnet.layers import CholeskyDense
 from model.networks.soc.activations import MaxMin
+
+_OBSERVED_SHARE = 0.99
+"""Both are found by a Krylov method from different starts, from below."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -217,9 +220,16 @@ class LiResNet(CertifiedNetwork):
     def lipschitz_upper_bound(self, matrices: Matrices | None = None) -> LipschitzBound:
         """Product of the proved norms of stem and blocks.
 
-        All other layers, MinMax and centering are 1-Lipschitz exactly, for any weights.
+        All other layers, MinMax and centering are 1-Lipschitz exactly, for any weights. The stored
+        norms do not enter; but a nominal column made of numbers that are no norms of these
+        convolutions would be a fiction.
+
+        Raises:
+            ModelError: a weight is not finite, or a stored norm is below an observed one.
         """
         known = self.matrix_bounds() if matrices is None else matrices
+        for name, layer in self._regularised():
+            _check_stored_norm(name, float(layer.norm), known[f"{name}.weight"].lower)
         parts = {name: known[f"{name}.weight"].upper for name, _ in self._regularised()}
         largest = math.prod(max(1.0, part) for part in parts.values())
         smallest = math.prod(min(1.0, part) for part in parts.values())
@@ -239,7 +249,7 @@ class LiResNet(CertifiedNetwork):
         """See CertifiedNetwork; docs/families.md."""
         pixels = math.prod(self.input_shape)
         state = ErrorState.images(norms, pixels, program)
-        growth, condition = max(1.0, largest_factor), 1.0
+        growth, condition, stored = max(1.0, largest_factor), 1.0, 1.0
         for name, layer in self._layers():
             bound = matrices.get(f"{name}.weight")
             if bound is None:  # a pool
@@ -248,12 +258,23 @@ class LiResNet(CertifiedNetwork):
             layer.carry(state, bound)
             growth *= max(1.0, bound.upper)
             condition = max(condition, getattr(bound, "condition", 1.0))
+            stored = max(stored, float(layer.weight.abs().max()))
         error = self.head.margin_error(state, largest_factor)
         # Whatever is smaller than the smallest normal number may be lost, in any operation. An
-        # entry of S that is off by it moves Q by condition / SMALLEST times as much.
+        # entry of S that is off by it moves Q by condition / SMALLEST times as much, and a gain
+        # that is lost takes with it what it is multiplied with.
         values = pixels + sum(p.numel() for p in self.parameters())
-        size = 4 * condition / SMALLEST * state.peak.clamp(min=1)
+        size = 4 * condition / SMALLEST * stored * state.peak.clamp(min=1)
+        state.note(torch.full_like(state.peak, stored))
         underflow = 1024.0 * values**2 * program.tiny * growth * size
         hopeless = (underflow > 1) | (state.peak > program.limit)
         error = ((error + underflow) * (1 + 2.0**-20)).nan_to_num(nan=math.inf, posinf=math.inf)
         return torch.where(hopeless, math.inf, error)
+
+
+def _check_stored_norm(name: str, stored: float, observed: float) -> None:
+    if not (_OBSERVED_SHARE * observed <= stored < math.inf):
+        raise ModelError(
+            f"{name} stores {stored:.6g} as the norm of its convolution, where {observed:.6g} is "
+            "observed: the nominal radii would be those of another network"
+        )

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.certification.products import convolve, transposed
 from model.certification.rounding import FLOAT64, SLACK, ErrorState, Program
 from model.errors import ModelError
 from model.networks.init import set_initial
@@ -92,10 +93,12 @@ class RescaledLayer(nn.Module):
         return at_least_float32(x) if self.training else x.double()
 
     def _apply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
-        """V x + b."""
-        if self.kernel:
+        """V x + b; in evaluation by products, see model.certification.products."""
+        if not self.kernel:
+            return F.linear(x, weight, self.bias)
+        if self.training:
             return F.conv2d(x, weight, self.bias, padding=self.kernel // 2)
-        return F.linear(x, weight, self.bias)
+        return convolve(x, weight, padding=self.kernel // 2) + self.bias[:, None, None]
 
     def _inner(self) -> int:
         """Terms of a dot product of V x + b."""
@@ -157,8 +160,14 @@ class Residual(RescaledLayer):
         t = inverse(self._diagonal(self._wide(self.weight))).to(x.dtype)
         if self.kernel:
             z = t.view(-1, 1, 1) * self._apply_rows(x, self.weight).relu()
-            return x - 2 * F.conv_transpose2d(z, self.weight, padding=self.kernel // 2)
+            return x - 2 * self._transposed(z)
         return x - 2 * F.linear(t * self._apply_rows(x, self.weight).relu(), self.weight.mT)
+
+    def _transposed(self, z: Tensor) -> Tensor:
+        """V^T z of a convolution."""
+        if self.training:
+            return F.conv_transpose2d(z, self.weight, padding=self.kernel // 2)
+        return convolve(z, transposed(self.weight), padding=self.kernel // 2)
 
     def _diagonal(self, v: Tensor) -> Tensor:
         """T, shape (inner,)."""

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.certification.products import convolve
 from model.certification.rounding import SLACK, U64, Program, gamma
 
 LARGEST_LOG_Q = 32.0
@@ -27,8 +28,14 @@ _GRID = 16
 
 
 def gram(v: Tensor) -> Tensor:
-    """V V^T: shape (h, h), or the kernel (h, h, 2k - 1, 2k - 1) of a convolution."""
-    return v @ v.mT if v.ndim == 2 else F.conv2d(v, v, padding=v.shape[-1] - 1)
+    """V V^T: shape (h, h), or the kernel (h, h, 2k - 1, 2k - 1) of a convolution.
+
+    In float64, in which evaluation and bounds compute it, its rounding is that of products.
+    """
+    if v.ndim == 2:
+        return v @ v.mT
+    convolution = convolve if v.dtype == torch.float64 else F.conv2d
+    return convolution(v, v, padding=v.shape[-1] - 1)
 
 
 def row_sums(v: Tensor, log_q: Tensor | None = None) -> Tensor:

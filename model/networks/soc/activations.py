@@ -70,7 +70,8 @@ class _Angled(nn.Module):
         """
         program = state.program
         largest = float(self._angle(self.angle.detach().double()).abs().max()) * SLACK
-        rounding = gamma(ELEMENTARY + 1, program.activation)
+        # The limit pi of an angle is no floating-point number, and the result is stored.
+        rounding = gamma(ELEMENTARY + 2, program.activation)
         error = math.sqrt(2) * (program.weight * largest + rounding) * SLACK
         return error if error <= 1 else math.inf
 

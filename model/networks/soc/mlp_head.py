@@ -174,7 +174,9 @@ class MLPHead(nn.Module):
         features.note(state.peak)
         dot = gamma(self.hidden + 1, wide.wide) * (1 + wide.weight) + wide.weight
         rounding = 2 * self._row_norm() * dot * state.computed
-        rounding = rounding + 2 * dot * float(self.outer_bias.abs().max())
+        largest_bias = float(self.outer_bias.abs().max())
+        rounding = rounding + 2 * dot * largest_bias
+        features.note(self._row_norm() * (1 + dot) * state.computed + largest_bias)
         distance = float(pairwise_distances(self.outer.double()).max()) * SLACK
         return distance * state.error + rounding
 

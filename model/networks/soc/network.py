@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.certification.matrix_bounds import Matrices, MatrixBound, matrix_bound
+from model.certification.products import convolve
 from model.certification.rounding import FLOAT64, SLACK, ErrorState, Program
 from model.errors import ModelError
 from model.networks.base import CertifiedNetwork, LipschitzBound
@@ -92,7 +93,8 @@ class Rotation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See SkewConvolution."""
         x = F.pixel_unshuffle(x.to(self.weight.dtype), self.stride)
-        return F.conv2d(x, self.weight[:, :, None, None]) + self.bias[:, None, None]
+        convolution = F.conv2d if self.training else convolve
+        return convolution(x, self.weight[:, :, None, None]) + self.bias[:, None, None]
 
     @property
     def operations(self) -> int:

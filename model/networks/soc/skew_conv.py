@@ -5,6 +5,7 @@ is orthogonal. exp(J) x is a truncated series; `Skew` states what the truncation
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,18 +15,10 @@ from torch.nn.grad import conv2d_weight
 
 from model.certification.matrix_bounds import MatrixBound, matrix_bound, tensor_digest
 from model.certification.power_iteration import estimated_norm
+from model.certification.products import convolve, transposed
 from model.certification.rounding import SLACK, U64, ErrorState
 from model.networks.init import set_initial
 from model.networks.lipnext.layers import at_least_float32
-
-
-def transposed(kernel: Tensor) -> Tensor:
-    """Filter of the transposed map: channels swapped, both spatial axes flipped; a copy."""
-    # A transposed copy first: arithmetic on a transposed view reads memory in steps of rows.
-    if kernel.shape[-1] == 1:
-        return kernel[:, :, 0, 0].mT.contiguous()[:, :, None, None]
-    swapped = kernel.transpose(0, 1).contiguous()
-    return swapped.flatten(2).flip(2).view_as(swapped)
 
 
 def skew(weight: Tensor) -> Tensor:
@@ -61,14 +54,14 @@ def reshapes(kernel: Tensor) -> list[Tensor]:
 
 
 def series(x: Tensor, kernel: Tensor, terms: int) -> Tensor:
-    """Sum of J^i x / i! for i < terms, by Horner's rule.
+    """Sum of J^i x / i! for i < terms, by Horner's rule, with products of known rounding.
 
     Args:
         x: shape (B, C, H, W).
         kernel: J, shape (C, C, k, k) with odd k.
         terms: at least 1.
     """
-    return _horner(x, kernel, terms - 1, 1)
+    return _horner(x, kernel, terms - 1, 1, convolve)
 
 
 def fast_series(x: Tensor, kernel: Tensor, terms: int) -> Tensor:
@@ -80,11 +73,13 @@ def fast_series(x: Tensor, kernel: Tensor, terms: int) -> Tensor:
     return _FastSeries.apply(x, kernel, terms)
 
 
-def _horner(x: Tensor, kernel: Tensor, last: int, first: int) -> Tensor:
+def _horner(
+    x: Tensor, kernel: Tensor, last: int, first: int, convolution: Callable[..., Tensor] = F.conv2d
+) -> Tensor:
     """Nested sum x + J/first (x + J/(first+1) (... x + J/last x))."""
     z = x
     for i in range(last, first - 1, -1):
-        z = x + F.conv2d(z, kernel, padding=kernel.shape[-1] // 2) / i
+        z = x + convolution(z, kernel, padding=kernel.shape[-1] // 2) / i
     return z
 
 
@@ -121,8 +116,12 @@ def remainder(norm: float, terms: int) -> float:
 
     The eigenvalues are imaginary, where Taylor's remainder is no larger than its next term.
     """
+    if norm == 0:
+        return 0.0
+    if not 0 < norm < math.inf:  # not a number: the scale was never stored
+        return math.inf
     try:
-        return math.exp(terms * math.log(norm) - math.lgamma(terms + 1)) if norm > 0 else 0.0
+        return math.exp(terms * math.log(norm) - math.lgamma(terms + 1))
     except OverflowError:
         return math.inf
 
@@ -218,7 +217,12 @@ class SkewConvolution(nn.Module):
         return (1 + remainder(self._size(bound), self.terms) * SLACK) * (1 + 2.0**-50)
 
     def _size(self, bound: MatrixBound) -> float:
-        return bound.upper * float(self.scale) * SLACK
+        return bound.upper * self._stored_scale * SLACK
+
+    @property
+    def _stored_scale(self) -> float:
+        """|scale|: its sign is whatever somebody stored, and no norm is negative."""
+        return abs(float(self.scale))
 
     def carry(self, state: ErrorState, bound: MatrixBound, pixels: int) -> None:
         """Carry bounds of the input through this layer (docs/families.md).
@@ -229,7 +233,7 @@ class SkewConvolution(nn.Module):
             pixels: positions of the output, for the bias.
         """
         program, start = state.program, state.computed
-        size, absolute = self._size(bound), bound.absolute * float(self.scale) * SLACK
+        size, absolute = self._size(bound), bound.absolute * self._stored_scale * SLACK
         # W and scale are copies; the difference, the scaling, the product and the quotient round.
         kappa = program.product(self.side**2 * self.channels, copies=2, roundings=4)
         norm, error, peak = 1.0, 0.0, 1.0
@@ -241,7 +245,8 @@ class SkewConvolution(nn.Module):
             peak = max(peak, partial, norm + error)
         state.norm = self.norm(bound) * state.norm
         state.error = self.norm(bound) * state.error + error * start
-        state.note(peak * start)
+        # A scale that is flushed costs as much as the filter is large before it is scaled.
+        state.note(torch.maximum(peak * start, bound.absolute * start))
         state.translate(math.sqrt(pixels) * float(self.bias.detach().double().norm()) * SLACK)
 
 
