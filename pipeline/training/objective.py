@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from model.networks.base import CertifiedNetwork
-from pipeline.config import LossConfig
-from pipeline.training.losses import LOSSES
+from pipeline.losses.base import Loss
 from pipeline.training.schedules import StepContext
 
 STATISTICS = ("loss", "clean", "certified", "samples")
@@ -19,7 +18,7 @@ class Objective(nn.Module):
     the training statistics are computed here. The mean over the micro-batch is the loss.
     """
 
-    def __init__(self, network: CertifiedNetwork, loss: LossConfig) -> None:
+    def __init__(self, network: CertifiedNetwork, loss: Loss) -> None:
         super().__init__()
         self.network = network
         self.loss = loss
@@ -38,7 +37,7 @@ class Objective(nn.Module):
         """
         pixels = images.to(torch.float32) / 255
         logits, rates = self.network.logits_and_rates(pixels, labels, now.eps)
-        loss = LOSSES[self.loss.kind](logits, rates, labels, now, self.loss)
+        loss = self.loss.mean(logits, rates, labels, eps=now.eps, progress=now.progress)
         # Exactly 1 for a finite loss; else every gradient is NaN too, which the engine notices.
         loss = loss * (1 + 0 * loss.detach())
         with torch.no_grad():

@@ -22,12 +22,7 @@ from pipeline.run.events import Emit, Event, Metrics, RolledBack, Skipped, Strag
 from pipeline.run.state import TrainState
 from pipeline.run.step_schedule import StepSchedule
 from pipeline.training.objective import STATISTICS
-from pipeline.training.schedules import (
-    StepContext,
-    learning_rate_factor,
-    training_radius,
-    triangular_factor,
-)
+from pipeline.training.schedules import StepContext, learning_rate_factor, triangular_factor
 
 _ASK_PREEMPTION_S = 5.0
 """Pause between two questions whether a node is about to go; they are a barrier."""
@@ -218,14 +213,7 @@ class Trainer:
             lr_factor = learning_rate_factor(
                 step, total=total, warmup=self._plan.warmup_steps, floor=train.lr_floor
             )
-        eps = training_radius(
-            step,
-            total=total,
-            eps=loss.eps,
-            start=loss.eps_start,
-            end=loss.eps_end,
-            ramp=loss.eps_ramp,
-        )
+        eps = loss.training_radius(step, total=total)
         return StepContext(step, step / total, lr_factor, eps)
 
     def _interrupt(self, *, stop: bool, ask: bool) -> None:

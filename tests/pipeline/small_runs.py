@@ -1,4 +1,4 @@
-"""Small runs that the tests of this room share, and the worlds in which ranks execute them."""
+"""Small runs that the tests of pipeline share, and the process groups in which their ranks run."""
 
 import contextlib
 import dataclasses
@@ -15,11 +15,13 @@ from data_shards.write import write_shard_set
 from model.networks.config import LipNeXtConfig
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
-from pipeline.config import ClusterConfig, LossConfig, RunConfig, TrainConfig
+from pipeline.config import ClusterConfig, RunConfig, TrainConfig
 from pipeline.errors import PipelineError
+from pipeline.losses.emma import EmmaLoss
 from pipeline.resilience.signals import Interruption
 from pipeline.run.distributed import join_process_group
 from pipeline.run.events import CheckpointSaved, Event, Metrics
+from pipeline.run.state import WorkerSpec
 from pipeline.training import worker
 from pipeline.training.zero3 import Zero3
 
@@ -44,7 +46,7 @@ def small_run(**parts) -> RunConfig:
         preset="test",
         model=small_model(),
         optim=OptimConfig(lr=1e-2, eps=1e-5, lookahead_steps=7, polar_every=5),
-        loss=LossConfig(eps=36 / 255, eps_start=1.0, eps_end=1.0, scale=4.0),
+        loss=EmmaLoss(eps=36 / 255, eps_start=1.0, eps_end=1.0, scale=4.0),
         train=TrainConfig(global_batch=24, epochs=1, warmup_epochs=0),
         cluster=ClusterConfig(launcher="local", device="cpu"),
     )
@@ -165,7 +167,7 @@ class Undisturbed:
         return False
 
 
-def observed_run(job: worker.Job, interruption: Interruption | None = None) -> Outcome:
+def observed_run(job: WorkerSpec, interruption: Interruption | None = None) -> Outcome:
     """Run the worker of this rank as it is, looking at its engine from outside."""
     outcome = Outcome()
     engines = []
