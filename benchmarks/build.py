@@ -41,7 +41,7 @@ def run_of(ranks: int, width: int, depth: int) -> RunConfig:
             input_shape=(3, 32, 32), num_classes=10, patch=2, width=width, depth=depth
         ),
         train=TrainConfig(global_batch=ranks),
-        cluster=ClusterConfig(launcher="local", workers=ranks, device="cpu"),
+        cluster=ClusterConfig(launcher="local", device="cpu"),
     )
 
 

@@ -39,7 +39,7 @@ from pipeline.errors import PipelineError
 from pipeline.planner.calibration import Measured
 from pipeline.planner.meta_step import DTYPES, rehearse
 from pipeline.planner.step_time import MANIFOLD_PRODUCTS
-from pipeline.presets import run_preset
+from pipeline.presets import parse_with_preset
 from pipeline.run.distributed import DistributedContext, join_process_group
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import StepContext
@@ -239,13 +239,14 @@ def measured_here(config: RunConfig, images: int) -> Measured:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write a file."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    name = words.pop(0) if words and not words[0].startswith("-") else "digits"
-    request = tyro.cli(
-        Request,
-        default=Request(run=run_preset(name), out=tyro.MISSING),
-        args=words,
-        prog=f"python -m benchmarks.calibrate {name}",
+    request = parse_with_preset(
+        sys.argv[1:] if arguments is None else arguments,
+        lambda name, preset, words: tyro.cli(
+            Request,
+            default=Request(run=preset, out=tyro.MISSING),
+            args=words,
+            prog=f"python -m benchmarks.calibrate {name}",
+        ),
     )
     work = (measured_here, request.run, request.images)
     if "RANK" in os.environ:  # torchrun has started the ranks

@@ -25,7 +25,7 @@ from model.networks.config import LipNeXtConfig
 from model.networks.lipnext import ops
 from model.networks.lipnext.layers import Block
 from model.networks.registry import build_network
-from pipeline.config import LossConfig
+from pipeline.losses.emma import EmmaLoss
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import StepContext
 
@@ -106,7 +106,7 @@ def network_pass(config: LipNeXtConfig, batch: int, device: torch.device) -> Wor
     """Loss and gradients of a whole network for one batch."""
     network = build_network(config)
     network.initialise(0)
-    objective = Objective(network, LossConfig()).to(device)
+    objective = Objective(network, EmmaLoss()).to(device)
     images = torch.randint(0, 256, (batch, *config.input_shape), dtype=torch.uint8, device=device)
     labels = torch.randint(0, config.num_classes, (batch,), device=device)
 

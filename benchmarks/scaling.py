@@ -17,7 +17,7 @@ from benchmarks.processes import in_ranks
 from benchmarks.report import Row, write_result
 from model.networks.config import LipNeXtConfig
 from optim.config import OptimConfig
-from pipeline.config import ClusterConfig, LossConfig, RunConfig, TrainConfig
+from pipeline.config import ClusterConfig, RunConfig, TrainConfig
 from pipeline.planner.calibration import Measured
 from pipeline.planner.estimate import estimate
 from pipeline.planner.step_time import StepTime, device_of
@@ -52,11 +52,8 @@ class Setup:
                 depth=self.depth,
             ),
             optim=OptimConfig(lr=1e-3, lookahead_steps=0, polar_every=0, audit_every=0),
-            loss=LossConfig(),
             train=TrainConfig(global_batch=self.batch),
-            cluster=ClusterConfig(
-                launcher="local", workers=self.ranks, cpus_per_worker=self.threads, device="cpu"
-            ),
+            cluster=ClusterConfig(launcher="local", cpus_per_worker=self.threads, device="cpu"),
         )
 
 

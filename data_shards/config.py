@@ -44,6 +44,18 @@ class StreamConfig:
     flip: bool = False
     """Augmentation: mirror half of the images left to right."""
 
+    def without_effect(self) -> dict[str, str]:
+        """Options that the others leave without effect: name -> the setting that does so."""
+        found = {}
+        if not self.disk_cache:
+            found["disk_cache_bytes"] = "an empty disk_cache"
+        if self.crop != "none":  # images of any size are decoded anew in every epoch
+            found["cache_bytes"] = f"crop={self.crop}"
+        return found
+
+
+INDEXED_ONLY = ("lanes", "window", "cache_bytes", "disk_cache", "disk_cache_bytes")
+"""Options that only a set with an index can follow: stock WebDataset streams the others."""
 
 SAME_SAMPLES = ("read_ahead_bytes", "workers", "cache_bytes", "disk_cache", "disk_cache_bytes")
 """Options that change how samples are read and never which ones: free when a run is resumed."""

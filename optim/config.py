@@ -8,6 +8,9 @@ from pydantic.dataclasses import dataclass
 from optim.matmul import Precision
 from optim.matrix_exp import SeriesRule, check_series
 
+MANIFOLD_OPTIONS = ("series", "increment", "polar_every", "audit_every", "residual_limit")
+"""Options of `OptimConfig` that say how matrices on a manifold are stepped, and nothing else."""
+
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -64,6 +67,18 @@ class OptimConfig:
     Round-off and truncation leave less than 1e-4 between two retractions; at 1e-3 the Lipschitz
     constant of one matrix is at most sqrt(1 + 1e-3), that of 96 in a row 1.05.
     """
+
+    def without_effect(self) -> dict[str, str]:
+        """Options that the others leave without effect: name -> the setting that does so.
+
+        Both Euclidean rules use all of theirs: learning rate, betas, eps and weight decay.
+        """
+        found = {}
+        if not self.lookahead_steps:
+            found["lookahead_factor"] = "lookahead_steps=0"
+        if not self.audit_every:
+            found["residual_limit"] = "audit_every=0"
+        return found
 
     @model_validator(mode="after")
     def _check(self) -> "OptimConfig":

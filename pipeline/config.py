@@ -1,6 +1,11 @@
-"""The run's configuration: composes the rooms' parts; rules that involve two rooms live here."""
+"""The run's configuration: composes the parts of all packages; rules between parts live here.
+
+A setting that changes nothing beside the others is refused: every part says in `without_effect`
+which of its options are idle, and an idle option has to be at its default, or off (0, empty).
+"""
 
 import dataclasses
+import functools
 import json
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -9,13 +14,18 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
-from data_shards.config import SAME_SAMPLES, StreamConfig
+from data_shards.config import INDEXED_ONLY, SAME_SAMPLES, StreamConfig
 from model.certification.eps import check_reach, check_table
-from model.networks.registry import FAMILIES, AnyNetwork
-from optim.config import OptimConfig
-from pipeline.errors import PipelineError
+from model.networks.centering import Centering
+from model.networks.config import NetworkConfig
+from model.networks.registry import FAMILIES, AnyNetwork, on_meta_device
+from optim.config import MANIFOLD_OPTIONS, OptimConfig
+from optim.manifolds import manifold_of
+from pipeline.errors import NoEffectError, PipelineError
+from pipeline.losses.emma import EmmaLoss
+from pipeline.losses.registry import AnyLoss
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -36,53 +46,6 @@ class DataConfig:
     no exact order, no exact resume, no certification. 0: the set has an index."""
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
     """How samples are read."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class LossConfig:
-    """The loss and the ramp of its radius (LiResNet++, arXiv 2310.02513)."""
-
-    kind: Literal["emma", "mixture", "ce_hinge", "offset", "logit_annealing", "certificate"] = (
-        "emma"
-    )
-    """`emma`: cross-entropy of margins less what the radius can cost (arXiv 2310.02513); `mixture`:
-    share of samples not certified at the radius, as a clipped hinge, plus a cross-entropy whose
-    weight decays (arXiv 2210.01787); `ce_hinge`: hinge of the certified margin of correct samples
-    plus such a cross-entropy (ibid.); `offset`: cross-entropy after the label's logit was lowered
-    (arXiv 2208.03160); `logit_annealing`: `emma` lowered by an offset, samples weighted by how far
-    they are from certain (arXiv 2505.15174); `certificate`: cross-entropy less a multiple of the
-    certified radius (arXiv 2108.04062)."""
-    eps: float = Field(default=36 / 255, gt=0)
-    """Reference radius, in the network's norm and pixels of [0, 1]."""
-    eps_start: float = Field(default=0.1, ge=0)
-    """Multiple of eps at the first step."""
-    eps_end: float = Field(default=3.0, gt=0)
-    """Multiple of eps after the ramp."""
-    eps_ramp: float = Field(default=0.5, ge=0, le=1)
-    """Share of the run over which the radius grows."""
-    scale: float = Field(default=1.0, gt=0)
-    """Inverse temperature of the cross-entropy; the certificate never sees it."""
-    offset: float = Field(default=2.0**0.5, ge=0)
-    """What `offset` and `logit_annealing` lower the logit of the label by."""
-    temperature: float = Field(default=0.75, gt=0)
-    """What `logit_annealing` divides logits by."""
-    exponent: float = Field(default=5.0, ge=0)
-    """Power of 1 - probability that weights the samples of `logit_annealing`."""
-    certificate_weight: float = Field(default=0.5, ge=0)
-    """What `certificate` takes off the loss per unit of radius."""
-    ce_start: float = Field(default=0.1, gt=0)
-    """Weight of the cross-entropy of `mixture` and `ce_hinge` at first."""
-    ce_end: float = Field(default=1e-3, gt=0)
-    """The same at the end of its exponential decay."""
-    ce_from: float = Field(default=1 / 15, ge=0, lt=1)
-    """Share of the run after which the weight decays."""
-    ce_to: float = Field(default=29 / 30, gt=0, le=1)
-    """Share of the run after which the weight stays."""
-
-    def __post_init__(self) -> None:
-        """Refuse a decay that ends before it begins."""
-        if self.ce_from >= self.ce_to:
-            raise PipelineError(f"ce_from={self.ce_from:g} must be less than ce_to={self.ce_to:g}")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -123,6 +86,15 @@ class TrainConfig:
     """Steps between two metric records; metrics leave the device only then."""
     stop_after: int = Field(default=0, ge=0)
     """Stop cleanly after this step with a checkpoint (schedules unchanged); 0 runs to the end."""
+
+    def without_effect(self) -> dict[str, str]:
+        """Options that the others leave without effect: name -> the setting that does so."""
+        found: dict[str, str] = {}
+        if self.precision != "fp16":  # the only type whose gradients underflow
+            found["loss_scale"] = f"precision={self.precision}"
+        if self.schedule == "triangular":
+            found |= dict.fromkeys(("warmup_epochs", "lr_floor"), "schedule=triangular")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -171,6 +143,17 @@ class CheckpointConfig:
         """Refuse a table that no evaluation would make."""
         check_table(self.evaluate_eps)
 
+    def without_effect(self) -> dict[str, str]:
+        """Options that the others leave without effect: name -> the setting that does so."""
+        found: dict[str, str] = {}
+        if not self.keep_last:
+            found |= dict.fromkeys(("keep_every", "keep_best"), "keep_last=0, which keeps all")
+        if not self.evaluate:
+            # Not the table: a scheduler that certifies the checkpoints later makes the same one.
+            names = ("keep_best", "evaluate_tasks", "evaluate_gpus", "evaluate_placement")
+            found |= dict.fromkeys(names, "evaluate=False")
+        return found
+
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ClusterConfig:
@@ -208,6 +191,21 @@ class ClusterConfig:
     peak_tflops: float = Field(default=0.0, ge=0)
     """TFLOP/s that a device can reach, for `perf/mfu`; 0: from its name, where it is known."""
 
+    def without_effect(self) -> dict[str, str]:
+        """Options that the others leave without effect: name -> the setting that does so."""
+        if self.launcher == "ray":
+            return {}
+        # torchrun places, counts and restarts the ranks.
+        names = (
+            "workers",
+            "address",
+            "placement",
+            "min_workers",
+            "max_failures",
+            "max_preemptions",
+        )
+        return dict.fromkeys(names, f"launcher={self.launcher}")
+
 
 # The whole input would be repeated in every message, with whatever a URL holds.
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", hide_input_in_errors=True))
@@ -222,8 +220,8 @@ class RunConfig:
     """The samples."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     """The manifold optimizer."""
-    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    """The loss."""
+    loss: AnyLoss = dataclasses.field(default_factory=EmmaLoss)
+    """The loss; `--loss.kind` chooses another one."""
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     """The loop."""
     zero: ZeroConfig = dataclasses.field(default_factory=ZeroConfig)
@@ -290,6 +288,50 @@ class RunConfig:
             )
 
         self._check_images()
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        """Refuse a setting that would be ignored."""
+        parts = ("data.stream", "optim", "loss", "train", "checkpoint", "cluster")
+        for path in parts:
+            for name, reason in value_of(self, path).without_effect().items():
+                self._require_idle(f"{path}.{name}", f"{path}.{reason}")
+        for name, reason in self._without_effect().items():
+            self._require_idle(name, reason)
+
+    def _require_idle(self, option: str, reason: str) -> None:
+        if self._is_set(option):
+            raise NoEffectError(option, value_of(self, option), default_of(self, option), reason)
+
+    def _is_set(self, option: str) -> bool:
+        """Whether an option says something: 0 and an empty value switch it off."""
+        value = value_of(self, option)
+        return bool(value) and value != default_of(self, option)
+
+    def _without_effect(self) -> dict[str, str]:
+        """Settings that another part leaves without effect, and how."""
+        found: dict[str, str] = {}
+        if not (self.resume or self.start_or_resume):
+            found["accept_changes"] = "resume=False and start_or_resume=False"
+        if self.resume:
+            found["start_or_resume"] = "resume=True"
+        if self.data.shards:
+            found["data.source"] = f"data.shards={self.data.shards}"
+        if self.data.unindexed_samples:
+            names = ("data.train_split", *(f"data.stream.{name}" for name in INDEXED_ONLY))
+            found |= dict.fromkeys(names, "data.unindexed_samples, for a set without an index")
+        if self.cluster.launcher == "local":
+            names = ("evaluate_tasks", "evaluate_gpus", "evaluate_placement")
+            found |= {f"checkpoint.{name}": "cluster.launcher=local" for name in names}
+        # Building the network, even on the meta device, takes time: only where an answer matters.
+        kind = f"model.kind={self.model.kind}, which"
+        manifold = [f"optim.{name}" for name in MANIFOLD_OPTIONS]
+        if any(map(self._is_set, manifold)) and not has_matrices(self.model):
+            found |= dict.fromkeys(manifold, f"{kind} has no matrix on a manifold")
+        samples = "train.calibration_samples"
+        if self._is_set(samples) and not has_centred_layers(self.model):
+            found[samples] = f"{kind} has no centred layer"
+        return found
 
     def _check_images(self) -> None:
         """Rules that involve the size of the images."""
@@ -325,6 +367,41 @@ class RunConfig:
             raise PipelineError(f"configuration does not validate: {error}") from error
 
 
+def has_matrices(model: NetworkConfig) -> bool:
+    """Whether the network has parameters that the optimizer keeps on a manifold."""
+    return any(manifold_of(p) is not None for p in on_meta_device(model).parameters())
+
+
+def has_centred_layers(model: NetworkConfig) -> bool:
+    """Whether an artifact of the network holds means that are taken of training samples."""
+    return any(isinstance(module, Centering) for module in on_meta_device(model).modules())
+
+
+def value_of(config: RunConfig, option: str) -> Any:
+    """Value of an option by its dotted name."""
+    return functools.reduce(getattr, option.split("."), config)
+
+
+def default_of(config: RunConfig, option: str) -> Any:
+    """Default of an option of these settings: a network and a loss have their own."""
+    path, _, name = option.rpartition(".")
+    if not path:  # of the run: no network is a default, so no run is one
+        return RunConfig.__dataclass_fields__[name].default
+    return getattr(type(value_of(config, path))(), name)
+
+
+def replaced(config: RunConfig, option: str, value: Any) -> RunConfig:
+    """The settings with one option changed.
+
+    Raises:
+        PipelineError, pydantic.ValidationError: they do not go together.
+    """
+    path, _, name = option.rpartition(".")
+    if not path:
+        return dataclasses.replace(config, **{name: value})
+    return replaced(config, path, dataclasses.replace(value_of(config, path), **{name: value}))
+
+
 MATHEMATICS = ("model", "data", "optim", "loss", "train")
 """Parts that must not change when a run is resumed."""
 _HOW_TO_CONTINUE = ("name", "resume", "start_or_resume", "wait_for_lease", "accept_changes")
@@ -335,6 +412,7 @@ _FREE_ON_RESUME = {
     "train.rollbacks",
     "train.log_every",
     "data.shards",
+    "data.source",  # as the URL: how the set came to be, not what it holds
     *(f"data.stream.{name}" for name in SAME_SAMPLES),
 }
 

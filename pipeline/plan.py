@@ -22,9 +22,8 @@ from pipeline.planner import memory as budget
 from pipeline.planner.calibration import Measured
 from pipeline.planner.estimate import Estimate, estimate, trials
 from pipeline.planner.step_time import DEVICES, Device, device_of
-from pipeline.presets import PRESETS, run_preset
+from pipeline.presets import CHOICES, parse_with_preset
 
-_DEFAULT_PRESET = "digits"
 _DEFAULT_DEVICE = "H100"
 _GB = 1e9
 _SETS = {  # images of the training split, kB of one
@@ -147,18 +146,17 @@ def parse(arguments: Sequence[str]) -> Request:
     """What the command line asks for.
 
     Raises:
-        PipelineError: unknown preset, or a value out of its range.
+        PipelineError: unknown preset or loss, an option without effect, a value out of its range.
     """
-    name, rest = _DEFAULT_PRESET, list(arguments)
-    if rest and not rest[0].startswith("-"):
-        name = rest.pop(0)
-    request = tyro.cli(
-        Request,
-        default=Request(run=run_preset(name)),
-        args=rest,
-        prog=f"python -m pipeline.plan {name}",
-        description=f"Plan a run without a GPU. Presets: {', '.join(PRESETS)}. "
-        f"Devices: {', '.join(DEVICES)}.",
+    request = parse_with_preset(
+        arguments,
+        lambda name, preset, words: tyro.cli(
+            Request,
+            default=Request(run=preset),
+            args=words,
+            prog=f"python -m pipeline.plan {name}",
+            description=f"Plan a run without a GPU. {CHOICES} Devices: {', '.join(DEVICES)}.",
+        ),
     )
     request.require()
     return request

@@ -19,14 +19,13 @@ from pipeline.driver.console import lenient_console
 from pipeline.driver.monitor import RunMonitor, monitor_for
 from pipeline.driver.preflight import prepare
 from pipeline.errors import REFUSALS
-from pipeline.presets import PRESETS, run_preset
+from pipeline.presets import CHOICES, parse_with_preset
 from pipeline.resilience.oom import fit_here, fit_in_memory
 from pipeline.resilience.signals import StopSignal
 from pipeline.run.distributed import join_process_group
 from pipeline.run.events import Emit, Event, Hung
 from pipeline.training.worker import run_rank
 
-_DEFAULT_PRESET = "digits"
 _SIGNALS = 128
 """Exit codes above are those of signals."""
 
@@ -35,17 +34,18 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     """Configuration from the command line.
 
     Raises:
-        PipelineError: unknown preset. A bad flag or value exits with status 2 and says which.
+        PipelineError: unknown preset or loss, or an option without effect. A bad flag or value
+            exits with status 2 and says which.
     """
-    name, rest = _DEFAULT_PRESET, list(arguments)
-    if rest and not rest[0].startswith("-"):
-        name = rest.pop(0)
-    return tyro.cli(
-        RunConfig,
-        default=run_preset(name),
-        args=rest,
-        prog=f"python -m pipeline.pretrain {name}",
-        description=f"Pretrain a certified network. Presets: {', '.join(PRESETS)}.",
+    return parse_with_preset(
+        arguments,
+        lambda name, preset, words: tyro.cli(
+            RunConfig,
+            default=preset,
+            args=words,
+            prog=f"python -m pipeline.pretrain {name}",
+            description=f"Pretrain a certified network. {CHOICES}",
+        ),
     )
 
 

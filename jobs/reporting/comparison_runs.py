@@ -64,7 +64,7 @@ class RunRequest:
             "mlflow": tracking.uri,
             "experiment": tracking.experiment,
             "cluster.launcher": "local" if config.workers == 1 else "ray",
-            "cluster.workers": config.workers,
+            **({"cluster.workers": config.workers} if config.workers > 1 else {}),
             "cluster.cpus-per-worker": config.threads,
             "checkpoint.every-steps": 0,
             **({"data.shards": config.shards} if config.shards else {}),

@@ -73,7 +73,12 @@ def build_network(config: NetworkConfig) -> CertifiedNetwork:
     return family(config.kind).network(config)
 
 
+def on_meta_device(config: NetworkConfig) -> CertifiedNetwork:
+    """The network that `config` describes, of which nothing is allocated."""
+    with torch.device("meta"):
+        return build_network(config)
+
+
 def parameter_count(config: NetworkConfig) -> int:
     """Trained values of the network that `config` describes; nothing is allocated."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_network(config).parameters())
+    return sum(p.numel() for p in on_meta_device(config).parameters())

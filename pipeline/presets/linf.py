@@ -13,10 +13,11 @@ from pipeline.config import (
     CheckpointConfig,
     ClusterConfig,
     DataConfig,
-    LossConfig,
     RunConfig,
     TrainConfig,
 )
+from pipeline.losses.emma import EmmaLoss
+from pipeline.losses.hinge import CeHingeLoss, MixtureLoss
 
 _DIGITS_EPS = ("8/255", "16/255", "25/255", "38/255")
 
@@ -43,7 +44,7 @@ def _digits_distance(name: str, keep: float, *, depth: int = 3, hidden: int = 0)
         data=DataConfig(source="digits"),
         optim=_adamw(0.02),
         # Beyond every radius of the table; the head's own scale is the temperature.
-        loss=LossConfig(eps=40 / 255, eps_start=1.0, eps_end=1.0),
+        loss=EmmaLoss(eps=40 / 255, eps_start=1.0, eps_end=1.0),
         train=TrainConfig(epochs=75, global_batch=64, warmup_epochs=0, lr_floor=0.0),
         checkpoint=CheckpointConfig(every_steps=500, evaluate_eps=_DIGITS_EPS),
     )
@@ -56,8 +57,7 @@ def digits_sortnet() -> RunConfig:
 
 def digits_sortnet_mlp() -> RunConfig:
     """Sorted distances and a tanh layer, certified by intervals."""
-    loss = LossConfig(
-        kind="ce_hinge",
+    loss = CeHingeLoss(
         eps=32 / 255,
         eps_start=0.0,
         eps_end=1.1,
@@ -81,7 +81,7 @@ def digits_groupsort() -> RunConfig:
         model=GroupSortConfig(input_shape=(1, 8, 8), num_classes=10, width=256, depth=4),
         data=DataConfig(source="digits"),
         optim=_adamw(0.005),
-        loss=LossConfig(eps=32 / 255, eps_start=1.0, eps_end=1.0, scale=20.0),
+        loss=EmmaLoss(eps=32 / 255, eps_start=1.0, eps_end=1.0, scale=20.0),
         train=TrainConfig(epochs=120, global_batch=64, warmup_epochs=2),
         checkpoint=CheckpointConfig(every_steps=1000, evaluate_eps=_DIGITS_EPS),
     )
@@ -106,8 +106,7 @@ def _published(
         model=model,
         data=DataConfig(stream=stream),
         optim=_adamw(0.02),
-        loss=LossConfig(
-            kind="mixture",
+        loss=MixtureLoss(
             eps=eps[0],
             eps_start=eps[1] / eps[0],
             eps_end=eps[1] / eps[0],
@@ -241,7 +240,16 @@ def _mlp(data: str, levels: int, *, keep: float = 0.70, windows: bool = False) -
     return dataclasses.replace(
         found,
         optim=_adamw(part.lr),
-        loss=dataclasses.replace(found.loss, kind="ce_hinge", eps_start=0.0, eps_ramp=ramp / total),
+        loss=CeHingeLoss(
+            eps=levels / 255,
+            eps_start=0.0,
+            eps_end=1.1,
+            eps_ramp=ramp / total,
+            ce_start=1.0,
+            ce_end=0.01,
+            ce_from=model.p_from,
+            ce_to=model.p_to,
+        ),
         train=dataclasses.replace(found.train, global_batch=part.batch),
     )
 

@@ -10,10 +10,10 @@ from pipeline.config import (
     CheckpointConfig,
     ClusterConfig,
     DataConfig,
-    LossConfig,
     RunConfig,
     TrainConfig,
 )
+from pipeline.losses.emma import EmmaLoss
 
 
 def digits() -> RunConfig:
@@ -29,7 +29,7 @@ def digits() -> RunConfig:
         data=DataConfig(source="digits"),
         optim=OptimConfig(lr=5e-3, betas=(0.9, 0.99), lookahead_factor=0.8),
         # The full radius from the first step: in a short run the ramp costs accuracy.
-        loss=LossConfig(eps=108 / 255, eps_start=0.875, eps_end=0.875, scale=10.0),
+        loss=EmmaLoss(eps=108 / 255, eps_start=0.875, eps_end=0.875, scale=10.0),
         train=TrainConfig(epochs=65, global_batch=64, warmup_epochs=2),
         checkpoint=CheckpointConfig(every_steps=500),
     )
@@ -42,7 +42,7 @@ def synthetic() -> RunConfig:
         model=LipNeXtConfig(input_shape=(3, 32, 32), num_classes=10, patch=4, width=64, depth=4),
         data=DataConfig(source="synthetic"),
         optim=OptimConfig(lr=1e-2, betas=(0.9, 0.99), lookahead_factor=0.8),
-        loss=LossConfig(eps=36 / 255, eps_start=1.0, eps_end=1.0, scale=10.0),
+        loss=EmmaLoss(eps=36 / 255, eps_start=1.0, eps_end=1.0, scale=10.0),
         train=TrainConfig(epochs=20, global_batch=64, warmup_epochs=2),
         checkpoint=CheckpointConfig(every_steps=250),
     )
@@ -73,7 +73,7 @@ def _published(
         model=model,
         data=DataConfig(stream=stream),
         optim=OptimConfig(lr=1e-3),
-        loss=LossConfig(eps=36 / 255, eps_start=0.1, eps_end=eps_end, eps_ramp=0.5),
+        loss=EmmaLoss(eps=36 / 255, eps_start=0.1, eps_end=eps_end, eps_ramp=0.5),
         train=TrainConfig(
             epochs=epochs,
             global_batch=batch,

@@ -14,10 +14,11 @@ from pipeline.config import (
     CheckpointConfig,
     ClusterConfig,
     DataConfig,
-    LossConfig,
     RunConfig,
     TrainConfig,
 )
+from pipeline.losses.emma import EmmaLoss
+from pipeline.losses.logit_annealing import LogitAnnealingLoss
 
 
 def _nadam(lr: float, lookahead_factor: float = 0.5) -> OptimConfig:
@@ -46,7 +47,7 @@ def _digits(name: str, model: NetworkConfig) -> RunConfig:
         model=model,
         data=DataConfig(source="digits"),
         optim=optim,
-        loss=LossConfig(eps=108 / 255, eps_start=1.1, eps_end=1.1, scale=3.0),
+        loss=EmmaLoss(eps=108 / 255, eps_start=1.1, eps_end=1.1, scale=3.0),
         train=TrainConfig(epochs=30, global_batch=64, warmup_epochs=2),
         checkpoint=CheckpointConfig(every_steps=500),
     )
@@ -80,15 +81,18 @@ def _published(
 ) -> RunConfig:
     """The recipe of the papers without generated images, and without BRONet's weight decay."""
     large = model.input_shape[1] > 64
-    loss = LossConfig(eps=36 / 255, eps_start=0.1, eps_end=2.0 if large else 3.0, eps_ramp=0.5)
-    if annealing:
-        loss = dataclasses.replace(loss, kind="logit_annealing", offset=2.0)
+    ramp: dict[str, Any] = {
+        "eps": 36 / 255,
+        "eps_start": 0.1,
+        "eps_end": 2.0 if large else 3.0,
+        "eps_ramp": 0.5,
+    }
     return RunConfig(
         preset=name,
         model=model,
         data=DataConfig(stream=stream),
         optim=_nadam(1e-3),
-        loss=loss,
+        loss=LogitAnnealingLoss(**ramp, offset=2.0) if annealing else EmmaLoss(**ramp),
         train=TrainConfig(
             epochs=400 if large else 800,
             global_batch=1024 if large else 256,

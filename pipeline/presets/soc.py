@@ -11,10 +11,10 @@ from pipeline.config import (
     CheckpointConfig,
     ClusterConfig,
     DataConfig,
-    LossConfig,
     RunConfig,
     TrainConfig,
 )
+from pipeline.losses.emma import EmmaLoss
 
 Head = Literal["unit", "mlp"]
 
@@ -33,7 +33,7 @@ def _digits(name: str, head: Head, scale: float) -> RunConfig:
         ),
         data=DataConfig(source="digits"),
         optim=OptimConfig(lr=1e-2, betas=(0.9, 0.99), lookahead_factor=0.8),
-        loss=LossConfig(eps=108 / 255, eps_start=0.875, eps_end=0.875, scale=scale),
+        loss=EmmaLoss(eps=108 / 255, eps_start=0.875, eps_end=0.875, scale=scale),
         train=TrainConfig(epochs=40, global_batch=64, warmup_epochs=2),
         checkpoint=CheckpointConfig(every_steps=500),
     )
@@ -60,7 +60,7 @@ def _cifar(name: str, *, classes: int, depth: int, head: Head) -> RunConfig:
         model=SocConfig(input_shape=(3, 32, 32), num_classes=classes, depth=depth, head=head),
         data=DataConfig(stream=StreamConfig(shift_pixels=4, flip=True, workers=4)),
         optim=OptimConfig(lr=1e-3),
-        loss=LossConfig(eps=36 / 255, eps_start=0.1, eps_end=3.0, eps_ramp=0.5),
+        loss=EmmaLoss(eps=36 / 255, eps_start=0.1, eps_end=3.0, eps_ramp=0.5),
         train=TrainConfig(
             epochs=200,
             global_batch=128,

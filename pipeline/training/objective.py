@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model.networks.base import CertifiedNetwork
-from pipeline.config import LossConfig
-from pipeline.training.losses import LOSSES
+from pipeline.losses.base import Loss
 from pipeline.training.metrics import SAMPLES, Metric, Reduction
 from pipeline.training.schedules import StepContext
 
@@ -76,7 +75,7 @@ class Objective(nn.Module):
         statistics: what the second result of `forward` holds, in this order.
     """
 
-    def __init__(self, network: CertifiedNetwork, loss: LossConfig) -> None:
+    def __init__(self, network: CertifiedNetwork, loss: Loss) -> None:
         super().__init__()
         self.network = network
         self.loss = loss
@@ -97,7 +96,7 @@ class Objective(nn.Module):
         # Here and not in the stream: uint8 is a quarter of the bytes that travel to the device.
         pixels = images.to(torch.float32) / 255
         logits, rates = self.network.logits_and_rates(pixels, labels, now.eps)
-        loss = LOSSES[self.loss.kind](logits, rates, labels, now, self.loss)
+        loss = self.loss.mean(logits, rates, labels, eps=now.eps, progress=now.progress)
         # Exactly 1 for a finite loss; else every gradient is NaN too, which the engine notices.
         loss = loss * (1 + 0 * loss.detach())
         with torch.no_grad():

@@ -1,9 +1,10 @@
-"""Schedules: step -> learning-rate factor, training radius. Pure functions of integers."""
+"""Schedules: step -> learning-rate factor. Pure functions of integers."""
 
 import dataclasses
 import math
 
-from pipeline.config import LossConfig, TrainConfig
+from pipeline.config import TrainConfig
+from pipeline.losses.base import Loss
 from pipeline.run.step_schedule import StepSchedule
 
 
@@ -21,9 +22,7 @@ class StepContext:
     """Training radius, in the network's norm and pixels of [0, 1]."""
 
 
-def step_context(
-    step: int, *, plan: StepSchedule, train: TrainConfig, loss: LossConfig
-) -> StepContext:
+def step_context(step: int, *, plan: StepSchedule, train: TrainConfig, loss: Loss) -> StepContext:
     """Where a run stands before it takes a step.
 
     Args:
@@ -39,14 +38,7 @@ def step_context(
         lr_factor = learning_rate_factor(
             step, total=total, warmup=plan.warmup_steps, floor=train.lr_floor
         )
-    eps = training_radius(
-        step,
-        total=total,
-        eps=loss.eps,
-        start=loss.eps_start,
-        end=loss.eps_end,
-        ramp=loss.eps_ramp,
-    )
+    eps = loss.training_radius(step, total=total)
     # All from integers: a resumed run, and every number of ranks, sees the same values.
     return StepContext(step, step / total, lr_factor, eps)
 
@@ -82,36 +74,3 @@ def triangular_factor(step: int, *, total: int) -> float:
     if progress < 4 / 5:
         return 1 - (progress - 2 / 5) * 5 / 2 * 19 / 20
     return (1 - progress) * 5 / 20
-
-
-def training_radius(
-    step: int, *, total: int, eps: float, start: float, end: float, ramp: float
-) -> float:
-    """Training radius: eps * (start + (end - start) * min(1, progress / ramp)) (LiResNet++).
-
-    Args:
-        step: 0-based step.
-        total: steps of the whole run.
-        eps: reference radius, l2 in pixels of [0, 1].
-        start: multiple of `eps` at step 0.
-        end: multiple of `eps` from progress `ramp` on.
-        ramp: share of the run over which the radius grows; 0 starts at `end`.
-    """
-    progress = 1.0 if ramp == 0 else min(1.0, step / (ramp * total))
-    return eps * (start + (end - start) * progress)
-
-
-def exponential_decay(
-    progress: float, *, start: float, end: float, begin: float, stop: float
-) -> float:
-    """`start` up to progress `begin`, then exponentially to `end` at `stop`, and that from there.
-
-    Args:
-        progress: share of the run that is done, in [0, 1).
-        start: first value, > 0.
-        end: last value, > 0.
-        begin: share of the run after which the value changes.
-        stop: share of the run after which it does not; > begin.
-    """
-    done = min(1.0, max(0.0, (progress - begin) / (stop - begin)))
-    return float(start * (end / start) ** done)

@@ -19,8 +19,9 @@ from optim.manifolds import manifold_of
 from optim.param_groups import parameter_groups
 from optim.sharded import ShardedManifoldAdam
 from optim.zero_layout import FlatPartition, Slot
-from pipeline.config import LossConfig, TrainConfig, ZeroConfig
+from pipeline.config import TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
+from pipeline.losses.base import Loss
 from pipeline.resilience.straggler import Stopwatch
 from pipeline.run.distributed import DistributedContext
 from pipeline.training.device_peak import DTYPES
@@ -166,7 +167,7 @@ class Zero3:
         *,
         world: DistributedContext,
         model: AnyNetwork,
-        loss: LossConfig,
+        loss: Loss,
         optim: OptimConfig,
         train: TrainConfig,
         zero: ZeroConfig,

@@ -16,8 +16,9 @@ from data_shards.write import write_shard_set
 from model.networks.config import LipNeXtConfig
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
-from pipeline.config import ClusterConfig, LossConfig, RunConfig, TrainConfig
+from pipeline.config import ClusterConfig, RunConfig, TrainConfig
 from pipeline.errors import PipelineError
+from pipeline.losses.emma import EmmaLoss
 from pipeline.resilience.signals import Interruption
 from pipeline.run.distributed import join_process_group
 from pipeline.run.events import CheckpointSaved, Event, Metrics
@@ -47,7 +48,7 @@ def small_run(**parts) -> RunConfig:
         preset="test",
         model=small_model(),
         optim=OptimConfig(lr=1e-2, eps=1e-5, lookahead_steps=7, polar_every=5),
-        loss=LossConfig(eps=36 / 255, eps_start=1.0, eps_end=1.0, scale=4.0),
+        loss=EmmaLoss(eps=36 / 255, eps_start=1.0, eps_end=1.0, scale=4.0),
         train=TrainConfig(global_batch=24, epochs=1, warmup_epochs=0),
         cluster=ClusterConfig(launcher="local", device="cpu"),
     )

@@ -46,7 +46,7 @@ def test_digits_trains_with_lookahead_and_polar_on_two_ranks():
 
 
 def test_another_schema_version_is_refused():
-    text = small_run().to_json().replace('"schema_version": 1', '"schema_version": 7')
+    text = small_run().to_json().replace('"schema_version": 2', '"schema_version": 7')
     with pytest.raises(PipelineError, match="schema_version=7"):
         RunConfig.from_json(text)
 

@@ -18,7 +18,6 @@ from optim.reference import ReferenceManifoldAdam
 from pipeline.config import RunConfig
 from pipeline.presets import PRESETS, run_preset
 from pipeline.run.state import WorkerSpec
-from pipeline.training.losses import LOSSES
 from pipeline.training.schedules import StepContext
 from pipeline.training.worker import build_engine, run_rank
 from tests.harness import run_ranks
@@ -92,7 +91,7 @@ def train_plain(name: str, world_size: int) -> dict[str, torch.Tensor]:
         share = BATCH // world_size
         for part, t in zip(images.split(share), labels.split(share), strict=True):
             logits, rates = network.logits_and_rates(part / 255, t, now.eps)
-            loss = LOSSES[config.loss.kind](logits, rates, t, now, config.loss)
+            loss = config.loss.mean(logits, rates, t, eps=now.eps, progress=now.progress)
             (loss / world_size).backward()
         if config.train.grad_clip:
             torch.nn.utils.clip_grad_norm_(network.parameters(), config.train.grad_clip)

@@ -4,20 +4,12 @@ import math
 import pytest
 import torch
 
-from pipeline.training.losses import (
-    ce_hinge_loss,
-    certificate_loss,
-    emma_loss,
-    logit_annealing_loss,
-    mixture_loss,
-    offset_loss,
-)
-from pipeline.training.schedules import (
-    exponential_decay,
-    learning_rate_factor,
-    training_radius,
-    triangular_factor,
-)
+from pipeline.losses.certificate import certificate_loss
+from pipeline.losses.emma import EmmaLoss, emma_loss
+from pipeline.losses.hinge import MixtureLoss, ce_hinge_loss, mixture_loss
+from pipeline.losses.logit_annealing import logit_annealing_loss
+from pipeline.losses.offset import offset_loss
+from pipeline.training.schedules import learning_rate_factor, triangular_factor
 
 ROWS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
 FACTORS = torch.cdist(ROWS, ROWS)
@@ -70,7 +62,8 @@ def test_no_warmup_starts_at_the_peak():
 
 def test_radius_grows_over_the_ramp_and_stays():
     def radius(step, ramp):
-        return training_radius(step, total=100, eps=0.1, start=0.1, end=3.0, ramp=ramp)
+        loss = EmmaLoss(eps=0.1, eps_start=0.1, eps_end=3.0, eps_ramp=ramp)
+        return loss.training_radius(step, total=100)
 
     assert radius(0, 0.5) == pytest.approx(0.01)
     assert radius(25, 0.5) == pytest.approx(0.1 * (0.1 + 2.9 * 0.5))
@@ -150,9 +143,8 @@ def test_ce_hinge_raises_the_worst_margins_of_correct_samples():
     )
 
 
-def test_exponential_decay_holds_before_and_after():
-    def value(progress):
-        return exponential_decay(progress, start=1.0, end=0.01, begin=0.2, stop=0.6)
-
-    assert [value(p) for p in (0.0, 0.2, 0.6, 0.9)] == pytest.approx([1, 1, 0.01, 0.01])
-    assert value(0.4) == pytest.approx(0.1)
+def test_weight_of_the_cross_entropy_holds_before_and_after_its_decay():
+    loss = MixtureLoss(ce_start=1.0, ce_end=0.01, ce_from=0.2, ce_to=0.6)
+    found = [loss.ce_weight(p) for p in (0.0, 0.2, 0.6, 0.9)]
+    assert found == pytest.approx([1, 1, 0.01, 0.01])
+    assert loss.ce_weight(0.4) == pytest.approx(0.1)

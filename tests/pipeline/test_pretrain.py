@@ -74,7 +74,10 @@ def refusal(capsys, tmp_path, shards):
         (["--loss.kind", "hinge2"], ["--loss.kind", "hinge2", "ce_hinge"]),
         (["--loss.eps-end", "nan"], ["eps_end", "finite"]),
         (["--loss.scale", "inf"], ["scale", "finite"]),
-        (["--loss.ce-from", "0.9", "--loss.ce-to", "0.1"], ["ce_from=0.9", "ce_to=0.1"]),
+        (
+            ["--loss.kind", "mixture", "--loss.ce-from", "0.9", "--loss.ce-to", "0.1"],
+            ["ce_from=0.9", "ce_to=0.1"],
+        ),
         (["--optim.betas", "0.9", "1"], ["betas", "less than 1"]),
         (["--optim.series", "taylor"], ["--optim.series", "taylor", "spectral"]),
         (["--optim.lookahead-factor", "0"], ["lookahead_factor", "greater than 0"]),

@@ -10,7 +10,7 @@ from model.networks.registry import build_network
 from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from pipeline.config import TrainConfig, ZeroConfig
-from pipeline.training.losses import emma_loss
+from pipeline.losses.emma import emma_loss
 from pipeline.training.schedules import StepContext
 from pipeline.training.worker import build_engine
 from tests.harness import run_ranks
