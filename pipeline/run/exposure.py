@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import grpc
+import psutil
 
 from pipeline.errors import ExposureError, TokenError
 
@@ -199,8 +200,8 @@ def ray_token() -> str:
     """The token of this process for Ray clusters, from where Ray looks for it; empty: none."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return ""
-    if "RAY_AUTH_TOKEN" in os.environ:
-        return os.environ["RAY_AUTH_TOKEN"].strip()
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token
     path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token"
     with contextlib.suppress(OSError):
         return Path(path).read_text().strip()
@@ -235,17 +236,10 @@ def is_loopback(host: str) -> bool:
 
 
 def own_addresses() -> list[str]:
-    """Addresses of this machine beyond the loopback device, as far as they can be found out."""
-    found = set()
-    with contextlib.suppress(OSError):  # the name of this machine means nothing
-        found |= {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
-    with (
-        contextlib.suppress(OSError),  # no network
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe,
-    ):
-        probe.connect(("192.0.2.1", 9))  # no packet is sent: it only chooses the device
-        found.add(str(probe.getsockname()[0]))
-    addresses = (address for address in found if "%" not in address)
+    """Addresses of this machine beyond the loopback device."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    every = (a.address for of in psutil.net_if_addrs().values() for a in of if a.family in families)
+    addresses = (address for address in every if "%" not in address)
     return sorted(a for a in addresses if not ipaddress.ip_address(a).is_loopback)
 
 

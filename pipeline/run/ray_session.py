@@ -33,9 +33,14 @@ def cluster_address(named: str = "") -> str:
     """Address of the cluster to join: the named one, else RAY_ADDRESS; empty: start a Ray.
 
     Raises:
-        ConnectionError: `auto`, and no cluster was started on this machine.
+        ConnectionError: `auto`, and no cluster was started on this machine; or a dashboard.
     """
     address = named or os.environ.get("RAY_ADDRESS", "")
+    if address.startswith(("http://", "https://")):
+        raise ConnectionError(
+            f"Ray cluster {address!r}: a dashboard takes jobs (`ray job submit`); a driver joins "
+            "at HOST:PORT of the GCS, by default port 6379"
+        )
     if address == "auto":
         from ray._private.services import find_bootstrap_address
 

@@ -16,6 +16,7 @@ from model.artifact.artifact import read_artifact
 from model.attacks import apgd, margins
 from model.certify import certify
 from tests.end_to_end.conftest import ROOT
+from tests.strangers import off_loopback
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
@@ -44,6 +45,13 @@ def test_a_third_party_can_check_the_certificate(digits_run):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "OK" in done.stdout
     assert "360" in done.stdout
+
+
+def test_nothing_of_a_run_listens_beyond_loopback(digits_run):
+    kinds = {name for name, _, _ in digits_run.sockets}
+    for kind in ("gcs_server", "raylet", "DashboardAgent", "RayTrainWo", "run_task"):
+        assert any(kind in name for name in kinds), kind
+    assert off_loopback(digits_run.sockets) == set()
 
 
 def test_the_person_sees_table_figure_and_mlflow_command(digits_run):

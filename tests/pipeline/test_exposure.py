@@ -145,6 +145,8 @@ def test_the_address_of_a_cluster(monkeypatch):
     assert cluster_address() == "head:6379"
     assert cluster_address("other:6379") == "other:6379"
     assert cluster_address("local") == ""
+    with pytest.raises(ConnectionError, match="ray job submit"):
+        cluster_address("http://head:8265")
     monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: None)
     with pytest.raises(ConnectionError, match="no Ray cluster was started"):
         cluster_address("auto")

@@ -1,6 +1,10 @@
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +15,9 @@ from pipeline.tracking.client import (
     ui_command,
 )
 from pipeline.tracking.outbox import Tracker
+from tests.strangers import listening, off_loopback
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.integration
 
@@ -332,3 +339,29 @@ def test_ui_command(config, tmp_path):
     )
     command, _ = ui_command("http://host:5000", run)
     assert f"http://host:5000{path}" in command
+
+
+def test_the_ui_listens_on_loopback_whatever_mlflow_was_told(config, tmp_path):
+    command, _ = ui_command(config.uri, log_evaluation(config, evaluation()))
+    recipe = (ROOT / "Makefile").read_text()
+    assert "--host 127.0.0.1 --port 5000" in recipe
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with (tmp_path / "ui.log").open("wb") as log:
+        ui = subprocess.Popen(
+            ["bash", "-c", command.replace("--port 5000", f"--port {port}")],
+            env={**os.environ, "MLFLOW_HOST": "0.0.0.0", "MLFLOW_WORKERS": "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 250
+        while port not in {found[2] for found in listening(ui.pid)}:
+            assert ui.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert off_loopback(listening(ui.pid)) == set()
+    finally:
+        os.killpg(ui.pid, signal.SIGTERM)
+        ui.wait(60)
