@@ -191,16 +191,16 @@ def _table(summaries: Sequence[EvaluationSummary]) -> Table:
     title = f"certified robust accuracy, {last.norm}, {count} samples of {last.dataset}"
     table = Table(title=Text(title), caption="below: 95 % Wilson intervals")
     table.add_column("step", justify="right")
-    table.add_column("")
+    table.add_column("cra", no_wrap=True)
     ratios = tuple(last.columns["sound"].cra)
     for name in ("clean", *ratios):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for summary in summaries:
         names = list(summary.columns) if summary is last else ["sound"]
         for name in names:
             column = summary.columns[name]
             cells = ["vacuous" if column.vacuous else _share(column.cra[r], count) for r in ratios]
-            table.add_row(str(summary.step), f"cra_{name}", _share(column.clean, count), *cells)
+            table.add_row(str(summary.step), name, _share(column.clean, count), *cells)
     if last.attack:
         cells = [_share(last.attack.accuracy[ratio], count) for ratio in ratios]
         table.add_row(str(last.step), "under attack", "-", *cells)
@@ -209,7 +209,7 @@ def _table(summaries: Sequence[EvaluationSummary]) -> Table:
 
 def _share(share: float, samples: int) -> str:
     low, high = wilson(round(share * samples), samples)
-    return f"{share:.2%}\n{100 * low:.1f} - {100 * high:.1f}"
+    return f"{share:.2%}\n{100 * low:.1f}-{100 * high:.1f}"
 
 
 def _lines(summary: EvaluationSummary) -> Iterator[str]:
