@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from data_shards.sources import digits, synthetic
+from data_shards.sources import SOURCES
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from pipeline.checkpoint.reader import committed
@@ -30,7 +30,6 @@ from pipeline.training.zero3 import require_precision
 _RECORD = "run.json"
 _KEY = "tracking.key"
 _SQLITE = "sqlite:///"
-_SOURCES = {"digits": digits, "synthetic": synthetic}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _shards(config: RunConfig, storage: Store) -> Store:
         )
     shards = storage.child("data", source)
     if not shards.exists("index.json"):
-        write_shard_set(_SOURCES[source](), shards.url)
+        write_shard_set(SOURCES[source](), shards.url)
     return shards
 
 
