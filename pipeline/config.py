@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
 from data_shards.config import INDEXED_ONLY, SAME_SAMPLES, StreamConfig
+from data_shards.sources import generated_sources
 from model.certification.eps import check_reach, check_table
 from model.networks.centering import Centering
 from model.networks.config import NetworkConfig
@@ -35,8 +36,9 @@ class DataConfig:
 
     shards: str = ""
     """URL of the shard set (any fsspec store). Empty: `<storage>/data/<source>`."""
-    source: Literal["none", "digits", "synthetic"] = "none"
-    """A source this project can make itself: the shard set is written on first use."""
+    source: str = "none"
+    """A source that needs no archive (`digits`, `synthetic`): its shard set is written on first
+    use. `none`: the set is there."""
     train_split: Literal["train", "fit"] = "train"
     """`fit` leaves the validation part of the training split out."""
     test_split: Literal["test", "validation"] = "test"
@@ -46,6 +48,15 @@ class DataConfig:
     no exact order, no exact resume, no certification. 0: the set has an index."""
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
     """How samples are read."""
+
+    def __post_init__(self) -> None:
+        """Refuse a source that cannot be made here."""
+        known = ["none", *generated_sources()]
+        if self.source not in known:
+            raise PipelineError(
+                f"data.source={self.source!r} cannot be made here: {', '.join(known)}; write any "
+                "other with `python -m data_shards.write` and give --data.shards"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -65,7 +65,7 @@ _CIFAR100 = _Layout(
 
 
 def cifar10(source: str) -> Source:
-    """Return CIFAR-10: 50,000 train and 10,000 test images 3x32x32, stored as PNG.
+    """CIFAR-10: 50,000 train and 10,000 test images 3x32x32, stored as PNG.
 
     Args:
         source: `cifar-10-binary.tar.gz` or its folder, a path or any fsspec URL.
@@ -77,7 +77,7 @@ def cifar10(source: str) -> Source:
 
 
 def cifar100(source: str) -> Source:
-    """Return CIFAR-100 with its fine labels: 50,000 train and 10,000 test images 3x32x32, as PNG.
+    """CIFAR-100 with its fine labels: 50,000 train and 10,000 test images 3x32x32, as PNG.
 
     Args:
         source: `cifar-100-binary.tar.gz` or its folder, a path or any fsspec URL.

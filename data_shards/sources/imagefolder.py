@@ -73,6 +73,40 @@ def imagefolder(source: str, recipe: Recipe, *, name: str | None = None) -> Sour
     )
 
 
+def imagefolder_set(
+    source: str,
+    test_size: int = 224,
+    long_side: int | None = None,
+    jpeg_quality: int = 90,
+    channels: int = 3,
+    uniform: bool = False,
+    name: str | None = None,
+) -> Source:
+    """A tree train/CLASS/*, val/CLASS/* (or test/CLASS/*) of JPEG, PNG and WebP files.
+
+    Args:
+        source: Root of the tree.
+        test_size: Test images are stored at this height and width, losslessly: short side to
+            256/224 of it, then the centre.
+        long_side: Reduce train images with a longer side to it; None = keep all bytes.
+        jpeg_quality: Of reduced train images.
+        channels: 3 = colour (grey images become RGB), 1 = grey.
+        uniform: All images have height and width --test-size already; nothing is resized.
+        name: Name of the set; None = that of the root.
+
+    Raises:
+        ShardError: see `imagefolder`.
+    """
+    recipe = Recipe(
+        channels=channels,
+        size=test_size,
+        uniform=uniform,
+        long_side=long_side,
+        quality=jpeg_quality,
+    )
+    return imagefolder(source, recipe, name=name)
+
+
 def _names(store: Store, part: str) -> list[str]:
     names = [entry.rpartition("/")[2] for entry, size in store.sizes(part).items() if size == 0]
     return sorted(name for name in names if not name.startswith("."))

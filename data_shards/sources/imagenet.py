@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
+from rich.progress import Progress
 
 from data_shards.errors import ShardError
 from data_shards.format.tar import Member, walk
@@ -85,6 +87,32 @@ def imagenet(
         names=np.concatenate([scan.names for scan in scans]),
         other_files=sum(scan.other for scan in scans),
     )
+
+
+def imagenet_set(
+    source: str, test_size: int = 224, long_side: int | None = None, jpeg_quality: int = 90
+) -> Source:
+    """ImageNet-1k from the official archives; the val images are the test split.
+
+    Shows on standard error how many classes have been scanned.
+
+    Args:
+        source: Folder of ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and
+            ILSVRC2012_devkit_t12.tar.gz.
+        test_size: Test images are stored at this height and width, losslessly: short side to
+            256/224 of it, then the centre.
+        long_side: Reduce train images with a longer side to it; None = keep all bytes.
+        jpeg_quality: Of reduced train images.
+
+    Raises:
+        ShardError: see `imagenet`.
+    """
+    recipe = Recipe(channels=3, size=test_size, long_side=long_side, quality=jpeg_quality)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("reading the headers of the archives", total=None)
+        found = imagenet(source, recipe, advance=lambda n: progress.update(task, advance=n))
+        progress.update(task, total=1, completed=1)
+    return found
 
 
 def _scan_train(store: Store, devkit: Devkit, advance: Callable[[int], None]) -> list[_Scan]:

@@ -22,7 +22,7 @@ _UINT8 = 0x08
 
 
 def mnist(source: str) -> Source:
-    """Return 60,000 train and 10,000 test images 1x28x28, stored as PNG.
+    """MNIST: 60,000 train and 10,000 test images 1x28x28, stored as PNG.
 
     Args:
         source: Folder of `train-images-idx3-ubyte.gz`, `train-labels-idx1-ubyte.gz` and the two

@@ -26,7 +26,7 @@ _MAX_SIZE = 4096
 
 
 def synthetic(*, classes: int = 10, size: int = 32, samples: int = 2000, seed: int = 0) -> Source:
-    """Return procedural RGB images of two ingredients, both weak.
+    """Procedural RGB images of two ingredients, both weak.
 
     A class has a template, a smooth colour field that a linear map of the pixels finds, drowned
     partly in a random field of the same kind. It also has a grating, of an orientation and a

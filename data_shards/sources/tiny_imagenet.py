@@ -29,7 +29,7 @@ _SIGNATURE = b"PK\x03\x04"
 
 
 def tiny_imagenet(source: str) -> Source:
-    """Return Tiny-ImageNet: 100,000 train and 10,000 test images 3x64x64 of 200 classes.
+    """Tiny-ImageNet: 100,000 train and 10,000 test images 3x64x64 of 200 classes.
 
     Classes are numbered in the sorted order of their WordNet ids.
 

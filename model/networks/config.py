@@ -1,6 +1,7 @@
 """What every network configuration has, and LipNeXt's."""
 
-from typing import Literal
+import math
+from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -15,6 +16,9 @@ STRICT = ConfigDict(extra="forbid", hide_input_in_errors=True, allow_inf_nan=Fal
 class NetworkConfig:
     """What all families have in common; each derives its own configuration from it."""
 
+    has_products: ClassVar[bool] = True
+    """Whether the features are products with matrices, whose FLOPs say how long a pass takes."""
+
     kind: str
     """Family of the network, a name of `model.networks.registry.FAMILIES`."""
     input_shape: tuple[int, int, int]
@@ -28,6 +32,14 @@ class NetworkConfig:
             raise ModelError(f"num_classes={self.num_classes} must be at least 2")
         if min(self.input_shape) < 1:
             raise ModelError(f"input_shape={self.input_shape} must have positive sides")
+
+    def least_flops(self) -> float | None:
+        """Least FLOPs of one image's forward and backward pass, from a formula.
+
+        None, as for most families: they are what the passes of one image more are counted to take.
+        A formula is for a network that multiplies in fewer ways than it could.
+        """
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -102,3 +114,16 @@ class LipNeXtConfig(NetworkConfig):
     def absolute_channels(self) -> int:
         """Channels under the absolute value."""
         return round(self.beta * self.width)
+
+    def least_flops(self) -> float:
+        """See NetworkConfig; with M R^T folded, however the tokens are multiplied.
+
+        Per block two products of T tokens with C x C matrices, 2 T C^2 FLOPs each; the backward
+        pass costs twice the forward pass, and once for the stem, whose input needs no gradient.
+        The product M R^T itself is once per batch, and left out.
+        """
+        tokens, width = math.prod(self.grid), self.width
+        stem = 2 * tokens * self.stem_channels * width
+        blocks = self.depth * 2 * (2 * tokens * width**2)
+        head = 2 * width * self.num_classes
+        return float(2 * stem + 3 * (blocks + head))

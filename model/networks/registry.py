@@ -1,4 +1,8 @@
-"""The families of networks, and from configuration to network."""
+"""The families of networks, and from configuration to network.
+
+A new family is one file (or a folder) with a configuration and a network, and one line of
+`FAMILIES`: training, certification, the planner and the command line ask these two for everything.
+"""
 
 import difflib
 from typing import Annotated, Any, NamedTuple
@@ -36,6 +40,7 @@ FAMILIES: dict[str, Family] = {
     "soc": Family(SocConfig, LipConvnet),
     "aol": Family(AolConfig, Aol),
 }
+"""By `kind`."""
 
 
 def family(kind: object) -> Family:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from data_shards.sources import digits, synthetic
+from data_shards.sources import SOURCES
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from pipeline.checkpoint.reader import committed
@@ -34,7 +34,6 @@ from pipeline.training.data import Samples, open_samples
 from pipeline.training.zero3 import require_precision
 
 _SQLITE = "sqlite:///"
-_SOURCES = {"digits": digits, "synthetic": synthetic}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +201,7 @@ def _shards(config: RunConfig, storage: Store) -> Store:
         )
     shards = storage.child("data", source)
     if not shards.exists("index.json"):
-        write_shard_set(_SOURCES[source](), shards.url)
+        write_shard_set(SOURCES[source](), shards.url)
     return shards
 
 

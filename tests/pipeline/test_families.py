@@ -13,6 +13,7 @@ from model.artifact.artifact import read_artifact
 from model.empirical_lipschitz import observed_lipschitz, refute
 from model.networks.init import KINDS
 from model.networks.registry import FAMILIES, Family, build_network
+from optim.config import OptimConfig
 from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from pipeline.config import RunConfig
@@ -123,7 +124,8 @@ def train_here(rank, world_size, job):
 def test_a_new_family_is_one_file_and_one_line(tmp_path, monkeypatch):
     """It trains under ZeRO-3, is exported with its statistics, and is certified."""
     monkeypatch.setitem(FAMILIES, "toy", Family(ToyConfig, Toy))
-    config = small_run(model=ToyConfig(input_shape=(1, 8, 8), num_classes=10))
+    model = ToyConfig(input_shape=(1, 8, 8), num_classes=10)
+    config = small_run(model=model, optim=OptimConfig(lr=1e-2, eps=1e-5))
     assert RunConfig.from_json(config.to_json()) == config
     assert TypeAdapter(RunConfig).dump_python(config)["model"]["gain"] == 0.5
     shards = small_shards(tmp_path / "shards")

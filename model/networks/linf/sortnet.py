@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import math
 from fractions import Fraction
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from model.networks.lipnext.layers import at_least_float32
 class SortNetConfig(NetworkConfig):
     """SortNet: layers of sorted l-infinity distances to weight vectors, centred in between."""
 
+    has_products: ClassVar[bool] = False
     kind: Literal["sortnet"] = "sortnet"
     width: int
     """Neurons of every layer of distances; without a tanh layer the last has one per class."""
