@@ -280,6 +280,8 @@ class RunConfig:
             raise PipelineError(f"name={self.name!r} must be the name of one folder, without /")
         if self.start_or_resume and not self.name:
             raise PipelineError("start_or_resume needs --name: else no run is the same one again")
+        if self.wait_for_lease and not (self.name or self.resume):
+            raise PipelineError("wait_for_lease needs --name or --resume: a new run has no writer")
         hang, collective = self.cluster.hang_timeout_s, self.cluster.collective_timeout_s
         if hang > collective:
             raise PipelineError(

@@ -24,7 +24,7 @@ from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.errors import PipelineError
 from pipeline.run import layout
 from pipeline.run.exposure import require_closed
-from pipeline.run.lease import Lease, LeaseError, end_without_lease, hold_run
+from pipeline.run.lease import Lease, LeaseHeldError, end_without_lease, hold_run
 from pipeline.run.ray_job import is_ray_job, uploaded_code
 from pipeline.run.ray_session import cluster_address
 from pipeline.run.state import WorkerSpec
@@ -89,7 +89,7 @@ def prepare(
 
     Raises:
         PipelineError, ShardError: the run is impossible; nothing was started.
-        LeaseError: another process trains it.
+        LeaseError: another process trains it, or the store cannot keep others from doing so.
         ExposureError: its Ray cluster or MLflow server stands open.
     """
     cluster = config.cluster
@@ -246,7 +246,7 @@ def _open_run(
         named = dataclasses.replace(config, name=base if number == 1 else f"{base}-{number}")
         run = storage.child(named.name)
         if not run.exists(layout.CONFIG):
-            with contextlib.suppress(LeaseError):  # it belongs to one that has just begun
+            with contextlib.suppress(LeaseHeldError):  # it belongs to one that has just begun
                 lease = hold(run)
                 if _created(named, run):
                     return named, run, lease, {}

@@ -56,6 +56,10 @@ class LeaseError(PipelineError):
     """A lease cannot be had: another process holds it, or the store cannot exclude anybody."""
 
 
+class LeaseHeldError(LeaseError):
+    """Another process holds the lease."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Lease:
     """The right of one process to write, by its number."""
@@ -376,7 +380,8 @@ def hold_run(
         lease_s: see LeaseFolder; the same for everybody.
 
     Raises:
-        LeaseError: another process writes this run, or the store cannot exclude anybody.
+        LeaseHeldError: another process writes this run.
+        LeaseError: the store cannot exclude anybody.
         OSError: the store refused.
     """
     folder = _folder(run, lease_s)
@@ -423,7 +428,7 @@ def _take_run(
             continue  # another process was faster
         held = f"run {run} is written by {_describe(folder, lease, now)}"
         if waiting is None:
-            raise LeaseError(
+            raise LeaseHeldError(
                 f"{held}: two processes would overwrite each other. Give another --name, or "
                 "--wait-for-lease to go on when it has ended"
             )

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import pytest
 
 from data_shards.storage.store import Store
+from pipeline.checkpoint.async_saver import AsyncSaver, _Writing
 from pipeline.checkpoint.reader import committed
 from pipeline.checkpoint.retention import retain
 from pipeline.config import CheckpointConfig
@@ -190,6 +192,27 @@ def test_what_a_follower_had_not_seen_does_not_count(run):
         assert list(committed(run)) == [7, 6, 4]
         assert committed(run)[7].url.endswith("step-00000007/writer-0003")
     assert lease.fence(run) == Fence(3, 6)
+
+
+def test_a_writer_that_woke_up_overwrites_no_artifact(run):
+    written = silence(run)
+    world = mock.Mock(rank=0, share=lambda value: value)
+    saver = AsyncSaver(
+        run,
+        world=world,
+        engine=mock.Mock(),
+        config=mock.Mock(),
+        context={},
+        calibration=mock.Mock(),
+        emit=mock.Mock(),
+        writer=written,
+    )
+    silence(run)
+    checkpoint = run.child(layout.written_checkpoint(4, written))
+    writing = _Writing(4, checkpoint, run.child(layout.artifact(4)), 0.0)
+    saver._write(writing, mock.Mock(), mock.Mock())
+    assert "another process has taken over" in writing.error
+    assert run.ls(layout.ARTIFACTS) == run.ls(layout.CHECKPOINTS) == []
 
 
 def test_a_writer_commits_a_step_once(run):

@@ -8,6 +8,7 @@ import pytest
 
 import pipeline.driver.preflight
 from data_shards.sources import digits
+from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from pipeline.errors import PipelineError
 from pipeline.pretrain import parse
@@ -74,6 +75,20 @@ def test_the_same_command_starts_and_continues(base):
     other = dataclasses.replace(again, train=dataclasses.replace(again.train, seed=1))
     with pytest.raises(PipelineError, match=r"train.seed: 0 -> 1"):
         prepare(other, world_size=2)
+
+
+def test_a_store_that_excludes_nobody_is_refused_whatever_the_name(base, monkeypatch):
+    monkeypatch.setattr(Store, "local_path", lambda store: None)
+    monkeypatch.setattr(Store, "create", lambda *_: True)
+    for named in (base, [*base, "--name", "a"]):
+        with pytest.raises(PipelineError, match="does not honour conditional writes"):
+            prepare(parse(named), world_size=2)
+
+
+def test_who_waits_says_for_which_run(base, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse([*base, "--wait-for-lease"])
+    assert "wait_for_lease needs --name or --resume" in capsys.readouterr().err
 
 
 def test_a_run_without_a_name_cannot_be_continued_by_the_same_command(base, capsys):
