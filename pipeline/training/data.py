@@ -117,9 +117,12 @@ def open_samples(config: RunConfig, url: str) -> Samples:
     index.require(config.model.input_shape, config.model.num_classes)
     samples = len(index.select(config.data.train_split))
     require_crop(index, config.data.stream, config.data.train_split)
-    if config.checkpoint.evaluate and index.stored_shape(config.data.test_split) is None:
-        raise PipelineError(
-            f"data.test_split={config.data.test_split}: shard set {index.store} holds images of "
-            "different shapes there; only the test split is stored at network size"
-        )
+    if config.checkpoint.evaluate:
+        for split in {config.data.selection_split, config.data.test_split} - {None}:
+            if index.stored_shape(str(split)) is None:
+                raise PipelineError(
+                    f"split {split}: shard set {index.store} holds images of different shapes "
+                    "there; only the test split is stored at network size, so that no checkpoint "
+                    "can be certified on another: data.test_split=test, data.train_split=train"
+                )
     return Samples(url, index, samples)
