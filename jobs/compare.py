@@ -26,6 +26,8 @@ from pipeline.tracking.client import log_comparison, ui_command
 
 TABLE = "compare.md"
 _TUNING = {"data.train-split": "fit", "data.test-split": "validation"}
+_FINAL = {"data.train-split": "train", "data.test-split": "test"}
+"""Settings were chosen before, and a final run has one checkpoint: nothing is left to choose."""
 
 
 def compare(config: CompareConfig) -> list[System]:
@@ -50,7 +52,7 @@ def compare(config: CompareConfig) -> list[System]:
         RunRequest(
             probe.order.preset,
             "final",
-            {**_length(probe, count, "train"), **values, "train.seed": seed},
+            {**_FINAL, **_length(probe, count, "train"), **values, "train.seed": seed},
         )
         for probe, count, values in zip(probes, steps, changes, strict=True)
         for seed in config.seeds

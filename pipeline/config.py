@@ -40,14 +40,20 @@ class DataConfig:
     """A source that needs no archive (`digits`, `synthetic`): its shard set is written on first
     use. `none`: the set is there."""
     train_split: Literal["train", "fit"] = "train"
-    """`fit` leaves the validation part of the training split out."""
+    """`fit` leaves the validation part of the training split out, so that checkpoints can be chosen
+    by it; with `train` nothing is held out, and the newest checkpoint is the result."""
     test_split: Literal["test", "validation"] = "test"
-    """Split on which every kept checkpoint is certified."""
+    """Split on which the result of the run is certified, once, at the end."""
     unindexed_samples: int = Field(default=0, ge=0)
     """Samples per epoch of a set without an index, which stock WebDataset then draws at random:
     no exact order, no exact resume, no certification. 0: the set has an index."""
     stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
     """How samples are read."""
+
+    @property
+    def selection_split(self) -> str | None:
+        """Split on which every kept checkpoint is certified; None where nothing is held out."""
+        return "validation" if self.train_split == "fit" else None
 
     def __post_init__(self) -> None:
         """Refuse a source that cannot be made here."""
@@ -133,11 +139,13 @@ class CheckpointConfig:
     keep_every: int = Field(default=0, ge=0)
     """A checkpoint whose step this divides stays, too; 0: none for that reason."""
     keep_best: int = Field(default=1, ge=0)
-    """Checkpoints with the highest cra_sound at the first radius of the table stay, too."""
+    """Checkpoints with the highest cra_sound on `validation` at the first radius of the table stay,
+    too, and the best of them is the result; 0: the newest is. Needs data.train_split=fit."""
     budget_gb: float = Field(default=0.0, ge=0)
     """10^9 bytes that the checkpoints of the run may fill; 0: no limit. The newest always stays."""
     evaluate: bool = True
-    """Certify every kept checkpoint in downstream tasks."""
+    """Certify every kept checkpoint on `validation`, and the result on data.test_split, in
+    downstream tasks."""
     evaluate_eps: tuple[str, ...] = Field(
         default=("36/255", "72/255", "108/255", "255/255"), min_length=1
     )

@@ -16,7 +16,7 @@ from model.artifact.artifact import read_info
 from model.networks.registry import FAMILIES
 from pipeline.checkpoint.retention import retain
 from pipeline.driver.console import RunConsole
-from pipeline.driver.evaluations import Evaluations
+from pipeline.driver.evaluations import Evaluations, Splits
 from pipeline.driver.event_log import EventLog
 from pipeline.driver.preflight import PreparedRun
 from pipeline.driver.system_metrics import SystemMetrics
@@ -270,6 +270,12 @@ def monitor_for(prepared: PreparedRun, console: Console) -> Iterator[RunMonitor]
         lambda values: tracker.log_metrics(monitor.step, {**values, **usage.time()})
     )
     status = "FAILED"
+    if evaluations is not None and config.data.selection_split is None:
+        display.message(
+            "data.train_split=train holds nothing out: no checkpoint is certified before the end, "
+            f"checkpoint.keep_best={config.checkpoint.keep_best} chooses none, and the newest is "
+            f"certified once, on {config.data.test_split}"
+        )
     if prepared.changed:
         display.message("changed: " + "; ".join(f"{k}: {v}" for k, v in prepared.changed.items()))
         event_log.note("Changed", settings=prepared.changed)
@@ -328,7 +334,6 @@ def _evaluations(prepared: PreparedRun, tracker: Tracker) -> Evaluations:
     config = prepared.job.config
     settings: dict[str, Any] = {
         "shards": prepared.job.shards_url,
-        "split": config.data.test_split,
         "eps": config.checkpoint.evaluate_eps,
         "launcher": config.cluster.launcher,
         "max_in_flight": config.checkpoint.evaluate_tasks,
@@ -337,7 +342,9 @@ def _evaluations(prepared: PreparedRun, tracker: Tracker) -> Evaluations:
         "record": False,
     }
     beside = config.cluster.launcher == "ray"
-    return Evaluations(settings, tracker.log_evaluation, beside_training=beside)
+    best_at = config.checkpoint.evaluate_eps[0] if config.checkpoint.keep_best else None
+    splits = Splits(config.data.selection_split, config.data.test_split, best_at)
+    return Evaluations(settings, tracker.log_evaluation, splits=splits, beside_training=beside)
 
 
 def _results(evaluations: Evaluations | None, console: Console) -> list[EvaluationSummary]:

@@ -41,7 +41,7 @@ def _digits_distance(name: str, keep: float, *, depth: int = 3, hidden: int = 0)
             keep=keep,
             input_scale=1 / 0.3,
         ),
-        data=DataConfig(source="digits"),
+        data=DataConfig(source="digits", train_split="fit"),
         optim=_adamw(0.02),
         # Beyond every radius of the table; the head's own scale is the temperature.
         loss=EmmaLoss(eps=40 / 255, eps_start=1.0, eps_end=1.0),
@@ -79,7 +79,7 @@ def digits_groupsort() -> RunConfig:
     return RunConfig(
         preset="digits-groupsort",
         model=GroupSortConfig(input_shape=(1, 8, 8), num_classes=10, width=256, depth=4),
-        data=DataConfig(source="digits"),
+        data=DataConfig(source="digits", train_split="fit"),
         optim=_adamw(0.005),
         loss=EmmaLoss(eps=32 / 255, eps_start=1.0, eps_end=1.0, scale=20.0),
         train=TrainConfig(epochs=120, global_batch=64, warmup_epochs=2),

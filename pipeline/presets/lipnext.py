@@ -26,7 +26,7 @@ def digits() -> RunConfig:
         model=LipNeXtConfig(
             input_shape=(1, 8, 8), num_classes=10, patch=2, width=192, depth=4, alpha=1 / 8
         ),
-        data=DataConfig(source="digits"),
+        data=DataConfig(source="digits", train_split="fit"),
         optim=OptimConfig(lr=5e-3, betas=(0.9, 0.99), lookahead_factor=0.8),
         # The full radius from the first step: in a short run the ramp costs accuracy.
         loss=EmmaLoss(eps=108 / 255, eps_start=0.875, eps_end=0.875, scale=10.0),
@@ -40,7 +40,7 @@ def synthetic() -> RunConfig:
     return RunConfig(
         preset="synthetic",
         model=LipNeXtConfig(input_shape=(3, 32, 32), num_classes=10, patch=4, width=64, depth=4),
-        data=DataConfig(source="synthetic"),
+        data=DataConfig(source="synthetic", train_split="fit"),
         optim=OptimConfig(lr=1e-2, betas=(0.9, 0.99), lookahead_factor=0.8),
         loss=EmmaLoss(eps=36 / 255, eps_start=1.0, eps_end=1.0, scale=10.0),
         train=TrainConfig(epochs=20, global_batch=64, warmup_epochs=2),

@@ -45,7 +45,7 @@ def _digits(name: str, model: NetworkConfig) -> RunConfig:
     return RunConfig(
         preset=name,
         model=model,
-        data=DataConfig(source="digits"),
+        data=DataConfig(source="digits", train_split="fit"),
         optim=optim,
         loss=EmmaLoss(eps=108 / 255, eps_start=1.1, eps_end=1.1, scale=3.0),
         train=TrainConfig(epochs=30, global_batch=64, warmup_epochs=2),

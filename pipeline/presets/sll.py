@@ -44,7 +44,7 @@ def _digits(name: str, model: NetworkConfig, *, lr: float, eps: float, epochs: f
     return RunConfig(
         preset=name,
         model=model,
-        data=DataConfig(source="digits"),
+        data=DataConfig(source="digits", train_split="fit"),
         optim=_adam(lr),
         loss=EmmaLoss(eps=108 / 255, eps_start=eps, eps_end=eps, scale=10.0),
         train=_triangular(epochs=epochs, global_batch=64),

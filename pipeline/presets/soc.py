@@ -31,7 +31,7 @@ def _digits(name: str, head: Head, scale: float) -> RunConfig:
             head=head,
             hidden=256,
         ),
-        data=DataConfig(source="digits"),
+        data=DataConfig(source="digits", train_split="fit"),
         optim=OptimConfig(lr=1e-2, betas=(0.9, 0.99), lookahead_factor=0.8),
         loss=EmmaLoss(eps=108 / 255, eps_start=0.875, eps_end=0.875, scale=scale),
         train=TrainConfig(epochs=40, global_batch=64, warmup_epochs=2),

@@ -6,7 +6,7 @@ the evaluation by name only, gets the same record back. Both print it with `repo
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -176,7 +176,7 @@ def report(console: Console, summaries: Sequence[EvaluationSummary]) -> None:
 
     Args:
         console: where to.
-        summaries: at least one, in the order of their steps, all of one shard set.
+        summaries: at least one, in the order in which they were made; of the splits of one set.
     """
     last = summaries[-1]
     console.print(_table(summaries))
@@ -187,29 +187,37 @@ def report(console: Console, summaries: Sequence[EvaluationSummary]) -> None:
 
 def _table(summaries: Sequence[EvaluationSummary]) -> Table:
     last = summaries[-1]
-    count = last.samples
-    title = f"certified robust accuracy, {last.norm}, {count} samples of {last.dataset}"
+    title = f"certified robust accuracy, {last.norm}, {last.dataset}"
     table = Table(title=Text(title), caption="below: 95 % Wilson intervals")
     table.add_column("step", justify="right")
+    table.add_column("samples")
     table.add_column("cra", no_wrap=True)
     ratios = tuple(last.columns["sound"].cra)
     for name in ("clean", *ratios):
         table.add_column(name, justify="right", no_wrap=True)
     for summary in summaries:
-        names = list(summary.columns) if summary is last else ["sound"]
-        for name in names:
+        for name in summary.columns if summary is last else ("sound",):
             column = summary.columns[name]
-            cells = ["vacuous" if column.vacuous else _share(column.cra[r], count) for r in ratios]
-            table.add_row(str(summary.step), name, _share(column.clean, count), *cells)
+            shares = {"clean": column.clean, **({} if column.vacuous else column.cra)}
+            table.add_row(*_cells(summary, name, ratios, shares))
     if last.attack:
-        cells = [_share(last.attack.accuracy[ratio], count) for ratio in ratios]
-        table.add_row(str(last.step), "under attack", "-", *cells)
+        table.add_row(*_cells(last, "attacked", ratios, last.attack.accuracy))
     return table
 
 
-def _share(share: float, samples: int) -> str:
-    low, high = wilson(round(share * samples), samples)
-    return f"{share:.2%}\n{100 * low:.1f}-{100 * high:.1f}"
+def _cells(
+    summary: EvaluationSummary, name: str, ratios: Sequence[str], shares: Mapping[str, float]
+) -> Iterator[str]:
+    """A row: what was judged, then each share with its interval below it."""
+    count = summary.samples
+    yield from (str(summary.step), f"{count} {summary.split}", name)
+    for key in ("clean", *ratios):
+        share = shares.get(key)
+        if share is None:
+            yield "vacuous" if name in summary.columns else "-"
+        else:
+            low, high = wilson(round(share * count), count)
+            yield f"{share:.2%}\n{100 * low:.1f}-{100 * high:.1f}"
 
 
 def _lines(summary: EvaluationSummary) -> Iterator[str]:

@@ -110,7 +110,10 @@ class CheckpointQuery:
             training=run is not None
             and run.info.status == "RUNNING"
             and params.get("checkpoint.evaluate") == "True",
-            split=params.get("data.test_split", "test"),
+            # What training certifies its kept checkpoints on; the test split is for the result.
+            split="validation"
+            if params.get("data.train_split") == "fit"
+            else params.get("data.test_split", "test"),
             eps=tuple(_RATIO.findall(params.get("checkpoint.evaluate_eps", ""))),
         )
 

@@ -254,8 +254,10 @@ class MlflowConnection:
         if run.info.status != "FINISHED":
             self._fill_evaluation(run, record, train_run)
         if train_run:  # the time of the first recording: repeating adds no point
+            # Two series: those by which checkpoints are chosen are no results.
+            chosen_by = "validation/" if record.params.get("split") == "validation" else ""
             row = {
-                "values": record.metrics,
+                "values": {f"{chosen_by}{name}": v for name, v in record.metrics.items()},
                 "timestamp_ms": run.info.start_time,
                 "step": record.step,
             }

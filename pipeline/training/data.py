@@ -132,9 +132,11 @@ def open_samples(url: str, data: DataConfig, network: NetworkConfig, *, certify:
     samples = len(index.select(data.train_split))
     # The driver calls this first: there a refusal costs seconds, in a rank a start of the ranks.
     require_crop(index, data.stream, data.train_split)
-    if certify and index.stored_shape(data.test_split) is None:
-        raise PipelineError(
-            f"data.test_split={data.test_split}: shard set {index.store} holds images of "
-            "different shapes there; only the test split is stored at network size"
-        )
+    for split in {data.selection_split, data.test_split} - {None} if certify else ():
+        if index.stored_shape(str(split)) is None:
+            raise PipelineError(
+                f"split {split}: shard set {index.store} holds images of different shapes "
+                "there; only the test split is stored at network size, so that no checkpoint "
+                "can be certified on another: data.test_split=test, data.train_split=train"
+            )
     return Samples(url, index, samples, data, network)

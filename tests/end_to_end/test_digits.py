@@ -94,9 +94,17 @@ def test_store_holds_config_metrics_checkpoints_and_evaluations(digits_run):
         [experiment], f"tags.stage = 'cra-eval' and tags.train_run_id = '{run.info.run_id}'"
     )
     assert {r.data.tags["model_id"] for r in evaluations} == {m.model_id for m in mine}
-    assert len(evaluations) == len(digests)
-    series = client.get_metric_history(run.info.run_id, "cra_nominal/l2/36_255")
-    assert len(series) == len(digests)
+    # Each checkpoint on validation, and one of them on the test split.
+    assert len(evaluations) == len(digests) + 1
+    metric = "cra_nominal/l2/36_255"
+    chosen_by = client.get_metric_history(run.info.run_id, f"validation/{metric}")
+    assert len(chosen_by) == len(digests)
+    (result,) = client.get_metric_history(run.info.run_id, metric)
+    (summary,) = digits_run.summaries()
+    assert (result.step, result.value) == (
+        summary["step"],
+        summary["columns"]["nominal"]["cra"]["36/255"],
+    )
     committed = list(digits_run.folder.glob("checkpoints/*/*/commit.json"))
     assert len(committed) == len(digests)
 

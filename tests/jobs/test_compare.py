@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from data_shards.format.index import load_index
 from jobs.compare import compare, main, write
 from jobs.evaluate_cra import evaluate
-from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.results import EvaluationError, EvaluationSummary
 from jobs.reporting import comparison_runs
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_report import comparison_png
@@ -99,7 +99,22 @@ def machine(artifact, summary, monkeypatch):
     monkeypatch.setattr(
         comparison_runs, "subprocess", SimpleNamespace(run=machine.run, STDOUT=0, DEVNULL=0)
     )
+    # What the machine claims follows from no certificate.
+    monkeypatch.setattr(comparison_runs, "read_result", claimed)
     return machine
+
+
+def claimed(out):
+    return SimpleNamespace(summary=EvaluationSummary.from_json(out.read("summary.json")))
+
+
+def test_a_claim_without_certificate_and_samples_is_not_compared(machine, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        comparison_runs, "subprocess", SimpleNamespace(run=machine.run, STDOUT=0, DEVNULL=0)
+    )
+    with pytest.raises(EvaluationError, match="no finished evaluation at"):
+        compare(config(tmp_path))
 
 
 def config(tmp_path, **changes):

@@ -9,8 +9,9 @@ from rich.console import Console
 
 import pipeline.driver.evaluations
 from data_shards.storage.store import Store
+from pipeline.config import DataConfig
 from pipeline.driver.console import RunConsole
-from pipeline.driver.evaluations import Evaluations
+from pipeline.driver.evaluations import Evaluations, Splits
 from pipeline.driver.event_log import EventLog
 from pipeline.driver.monitor import RunMonitor
 from pipeline.driver.usage import UsageMetrics
@@ -129,9 +130,10 @@ def test_records_that_only_a_checkpoint_holds_are_made_up_for(tmp_path):
     assert "MetricsReplayed" not in (tmp_path / "events.jsonl").read_text()
 
 
-def evaluations(monkeypatch, fn, *, beside_training=True):
+def evaluations(monkeypatch, fn, *, beside_training=True, splits=None):
     monkeypatch.setattr(pipeline.driver.evaluations, "resolve", lambda entry: fn)
-    return Evaluations({"split": "test"}, print, beside_training=beside_training)
+    splits = splits or Splits("test", "test")
+    return Evaluations({}, print, splits=splits, beside_training=beside_training)
 
 
 def test_evaluations_run_in_order_beside_training(monkeypatch):
@@ -160,6 +162,61 @@ def test_without_ray_evaluations_wait_for_the_end_of_training(monkeypatch):
     assert not begun.wait(0.2)
     assert queue.results() == [1]
     assert begun.is_set()
+
+
+def scored(scores, seen):
+    """An evaluation that finds these shares, by split and step."""
+
+    def fake(settings, *, step, log):
+        seen.append((settings["split"], settings["artifact"], step))
+        sound = mock.Mock(cra={"36/255": scores[settings["split"], step]})
+        return mock.Mock(step=step, split=settings["split"], columns={"sound": sound})
+
+    return fake
+
+
+@pytest.mark.parametrize(("best_at", "result"), [("36/255", 2), (None, 3)])
+@pytest.mark.parametrize("beside_training", [True, False])
+def test_the_test_split_is_looked_at_once_for_what_validation_chose(
+    monkeypatch, best_at, result, beside_training
+):
+    shares = {1: 0.5, 2: 0.8, 3: 0.7}
+    scores = {("validation", step): share for step, share in shares.items()}
+    # On the test split step 1 would win: nobody may see that.
+    scores |= {("test", step): 1 - share for step, share in shares.items()}
+    seen = []
+    queue = evaluations(
+        monkeypatch,
+        scored(scores, seen),
+        splits=Splits("validation", "test", best_at),
+        beside_training=beside_training,
+    )
+    for step in shares:
+        queue.submit(f"artefact-{step}", step)
+    found = queue.results()
+    assert [s.split for s in found] == ["validation"] * 3 + ["test"]
+    assert [entry for entry in seen if entry[0] == "test"] == [
+        ("test", f"artefact-{result}", result)
+    ]
+    assert seen[-1][0] == "test"
+    assert [s.split for s in queue.finished()] == ["validation"] * 3  # what retention keeps by
+
+
+def test_where_nothing_is_held_out_nothing_is_chosen(monkeypatch):
+    seen = []
+    scores = {("test", 1): 0.9, ("test", 2): 0.1}
+    splits = Splits(None, "test", "36/255")
+    queue = evaluations(monkeypatch, scored(scores, seen), splits=splits)
+    queue.submit("a", 1)
+    queue.submit("b", 2)
+    assert queue.unfinished() == set()
+    assert [s.step for s in queue.results()] == [2]
+    assert seen == [("test", "b", 2)]
+
+
+def test_splits_of_a_configuration():
+    assert DataConfig().selection_split is None
+    assert DataConfig(train_split="fit").selection_split == "validation"
 
 
 def test_a_failed_evaluation_is_raised_after_the_others(monkeypatch):

@@ -60,11 +60,14 @@ def refusal(capsys, tmp_path, shards):
         (["--model.alpha", "0.3"], ["alpha=0.3", "(0, 1/4]"]),
         (["--model.beta", "1.5"], ["beta=1.5", "[0, 1]"]),
         (["--train.global-batch", "65"], ["global_batch=65", "2 ranks"]),
-        (["--train.global-batch", "4096"], ["global_batch=4096", "1437 samples"]),
+        (["--train.global-batch", "4096"], ["global_batch=4096", "1149 samples"]),
         (["--train.global-batch", "63", "--train.accumulation", "2"], ["63", "accumulation=2"]),
         (["--model.input-shape", "1", "16", "16"], ["1x8x8", "1x16x16"]),
         (["--model.num-classes", "9"], ["10 classes", "9 classes"]),
-        (["--data.test-split", "validation"], ["test_split=validation", "train_split=fit"]),
+        (
+            ["--data.train-split", "train", "--data.test-split", "validation"],
+            ["test_split=validation", "train_split=fit"],
+        ),
         (["--train.epochs", "inf"], ["epochs", "finite"]),
         (["--train.epochs", "0"], ["epochs", "greater than 0"]),
         (["--train.accumulation", "0"], ["accumulation", "greater than or equal to 1"]),
@@ -224,7 +227,10 @@ def test_raw_images_need_a_crop_and_certify_on_the_test_split(refusal, tmp_path,
     validation = ["--data.train-split", "fit", "--data.test-split", "validation"]
     text = refusal(*crop, *validation, data=raw)
     assert "only the test split is stored at network size" in text
+    # Whole images alone can be certified, so nothing is held out to choose checkpoints by.
+    assert "no checkpoint can be certified on another" in refusal(*crop, data=raw)
     base = ["digits", "--storage", str(tmp_path), "--data.shards", str(raw)]
+    base += ["--data.train-split", "train"]
     assert prepare(parse([*base, *crop]), world_size=2).samples.per_epoch == 1437
 
 
