@@ -25,7 +25,6 @@ from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import evaluate
-from jobs.evaluation.executor import session
 from jobs.evaluation.runner import artifact_info
 from jobs.evaluation.tasks import ArtifactTask, exact_program, forget, in_program, shard_tasks
 from jobs.schedule import Scheduler
@@ -36,6 +35,7 @@ from jobs.scheduling.launchers import Processes
 from model.artifact.artifact import write_artifact
 from model.networks.config import LipNeXtConfig
 from model.networks.registry import build_network
+from pipeline.run.ray_session import ray_session
 from pipeline.tracking.checkpoint_query import CheckpointQuery
 from pipeline.tracking.client import MlflowConnection, TrackingConfig, now_ms
 
@@ -60,7 +60,7 @@ def scaling_rows(folder: Path, artifact: str, shards: str, batch: int, repeats: 
     """Wall time of an evaluation by the number of its tasks in flight, in turn."""
     fields: dict[str, Any] = {"artifact": artifact, "shards": shards, "record": False}
     times: dict[int, list[float]] = {1: [], 2: []}
-    with session():
+    with ray_session():
         for turn in range(-1, repeats):  # the first turn starts the workers
             for tasks, found in times.items():
                 out = str(folder / f"out-{turn}-{tasks}")
