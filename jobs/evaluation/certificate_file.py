@@ -14,10 +14,11 @@ from pydantic import TypeAdapter
 from data_shards.format.index import ShardIndex
 from model.artifact.artifact import ArtifactInfo, head_rule
 from model.certification.matrix_bounds import MatrixBound
+from model.certify import SLACK_OF_RADII
 from model.networks.base import LipschitzBound
 from pipeline.run.summary import ColumnScores
 
-SCHEMA = "certified-radius/1"
+SCHEMA = "certified-radius/2"
 PERTURBATION = "exact real norm, any real vector"
 
 
@@ -56,6 +57,7 @@ def certificate(
             "samples": samples,
         },
         "eps": list(eps),
+        "slack": SLACK_OF_RADII,
         "layers": [asdict(matrix) for matrix in matrices],
         "parts": dict(bound.parts),
         "network_bound": bound.value,

@@ -23,6 +23,7 @@ from jobs.evaluation.runner import artifact_info
 from jobs.registry.certificate_bundle import CertificateBundle, VerificationError
 from jobs.registry.promotion_rule import Comparison, Rule, compare, samples_to_verify
 from model.artifact.artifact import WEIGHTS
+from model.verifier import supported
 from pipeline.tracking.client import RunReference
 from pipeline.tracking.registry import Registry, RegistryError, Version
 
@@ -96,7 +97,8 @@ def register(registry: Registry, name: str, evaluation: str) -> Version:
         evaluation: URL of the evaluation's folder, or the id of its MLflow run.
 
     Raises:
-        EvaluationError, ModelError: certificate and artefact do not fit each other or the rule.
+        EvaluationError, ModelError: certificate and artefact do not fit each other or the rule, or
+            the verifier does not know such networks.
         RegistryError: no rule, or no such run.
     """
     rule = rule_of(registry, name)
@@ -108,6 +110,12 @@ def register(registry: Registry, name: str, evaluation: str) -> Version:
         raise EvaluationError(
             f"certificate {evidence.digest[:12]} is of model {evidence.model_digest}; the artefact "
             f"at {url} has digest {info.digest}"
+        )
+    network = evidence.body["model"]["network"]
+    if not supported(network):
+        raise EvaluationError(
+            f"{network['kind']} networks are not supported by the gate: `model.verify` cannot "
+            "derive their certificates again"
         )
     with registry.gate_run(f"gate-candidate-{name}", _tags("candidate", name)) as run:
         version = _with_certificate(registry, name, evidence.digest)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from data_shards.storage.store import Store
 from model.certification.intervals import wilson
-from model.verify_files import CHOICES
+from model.verifier import supported
 from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE
 
 
@@ -128,7 +128,7 @@ class EvaluationSummary:
     @property
     def verifiable(self) -> bool:
         """Whether `model.verify`, which shares no code with the rest, knows the network."""
-        return self.family in CHOICES["kind"]
+        return supported({"kind": self.family})
 
     def metrics(self) -> dict[str, float]:
         """Return the scalars by metric name, e.g. ``cra_sound/l2/36_255``.

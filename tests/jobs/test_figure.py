@@ -245,7 +245,9 @@ def test_the_files_are_pngs_of_the_stated_size_without_pyplot():
     assert not Gcf.figs
 
 
-@pytest.mark.parametrize(("family", "offered"), [("lipnext", True), ("sll", False)])
+@pytest.mark.parametrize(
+    ("family", "offered"), [("lipnext", True), ("soc", True), ("other", False)]
+)
 def test_only_a_network_that_the_verifier_knows_is_offered_for_a_check(family, offered):
     told = io.StringIO()
     report(Console(file=told), [dataclasses.replace(summary(), family=family)])

@@ -11,6 +11,7 @@ from data_shards.streaming.sample_reader import read_shard
 from jobs.evaluation.results import EvaluationError
 from jobs.gate import NOT_PROMOTED, main
 from jobs.registry import promotion
+from model.verifier.families import FAMILIES
 from pipeline.tracking.registry import RegistryError
 from tests.jobs.gated import Gated
 
@@ -157,6 +158,13 @@ def test_a_certificate_of_another_artefact_is_not_registered(gated, name, tmp_pa
     copy.write("summary.json", json.dumps(summary).encode())
     with pytest.raises(EvaluationError, match=r"is of model .* has digest"):
         promotion.register(gated.registry, name, copy.url)
+
+
+def test_a_family_that_the_verifier_does_not_know_is_not_registered(gated, name, monkeypatch):
+    monkeypatch.delitem(FAMILIES, "lipnext")
+    with pytest.raises(EvaluationError, match="lipnext networks are not supported by the gate"):
+        promotion.register(gated.registry, name, gated.of_steady)
+    assert gated.registry.aliased(name, "candidate") is None
 
 
 def test_evidence_that_was_changed_in_the_registry_is_refused(gated, name):

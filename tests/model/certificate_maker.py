@@ -22,10 +22,13 @@ from data_shards.format.tar import add_end, add_member
 from data_shards.sources.base import Source, encode_png
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
-from model import verify_numpy as derive
 from model.artifact.artifact import write_artifact
 from model.networks.config import LipNeXtConfig
-from model.verify import COLUMNS, main
+from model.verifier.certificate import COLUMNS, SCHEMA
+from model.verifier.families.lipnext import LipNeXt
+from model.verifier.mathematics.arithmetic import PROGRAMS
+from model.verifier.mathematics.radii import SLACK, image_norms, judge, nominal
+from model.verify import main
 from tests.model.small_networks import trained_like
 
 SAMPLES, TRAIN, CLASSES, SIDE = 24, 8, 3, 4
@@ -217,14 +220,12 @@ def _certify(case: Case, info, deployed: str, images: np.ndarray) -> tuple[dict,
     """Everything of sections 3 to 7 but `shards` and the table."""
     stored = case.json("model/artifact.json")
     tensors = _tensors(case.model / "weights.safetensors")
-    network = derive.Network(stored["network"], tensors)
-    names = ["stem.weight", "blocks.0.R", "blocks.0.M", "blocks.1.R", "blocks.1.M"]
-    matrices = {name: derive.bounds_of_matrix(tensors[name]) for name in names}
-    parts = derive.parts_of_network(2, matrices)
-    bound = derive.network_bound(2, matrices)
-    rows = derive.head_rows(network)
-    plain, factors = derive.margin_factors(network, rows)
-    values, norms = derive.logits(network, rows, images), derive.image_norms(images)
+    config = stored["network"]
+    names = LipNeXt.bounded(config)
+    matrices = {name: LipNeXt.bound_matrix(config, name, tensors[name]) for name in names}
+    network = LipNeXt(config, tensors, matrices)
+    values, local = network.evaluate(images)
+    norms = image_norms(images, "l2")
     columns: dict[str, list] = {
         "pixels_sha256": [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
     }
@@ -233,13 +234,10 @@ def _certify(case: Case, info, deployed: str, images: np.ndarray) -> tuple[dict,
         # A program that is exact up to the last rounding of its logits.
         y = values if name == "sound" else values.astype(np.float32).astype(np.float64)
         c = y.argmax(axis=1)
-        error = functools.partial(
-            derive.margin_error, network, matrices, factors.max(), program=derive.PROGRAMS[program]
-        )
         if name == "nominal":
-            found = derive.nominal_radii(y, c, plain)
+            found = nominal(network, y, local, c)
         else:
-            found = derive.proved_radii(y, c, bound * factors, norms, error)
+            found = judge(network, PROGRAMS[program], y, local, norms, c, np.zeros(len(c)))
         rivals = found.radii.argmin(axis=1)
         columns |= {
             f"{name}_prediction": c.tolist(),
@@ -249,13 +247,13 @@ def _certify(case: Case, info, deployed: str, images: np.ndarray) -> tuple[dict,
         }
         body_columns[name] = {
             "program": program,
-            "lipschitz": 1.0 if name == "nominal" else bound,
-            "unit_roundoff": derive.PROGRAMS[program].stored,
+            "lipschitz": 1.0 if name == "nominal" else network.bound,
+            "unit_roundoff": PROGRAMS[program].stored,
             "largest_error": float(found.error.max()),
-            "largest_error_ball": float(found.error_ball.max()),
+            "largest_error_ball": float(found.error_ball[1].max()),
         }
     body = {
-        "schema": "certified-radius/1",
+        "schema": SCHEMA,
         "norm": "l2",
         "pixel_unit": "[0, 1], 0.5 subtracted inside",
         "perturbation": "exact real norm, any real vector",
@@ -268,18 +266,22 @@ def _certify(case: Case, info, deployed: str, images: np.ndarray) -> tuple[dict,
             "network": stored["network"],
         },
         "eps": list(EPS),
+        "slack": SLACK,
         "layers": [
             {
                 "name": name,
                 "shape": list(tensors[name].shape),
                 "sha256": hashlib.sha256(tensors[name].tobytes()).hexdigest(),
-                **matrices[name]._asdict(),
+                **matrices[name].stated(),
             }
             for name in names
         ],
-        "parts": parts,
-        "network_bound": bound,
-        "head": {"kind": stored["network"]["head"], "largest_factor": float(factors.max())},
+        "parts": network.parts(),
+        "network_bound": network.bound,
+        "head": {
+            "kind": stored["network"]["head"],
+            "largest_factor": float(network.head.factors.max()),
+        },
         "observed_lipschitz": 0.5,
         "columns": body_columns,
         "code_version": "0.1.0",

@@ -1,25 +1,31 @@
 """Networks that shrink and grow: what vanishes in float64 must not be certified."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
-from model import verify_numpy
 from model.certification.rounding import FLOAT32, FLOAT64
 from model.certify import ProvedCertifier, image_norms
 from model.errors import ModelError
 from model.networks.config import LipNeXtConfig
 from model.networks.registry import build_network
+from model.verifier.families.lipnext import LipNeXt
+from model.verifier.mathematics.matrices import bounds_of_matrix
 
 UP, DOWN = 2.0**126, 2.0**-126
 
 
-def scaled_identities(stem, exponents):
-    """One pixel, multiples of the identity, and a head that sees channel 0."""
-    config = LipNeXtConfig(
-        input_shape=(1, 1, 1), num_classes=2, patch=1, width=4, depth=len(exponents),
+def config_of(depth):
+    return LipNeXtConfig(
+        input_shape=(1, 1, 1), num_classes=2, patch=1, width=4, depth=depth,
         alpha=0.25, position=False, head="linear",
     )  # fmt: skip
-    network = build_network(config)
+
+
+def scaled_identities(stem, exponents):
+    """One pixel, multiples of the identity, and a head that sees channel 0."""
+    network = build_network(config_of(len(exponents)))
     with torch.no_grad():
         for p in network.parameters():
             p.zero_()
@@ -35,10 +41,9 @@ def scaled_identities(stem, exponents):
 
 def derived_bound(network):
     """The same constant by the verifier."""
-    names = network.bounded_matrices
-    tensors = {name: network.get_parameter(name).detach().numpy() for name in names}
-    bounds = {name: verify_numpy.bounds_of_matrix(tensor) for name, tensor in tensors.items()}
-    return verify_numpy.network_bound(len(network.blocks), bounds)
+    tensors = {name: p.detach().numpy() for name, p in network.named_parameters()}
+    bounds = {name: bounds_of_matrix(tensors[name]) for name in network.bounded_matrices}
+    return LipNeXt(asdict(config_of(len(network.blocks))), tensors, bounds).bound
 
 
 @pytest.mark.parametrize(

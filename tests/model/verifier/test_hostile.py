@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from model.verify import FIELDS
+from model.verifier.certificate import FIELDS
 from tests.model.certificate_maker import CERTIFICATE, DISAGREES, UNUSABLE, Case, change, run
 
 HOSTILE = (None, True, -1, 10**400, 1e308, 0.5, "", "x" * 300, [], [[[]]], {}, {"a": None})

@@ -19,7 +19,10 @@ from data_shards.write import write_shard_set
 from jobs.evaluate_cra import main as evaluate
 from model.artifact.artifact import write_artifact
 from model.networks.config import LipNeXtConfig
-from model.verify import COLUMNS, FIELDS, count_greater, main
+from model.verifier.certificate import COLUMNS, FIELDS
+from model.verifier.samples import ERRORS
+from model.verifier.table import count_greater
+from model.verify import main
 from tests.model.certificate_maker import (
     CERTIFICATE,
     CONFIRMED,
@@ -35,7 +38,7 @@ from tests.model.small_networks import trained_like
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def leaves(body, path=()):
@@ -166,8 +169,8 @@ def test_a_changed_certificate_is_found_by_its_content(case, capsys, field):
     if field == "observed_lipschitz":
         body[field] = body["network_bound"]  # anything below the bound is possible
     for path in leaves(body[field], (field,)):
-        # The margins of a float32 program, and the ball that follows from them, agree to 1e-4.
-        share = 1e-3 if path[1:] == ("deployed", "largest_error_ball") else 1e-6
+        # Errors are stated to be read; radii are proved with the verifier's own.
+        share = 1e-2 if path[-1] in ERRORS else 1e-6
         case.seal(change(body, path, lambda value, share=share: another(value, share)))
         assert run(case) in (DISAGREES, UNUSABLE), path
         assert capsys.readouterr().err
@@ -202,8 +205,8 @@ FORGED = {
     "label": lambda value: (value + 1) % 3,
     **{f"{name}_prediction": lambda value: (value + 1) % 3 for name in COLUMNS},
     **{f"{name}_rival": lambda value: (value + 1) % 3 for name in COLUMNS},
-    **{f"{name}_margin": lambda value: value + 1e-3 for name in COLUMNS},
-    **{f"{name}_radius": lambda value: value + 1e-3 for name in COLUMNS},
+    **{f"{name}_margin": lambda value: value + 1e-2 for name in COLUMNS},
+    **{f"{name}_radius": lambda value: value + 1e-2 for name in COLUMNS},
     "sound_margin": lambda value: value + 1e-6,
     "sound_radius": lambda value: value + 1e-6,
 }
@@ -397,7 +400,8 @@ def test_the_verifier_imports_nothing_of_the_project_and_no_torch():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     loaded = json.loads(done.stdout)
-    assert loaded == ["model", "model.verify", "model.verify_files", "model.verify_numpy"]
+    outside = {name for name in loaded if not name.startswith("model.verifier")}
+    assert outside == {"model", "model.verify"}
 
 
 def test_the_command_runs(case):

@@ -1,0 +1,21 @@
+"""Derives certificates a second time, in NumPy; imports nothing else of the project."""
+
+from typing import Any
+
+from model.verifier.families import family_of
+from model.verifier.refusal import RefusalError, UnsupportedError
+
+
+def supported(network: dict[str, Any]) -> bool:
+    """Whether certificates of a network can be derived again.
+
+    Args:
+        network: its configuration as artifact.json has it.
+    """
+    try:
+        family_of(network, "network")
+    except UnsupportedError:
+        return False
+    except RefusalError:
+        return "kind" in network  # damaged, of a family that is known: `verify` says what is wrong
+    return True

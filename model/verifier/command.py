@@ -1,0 +1,124 @@
+"""The command `python -m model.verify`."""
+
+import argparse
+import re
+import secrets
+import sys
+
+import numpy as np
+
+from model.verifier.artifact import read_artifact
+from model.verifier.certificate import COLUMNS, read_certificate, read_samples
+from model.verifier.families.base import Family
+from model.verifier.files import Body
+from model.verifier.mathematics.bounds import bound_matrices, check_bounds
+from model.verifier.refusal import RefusalError
+from model.verifier.samples import check_errors, check_samples
+from model.verifier.shards import read_index
+from model.verifier.table import check_table
+
+
+def verify(
+    certificate: str,
+    artifact: str,
+    shards: str,
+    sample: int | None = None,
+    seed: int | None = None,
+    processes: int = 1,
+) -> str:
+    """Derive a certificate again.
+
+    Args:
+        certificate: URL of its folder or of certificate.json.
+        artifact: URL of the model artifact.
+        shards: URL of the shard set.
+        sample: how many samples to evaluate; None for all.
+        seed: of the choice among them; None to draw one.
+        processes: how many bound matrices side by side.
+
+    Returns:
+        A short report.
+
+    Raises:
+        RefusalError: the first disagreement, or an input that cannot be used.
+    """
+    head, _, name = certificate.rpartition("/")
+    folder = (head or ".") if name == "certificate.json" else certificate
+    with np.errstate(all="ignore"):  # what overflows or is not a number proves nothing
+        return _verify(folder, artifact, shards, sample, seed, processes)
+
+
+def _verify(
+    folder: str, artifact: str, shards: str, sample: int | None, seed: int | None, processes: int
+) -> str:
+    body = read_certificate(folder)
+    samples = read_samples(folder, body)
+    family, config, weights = read_artifact(artifact, body)
+    network = family(config, weights, bound_matrices(config, weights, processes))
+    check_bounds(network, weights, body)
+    images = read_index(shards, config["num_classes"], body, samples)
+    check_table(body, samples, network.bound)
+    count = len(samples["key"])
+    chosen, how = np.arange(count), ""
+    if sample is not None and sample < count:
+        seed = secrets.randbits(64) if seed is None else seed
+        chosen = np.sort(np.random.default_rng(seed).choice(count, sample, replace=False))
+        how = f", drawn with seed {seed}"
+    largest = check_samples(network, images, samples, chosen, body)
+    complete = len(chosen) == count
+    check_errors(body, largest, complete)
+    share = f"{len(chosen)} of {count} ({len(chosen) / count:.1%}){how}"
+    return report(body, network, share, complete)
+
+
+def report(body: Body, network: Family, share: str, complete: bool) -> str:
+    """What was checked, what was not derived, and the table."""
+    columns, bound = body["columns"], network.bound
+    underived = ["code_version", "observed_lipschitz (positive, not above the bound)"]
+    if not complete:
+        underived.append("errors and radii of samples that were not drawn")
+    lines = [
+        f"OK: certificate {body['digest'][:12]} of model {body['model']['digest'][:12]}",
+        f"family: {network.config['kind']}; radii proved in {network.norm} with the verifier's own "
+        "bounds, sound and deployed",
+        f"weights checked: all, {len(network.matrices)} matrices; network bound {bound:.9f}",
+        f"samples checked: {share}",
+        "not proved: nominal (recomputed within 1e-4, or its rounding); margins and predictions of "
+        "deployed (within its rounding)",
+        f"not derived: {'; '.join(underived)}",
+        "".join(f"{text:>16}" for text in (f"eps ({network.norm})", *COLUMNS)),
+        "".join(f"{text:>16}" for text in ("", *(columns[name]["program"] for name in COLUMNS))),
+    ]
+    rows = {"clean": [columns[name]["clean"] for name in COLUMNS]}
+    rows |= {eps: [columns[name]["cra"][eps] for name in COLUMNS] for eps in body["eps"]}
+    for eps, shares in rows.items():
+        lines.append(f"{eps:>16}" + "".join(f"{value:>16.2%}" for value in shares))
+    if vacuous := [name for name in COLUMNS if columns[name]["vacuous"]]:
+        lines.append(f"vacuous: {', '.join(vacuous)}")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="model.verify", description="Derive a certificate again.")
+    parser.add_argument("certificate", help="URL of its folder or of certificate.json")
+    parser.add_argument("--artifact", required=True, help="URL of the model artifact")
+    parser.add_argument("--shards", required=True, help="URL of the shard set")
+    parser.add_argument("--sample", type=_natural, help="evaluate so many samples; default: all")
+    parser.add_argument("--seed", type=_natural, help="of the choice of samples; default: drawn")
+    parser.add_argument("--processes", type=_natural, default=1, help="bound matrices side by side")
+    options = parser.parse_args(arguments)
+    try:
+        text = verify(**vars(options))
+    except RefusalError as error:
+        title = "DISAGREEMENT" if error.status == 1 else "unusable input"
+        sys.stderr.write(f"{title}: {error}\n")
+        return error.status
+    sys.stdout.write(text)
+    return 0
+
+
+def _natural(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,30}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a natural number")
+    return int(text)

@@ -1,0 +1,103 @@
+"""What a family of networks states so that the verifier can prove its radii."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from model.verifier.mathematics.arithmetic import ErrorState, Floats, Program
+from model.verifier.mathematics.heads import Head
+from model.verifier.mathematics.matrices import MatrixBounds, bounds_of_matrix
+from model.verifier.settings import Config, Setting
+
+Tensors = Mapping[str, npt.NDArray[np.float32]]
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Family(ABC):
+    """A network with its stored float32 tensors."""
+
+    norm: ClassVar[Literal["l2", "linf"]] = "l2"
+    settings: ClassVar[Mapping[str, Setting]]
+    """Fields of the configuration, besides kind, input_shape and num_classes."""
+    head: Head
+
+    def __init__(
+        self, config: Config, tensors: Tensors, matrices: Mapping[str, MatrixBounds]
+    ) -> None:
+        self.config, self.tensors, self.matrices = config, tensors, matrices
+
+    @classmethod
+    def misfit(cls, config: Config) -> str | None:
+        """What cannot be built with such settings, each of them within its limits."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def shapes(cls, config: Config) -> Shapes:
+        """Names and shapes of all stored tensors."""
+
+    @classmethod
+    def bounded(cls, config: Config) -> list[str]:
+        """Names of the matrices of the certificate's `layers`, in order."""
+        return []
+
+    @classmethod
+    def bound_matrix(
+        cls, config: Config, name: str, tensor: npt.NDArray[np.float32]
+    ) -> MatrixBounds:
+        """The numbers of one of `layers`."""
+        return bounds_of_matrix(tensor)
+
+    @abstractmethod
+    def parts(self) -> dict[str, float]:
+        """Constants of the parts of the network."""
+
+    @property
+    @abstractmethod
+    def bound(self) -> float:
+        """L: Lipschitz constant of the features in the pixels; infinite if nothing is proved."""
+
+    @abstractmethod
+    def features(self, images: npt.NDArray[np.uint8]) -> Floats:
+        """Features (B, F) of images (B, channels, height, width) in float64."""
+
+    @abstractmethod
+    def carry(self, norms: Floats, program: Program) -> ErrorState:
+        """Error of the features of images of at most these norms, shape (B,)."""
+
+    @abstractmethod
+    def underflow(self, program: Program) -> float:
+        """Omega of section 5, step 6, for activations of size 1."""
+
+    @property
+    def nominal_bound(self) -> float:
+        """What the nominal column multiplies its factors by."""
+        return 1.0
+
+    @property
+    def floats_per_image(self) -> int:
+        """Largest number of values of an activation of one image."""
+        return int(np.prod(self.config["input_shape"]))
+
+    def wide(self, name: str) -> Floats:
+        """A tensor in float64; the conversion is exact."""
+        return self.tensors[name].astype(np.float64)
+
+    def evaluate(self, images: npt.NDArray[np.uint8]) -> tuple[Floats, Any]:
+        """Logits (B, K), and what the head knows of every image."""
+        with np.errstate(all="ignore"):  # what overflows is refused where logits are looked at
+            return self.head.logits(self.features(images))
+
+    def margin_error(self, norms: Floats, program: Program) -> Floats:
+        """E(N): error of a margin of the program, for images of at most these norms."""
+        with np.errstate(all="ignore"):  # what overflows or is not a number counts as infinite
+            state = self.carry(norms, program)
+            return state.close(self.head.margin_error(state), self.underflow(program))
+
+    def settle(self, local: Any, norms: Floats, program: Program) -> Any:
+        """What the head knows of every image, raised by the error of its features."""
+        with np.errstate(all="ignore"):
+            return self.head.settle(local, self.carry(norms, program))

@@ -1,0 +1,74 @@
+"""The bounds of a certificate: every number that no sample enters (section 8.3)."""
+
+import math
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+
+from model.verifier.artifact import Weights
+from model.verifier.families import FAMILIES
+from model.verifier.families.base import Family
+from model.verifier.files import Body
+from model.verifier.mathematics.matrices import MatrixBounds
+from model.verifier.refusal import (
+    DisagreementError,
+    Near,
+    UnusableError,
+    Within,
+    agree,
+    take,
+)
+from model.verifier.settings import Config
+
+SAME_CONDITION = 1e-5
+"""It follows from a least eigenvalue, which two programs do not find alike."""
+_Task = tuple[Config, str, Weights]
+
+
+def bound_matrices(config: Config, weights: Weights, processes: int) -> dict[str, MatrixBounds]:
+    """Bound all matrices of `layers`, one at a time in each process."""
+    names = FAMILIES[config["kind"]].bounded(config)
+    tasks = [(config, name, weights.alone(name)) for name in names]
+    if processes < 2:
+        return dict(zip(names, map(_bound, tasks), strict=True))
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return dict(zip(names, pool.map(_bound, tasks), strict=True))
+
+
+def _bound(task: _Task) -> MatrixBounds:
+    config, name, weights = task
+    with np.errstate(all="ignore"):
+        return FAMILIES[config["kind"]].bound_matrix(config, name, weights[name])
+
+
+def check_bounds(network: Family, weights: Weights, body: Body) -> None:
+    """Compare `layers`, `parts`, `network_bound`, `head` and `observed_lipschitz`.
+
+    They are stated to be read; every radius is proved with the verifier's own.
+    """
+    stated = take(body, "layers", list, "certificate")
+    agree(stated, list(_layers(network.matrices, weights)), "layers")
+    parts = {name: Near(value) for name, value in network.parts().items()}
+    agree(body["parts"], parts, "parts")
+    agree(body["network_bound"], Near(network.bound), "network_bound")
+    if not 0 < network.bound < float("inf"):
+        raise UnusableError(f"the network bound {network.bound} certifies nothing")
+    factor = float(network.head.factors.max())
+    agree(body["head"], {"kind": network.head.rule, "largest_factor": Near(factor)}, "head")
+    observed = take(body, "observed_lipschitz", float, "certificate")
+    if not 0 < observed <= network.bound:
+        raise DisagreementError(f"observed_lipschitz {observed} is not in (0, {network.bound}]")
+
+
+def _layers(matrices: Mapping[str, MatrixBounds], weights: Weights) -> Iterable[Body]:
+    for name, bounds in matrices.items():
+        numbers: Body = {key: Near(value) for key, value in bounds.stated().items()}
+        if bounds.lower == 0:  # not derived: it only has to be one
+            numbers["lower"] = Within(0.0, bounds.upper)
+        if "condition" in numbers:
+            numbers["condition"] = Near(numbers["condition"].value, SAME_CONDITION)
+        rows, *columns = weights.shape(name)
+        shape = [rows, math.prod(columns)]  # a filter is stated as the matrix that it is bounded as
+        yield {"name": name, "shape": shape, "sha256": weights.sha256(name), **numbers}

@@ -1,0 +1,55 @@
+"""What LiResNet and BRONet consist of: layers, grids and the kernels of free convolutions."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from model.verifier.mathematics.arithmetic import Floats
+from model.verifier.mathematics.orthogonal_layers import CHOLESKY, scaled_rows
+from model.verifier.settings import Config
+
+
+class Layer(NamedTuple):
+    """One layer with a weight."""
+
+    kind: str
+    """`stem`, `linear`, `wave`, `rows` or `reflection`."""
+    shape: tuple[int, ...]
+    """Of the stored weight."""
+    outputs: int
+    depth: int = 0
+    """Of a residual parameter (V | gain); 0: the matrix itself is stored."""
+    share: float = CHOLESKY
+    bias: bool = True
+    grid: tuple[int, int] = (1, 1)
+    """Height and width of the output."""
+
+
+def stem_grid(config: Config) -> tuple[int, int]:
+    """Height and width after the stem."""
+    side, step, zeros = config["stem_kernel"], config["stem_stride"], config["stem_padding"]
+    height, width = ((n + 2 * zeros - side) // step + 1 for n in config["input_shape"][1:])
+    return height, width
+
+
+def patches(config: Config, grid: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the grid of the neck's patches."""
+    return grid[0] // config["neck_patch"], grid[1] // config["neck_patch"]
+
+
+def linear_block(config: Config, depth: int) -> Layer:
+    """X + centre(R x) + b with a 3 x 3 kernel R."""
+    width = config["width"]
+    return Layer("linear", (width, 9 * width + 1), width, depth, grid=stem_grid(config))
+
+
+def free_kernel(config: Config, layer: Layer, weight: Floats) -> tuple[Floats, Floats, int, int]:
+    """Kernel, sizes of the terms of its entries, stride and padding."""
+    if layer.kind == "stem":
+        side = config["stem_kernel"]
+        kernel = weight.reshape(layer.outputs, -1, side, side)
+        return kernel, np.abs(kernel), config["stem_stride"], config["stem_padding"]
+    R = scaled_rows(weight, layer.depth).reshape(layer.outputs, layer.outputs, 3, 3)
+    one = np.zeros_like(R)
+    one[:, :, 1, 1] = np.eye(layer.outputs)
+    return one + R, one + np.abs(R), 1, 1
