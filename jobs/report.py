@@ -1,9 +1,11 @@
 """One page that compares training runs by what is proved of them.
 
     python -m jobs.report [RUN ...] [--tracking.uri URI] [--tracking.experiment NAME] [--out URL]
+    python -m jobs.report --verify URL [--verify-samples N] [--out URL]
 
-Writes ``report.html``, which needs no network and no script, and ``report.md``. Every number comes
-from a certificate: an evaluation whose record in MLflow differs from it is listed and left out.
+The first writes ``report.html``, which needs no network and no script, and ``report.md``. Every
+number comes from a certificate: an evaluation whose record in MLflow differs from it is listed and
+left out. The second writes ``verify.html``, which derives one certificate again in the browser.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
-from typing import Any
+from typing import Annotated, Any
 
 import jinja2
 import pydantic
@@ -22,9 +24,12 @@ from rich.console import Console
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
+from jobs.evaluation.results import EvaluationError
 from jobs.reporting.data import ComparisonGroup, Report, ReportEntry, collect
 from jobs.reporting.figures import color_of, cost_svg, curves_svg, time_unit
+from jobs.reporting.verify_page import VERIFY_PAGE, locate, page
 from model.certification.intervals import wilson, with_interval
+from model.errors import ModelError
 from pipeline.tracking.client import RunReference, TrackingConfig, ui_command
 from pipeline.tracking.reader import Reader, TrackedRun, TrackingError
 
@@ -44,6 +49,27 @@ class ReportConfig:
     """URL of the folder for report.html and report.md."""
     tracking: TrackingConfig = TrackingConfig(uri="sqlite:///runs/mlflow.db", experiment="")
     """MLflow store; an empty experiment stands for all of them."""
+    verify: str = ""
+    """Write verify.html for one LipNeXt instead: URL of a training run (its last evaluated
+    artifact), of an artifact (its evaluation of `test`, or its only one), or of an evaluation."""
+    verify_samples: Annotated[int, pydantic.Field(ge=1)] | None = None
+    """Images on verify.html, spread evenly over the split; default: all, or as many as fit."""
+    verify_artifact: str = ""
+    """URL of the artifact of verify.html; default: two folders above the evaluation, or the one
+    that its summary names."""
+    verify_shards: str = ""
+    """URL of the shard set of verify.html; default: the one that the summary names."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_page(self) -> ReportConfig:
+        if self.verify and self.runs:
+            raise ValueError(
+                f"verify={self.verify!r} writes a page of one evaluation; it takes no runs, got "
+                f"{', '.join(self.runs)}"
+            )
+        if not self.verify and (self.verify_samples or self.verify_artifact or self.verify_shards):
+            raise ValueError("verify_samples, verify_artifact and verify_shards need verify")
+        return self
 
 
 def render(report: Report, *, uri: str, now: datetime | None = None) -> dict[str, str]:
@@ -143,12 +169,15 @@ def main(arguments: list[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False, markup=False)
     try:
         config = tyro.cli(ReportConfig, args=arguments, prog="jobs.report")
+        if config.verify:
+            console.print(f"page: {_write_verify_page(config)}", soft_wrap=True)
+            return 0
         reader = Reader(config.tracking)
         report = collect(reader, config.runs)
         out = Store(config.out)
         for name, text in render(report, uri=config.tracking.uri).items():
             out.write(name, text.encode())
-    except (TrackingError, ShardError) as error:
+    except (TrackingError, ShardError, EvaluationError, ModelError, FileNotFoundError) as error:
         errors.print(f"error: {error}", soft_wrap=True)
         return 2
     except Exception as error:
@@ -161,6 +190,15 @@ def main(arguments: list[str] | None = None) -> int:
     where = out.local_path() or out
     console.print(f"report: {where}/{PAGE}, {where}/{TEXT}", soft_wrap=True)
     return 0
+
+
+def _write_verify_page(config: ReportConfig) -> str:
+    """Write verify.html; returns where."""
+    located = locate(config.verify, config.verify_artifact, config.verify_shards)
+    text = page(located, config.verify_samples)
+    out = Store(config.out)
+    out.write(VERIFY_PAGE, text.encode())
+    return f"{out.local_path() or out}/{VERIFY_PAGE}"
 
 
 def _places(report: Report, group: ComparisonGroup) -> list[int]:
