@@ -16,8 +16,9 @@ from rich.console import Console
 
 from pipeline.config import RunConfig
 from pipeline.driver.console import lenient_console
-from pipeline.driver.monitor import RunMonitor, monitor_for
+from pipeline.driver.monitor import RunMonitor
 from pipeline.driver.preflight import prepare
+from pipeline.driver.session import run_session
 from pipeline.errors import REFUSALS
 from pipeline.presets import CHOICES, parse_with_preset
 from pipeline.resilience.oom import fit_here, fit_in_memory
@@ -106,7 +107,7 @@ def _run_on_ray(config: RunConfig, console: Console, stop: StopSignal) -> None:
             prepared = stack.enter_context(preparing)
         stack.enter_context(cluster_session(config.cluster))
         stop.install()  # once more: ray.init has put a handler of its own there
-        with monitor_for(prepared, console) as monitor, stop.deferred():
+        with run_session(prepared, console) as monitor, stop.deferred():
             fit_in_memory(
                 lambda job: fit(job, monitor.handle, stop), monitor.stamp(prepared.job), stop
             )
@@ -123,7 +124,7 @@ def _run_here(config: RunConfig, console: Console, stop: StopSignal) -> None:
                 try:
                     preparing = prepare(config, world_size=world.size, waiting=_once(console))
                     prepared = stack.enter_context(preparing)
-                    monitor = stack.enter_context(monitor_for(prepared, console))
+                    monitor = stack.enter_context(run_session(prepared, console))
                     job, emit = monitor.stamp(prepared.job), _last_words(monitor)
                 except REFUSALS as refusal:
                     error = _one_message(refusal)

@@ -156,7 +156,12 @@ def _read_certificate(evaluation: Store) -> dict[str, Any]:
     try:
         body: dict[str, Any] = json.loads(evaluation.read(_CERTIFICATE))
         model, shards = body["model"], body["shards"]
-        used = (body["digest"], body["norm"], body["samples_sha256"], shards["name"])
+        used: tuple[Any, ...] = (
+            body["digest"],
+            body["norm"],
+            body["samples_sha256"],
+            shards["name"],
+        )
         used += (shards["split"], body["columns"]["deployed"]["program"])
         used += (model["digest"], model["weights_sha256"])
         if not all(isinstance(text, str) for text in used):

@@ -6,22 +6,15 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from data_shards.storage.store import Store
 from model.artifact.artifact import read_info
-from model.networks.registry import FAMILIES
-from pipeline.checkpoint.retention import retain
 from pipeline.driver.console import RunConsole
-from pipeline.driver.evaluations import Evaluations, Splits
+from pipeline.driver.evaluations import Evaluations
 from pipeline.driver.event_log import EventLog
-from pipeline.driver.preflight import PreparedRun
-from pipeline.driver.system_metrics import SystemMetrics
 from pipeline.driver.usage import UsageMetrics
-from pipeline.planner.flops import training_flops
 from pipeline.run import layout
 from pipeline.run.events import (
     CheckpointFailed,
@@ -35,16 +28,13 @@ from pipeline.run.events import (
     Started,
     Straggling,
 )
-from pipeline.run.ray_job import submission_tags
 from pipeline.run.state import WorkerSpec
-from pipeline.run.summary import EvaluationSummary, local_path, report
-from pipeline.tracking.client import ui_command
+from pipeline.run.summary import local_path
 from pipeline.tracking.outbox import Tracker
 
 _REPROJECTIONS = "orthogonality/reprojections"
-_CLOSE_S = 60.0
 _NOT_CERTIFIED = "earlier checkpoints are not certified"
-_NOT_REMOVED = "surplus checkpoints are not removed"
+NOT_REMOVED = "surplus checkpoints are not removed"
 
 
 class RunMonitor:
@@ -53,12 +43,12 @@ class RunMonitor:
     Args:
         display: what the person sees.
         tracker: the MLflow record.
-        evaluations: certification of kept checkpoints; None leaves them uncertified.
-        after_kept: called beside the events when a checkpoint has been kept.
-        meter: counts what the run uses.
+        evaluations: certification of saved checkpoints; None leaves them uncertified.
+        after_saved: called in the background when a checkpoint has been saved.
+        usage: counts what the run uses.
         event_log: the run's event log.
         run: folder of the run.
-        began: called beside the events when the ranks are about to train.
+        began: called in the background when the ranks are about to train.
 
     Attributes:
         step: of the newest record.
@@ -69,7 +59,7 @@ class RunMonitor:
         display: RunConsole,
         tracker: Tracker,
         evaluations: Evaluations | None,
-        after_kept: Callable[[], object],
+        after_saved: Callable[[], object],
         usage: UsageMetrics,
         event_log: EventLog,
         run: Store,
@@ -79,13 +69,13 @@ class RunMonitor:
         self._run = run
         self._followed: set[int] = set()
         self._following = threading.Lock()
-        self._errands = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="errands")
+        self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="monitor")
         self._began = began
         self._usage = usage
         self._display = display
         self._tracker = tracker
         self._evaluations = evaluations
-        self._after_kept = after_kept
+        self._after_saved = after_saved
         self._event_log = event_log
         self._hangs = 0
         self._reprojections = tracker.last_value(_REPROJECTIONS) or 0.0
@@ -172,9 +162,9 @@ class RunMonitor:
 
     def _start(self, event: Started) -> None:
         self.step = event.step
-        self._beside(self._began, "changed settings are not kept")
+        self._in_background(self._began, "changed settings are not kept")
         if event.step:
-            self._beside(functools.partial(self._catch_up, event.step), _NOT_CERTIFIED)
+            self._in_background(functools.partial(self._catch_up, event.step), _NOT_CERTIFIED)
         self._display.started(event)
         batch = event.micro_batch
         self._tracker.set_tags({**self._usage.started(event), "micro_batch": str(batch)})
@@ -196,20 +186,20 @@ class RunMonitor:
         times = {"checkpoint/stall_s": event.stall_s, "checkpoint/write_s": event.seconds}
         self._tracker.log_metrics(event.step, times)
         self._follow(event.step, event.artifact_url, event.digest, event.checkpoint_url)
-        self._beside(self._after_kept, _NOT_REMOVED)
+        self._in_background(self._after_saved, NOT_REMOVED)
 
-    def settle(self) -> None:
-        """Wait for what is done beside the events; there are no more of them."""
-        self._errands.shutdown(wait=True)
+    def wait(self) -> None:
+        """Wait for the tasks in the background; no more events come."""
+        self._background.shutdown(wait=True)
 
-    def _beside(self, errand: Callable[[], object], what: str) -> None:
+    def _in_background(self, task: Callable[[], object], what: str) -> None:
         """Do something that asks a store, without keeping the events waiting."""
 
         def run() -> None:
             with self.saying(what):
-                errand()
+                task()
 
-        self._errands.submit(run)
+        self._background.submit(run)
 
     @contextlib.contextmanager
     def saying(self, what: str) -> Iterator[None]:
@@ -238,135 +228,3 @@ class RunMonitor:
             self._tracker.log_checkpoint(step, artifact_url, digest, where, wait_seconds=0)
             if self._evaluations is not None:
                 self._evaluations.submit(artifact_url, step)
-
-
-@contextlib.contextmanager
-def monitor_for(prepared: PreparedRun, console: Console) -> Iterator[RunMonitor]:
-    """Open the record of a run; at the end wait for its evaluations and show the results.
-
-    The run ends as FINISHED, KILLED (interrupt, SIGTERM) or FAILED.
-    """
-    config = prepared.job.config
-    tracker = Tracker(
-        prepared.tracking,
-        prepared.spool,
-        run_name=config.name,
-        run_key=prepared.run_key,
-        params=prepared.params(),
-        tags={**_tags(prepared), **submission_tags()},
-    )
-    evaluations = _evaluations(prepared, tracker) if config.checkpoint.evaluate else None
-    display = RunConsole(console)
-    usage = UsageMetrics(
-        config.cluster, config.train.precision, training_flops(config), tracker.last_value
-    )
-    event_log = EventLog(prepared.spool.parent, prepared.run)
-    tidy = functools.partial(_tidy, prepared, evaluations)
-    monitor = RunMonitor(
-        display, tracker, evaluations, tidy, usage, event_log, prepared.run, prepared.accept
-    )
-    system = SystemMetrics(
-        # With the time, so that a run which then hangs and is killed has lost it.
-        lambda values: tracker.log_metrics(monitor.step, {**values, **usage.time()})
-    )
-    status = "FAILED"
-    if evaluations is not None and config.data.selection_split is None:
-        display.message(
-            "data.train_split=train holds nothing out: no checkpoint is certified before the end, "
-            f"checkpoint.keep_best={config.checkpoint.keep_best} chooses none, and the newest is "
-            f"certified once, on {config.data.test_split}"
-        )
-    if prepared.changed:
-        display.message("changed: " + "; ".join(f"{k}: {v}" for k, v in prepared.changed.items()))
-        event_log.note("Changed", settings=prepared.changed)
-    try:
-        yield monitor
-        monitor.settle()
-        usage.stop()
-        display.close()
-        summaries = _results(evaluations, console)
-        status = "FINISHED"
-        _show(summaries, prepared, tracker, display)
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        display.close()
-        system.close()
-        tracker.finish(status)  # first: what follows may outlast the time that a stop leaves
-        monitor.settle()
-        if evaluations is not None:
-            evaluations.cancel()
-        with monitor.saying(_NOT_REMOVED):
-            tidy()
-        with contextlib.suppress(OSError):  # the file is complete on this machine
-            event_log.publish()
-        tracker.close(_CLOSE_S)
-
-
-def _tags(prepared: PreparedRun) -> dict[str, str]:
-    """What runs are filtered by."""
-    config = prepared.job.config
-    return {
-        "preset": config.preset,
-        "run_url": prepared.job.run_url,
-        "dataset": prepared.samples.name,
-        "network": config.model.kind,
-        "norm": FAMILIES[config.model.kind].network.norm,
-        "precision": config.train.precision,
-        "code": prepared.job.context["code"]["commit"],
-    }
-
-
-def _tidy(prepared: PreparedRun, evaluations: Evaluations | None) -> None:
-    """Remove surplus checkpoints."""
-    policy = prepared.job.config.checkpoint
-    unfinished: set[int] = set()
-    scores: dict[int, float] = {}
-    if evaluations is not None:
-        unfinished = evaluations.unfinished()  # before the scores: what ends in between has one
-        for summary in evaluations.finished():
-            scores[summary.step] = summary.columns["sound"].cra[policy.evaluate_eps[0]]
-    retain(prepared.run, policy, scores, unfinished)
-
-
-def _evaluations(prepared: PreparedRun, tracker: Tracker) -> Evaluations:
-    config = prepared.job.config
-    settings: dict[str, Any] = {
-        "shards": prepared.job.shards_url,
-        "eps": config.checkpoint.evaluate_eps,
-        "launcher": config.cluster.launcher,
-        "max_in_flight": config.checkpoint.evaluate_tasks,
-        "num_gpus": config.checkpoint.evaluate_gpus,
-        "placement": config.checkpoint.evaluate_placement,
-        "record": False,
-    }
-    beside = config.cluster.launcher == "ray"
-    best_at = config.checkpoint.evaluate_eps[0] if config.checkpoint.keep_best else None
-    splits = Splits(config.data.selection_split, config.data.test_split, best_at)
-    return Evaluations(settings, tracker.log_evaluation, splits=splits, beside_training=beside)
-
-
-def _results(evaluations: Evaluations | None, console: Console) -> list[EvaluationSummary]:
-    if evaluations is None:
-        return []
-    with console.status(f"certifying: {evaluations.waiting} evaluations to go"):
-        return evaluations.results()
-
-
-def _show(
-    summaries: list[EvaluationSummary],
-    prepared: PreparedRun,
-    tracker: Tracker,
-    display: RunConsole,
-) -> None:
-    """The final table, where everything lies, and how to open the MLflow UI."""
-    if summaries:
-        report(display.console, summaries)
-    artifacts = f"{local_path(prepared.job.run_url)}/{layout.ARTIFACTS}"
-    display.message(f"artifacts:   {escape(artifacts)}")
-    if tracker.run is not None:
-        command, path = ui_command(prepared.tracking.uri, tracker.run)
-        display.message(
-            f"MLflow UI:   {escape(command)}\n             then open http://127.0.0.1:5000{path}"
-        )

@@ -8,7 +8,7 @@ from unittest import mock
 from rich.console import Console
 
 from pipeline.driver.console import RunConsole
-from pipeline.driver.monitor import _show
+from pipeline.driver.session import _show
 from pipeline.run.summary import report
 from tests.jobs.test_figure import summary
 

@@ -73,7 +73,7 @@ def show(*events, terminal, folder):
     )
     for event in events:
         monitor.handle(event)
-    monitor.settle()
+    monitor.wait()
     monitor._display.close()
     console.file.close()
     return console.export_text(), monitor._tracker
@@ -268,7 +268,7 @@ def test_what_an_earlier_execution_kept_is_recorded_and_certified_once(tmp_path,
     )
     monitor.handle(Started({}, 20, 40))  # 30 was never committed: it will be made again
     monitor.handle(Started({}, 20, 40))
-    monitor.settle()
+    monitor.wait()
     steps = [call.args[1] for call in evaluations.submit.call_args_list]
     assert steps == [step for step, *_ in recorder.checkpoints] == [10, 20]
     assert [digest for _, _, digest, _ in recorder.checkpoints] == [b"10", b"20"]
@@ -283,5 +283,5 @@ def test_what_a_store_refuses_keeps_no_event_waiting(tmp_path):
         RunConsole(console), recorder, None, lambda: None, usage, event_log, run, refuse
     )
     monitor.handle(Started({}, 0, 40))
-    monitor.settle()
+    monitor.wait()
     assert "changed settings are not kept: no [room]" in console.file.getvalue()
