@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from pipeline.checkpoint.async_saver import AsyncSaver
 from pipeline.checkpoint.reader import load_newest
 from pipeline.config import RunConfig
 from pipeline.resilience.hang_detector import watched
+from pipeline.resilience.heartbeat import Phase
 from pipeline.resilience.oom import fitting, recorded, too_large
 from pipeline.resilience.rollback import Rollbacks
 from pipeline.resilience.signals import Interruption
@@ -28,7 +29,7 @@ from pipeline.run.distributed import DistributedContext, join_process_group
 from pipeline.run.events import Emit, Event, MetricsReplayed, Started
 from pipeline.run.state import TrainState, WorkerSpec
 from pipeline.run.step_schedule import StepSchedule, make_step_schedule
-from pipeline.training.data import open_samples
+from pipeline.training.data import Samples, open_samples
 from pipeline.training.device_peak import measured_flops, peak_flops
 from pipeline.training.hooks import (
     CheckpointHook,
@@ -113,11 +114,6 @@ def _train(
         config.train, config.checkpoint, samples=samples.per_epoch, world_size=world.size
     )
     engine = build_engine(config, world=world, micro_batch=plan.micro_batch)
-    progress, damaged = load_newest(run, world=world, engine=engine)
-    if progress is None:
-        # Only now: an owner makes each matrix in float64, which a loaded state would overwrite.
-        engine.initialise(config.train.seed)
-        progress = TrainState(0, Cursor(seed=config.train.seed))
     rollbacks = Rollbacks(
         run,
         world=world,
@@ -126,8 +122,7 @@ def _train(
         limit=config.train.rollbacks,
         per_epoch=samples.per_epoch,
     )
-    # Samples that an earlier execution left out stay left out.
-    progress = rollbacks.resumed(progress)
+    progress, damaged = _restored(run, world, engine, rollbacks, seed=config.train.seed)
     if world.rank == 0:
         emit(_started(config, world, engine, plan, progress, damaged, sizes))
         emit(MetricsReplayed(progress.records))
@@ -137,18 +132,7 @@ def _train(
         # ended and while the hang detector still watches.
         contextlib.closing(CorruptionLog(run, record)) as corruption_log,
         watched(world, config.cluster, step=progress.step, run=run, emit=emit) as hang_detector,
-        AsyncSaver(
-            run,
-            world=world,
-            engine=engine,
-            network=config.model,
-            config=json.loads(config.to_json()),
-            timeout_s=config.cluster.collective_timeout_s,
-            context=job.context,
-            calibration=lambda: samples.calibration(config.train),
-            emit=emit,
-            writer=job.writer,
-        ) as saver,
+        _saver(job, config, run, world, engine, samples, emit) as saver,
         samples.stream(config.train, world, progress.cursor, corruption_log) as stream,
         profiled(
             run,
@@ -158,22 +142,9 @@ def _train(
         ) as stepped,
     ):
         tell = emit if world.rank == 0 else _say_nothing
-        joined = [
-            # First at every moment: what the other hooks wait for counts as their phase.
-            HangDetectionHook(hang_detector.beat),
-            InterruptionHook(interruption),
-            StragglerHook(
-                engine.forward_seconds,
-                StragglerDetector(config.cluster.straggler_ratio),
-                hosts=world.hosts,
-                emit=tell,
-            ),
-            OrthogonalityHook(engine.audit_metrics),
-            CheckpointHook(saver),
-            # After the saver, so that the trace of a step holds its checkpoint as well.
-            ProfilerHook(stepped),
-            *hooks,
-        ]
+        joined = _hooks(
+            config, world, engine, interruption, tell, hang_detector.beat, saver, stepped
+        )
         trainer = _trainer(
             config,
             plan,
@@ -182,7 +153,7 @@ def _train(
             stream=stream,
             progress=progress,
             rollbacks=rollbacks,
-            hooks=HookList(joined),
+            hooks=HookList([*joined, *hooks]),
             emit=tell,
         )
         # Inside of the saver: what does not fit is written down before a failed run waits for its
@@ -196,6 +167,66 @@ def _train(
             trainer.fit()
     # A rank that left earlier would end the process group under the others.
     world.barrier()
+
+
+def _restored(
+    run: Store, world: DistributedContext, engine: Zero3, rollbacks: Rollbacks, *, seed: int
+) -> tuple[TrainState, list[str]]:
+    """The newest checkpoint, or the first state, and what was passed over as damaged."""
+    progress, damaged = load_newest(run, world=world, engine=engine)
+    if progress is None:
+        # Only now: an owner makes each matrix in float64, which a loaded state would overwrite.
+        engine.initialise(seed)
+        progress = TrainState(0, Cursor(seed=seed))
+    # Samples that an earlier execution left out stay left out.
+    return rollbacks.resumed(progress), damaged
+
+
+def _saver(
+    job: WorkerSpec,
+    config: RunConfig,
+    run: Store,
+    world: DistributedContext,
+    engine: Zero3,
+    samples: Samples,
+    emit: Emit,
+) -> AsyncSaver:
+    return AsyncSaver(
+        run,
+        world=world,
+        engine=engine,
+        network=config.model,
+        config=json.loads(config.to_json()),
+        timeout_s=config.cluster.collective_timeout_s,
+        context=job.context,
+        calibration=lambda: samples.calibration(config.train),
+        emit=emit,
+        writer=job.writer,
+    )
+
+
+def _hooks(
+    config: RunConfig,
+    world: DistributedContext,
+    engine: Zero3,
+    interruption: Interruption,
+    emit: Emit,
+    beat: Callable[[int, Phase], None],
+    saver: AsyncSaver,
+    stepped: Callable[[], None],
+) -> list[Hook]:
+    """What joins the loop of every run, in the order in which it is called."""
+    straggler = StragglerDetector(config.cluster.straggler_ratio)
+    return [
+        # First at every moment: what the other hooks wait for counts as their phase.
+        HangDetectionHook(beat),
+        InterruptionHook(interruption),
+        StragglerHook(engine.forward_seconds, straggler, hosts=world.hosts, emit=emit),
+        OrthogonalityHook(engine.audit_metrics),
+        CheckpointHook(saver),
+        # After the saver, so that the trace of a step holds its checkpoint as well.
+        ProfilerHook(stepped),
+    ]
 
 
 def _trainer(

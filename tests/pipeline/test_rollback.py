@@ -29,7 +29,7 @@ from tests.pipeline.small_runs import (
     small_shards,
     whole_state,
 )
-from tests.pipeline.test_desk import Recorder, usage_of
+from tests.pipeline.test_monitor import Recorder, usage_of
 
 STEPS, BATCH, EPOCH = 12, 24, 135
 KEPT, BAD = 6, (8, 9)  # the checkpoint before, and the steps whose samples are bad

@@ -19,7 +19,7 @@ from optim.matrix_exp import (
 from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from tests.optim.emulation import Problem, gradient
-from tests.optim.test_series import adam_like, exact, normal, orthogonal, plane, rotations
+from tests.optim.test_matrix_exp import adam_like, exact, normal, orthogonal, plane, rotations
 
 REDUCED = ("tf32", "bf16")
 BITS = {"full": 24, "tf32": 11, "bf16": 8}

@@ -19,7 +19,7 @@ from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import Hung, Straggling
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import rank_world, small_run
-from tests.pipeline.test_desk import show
+from tests.pipeline.test_monitor import show
 
 LIMIT_S = 2
 SOON_S = 10 * LIMIT_S
@@ -118,7 +118,7 @@ def test_a_stopped_rank_and_one_without_data_are_named_by_their_peers(tmp_path):
         report = (tmp_path / name / f"hangs/step-{event.step:08d}-rank-00000.txt").read_text()
         assert event.report in report
         assert "in standing_still" in report  # the stacks of this rank
-    assert "test_watch.py" in ranks[0]["late"][1][0].report  # where rank 1 is
+    assert "test_hang_detector.py" in ranks[0]["late"][1][0].report  # where rank 1 is
     assert [rank["reason"] for rank in ranks] == [([], [])] * 3, "a slow store is no hang"
 
 
