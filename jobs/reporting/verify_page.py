@@ -36,7 +36,6 @@ MATHEMATICS = (
     "table.js", "check.js", "tamper.js", "worker.js",
 )  # fmt: skip
 """What runs in the worker, in this order."""
-_CERTIFICATE, _SAMPLES, _SUMMARY = "certificate.json", "samples.parquet", "summary.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def locate(url: str, artifact: str = "", shards: str = "") -> Located:
         EvaluationError: something is not there; the message says what was looked for.
     """
     evaluation = _evaluation_of(url)
-    summary = json.loads(evaluation.read(_SUMMARY)) if evaluation.exists(_SUMMARY) else {}
+    summary = json.loads(evaluation.read(SUMMARY)) if evaluation.exists(SUMMARY) else {}
     above = Store("/".join(evaluation.url.split("/")[:-2]))
     if artifact:
         found = Store(artifact)
@@ -92,7 +91,7 @@ def page(located: Located, samples: int | None = None) -> str:
     certificate = _read_certificate(located.evaluation)
     weights = located.artifact.read(WEIGHTS)
     _belong("weights_sha256", certificate["model"]["weights_sha256"], weights, located.artifact)
-    table = located.evaluation.read(_SAMPLES)
+    table = located.evaluation.read(SAMPLES)
     _belong("samples_sha256", certificate["samples_sha256"], table, located.evaluation)
     rows = _rows(table, located.evaluation)
     index = load_index(located.shards)
@@ -100,7 +99,7 @@ def page(located: Located, samples: int | None = None) -> str:
     if [key.decode() for key in index.rows.key[chosen]] != rows["key"]:
         raise EvaluationError(
             f"shard set {located.shards} does not hold the {len(rows['key'])} samples of "
-            f"{located.evaluation}/{_SAMPLES} in this order; name another one: --verify-shards"
+            f"{located.evaluation}/{SAMPLES} in this order; name another one: --verify-shards"
         )
     content = {name: value for name, value in certificate.items() if name != "digest"}
     identity = {"network": certificate["model"]["network"]}
@@ -121,7 +120,7 @@ def page(located: Located, samples: int | None = None) -> str:
 def _evaluation_of(url: str) -> Store:
     """The evaluation folder of a run, an artifact, or the folder itself."""
     store = Store(url)
-    if store.exists(_CERTIFICATE):
+    if store.exists(CERTIFICATE):
         return store
     names = store.ls("artifacts")
     artifacts = [store.child(name) for name in reversed(names)] if names else [store]
@@ -129,7 +128,7 @@ def _evaluation_of(url: str) -> Store:
         found = {
             name.rpartition("/")[2]: artifact.child(name)
             for name in artifact.ls("evaluation")
-            if artifact.exists(f"{name}/{_CERTIFICATE}")
+            if artifact.exists(f"{name}/{CERTIFICATE}")
         }
         if len(found) == 1:
             return next(iter(found.values()))
@@ -140,21 +139,21 @@ def _evaluation_of(url: str) -> Store:
         if found:
             return found["test"]
     raise EvaluationError(
-        f"{store} is no evaluation, artifact or run: there is no {_CERTIFICATE}, "
-        f"evaluation/*/{_CERTIFICATE} or artifacts/*/evaluation/*/{_CERTIFICATE} in it"
+        f"{store} is no evaluation, artifact or run: there is no {CERTIFICATE}, "
+        f"evaluation/*/{CERTIFICATE} or artifacts/*/evaluation/*/{CERTIFICATE} in it"
     )
 
 
 def _named(summary: dict[str, Any], field: str, evaluation: Store, option: str) -> str:
     if not isinstance(summary.get(field), str):
-        raise EvaluationError(f"{evaluation}/{_SUMMARY} names no {field}; give it with {option}")
+        raise EvaluationError(f"{evaluation}/{SUMMARY} names no {field}; give it with {option}")
     return str(summary[field])
 
 
 def _read_certificate(evaluation: Store) -> dict[str, Any]:
     """certificate.json, of which this module and the frame of the page use a few fields."""
     try:
-        body: dict[str, Any] = json.loads(evaluation.read(_CERTIFICATE))
+        body: dict[str, Any] = json.loads(evaluation.read(CERTIFICATE))
         model, shards = body["model"], body["shards"]
         used: tuple[Any, ...] = (
             body["digest"],
@@ -171,7 +170,7 @@ def _read_certificate(evaluation: Store) -> dict[str, Any]:
         if type(shards["samples"]) is not int:
             raise TypeError("shards.samples is no whole number")
     except (ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(f"{evaluation}/{_CERTIFICATE} cannot be used: {error!r}") from error
+        raise EvaluationError(f"{evaluation}/{CERTIFICATE} cannot be used: {error!r}") from error
     return body
 
 
@@ -226,7 +225,7 @@ def _rows(data: bytes, evaluation: Store) -> dict[str, list[Any]]:
         _canonical(rows)
         rows["key"][0]
     except (ValueError, TypeError, LookupError, OSError, pa.ArrowException) as error:
-        raise EvaluationError(f"{evaluation}/{_SAMPLES} cannot be used: {error!r}") from error
+        raise EvaluationError(f"{evaluation}/{SAMPLES} cannot be used: {error!r}") from error
     return rows
 
 

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -188,10 +189,15 @@ def report(console: Console, summaries: Sequence[EvaluationSummary]) -> None:
 def _table(summaries: Sequence[EvaluationSummary]) -> Table:
     last = summaries[-1]
     title = f"certified robust accuracy, {last.norm}, {last.dataset}"
-    table = Table(title=Text(title), caption="below: 95 % Wilson intervals")
+    table = Table(
+        title=Text(title),
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        caption="below: 95 % Wilson intervals",
+    )
     table.add_column("step", justify="right")
     table.add_column("samples")
-    table.add_column("cra", no_wrap=True)
     ratios = tuple(last.columns["sound"].cra)
     for name in ("clean", *ratios):
         table.add_column(name, justify="right", no_wrap=True)
@@ -201,7 +207,7 @@ def _table(summaries: Sequence[EvaluationSummary]) -> Table:
             shares = {"clean": column.clean, **({} if column.vacuous else column.cra)}
             table.add_row(*_cells(summary, name, ratios, shares))
     if last.attack:
-        table.add_row(*_cells(last, "attacked", ratios, last.attack.accuracy))
+        table.add_row(*_cells(last, "attack", ratios, last.attack.accuracy))
     return table
 
 
@@ -210,7 +216,8 @@ def _cells(
 ) -> Iterator[str]:
     """A row: what was judged, then each share with its interval below it."""
     count = summary.samples
-    yield from (str(summary.step), f"{count} {summary.split}", name)
+    kind = f"cra_{name}" if name in summary.columns else "under attack"
+    yield from (str(summary.step), f"{kind}\n{count} {summary.split}")
     for key in ("clean", *ratios):
         share = shares.get(key)
         if share is None:

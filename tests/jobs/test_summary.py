@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 import shlex
 from unittest import mock
 
@@ -21,8 +22,8 @@ def printed(show):
 
 def rows(text):
     """(step, column) of the table's rows."""
-    lines = [line.split("│") for line in text.splitlines() if line.startswith("│")]
-    return [(int(cells[1]), cells[2].strip()) for cells in lines]
+    found = re.findall(r"^ +(\d+) +(cra_\w+|under attack) ", text, re.MULTILINE)
+    return [(int(step), column) for step, column in found]
 
 
 def test_earlier_evaluations_show_what_is_proved_and_the_last_one_everything():
@@ -38,7 +39,7 @@ def test_earlier_evaluations_show_what_is_proved_and_the_last_one_everything():
 
 def test_a_column_that_proves_nothing_says_so():
     text = printed(lambda console: report(console, [summary(vacuous=True)]))
-    (line,) = [line for line in text.splitlines() if "cra_deployed │" in line]
+    (line,) = [line for line in text.splitlines() if " cra_deployed " in line]
     assert line.count("vacuous") == len(summary().columns["sound"].cra)
 
 
