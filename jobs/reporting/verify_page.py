@@ -26,6 +26,7 @@ from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import decode, fetch
 from jobs.evaluation.results import EvaluationError
 from model.artifact.artifact import WEIGHTS, ArtifactInfo, read_info
+from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
 
 VERIFY_PAGE = "verify.html"
 LARGEST_WEIGHTS = 2 << 20

@@ -207,7 +207,7 @@ FORGERIES = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, artifact):
-    settings = {"launcher": "local", "eps": ("1/255", "36/255"), "attack": "quick"}
+    settings = {"launcher": "local", "eps": ("1/255", "36/255"), "attack": "fast"}
     out = str(tmp_path_factory.mktemp("finished"))
     return evaluate({"artifact": artifact, "out": out, "record": False, **settings})
 
