@@ -161,10 +161,15 @@ def _read_certificate(evaluation: Store) -> dict[str, Any]:
     try:
         body: dict[str, Any] = json.loads(evaluation.read(_CERTIFICATE))
         model, shards = body["model"], body["shards"]
-        texts = [body["digest"], body["norm"], body["samples_sha256"], shards["name"]]
-        texts += [shards["split"], body["columns"]["deployed"]["program"]]
-        texts += [model["digest"], model["weights_sha256"]]
-        if not all(isinstance(text, str) for text in texts):
+        used: tuple[Any, ...] = (
+            body["digest"],
+            body["norm"],
+            body["samples_sha256"],
+            shards["name"],
+        )
+        used += (shards["split"], body["columns"]["deployed"]["program"])
+        used += (model["digest"], model["weights_sha256"])
+        if not all(isinstance(text, str) for text in used):
             raise TypeError("a text is something else")
         if not isinstance(model["network"], dict) or not isinstance(body["layers"], list):
             raise TypeError("model.network or layers is something else")
