@@ -18,6 +18,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -33,7 +34,7 @@ LARGEST_WEIGHTS = 2 << 20
 LARGEST_PAGE = 10 << 20
 """A browser opens a page of this size at once."""
 MATHEMATICS = (
-    "arithmetic.js", "sha256.js", "matrices.js", "network.js", "radii.js", "compare.js",
+    "arithmetic.js", "sha256.js", "matrices.js", "head.js", "network.js", "radii.js", "compare.js",
     "table.js", "check.js", "tamper.js", "worker.js",
 )  # fmt: skip
 """What runs in the worker, in this order."""
@@ -62,7 +63,7 @@ def locate(url: str, artifact: str = "", shards: str = "") -> Located:
         EvaluationError: something is not there; the message says what was looked for.
     """
     evaluation = _evaluation_of(url)
-    summary = json.loads(evaluation.read(SUMMARY)) if evaluation.exists(SUMMARY) else {}
+    summary = _summary_of(evaluation)
     above = Store("/".join(evaluation.url.split("/")[:-2]))
     if artifact:
         found = Store(artifact)
@@ -96,12 +97,7 @@ def page(located: Located, samples: int | None = None) -> str:
     _belong("samples_sha256", certificate["samples_sha256"], table, located.evaluation)
     rows = _rows(table, located.evaluation)
     index = load_index(located.shards)
-    chosen = index.select(certificate["shards"]["split"])
-    if [key.decode() for key in index.rows.key[chosen]] != rows["key"]:
-        raise EvaluationError(
-            f"shard set {located.shards} does not hold the {len(rows['key'])} samples of "
-            f"{located.evaluation}/{SAMPLES} in this order; name another one: --verify-shards"
-        )
+    chosen = _samples_in(index, certificate["shards"]["split"], rows["key"])
     content = {name: value for name, value in certificate.items() if name != "digest"}
     identity = {"network": certificate["model"]["network"]}
     identity["weights_sha256"] = certificate["model"]["weights_sha256"]
@@ -145,6 +141,15 @@ def _evaluation_of(url: str) -> Store:
     )
 
 
+def _summary_of(evaluation: Store) -> dict[str, Any]:
+    """summary.json, which only says where things lie; empty where it cannot be read."""
+    try:
+        body = json.loads(evaluation.read(SUMMARY))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
 def _named(summary: dict[str, Any], field: str, evaluation: Store, option: str) -> str:
     if not isinstance(summary.get(field), str):
         raise EvaluationError(f"{evaluation}/{SUMMARY} names no {field}; give it with {option}")
@@ -181,9 +186,10 @@ def _check_network(located: Located, info: ArtifactInfo) -> None:
             f"{located.artifact} is a network of family {info.network.kind!r}: the page derives "
             "certificates of 'lipnext' alone; python -m model.verify knows more families"
         )
-    if info.weights_bytes > LARGEST_WEIGHTS:
+    size = located.artifact.size(WEIGHTS)
+    if size > LARGEST_WEIGHTS:
         raise EvaluationError(
-            f"{located.artifact}/{WEIGHTS} has {info.weights_bytes:,} bytes; a page carries up to "
+            f"{located.artifact}/{WEIGHTS} has {size:,} bytes; a page carries up to "
             f"{LARGEST_WEIGHTS:,}: use python -m model.verify"
         )
 
@@ -194,6 +200,17 @@ def _belong(field: str, stated: str, data: bytes, place: Store) -> None:
         raise EvaluationError(
             f"the certificate states {field} {stated}, but the file in {place} has {found}"
         )
+
+
+def _samples_in(index: ShardIndex, split: str, keys: list[str]) -> npt.NDArray[np.int64]:
+    """Rows of the index that hold the samples of the certificate."""
+    chosen = index.select(split)
+    if [key.decode() for key in index.rows.key[chosen]] != keys:
+        raise EvaluationError(
+            f"shard set {index.store} does not hold the {len(keys)} samples of the certificate in "
+            "this order; name another one: --verify-shards"
+        )
+    return chosen
 
 
 def _images_that_fit(room: int, count: int, values: int, wanted: int | None) -> list[int]:
@@ -209,7 +226,7 @@ def _images_that_fit(room: int, count: int, values: int, wanted: int | None) -> 
     return [count * i // number for i in range(number)]
 
 
-def _pixels(index: ShardIndex, rows: np.ndarray) -> bytes:
+def _pixels(index: ShardIndex, rows: npt.NDArray[np.int64]) -> bytes:
     """The decoded images, one after the other, channels x height x width each."""
     encoded = fetch(index, rows)
     return b"".join(decode(index, row, encoded[row]).numpy().tobytes() for row in rows.tolist())

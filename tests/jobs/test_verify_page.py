@@ -13,6 +13,8 @@ from fractions import Fraction
 
 import pytest
 
+from data_shards.sources import synthetic
+from data_shards.write import write_shard_set
 from jobs.report import main
 from jobs.reporting import verify_page
 from jobs.reporting.verify_page import VERIFY_PAGE, locate, page
@@ -323,6 +325,10 @@ def test_files_that_do_not_belong_together_are_refused(case, tmp_path, capsys):
     other.rewrite_weight("head.bias")
     with pytest.raises(ValueError, match="states weights_sha256"):
         page(locate(str(case.certificate), str(other.model), str(case.shards)))
+    noise = tmp_path / "noise"
+    write_shard_set(synthetic(classes=3, size=8, samples=50, seed=1), str(noise))
+    with pytest.raises(ValueError, match="does not hold the 24 samples"):
+        page(locate(str(case.certificate), str(case.model), str(noise)))
     changed = case.copy(tmp_path / "changed")
     (changed.certificate / "samples.parquet").write_bytes(b"PAR1")
     assert "states samples_sha256" in refused(capsys, "--verify", str(changed.certificate), *places)

@@ -5,6 +5,7 @@
 "use strict";
 
 const SAME_LOGITS = { float64: 1e-8, float32: 1e-4, bfloat16: 0.5 }; // two programs' logits
+const LARGEST_DIFFERENCE = 0.5;
 const SAME_ERROR = 1e-3;
 const COLUMNS = { sound: ["float64"], deployed: ["float32", "bfloat16"], nominal: ["float32"] };
 const STORED = ["prediction", "rival", "margin", "radius"]; // of every column, in samples.parquet
@@ -150,9 +151,9 @@ function checkSample(claim, network, at, y) {
       if (!whole(0, y.length - 1)(stated[key])) throw new Disagreement(`${rowName(claim, row)} ${name}_${key}`, stated[key], "a class");
     const c = stated.prediction;
     const due = name === "nominal" ? nominalRadii(network, y, c) : provedRadii(network, program, y, c, N);
-    // Where a program may be off by more than its logits, they say little of it.
-    const largest = Math.max(1, largestEntry(y)), lost = !(network.marginError(N, program) < largest);
-    const tolerance = lost ? 0.5 : SAME_LOGITS[program.name];
+    // What a program may be off by is no disagreement, up to half of its logits.
+    const largest = Math.max(1, largestEntry(y)), error = network.marginError(N, program) / largest;
+    const tolerance = Math.min(Math.max(error, SAME_LOGITS[program.name]), LARGEST_DIFFERENCE);
     compareColumn(`${rowName(claim, row)} ${name}_`, stated, due, argmax(y), tolerance, tolerance * largest, network);
     // The radius of section 6, derived here; a little more may be proved.
     const radius = Math.max(0, Math.min(...due.radii, due.proved));

@@ -221,39 +221,3 @@ class LipNeXt {
     return moved;
   }
 }
-
-/** Section 4: logits W h + b; the rows of a `unit` head are divided by their norms first. */
-class Head {
-  constructor(config, weight, bias) {
-    const K = config.num_classes, C = config.width;
-    this.unit = config.head === "unit";
-    this.bias = bias;
-    this.rows = Array.from({ length: K }, (_, k) => weight.slice(k * C, (k + 1) * C));
-    const norms = this.rows.map((row) => Math.sqrt(sumOfSquares(row)));
-    if (this.unit) {
-      if (!(Math.min(...norms) >= 1e-6)) throw new Disagreement("head.weight", Math.min(...norms), "rows of norm at least 1e-6");
-      this.rows = this.rows.map((row, k) => row.map((w) => w / norms[k]));
-    }
-    this.omega = this.unit ? 1 : Math.max(...norms) * ROUND_UP;
-    const rho = this.unit ? gamma(C + 4, U) : 0;
-    const distance = (v, w) => Math.sqrt(sumOfSquares(v.map((x, at) => x - w[at])));
-    this.nominalFactors = this.rows.map((v) => this.rows.map((w) => distance(v, w)));
-    this.factors = this.nominalFactors.map((row, i) =>
-      row.map((plain, j) => (i === j ? 0 : (plain + 2 * rho) * ROUND_UP)));
-    this.largestFactor = Math.max(...this.factors.flat()); // D
-  }
-
-  logits(features) {
-    return this.rows.map((row, k) => row.reduce((sum, w, at) => sum + w * features[at], 0) + this.bias[k]);
-  }
-
-  /** Step 5 of section 5, before underflow. */
-  marginError(state) {
-    const { u_w, u_s } = state.program, C = this.rows[0].length;
-    const rho_s = this.unit ? gamma(C + 4, u_s) + 2 * u_w : u_w;
-    const dot = gamma(C + 1, u_s), b_max = largestEntry(this.bias);
-    return this.largestFactor * state.e
-      + 2 * this.omega * (rho_s + dot * (1 + rho_s)) * state.size
-      + 2 * (dot * (1 + u_w) + u_w) * b_max;
-  }
-}
