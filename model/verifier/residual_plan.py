@@ -1,5 +1,6 @@
 """What LiResNet and BRONet consist of: layers, grids and the kernels of free convolutions."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,20 @@ def linear_block(config: Config, depth: int) -> Layer:
     """X + centre(R x) + b with a 3 x 3 kernel R."""
     width = config["width"]
     return Layer("linear", (width, 9 * width + 1), width, depth, grid=stem_grid(config))
+
+
+def stored_shapes(plan: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of all layers."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in plan.items():
+        shapes[f"{name}.weight"] = layer.shape
+        if layer.bias:
+            shapes[f"{name}.bias"] = (layer.outputs,)
+        if layer.kind in ("stem", "linear"):
+            shapes[f"{name}.norm"] = ()
+        if layer.kind in ("linear", "wave"):
+            shapes[f"{name}.centre.mean"] = (layer.outputs,)
+    return shapes
 
 
 def free_kernel(config: Config, layer: Layer, weight: Floats) -> tuple[Floats, Floats, int, int]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from model.verifier.families.liresnet import LiResNet
 from model.verifier.mathematics.arithmetic import ErrorState, Floats, gamma, norm_of
-from model.verifier.mathematics.hermitian import adjoint
+from model.verifier.mathematics.hermitian import adjoint, multiply
 from model.verifier.mathematics.orthogonal_layers import (
     NECK,
     REFLECTION,
@@ -133,7 +133,7 @@ class BRONet(LiResNet):
         z = to_waves(np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1))))
         Q = self.orthonormal(name).Q.reshape(*z.shape[2:], -1, z.shape[1])
         moved = z.transpose(2, 3, 1, 0)
-        moved = moved - 2 * (adjoint(Q) @ (Q @ moved))
+        moved = moved - 2 * multiply(adjoint(Q), multiply(Q, moved))
         y = from_waves(moved.transpose(3, 2, 0, 1), _torus(self.config, layer)[1])
         if not self.config["grow"]:
             y = y[:, :, 1:-1, 1:-1]

@@ -78,6 +78,7 @@ class GroupSort(Family):
             inputs = self.tensors[f"blocks.{i}.weight"].shape[1]
             beta = largest_entry(self.tensors[f"blocks.{i}.bias"])
             state.multiply(1.0, 1.0, row_rounding(inputs, program), beta)
+            state.see(state.n * 0 + largest_l1(self.wide(f"blocks.{i}.weight")))
         return state
 
     def underflow(self, program: Program) -> float:
@@ -101,7 +102,7 @@ class RowHead(Head):
     rule = "l1_rows"
 
     def __init__(self, weight: Floats, bias: Floats) -> None:
-        self.rows, self.bias = bounded_rows(weight), bias
+        self.rows, self.bias, self.largest = bounded_rows(weight), bias, largest_l1(weight)
         n = weight.shape[1]
         self.nominal_factors = np.stack([np.abs(self.rows - v).sum(axis=1) for v in self.rows])
         # n roundings of a row's norm, which divides, and two of the quotient, in both rows.
@@ -118,12 +119,18 @@ class RowHead(Head):
         own = row_rounding(self.rows.shape[1], state.program)
         product = state.size + largest_entry(self.bias)
         state.see(product)
+        state.see(state.n * 0 + self.largest)
         return float(self.factors.max()) * state.e + 2 * own * product
 
 
 def row_rounding(inputs: int, program: Program) -> float:
     """Relative error of a row, its product, its bias and the storage of the result."""
     return kappa(3 * inputs + 3, program, copies=3, roundings=3)
+
+
+def largest_l1(weight: Floats) -> float:
+    """Largest ||w||_1: a row for which it overflows is divided by infinity and becomes 0."""
+    return float(np.abs(weight).sum(axis=1).max()) * ROUND_UP
 
 
 def bounded_rows(weight: Floats) -> Floats:

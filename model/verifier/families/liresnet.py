@@ -12,7 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from model.verifier.families.base import Family, Shapes, Tensors
-from model.verifier.mathematics.arithmetic import ErrorState, Floats, Program, kappa, norm_of
+from model.verifier.mathematics.arithmetic import (
+    ErrorState,
+    Floats,
+    Program,
+    kappa,
+    largest_entry,
+    norm_of,
+)
 from model.verifier.mathematics.convolution import convolve, space_to_depth
 from model.verifier.mathematics.free_convolution import absolute_bound, norm_bound
 from model.verifier.mathematics.heads import LinearHead
@@ -20,7 +27,14 @@ from model.verifier.mathematics.matrices import MatrixBounds
 from model.verifier.mathematics.orthogonal_layers import Orthonormal, bounds_of_rows, dense_rows
 from model.verifier.mathematics.orthonormal import Rows
 from model.verifier.mathematics.pairs import MaxMin
-from model.verifier.residual_plan import Layer, free_kernel, linear_block, patches, stem_grid
+from model.verifier.residual_plan import (
+    Layer,
+    free_kernel,
+    linear_block,
+    patches,
+    stem_grid,
+    stored_shapes,
+)
 from model.verifier.settings import SIDE, Config, Setting, Whole
 
 
@@ -103,17 +117,9 @@ class LiResNet(Family):
     @classmethod
     def shapes(cls, config: Config) -> Shapes:
         """See Family."""
-        shapes: Shapes = {}
-        for name, layer in cls.plan(config).items():
-            shapes[f"{name}.weight"] = layer.shape
-            if layer.bias:
-                shapes[f"{name}.bias"] = (layer.outputs,)
-            if layer.kind in ("stem", "linear"):
-                shapes[f"{name}.norm"] = ()
-            if layer.kind in ("linear", "wave"):
-                shapes[f"{name}.centre.mean"] = (layer.outputs,)
         width, classes = config["dense_width"], config["num_classes"]
-        return {**shapes, "head.weight": (classes, width), "head.bias": (classes,)}
+        layers = stored_shapes(cls.plan(config))
+        return {**layers, "head.weight": (classes, width), "head.bias": (classes,)}
 
     @classmethod
     def bounded(cls, config: Config) -> list[str]:
@@ -202,6 +208,9 @@ class LiResNet(Family):
         rhos = [bounds.condition for bounds in self.matrices.values() if bounds.condition]
         growth = math.prod(max(1.0, part) for part in self.parts().values())
         growth *= max(1.0, float(self.head.factors.max())) * max([1.0, *rhos])
+        # A gain that is flushed takes its row of V with it.
+        widest = max(largest_entry(t) for t in self.tensors.values() if t.ndim > 1)
+        growth *= max(1.0, widest) if widest <= program.limit else math.inf
         return 1024 * float(values + pixels) ** 2 * program.tiny * 2.0**12 * growth
 
     # The forward pass

@@ -7,8 +7,8 @@ i theta is at most the next term.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,19 +27,9 @@ from model.verifier.mathematics.heads import LinearHead
 from model.verifier.mathematics.matrices import MatrixBounds, bounds_of_matrix
 from model.verifier.mathematics.mlp_head import MLPHead
 from model.verifier.mathematics.pairs import ACTIVATIONS, POOLS, Pairs
+from model.verifier.series_plan import convolutions, is_matrix
 from model.verifier.settings import SIDE, Choice, Config, Setting, Whole
 from model.verifier.skew import bounds_of_filter, power_over_factorial, skew
-
-
-class _Layer(NamedTuple):
-    """One convolution and what follows it."""
-
-    channels: int
-    """Of the convolution."""
-    side: int
-    stride: int
-    pooled: bool
-    positions: int
 
 
 class Soc(Family):
@@ -63,7 +53,7 @@ class Soc(Family):
         self, config: Config, tensors: Tensors, matrices: Mapping[str, MatrixBounds]
     ) -> None:
         super().__init__(config, tensors, matrices)
-        self.layers = list(_layers(config))
+        self.layers = list(convolutions(config))
         if config["head"] == "mlp":
             names = ("inner", "inner_bias", "outer", "outer_bias")
             stored = (self.wide(f"head.{name}") for name in names)
@@ -86,10 +76,10 @@ class Soc(Family):
     def shapes(cls, config: Config) -> Shapes:
         """See Family."""
         shapes: Shapes = {}
-        layers = list(_layers(config))
+        layers = list(convolutions(config))
         for i, layer in enumerate(layers):
             C, name = layer.channels, f"blocks.{i}.convolution"
-            if _is_matrix(config, layer):
+            if is_matrix(config, layer):
                 shapes |= {f"{name}.weight": (C, C), f"{name}.bias": (C,)}
             else:
                 shapes |= {f"{name}.weight": (C, C, layer.side, layer.side)}
@@ -107,7 +97,7 @@ class Soc(Family):
     @classmethod
     def bounded(cls, config: Config) -> list[str]:
         """See Family."""
-        filters = [f"blocks.{i}.convolution.weight" for i, _ in enumerate(_layers(config))]
+        filters = [f"blocks.{i}.convolution.weight" for i, _ in enumerate(convolutions(config))]
         return filters + ["head.inner"] * (config["head"] == "mlp")
 
     @classmethod
@@ -126,7 +116,7 @@ class Soc(Family):
         return {f"blocks.{i}": self._part(i) for i in range(len(self.layers))}
 
     def _part(self, i: int) -> float:
-        if _is_matrix(self.config, self.layers[i]):
+        if is_matrix(self.config, self.layers[i]):
             return self._matrix(i).upper
         return 1 + power_over_factorial(self._nu(i), self.config["terms"])
 
@@ -151,7 +141,7 @@ class Soc(Family):
         shift = math.sqrt(math.prod(self.config["input_shape"])) / 2
         state = ErrorState.of_images(norms, shift, program)
         for i, layer in enumerate(self.layers):
-            if _is_matrix(self.config, layer):
+            if is_matrix(self.config, layer):
                 R = self._matrix(i)
                 state.multiply(R.upper, R.absolute, kappa(layer.channels, program))
             else:
@@ -175,6 +165,8 @@ class Soc(Family):
             largest = max(largest, product, N + E)
         part = self._part(i)
         state.see(largest * state.size)
+        # Before it is scaled: a program may flush the scale to zero.
+        state.see(self._matrix(i).absolute * state.size)
         state.n, state.e = part * state.n, part * state.e + E * state.size
         state.see(state.size)
 
@@ -184,7 +176,7 @@ class Soc(Family):
             self.config["terms"] * layer.positions * (layer.channels * layer.side) ** 2
             for layer in self.layers
         )
-        series = [i for i, layer in enumerate(self.layers) if not _is_matrix(self.config, layer)]
+        series = [i for i, layer in enumerate(self.layers) if not is_matrix(self.config, layer)]
         nu = max((self._nu(i) for i in series), default=0.0)
         growth = self.bound * math.exp(min(nu, 700.0)) * 2.0**21
         growth *= max(1.0, float(self.head.factors.max()))
@@ -211,7 +203,7 @@ class Soc(Family):
             name = f"blocks.{i}.convolution"
             W, bias = self.wide(f"{name}.weight"), self.wide(f"{name}.bias")
             x = space_to_depth(x, layer.stride)
-            if _is_matrix(self.config, layer):
+            if is_matrix(self.config, layer):
                 y = convolve(x, W[:, :, None, None])
             else:
                 x = np.pad(x, ((0, 0), (0, layer.channels - x.shape[1]), (0, 0), (0, 0)))
@@ -220,24 +212,3 @@ class Soc(Family):
                     y = x + convolve(y, kernel, padding=layer.side // 2) / k
             x = self._after(i).apply(y + bias[:, None, None])
         return x.reshape(len(x), -1)
-
-
-def _is_matrix(config: Config, layer: _Layer) -> bool:
-    return layer.side == 1 and config["pointwise"] == "manifold"
-
-
-def _layers(config: Config) -> Iterator[_Layer]:
-    """All convolutions. The last stage halves the image first and has filters of one tap."""
-    channels = config["width"]
-    _, height, width = config["input_shape"]
-    positions = height * width
-    yield _Layer(channels, 3, 1, False, positions)
-    per_stage = config["depth"] // config["stages"]
-    for stage in range(config["stages"]):
-        last = stage == config["stages"] - 1
-        for i in range(per_stage):
-            stride = 2 if i == (0 if last else per_stage - 1) else 1
-            channels, positions = channels * stride**2, positions // stride**2
-            pooled = i == per_stage - 1 and not (last and config["head"] == "mlp")
-            yield _Layer(channels, 1 if last else 3, stride, pooled, positions)
-            channels = channels // 2 if pooled else channels

@@ -92,8 +92,12 @@ class ErrorState:
 
     @classmethod
     def of_images(cls, norms: Floats, shift: float, program: Program) -> "ErrorState":
-        """Pixels divided by 255, less 1/2 (a translation of norm `shift`), and stored."""
-        state = cls(program, norms, program.wide * norms, norms * 0)
+        """Pixels less 1/2 (a translation of norm `shift`), stored.
+
+        An entry of x + delta is rounded when it is given, and k / 255 may be a product with the
+        rounded reciprocal: three roundings.
+        """
+        state = cls(program, norms, gamma(3, program.wide) * norms, norms * 0)
         state.n = state.n + shift
         state.e = state.e + program.wide * (state.n + state.e)
         state.round(program.stored)

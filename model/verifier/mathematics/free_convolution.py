@@ -11,7 +11,7 @@ import numpy as np
 
 from model.verifier.mathematics.arithmetic import ROUND_UP, Floats, U, gamma
 from model.verifier.mathematics.convolution import convolve
-from model.verifier.mathematics.hermitian import Complexes, largest_eigenvalues
+from model.verifier.mathematics.hermitian import largest_eigenvalues, multiply
 from model.verifier.mathematics.matrices import schur
 
 WHOLE = 2048
@@ -71,12 +71,12 @@ def _largest_on_torus(kernel: Floats, torus: list[int]) -> float:
     taps = np.arange(kernel.shape[-1])
     rows = np.exp(-2j * np.pi * (np.outer(np.arange(height), taps) % height) / height)
     columns = np.exp(-2j * np.pi * (np.outer(np.arange(width // 2 + 1), taps) % width) / width)
-    largest = 0.0
+    flat, largest = kernel.reshape(-1, len(taps) ** 2), 0.0
     at_once = max(1, _ENTRIES_AT_ONCE // (kernel.shape[0] * kernel.shape[1] * len(columns)))
     for start in range(0, height, at_once):
-        part: Complexes = np.einsum(
-            "fa,gb,ocab->fgoc", rows[start : start + at_once], columns, kernel, optimize=True
-        )
-        matrices = part.reshape(-1, *kernel.shape[:2])
+        part = rows[start : start + at_once]
+        phases = part[:, None, :, None] * columns[None, :, None, :]
+        matrices = multiply(phases.reshape(-1, flat.shape[1]), flat.T)
+        matrices = matrices.reshape(-1, *kernel.shape[:2])
         largest = max(largest, float(largest_eigenvalues(matrices).max()))
     return largest

@@ -67,7 +67,8 @@ class LinearHead(Head):
                 )
             rows = rows / norms
         self.rows, self.bias = rows, bias.astype(np.float64)
-        self.omega = 1.0 if self.unit else float(norms.max()) * ROUND_UP
+        self.longest = float(norms.max()) * ROUND_UP
+        self.omega = 1.0 if self.unit else self.longest
         # One row at a time: the differences of all pairs would be K times as large as the head.
         plain = np.stack([np.sqrt(np.square(rows - row).sum(axis=1)) for row in rows])
         # Two rows, each off by a relative rho.
@@ -87,6 +88,8 @@ class LinearHead(Head):
         dot = gamma(C + 1, program.wide)
         row = 2 * self.omega * (rho + dot * (1 + rho)) * state.size
         bias = float(np.abs(self.bias).max())
+        state.see(self.omega * (1 + rho) * (1 + dot) * state.size + bias)
+        state.see(state.n * 0 + self.longest)  # a row whose norm overflows is divided by infinity
         constant = 2 * (dot * (1 + program.weights) + program.weights) * bias
         return float(self.factors.max()) * state.e + row + constant
 

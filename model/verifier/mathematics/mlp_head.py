@@ -105,9 +105,9 @@ class MLPHead(Head):
         state.n = state.n + np.sqrt(hidden) * np.log(2) * ROUND_UP
         state.round(gamma(24, program.wide))
         dot, copy = gamma(hidden + 1, program.wide), program.weights
-        row = 2 * self.rows * (copy + dot * (1 + copy)) * state.size
-        constant = 2 * (dot * (1 + copy) + copy) * float(np.abs(self.outer_bias).max())
-        return self.apart * state.e + row + constant
+        wrong, bias = copy + dot * (1 + copy), float(np.abs(self.outer_bias).max())
+        state.see(self.rows * (1 + wrong) * state.size + bias)
+        return self.apart * state.e + 2 * self.rows * wrong * state.size + 2 * wrong * bias
 
     # Radii
 

@@ -14,7 +14,7 @@ from model.verifier.mathematics.arithmetic import (
     gamma,
     kappa,
 )
-from model.verifier.mathematics.hermitian import Complexes, adjoint
+from model.verifier.mathematics.hermitian import Complexes, Matrices, adjoint, multiply
 from model.verifier.mathematics.matrices import MatrixBounds, frobenius
 from model.verifier.mathematics.orthonormal import Rows, condition, orthonormal, program_error
 
@@ -59,14 +59,13 @@ def bounds_of_rows(weight: Floats, rows: Rows) -> MatrixBounds:
     return MatrixBounds(1.0, 0.0, math.sqrt(m), size, condition(rows))
 
 
-def to_waves(x: Floats) -> Complexes:
+def to_waves(x: Floats) -> Matrices:
     """Unitary transform of real images (..., H, W): the half (..., H, W // 2 + 1) that says all."""
     rows, columns = _waves(x.shape[-2]), _waves(x.shape[-1])
-    result: Complexes = rows @ (x @ columns[:, : x.shape[-1] // 2 + 1])
-    return result
+    return multiply(rows, multiply(x, columns[:, : x.shape[-1] // 2 + 1]))
 
 
-def from_waves(half: Complexes, width: int) -> Floats:
+def from_waves(half: Matrices, width: int) -> Floats:
     """Inverse of `to_waves`."""
     rows, columns = _waves(half.shape[-2]), _waves(width)
     # All columns but the first and, for an even width, the last stand for two.
@@ -75,8 +74,7 @@ def from_waves(half: Complexes, width: int) -> Floats:
     if width % 2 == 0:
         count[-1] = 1
     back = columns[:, : half.shape[-1]].conj().T * count
-    result: Floats = ((rows.conj().T @ half) @ back).real
-    return result
+    return multiply(multiply(rows.conj().T, half), back).real
 
 
 def _waves(n: int) -> Complexes:

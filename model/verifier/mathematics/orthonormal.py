@@ -1,8 +1,8 @@
 """Rows made orthonormal: Q = L^-1 X with S = X X^* + eta I = L L^* (docs/families.md).
 
 Q Q^* = I - eta (L^* L)^-1, so ||Q|| < 1 for any X: no norm enters the bound. What has to be proved
-is how far a computed Q is from Q. For the evaluator's programs this follows from a bound of
-||S^-1||; for the verifier's own Q from residuals alone.
+is how far a computed Q is from Q: from a bound of ||S^-1|| and the residuals of the factor and of
+the substitution. Those of the evaluator's programs are at most h; the verifier measures its own.
 """
 
 import math
@@ -10,11 +10,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.verifier.mathematics.arithmetic import ROUND_UP, Floats, Program, U, combined, gamma
+from model.verifier.mathematics.arithmetic import (
+    ROUND_UP,
+    VERIFIER,
+    Floats,
+    Program,
+    U,
+    combined,
+    gamma,
+)
 from model.verifier.mathematics.hermitian import (
     Matrices,
     adjoint,
     factor,
+    multiply,
     norms,
     smallest_eigenvalues,
     terms,
@@ -38,21 +47,20 @@ class Rows(NamedTuple):
 
 
 def entry_error(rows: Rows, program: Program) -> float:
-    """delta: error of a computed X in the Frobenius norm by sqrt(M)."""
-    u = program.wide
-    return combined(program.weights, program.weights, gamma(8, u), rows.entries * u)
+    """delta: error of a computed X in the Frobenius norm by sqrt(M); X is computed in float64."""
+    return combined(program.weights, program.weights, gamma(8, U), rows.entries * U)
 
 
-def _gram_error(rows: Rows, delta: float, u: float) -> float:
+def _gram_error(rows: Rows, delta: float) -> float:
     """a: ||computed S - S||_F <= a M."""
     m, k = rows.X.shape[-2:]
-    return 4 * (delta + gamma(terms(rows.X) * (k + m + 4), u) * (1 + delta) ** 2)
+    return 4 * (delta + gamma(terms(rows.X) * (k + m + 4), U) * (1 + delta) ** 2)
 
 
 def gram(rows: Rows) -> tuple[Matrices, Floats]:
     """S and eta, shapes (F, m, m) and (F,)."""
     X = rows.X
-    S = X @ adjoint(X)
+    S = multiply(X, adjoint(X))
     eta = rows.share * np.trace(S, axis1=-2, axis2=-1).real / X.shape[-2]
     return S + eta[:, None, None] * np.eye(X.shape[-2]), eta
 
@@ -62,27 +70,25 @@ def condition(rows: Rows) -> float:
     if not SMALLEST <= rows.size <= LARGEST:
         return math.inf
     S, eta = gram(rows)
-    least = float(np.maximum(eta * (1 - 2.0**-20), smallest_eigenvalues(S)).min())
-    left = least - _gram_error(rows, combined(gamma(8, U), rows.entries * U), U) * rows.size
+    least = float(np.maximum(eta, smallest_eigenvalues(S)).min())
+    left = least - _gram_error(rows, entry_error(rows, VERIFIER)) * rows.size
     return rows.size / left * ROUND_UP if left > 0 else math.inf
 
 
 def program_error(rows: Rows, rho: float, program: Program) -> float:
     """Error of the Q of a program in the Frobenius norm, one matrix; infinite if not proved.
 
-    The factor has L' L'^* = S + D, ||D||_F <= (a + 3 gamma) M, so L' = L C with C C^* = I + E and
-    ||E||_F <= q; then ||C - I||_F <= q for q <= 1/4.
+    The factor has L' L'^* = S + D, ||D||_F <= (a + h') M, so L' = L C with C C^* = I + E and
+    ||E||_F <= q; then ||C - I||_F <= q for q <= 1/4. Q is rounded to the program at last.
     """
-    m, c, u = rows.X.shape[-2], terms(rows.X), program.wide
+    m, c = rows.X.shape[-2], terms(rows.X)
     delta = entry_error(rows, program)
-    q = rho * (_gram_error(rows, delta, u) + 3 * gamma(c * (m + 1), u))
+    h = 4 * gamma(c * (m + 3), U) * (1 + delta) ** 2
+    q = rho * (_gram_error(rows, delta) + h)
     if not q <= LARGEST_DEFECT:
         return math.inf
-    g = gamma(c * m, u) * math.sqrt(2.2 * rho) / (1 - q)
-    if not g <= LARGEST_DEFECT:
-        return math.inf
-    entries = math.sqrt(rho) * delta / (1 - q)
-    return q / (1 - q) + entries + 2 * g * (math.sqrt(m) + entries)
+    error = (q + math.sqrt(rho) * (delta + h * math.sqrt(m))) / (1 - q)
+    return error + program.wide * math.sqrt(m) * (1 + error)
 
 
 def orthonormal(rows: Rows, rho: float) -> tuple[Matrices, float]:
@@ -95,16 +101,16 @@ def orthonormal(rows: Rows, rho: float) -> tuple[Matrices, float]:
     Q, worst = np.zeros_like(rows.X), 0.0
     m = S.shape[-1]
     rounding = gamma(terms(rows.X) * (rows.X.shape[-1] + m + 4), U)
-    delta = combined(gamma(8, U), rows.entries * U)
+    delta = entry_error(rows, VERIFIER)
     for i, matrix in enumerate(S):
         L = factor(matrix)
         if L is None:
             return Q, math.inf
         Q[i] = np.linalg.solve(L, rows.X[i])
         L_size = float(norms(L)) ** 2
-        first = float(norms(matrix - L @ adjoint(L))) + rounding * L_size
-        first += _gram_error(rows, delta, U) * rows.size
-        second = float(norms(rows.X[i] - L @ Q[i])) + delta * math.sqrt(rows.size)
+        first = float(norms(matrix - multiply(L, adjoint(L)))) + rounding * L_size
+        first += _gram_error(rows, delta) * rows.size
+        second = float(norms(rows.X[i] - multiply(L, Q[i]))) + delta * math.sqrt(rows.size)
         second += rounding * math.sqrt(L_size) * float(norms(Q[i]))
         q = rho / rows.size * first
         if not q <= LARGEST_DEFECT:

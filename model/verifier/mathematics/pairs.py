@@ -36,7 +36,7 @@ class Pairs(ABC):
         """Error of the computed unit vector (sin t/2, -cos t/2)."""
         program, largest = state.program, float(np.abs(self.angle).max())
         largest = min(largest, self.largest_angle)
-        return math.sqrt(2) * (program.weights * largest + gamma(9, program.stored))
+        return math.sqrt(2) * (program.weights * largest + gamma(10, program.stored))
 
 
 class MaxMin(Pairs):

@@ -66,12 +66,15 @@ function kappa(k, program, copies = 1, roundings = 1) {
 
 /** The steps of section 5: n bounds the exact activation, e its error, peak is P. */
 class ErrorState {
-  /** Step 1: pixels of norm at most N, minus 1/2 (a translation of norm `shift`), stored. */
+  /**
+   * Step 1: pixels of norm at most N, minus 1/2 (a translation of norm `shift`), stored. An entry of
+   * x + delta is rounded when it is given, and k / 255 may be a product with the rounded reciprocal.
+   */
   constructor(program, N, shift) {
     this.program = program;
     this.peak = 0;
     this.n = N + shift;
-    this.e = program.u_s * N;
+    this.e = gamma(3, program.u_s) * N;
     this.e += program.u_s * (this.n + this.e);
     this.round(program.u_p);
   }

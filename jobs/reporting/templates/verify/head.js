@@ -13,7 +13,8 @@ class Head {
       if (!(Math.min(...norms) >= 1e-6)) throw new Disagreement("head.weight", Math.min(...norms), "rows of norm at least 1e-6");
       this.rows = this.rows.map((row, k) => row.map((w) => w / norms[k]));
     }
-    this.omega = this.unit ? 1 : Math.max(...norms) * ROUND_UP;
+    this.longest = Math.max(...norms) * ROUND_UP;
+    this.omega = this.unit ? 1 : this.longest;
     const rho = this.unit ? gamma(C + 4, U) : 0;
     const distance = (v, w) => Math.sqrt(sumOfSquares(v.map((x, at) => x - w[at])));
     this.nominalFactors = this.rows.map((v) => this.rows.map((w) => distance(v, w)));
@@ -26,11 +27,13 @@ class Head {
     return this.rows.map((row, k) => row.reduce((sum, w, at) => sum + w * features[at], 0) + this.bias[k]);
   }
 
-  /** Step 5 of section 5, before underflow. */
+  /** Step 5 of section 5, before underflow, and the sizes of the head in P. */
   marginError(state) {
     const { u_w, u_s } = state.program, C = this.rows[0].length;
     const rho_s = this.unit ? gamma(C + 4, u_s) + 2 * u_w : u_w;
     const dot = gamma(C + 1, u_s), b_max = largestEntry(this.bias);
+    state.see(this.omega * (1 + rho_s) * (1 + dot) * state.size + b_max);
+    state.see(this.longest); // a row whose norm overflows is divided by infinity
     return this.largestFactor * state.e
       + 2 * this.omega * (rho_s + dot * (1 + rho_s)) * state.size
       + 2 * (dot * (1 + u_w) + u_w) * b_max;
