@@ -1,6 +1,7 @@
 """A Ray cluster of several nodes on this machine, apart from any other, and its command line."""
 
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -102,7 +103,9 @@ class Cluster:
             command = f'RAY_ADDRESS={self.gcs} {sys.executable} -c "{code}" 2>/dev/null'
             if self.run(command)[1].strip() == str(number):
                 return
-        raise TimeoutError(f"no {number} nodes")
+            if self.nodes[-1].poll() is not None:
+                break
+        raise TimeoutError((self.folder / f"node-{len(self.nodes) - 1}.log").read_text())
 
     def end(self):
         """End every process of the cluster."""
@@ -144,7 +147,7 @@ def cluster(home, head="ray start --head --num-cpus 5", auth="token"):
         try:
             # A node must not take the address of a cluster for the one that it begins.
             running.start(head if head.startswith(MAKE) else f"env -u RAY_ADDRESS {head}", *flags)
-            _wait_for_dashboard(running)
+            _wait_for_head(running)
             yield running
         finally:
             running.end()
@@ -156,13 +159,16 @@ def _make_token(folder):
     (folder / "auth_token").write_text(secrets.token_hex(32))
 
 
-def _wait_for_dashboard(running):
+def _wait_for_head(running):
+    """Wait until the dashboard knows the head node: another one could not join before."""
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, LookupError, TypeError):
             headers = {"Authorization": f"Bearer {running.token}"}
-            urlopen(Request(f"{running.address}/api/jobs/", headers=headers), timeout=5).close()
-            return
+            request = Request(f"{running.address}/api/v0/nodes", headers=headers)
+            with urlopen(request, timeout=20) as answer:
+                if json.load(answer)["data"]["result"]["result"]:
+                    return
         if running.nodes[0].poll() is not None:
             break
         time.sleep(0.5)

@@ -90,6 +90,7 @@ def test_a_killed_evaluation_worker_changes_nothing(two_nodes, tmp_path):
     jobs = [job for name, job in two_nodes.jobs().items() if name.startswith("cra-")]
     assert [job.status for job in jobs] == ["SUCCEEDED", "SUCCEEDED"]
     assert {job.metadata["suite"] for job in jobs} == {SUITE}
+    no_stranger_reaches(two_nodes, tmp_path / "code-of-a-stranger-ran")
     for checkpoint in checkpoints:
         alone = {
             **EVALUATION_SUITES[SUITE],
@@ -101,7 +102,6 @@ def test_a_killed_evaluation_worker_changes_nothing(two_nodes, tmp_path):
         evaluate(alone)
         beside = Store(checkpoint.artifact_url).child("evaluation", f"test-{SUITE}")
         assert result(beside.url) == result(alone["out"])
-    no_stranger_reaches(two_nodes, tmp_path / "code-of-a-stranger-ran")
 
 
 def no_stranger_reaches(running, marker):
