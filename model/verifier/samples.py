@@ -18,7 +18,7 @@ Radii of `sound` and `deployed` may be smaller by as much, and never larger than
 LARGEST_DIFFERENCE = 0.5
 SAME_ERROR = 1e-3
 """`largest_error` is stated to be read; radii are proved with the verifier's own errors."""
-FLOATS_AT_ONCE = 1 << 24  # activations of one batch
+FLOATS_AT_ONCE = 1 << 22  # activations of one batch
 ERRORS = ("largest_error", "largest_error_ball")
 
 Largest = dict[str, tuple[float, float, float]]

@@ -194,7 +194,7 @@ class Soc(Family):
     @property
     def floats_per_image(self) -> int:
         """See Family."""
-        return 4 * max(layer.channels * layer.positions for layer in self.layers)
+        return 9 * max(layer.channels * layer.positions for layer in self.layers)
 
     def features(self, images: npt.NDArray[np.uint8]) -> Floats:
         """See Family."""

@@ -9,15 +9,13 @@ def convolve(x: Floats, kernel: Floats, *, stride: int = 1, padding: int = 0) ->
     """Cross-correlation of (B, c, H, W) with (o, c, k, k), as networks mean it."""
     x = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
     side = kernel.shape[-1]
-    height, width = ((n - side) // stride + 1 for n in x.shape[2:])
-    y = np.zeros((len(x), len(kernel), height, width))
-    for a in range(side):
-        for b in range(side):
-            rows = slice(a, a + stride * (height - 1) + 1, stride)
-            columns = slice(b, b + stride * (width - 1) + 1, stride)
-            part = x[:, :, rows, columns].reshape(len(x), x.shape[1], -1)
-            y += (kernel[:, :, a, b] @ part).reshape(y.shape)
-    return y
+    # (B, c, h, w, k, k) to one matrix of (c, k, k) rows and (B, h, w) columns.
+    seen = np.lib.stride_tricks.sliding_window_view(x, (side, side), (2, 3))
+    seen = seen[:, :, ::stride, ::stride]
+    b, c, height, width = seen.shape[:4]
+    columns = seen.transpose(1, 4, 5, 0, 2, 3).reshape(c * side**2, -1)
+    y = (kernel.reshape(len(kernel), -1) @ columns).reshape(len(kernel), b, height, width)
+    return y.swapaxes(0, 1)
 
 
 def transposed(kernel: Floats) -> Floats:

@@ -95,4 +95,7 @@ def frobenius(T: Floats) -> float:
 
 def _symmetric(T: Floats) -> Floats:
     """The lower triangle, copied to the upper one."""
-    return np.tril(T) + np.tril(T, -1).T
+    lower = np.tril(T, -1)
+    result = lower + lower.T
+    np.fill_diagonal(result, T.diagonal())
+    return result

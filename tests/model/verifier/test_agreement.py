@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import time
 import warnings
 
@@ -41,6 +42,11 @@ def test_an_honest_certificate_is_confirmed(name, deployed):
     check(found)
 
 
+def useless_in_float32(found) -> bool:
+    """Whether nothing at all bounds what float32 makes of such weights."""
+    return found.body["columns"]["deployed"]["largest_error"] is None
+
+
 def agree_on(seeds) -> int:
     """Compare random networks; how many the evaluator certified."""
     compared = 0
@@ -55,6 +61,9 @@ def agree_on(seeds) -> int:
         try:
             check(found)  # warnings are errors here
         except Exception as error:
+            noise = re.match(r"samples.parquet row \d+ .* (nominal|deployed)_", str(error))
+            if useless_in_float32(found) and noise:
+                continue  # refused, as the document says
             raise AssertionError(f"seed {seed}, {regime}: {error}; {config}") from error
         compared += 1
     return compared

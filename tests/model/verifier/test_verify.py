@@ -19,7 +19,10 @@ from data_shards.write import write_shard_set
 from jobs.evaluate_cra import main as evaluate
 from model.artifact.artifact import write_artifact
 from model.networks.config import LipNeXtConfig
+from model.verifier import artifact
 from model.verifier.certificate import COLUMNS, FIELDS
+from model.verifier.families.lipnext import LipNeXt
+from model.verifier.refusal import DisagreementError
 from model.verifier.samples import ERRORS
 from model.verifier.table import count_greater
 from model.verify import main
@@ -149,6 +152,23 @@ def test_a_draw_finds_a_forged_sample_with_its_share(case):
     assert 5 <= statuses.count(DISAGREES) <= 27  # 15 expected, standard deviation 3.4
     assert statuses.count(DISAGREES) + statuses.count(CONFIRMED) == 60
     assert run(case) == DISAGREES
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_large_weights_are_read_matrix_by_matrix(case, monkeypatch, processes):
+    monkeypatch.setattr(artifact, "KEPT", 0)
+    assert run(case, "--processes", processes) == CONFIRMED
+
+
+def test_weights_that_change_while_they_are_read_are_found(case, monkeypatch):
+    monkeypatch.setattr(artifact, "KEPT", 0)
+    path = case.model / "weights.safetensors"
+    weights, _ = artifact.read_tensors(str(path), LipNeXt.shapes(case.body()["model"]["network"]))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DisagreementError, match="read again"):
+        weights[max(weights, key=lambda name: weights._entries[name].start)]
 
 
 # certificate.json
