@@ -116,7 +116,7 @@ def measure(config: RunConfig, folder: Path, repeats: int, *, with_export: bool)
             begin = time.perf_counter()
             take_export(engine, world=world, network=config.model)
             waited = time.perf_counter() - begin
-            extra = [{"what": "export of the artefact's weights, on top", "stall s": waited}]
+            extra = [{"what": "export of the artifact's weights, on top", "stall s": waited}]
         parameters = engine.parameter_count
     rows: list[dict[str, object]] = [
         {
@@ -152,7 +152,7 @@ def main(
         depth: its blocks.
         repeats: turns that count.
         folder: where to save; default: a temporary one.
-        export: also time the float64 projection of an artefact's weights (minutes on a CPU).
+        export: also time the float64 projection of an artifact's weights (minutes on a CPU).
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)

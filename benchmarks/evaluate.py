@@ -138,7 +138,7 @@ def pass_rows(width: int, depth: int, batch: int, device: torch.device) -> list[
 
 
 def main(
-    artifact: Annotated[str, tyro.conf.arg(help="URL of a trained artefact")],
+    artifact: Annotated[str, tyro.conf.arg(help="URL of a trained artifact")],
     shards: Annotated[str, tyro.conf.arg(help="URL of its shard set")],
     order: int = _ORDER,
     tflops: float = 53.0,
@@ -148,7 +148,7 @@ def main(
     """Measure and write benchmarks/results/evaluate.md.
 
     Args:
-        artifact: URL of a trained artefact.
+        artifact: URL of a trained artifact.
         shards: URL of its shard set.
         order: rows of the matrix whose bound is timed.
         tflops: float64 product rate of the GPU for which costs are computed.

@@ -44,7 +44,7 @@ _SPLIT = "test"
 
 
 def export(folder: Path, shards: str, config: LipNeXtConfig = _NETWORK, seed: int = 0) -> str:
-    """Write an artefact of untrained weights: certification costs the same."""
+    """Write an artifact of untrained weights: certification costs the same."""
     network = build_network(config)
     network.initialise(seed=seed)
     write_artifact(

@@ -1,4 +1,4 @@
-"""Certified robust accuracy of a model artefact on a shard set.
+"""Certified robust accuracy of a model artifact on a shard set.
 
     python -m jobs.evaluate_cra --artifact URL --shards URL [--attack fast]
 
@@ -46,26 +46,26 @@ def evaluate(
     log: Callable[[EvaluationRecord], object] | None = None,
     on_progress: OnProgress | None = None,
 ) -> EvaluationSummary:
-    """Evaluate an artefact, write the result and record it.
+    """Evaluate an artifact, write the result and record it.
 
     The result does not depend on the launcher or on the number of tasks. A result of the same
-    artefact, shards, config, certifier and kind of device that already lies at the output URL is
+    artifact, shards, config, certifier and kind of device that already lies at the output URL is
     used again, as its certificate and its samples say. Failing to record is logged and raises
     nothing: evaluating again then only records.
 
     Args:
         config: the config, or its fields as plain values.
-        train_run_id: MLflow run of the training; default: what the artefact's context says.
-        step: training step of the artefact; default: what its context says, else 0.
-        model_id: LoggedModel of the artefact; default: found by digest.
+        train_run_id: MLflow run of the training; default: what the artifact's context says.
+        step: training step of the artifact; default: what its context says, else 0.
+        model_id: LoggedModel of the artifact; default: found by digest.
         log: receives the record, e.g. `Tracker.log_evaluation`; default: `config.tracking`.
         on_progress: called in this thread whenever a task has ended.
 
     Raises:
-        EvaluationError: artefact and shard set do not fit each other, or records are missing.
-        ModelError: the artefact is damaged.
+        EvaluationError: artifact and shard set do not fit each other, or records are missing.
+        ModelError: the artifact is damaged.
         ShardError: the shard set is damaged.
-        FileNotFoundError: the artefact or the shard set is not there.
+        FileNotFoundError: the artifact or the shard set is not there.
     """
     if not isinstance(config, EvaluationConfig):
         config = TypeAdapter(EvaluationConfig).validate_python(dict(config))

@@ -53,7 +53,7 @@ class PredictConfig:
     """Class, certified radius and verdict for images."""
 
     model: tyro.conf.Positional[str]
-    """models:/NAME@ALIAS, models:/NAME/VERSION, or the URL of a model artefact."""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or the URL of a model artifact."""
     inputs: tyro.conf.Positional[tuple[str, ...]]
     """Image files and folders (png, jpg, webp), paths or URLs."""
     eps: str | None = None
@@ -128,13 +128,13 @@ def predict(config: PredictConfig, write: Callable[[dict[str, Any]], object]) ->
 
     Raises:
         EvaluationError, RegistryError, ModelError: the model, or an input that is not there.
-        FileNotFoundError: there is no artefact.
+        FileNotFoundError: there is no artifact.
     """
     url, digest, eps = _resolve(config)
     pictures, others = find_pictures(list(config.inputs))
     info = artifact_info(url)
     if digest is not None and info.digest != digest:
-        raise EvaluationError(f"the artefact at {url} has digest {info.digest}, not {digest}")
+        raise EvaluationError(f"the artifact at {url} has digest {info.digest}, not {digest}")
     device = task_device(config.device, launcher=config.launcher, num_gpus=config.num_gpus)
     artifact = ArtifactTask(url=Store(url).url, digest=info.digest, device=device)
     count = Count(others=others)
@@ -175,14 +175,14 @@ def _rows(
 
 
 def _resolve(config: PredictConfig) -> tuple[str, str | None, str]:
-    """Artefact, the digest that it must have, and eps."""
+    """Artifact, the digest that it must have, and eps."""
     url, digest, eps = config.model, None, config.eps
     if config.model.startswith("models:/"):
         registry = Registry(config.tracking)
         version = registry.resolve(config.model)
         url, digest = version.tags.get("artifact_url", ""), version.tags.get("artifact_digest", "")
         if not url or not digest:
-            raise RegistryError(f"{version} names no model artefact: the gate did not register it")
+            raise RegistryError(f"{version} names no model artifact: the gate did not register it")
         eps = eps or rule_of(registry, version.name).eps
     eps = eps or "36/255"
     eps_value(eps)
@@ -199,7 +199,7 @@ def _open(picture: Picture, shape: Any, resize: bool) -> PreparedImage | str:
 
 @functools.lru_cache(maxsize=1)
 def _predictor(artifact: ArtifactTask, matrices: tuple[MatrixBound, ...]) -> SoundPredictor:
-    """Read the artefact once per process."""
+    """Read the artifact once per process."""
     return SoundPredictor(
         artifact.url, digest=artifact.digest, device=artifact.device, matrices=matrices
     )

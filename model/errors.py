@@ -2,4 +2,4 @@
 
 
 class ModelError(ValueError):
-    """A network setting, an image, a weight or an artefact file that is not valid."""
+    """A network setting, an image, a weight or an artifact file that is not valid."""

@@ -260,7 +260,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def export(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Averaged parameters for the artefact, one after the other. Collective.
+        """Averaged parameters for the artifact, one after the other. Collective.
 
         The value is that after a Lookahead synchronisation now (right after one, the slow copy
         itself); manifold matrices are projected in float64. Masters and state do not change.

@@ -135,7 +135,7 @@ class CheckpointConfig:
     every_steps: int = Field(default=0, ge=0)
     """Steps between checkpoints; the last step always has one. 0: only the last."""
     keep_last: int = Field(default=5, ge=0)
-    """Newest checkpoints that stay; 0: all. Artefacts, a fifth of their size, always stay."""
+    """Newest checkpoints that stay; 0: all. Artifacts, a fifth of their size, always stay."""
     keep_every: int = Field(default=0, ge=0)
     """A checkpoint whose step this divides stays, too; 0: none for that reason."""
     keep_best: int = Field(default=1, ge=0)

@@ -293,7 +293,7 @@ def _figures(found: Estimate, facts: dict[str, Any]) -> Iterator[tuple[str, str]
     yield "device hours", f"{found.device_hours:,.1f}"
     yield "cost", f"{facts['cost']:,.0f}" if facts["cost"] else "no price given"
     yield "checkpoint", f"{facts['checkpoint_bytes'] / _GB:.2f} GB"
-    yield "artefact", f"{facts['artifact_bytes'] / _GB:.2f} GB"
+    yield "artifact", f"{facts['artifact_bytes'] / _GB:.2f} GB"
     needed = facts["data_bytes_per_s"]
     yield "data", f"{needed / 1e6:,.1f} MB/s from the store" if needed else "give --image-kb"
 

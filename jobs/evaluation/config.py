@@ -24,15 +24,15 @@ _USUAL = {
     frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid")
 )
 class EvaluationConfig:
-    """Certified robust accuracy of one artefact on one split of a shard set."""
+    """Certified robust accuracy of one artifact on one split of a shard set."""
 
     artifact: str
-    """URL of the model artefact (a directory on any fsspec store)."""
+    """URL of the model artifact (a directory on any fsspec store)."""
     shards: str | None = None
-    """URL of the shard set; default: the one that the artefact was trained on."""
+    """URL of the shard set; default: the one that the artifact was trained on."""
     out: str | None = None
     """URL for the certificate, the summary and the figures; default: evaluation/<split> beside the
-    artefact's files."""
+    artifact's files."""
     split: str = "test"
     """Split of the index to evaluate."""
     eps: tuple[str, ...] = ()

@@ -152,7 +152,7 @@ def bounds_png(summary: EvaluationSummary) -> bytes:
     proved, observed = map(_around_one, (summary.network_bound, summary.observed_lipschitz))
     _finish(
         axes,
-        f"spectral norms of the matrices, {_artefact(summary)}\n"
+        f"spectral norms of the matrices, {_artifact(summary)}\n"
         f"Lipschitz constant of the network: proved <= {proved}, observed >= {observed}",
     )
     return _png(figure)
@@ -261,11 +261,11 @@ def _around_one(value: float) -> str:
 
 
 def _samples(summary: EvaluationSummary) -> str:
-    return f"{summary.samples} samples of {summary.split}, {_artefact(summary)}"
+    return f"{summary.samples} samples of {summary.split}, {_artifact(summary)}"
 
 
-def _artefact(summary: EvaluationSummary) -> str:
-    return f"step {summary.step}, artefact {summary.artifact_digest[:12]}"
+def _artifact(summary: EvaluationSummary) -> str:
+    return f"step {summary.step}, artifact {summary.artifact_digest[:12]}"
 
 
 def _finish(axes: Axes, title: str) -> None:

@@ -85,7 +85,7 @@ def _observed(records: Sequence[ShardRecords]) -> float:
 def compute(
     config: EvaluationConfig, *, step: int | None = None, on_progress: OnProgress | None = None
 ) -> EvaluationSummary:
-    """Evaluate an artefact and write the result; see `jobs.evaluate_cra.evaluate`."""
+    """Evaluate an artifact and write the result; see `jobs.evaluate_cra.evaluate`."""
     info = artifact_info(config.artifact)
     config = config.for_norm(info.norm)
     index = _fitting_index(config, info)
@@ -176,7 +176,7 @@ def _find(
 
 
 def artifact_info(url: str) -> ArtifactInfo:
-    """Description of the artefact at a URL.
+    """Description of the artifact at a URL.
 
     Raises:
         EvaluationError: there is none.
@@ -186,7 +186,7 @@ def artifact_info(url: str) -> ArtifactInfo:
     try:
         return read_info(store.open)
     except FileNotFoundError as error:
-        raise EvaluationError(f"no artefact at {store}: there is no artifact.json") from error
+        raise EvaluationError(f"no artifact at {store}: there is no artifact.json") from error
 
 
 def _fitting_index(
@@ -195,7 +195,7 @@ def _fitting_index(
     url = config.shards or info.context.get("shards_url")
     if not url:
         raise EvaluationError(
-            f"artefact {config.artifact} does not say which shard set it belongs to: give --shards"
+            f"artifact {config.artifact} does not say which shard set it belongs to: give --shards"
         )
     index = load(url)
     index.require(info.native_input_shape, info.network.num_classes)

@@ -196,15 +196,15 @@ def _records(table: pa.Table, name: str, stated: Mapping[str, Any]) -> ColumnRec
 
 
 def require_bound(result: StoredResult, info: ArtifactInfo, network: CertifiedNetwork) -> None:
-    """The stored constant is what the artefact's network makes of the stored bounds.
+    """The stored constant is what the artifact's network makes of the stored bounds.
 
     Args:
         result: the evaluation.
-        info: the artefact's description.
+        info: the artifact's description.
         network: on the meta device, with its stored statistics.
 
     Raises:
-        EvaluationError: it is not, or the certificate is of another artefact.
+        EvaluationError: it is not, or the certificate is of another artifact.
         ModelError: an observation refutes it.
     """
     body = result.body

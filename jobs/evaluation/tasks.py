@@ -39,7 +39,7 @@ _OBSERVED_EVERY = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactTask:
-    """Where a task finds the artefact and runs it."""
+    """Where a task finds the artifact and runs it."""
 
     url: str
     digest: str
@@ -48,7 +48,7 @@ class ArtifactTask:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixTask:
-    """Bound the norms of some matrices of the artefact; reads nothing else."""
+    """Bound the norms of some matrices of the artifact; reads nothing else."""
 
     artifact: ArtifactTask
     network: NetworkConfig
@@ -203,7 +203,7 @@ def shard_tasks(
 
 @lru_cache(maxsize=1)
 def load(task: ArtifactTask) -> Artifact:
-    """Read the artefact once per process.
+    """Read the artifact once per process.
 
     Raises:
         EvaluationError: it is not the one that the evaluation began with.
@@ -211,7 +211,7 @@ def load(task: ArtifactTask) -> Artifact:
     artifact = read_artifact(Store(task.url).open, device=task.device)
     if artifact.info.digest != task.digest:
         raise EvaluationError(
-            f"artefact {task.url} has changed: digest {artifact.info.digest}, "
+            f"artifact {task.url} has changed: digest {artifact.info.digest}, "
             f"the evaluation began with {task.digest}"
         )
     artifact.network.requires_grad_(False)  # derivatives by the image alone are asked for
@@ -220,7 +220,7 @@ def load(task: ArtifactTask) -> Artifact:
 
 @lru_cache(maxsize=3)
 def in_program(task: ArtifactTask, program: str) -> CertifiedNetwork:
-    """The network with its weights in the type of a program; float32 is the artefact itself."""
+    """The network with its weights in the type of a program; float32 is the artifact itself."""
     artifact = load(task)
     if program == FLOAT32.name:
         return artifact.network

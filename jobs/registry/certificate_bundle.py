@@ -39,7 +39,7 @@ class CertificateBundle:
     Attributes:
         files: bytes of `FILES`.
         body: the content of certificate.json.
-        summary: says where artefact and shard set lie; no number of it is used.
+        summary: says where artifact and shard set lie; no number of it is used.
     """
 
     files: Mapping[str, bytes]
@@ -96,7 +96,7 @@ class CertificateBundle:
 
     @property
     def model_digest(self) -> str:
-        """Digest of the model artefact."""
+        """Digest of the model artifact."""
         return str(self.body["model"]["digest"])
 
     @property

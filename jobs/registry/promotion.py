@@ -97,7 +97,7 @@ def register(registry: Registry, name: str, evaluation: str) -> Version:
         evaluation: URL of the evaluation's folder, or the id of its MLflow run.
 
     Raises:
-        EvaluationError, ModelError: certificate and artefact do not fit each other or the rule, or
+        EvaluationError, ModelError: certificate and artifact do not fit each other or the rule, or
             the verifier does not know such networks.
         RegistryError: no rule, or no such run.
     """
@@ -108,7 +108,7 @@ def register(registry: Registry, name: str, evaluation: str) -> Version:
     info = artifact_info(url)
     if info.digest != evidence.model_digest:
         raise EvaluationError(
-            f"certificate {evidence.digest[:12]} is of model {evidence.model_digest}; the artefact "
+            f"certificate {evidence.digest[:12]} is of model {evidence.model_digest}; the artifact "
             f"at {url} has digest {info.digest}"
         )
     network = evidence.body["model"]["network"]
@@ -231,7 +231,7 @@ def rollback(registry: Registry, name: str, *, to: int | None = None, reason: st
 
     Raises:
         RegistryError: no such version, or one that was never promoted.
-        EvaluationError, ModelError: its artefact is gone, or is another one.
+        EvaluationError, ModelError: its artifact is gone, or is another one.
     """
     present = registry.aliased(name, CHAMPION)
     if to is None:
@@ -377,13 +377,13 @@ def _require_digests(version: Version, evidence: CertificateBundle) -> None:
 
 
 def _require_artifact(version: Version) -> None:
-    """The artefact of a version is where it was, and is what it was."""
+    """The artifact of a version is where it was, and is what it was."""
     url = version.tags["artifact_url"]
     found = artifact_info(url).digest
     if found != version.tags["artifact_digest"]:
-        raise EvaluationError(f"the artefact of {version} at {url} has digest {found} now")
+        raise EvaluationError(f"the artifact of {version} at {url} has digest {found} now")
     if not Store(url).exists(WEIGHTS):
-        raise EvaluationError(f"the artefact of {version} at {url} has no {WEIGHTS}")
+        raise EvaluationError(f"the artifact of {version} at {url} has no {WEIGHTS}")
 
 
 def _with_certificate(registry: Registry, name: str, digest: str) -> Version | None:

@@ -1,4 +1,4 @@
-"""Predictions with their sound radius, from a model artefact alone."""
+"""Predictions with their sound radius, from a model artifact alone."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _BATCH = 256
 
 
 class SoundPredictor:
-    """The float64 program of an artefact, and the radii that are proved of it.
+    """The float64 program of an artifact, and the radii that are proved of it.
 
     Nothing that was stored about the weights is believed: the bounds of all matrices are computed
     from the weights, or belong to them by digest.
 
     Args:
-        url: the model artefact.
-        digest: digest that the artefact must have; None accepts any.
+        url: the model artifact.
+        digest: digest that the artifact must have; None accepts any.
         device: `cpu`, `cuda`, or `auto`: cuda where there is one.
         matrices: bounds of the matrices, where the caller has computed them.
 
     Raises:
         EvaluationError: another digest, or bounds of other weights.
-        ModelError: the artefact is damaged, or nothing can be proved of it.
-        FileNotFoundError: there is no artefact.
+        ModelError: the artifact is damaged, or nothing can be proved of it.
+        FileNotFoundError: there is no artifact.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class SoundPredictor:
         self.info: ArtifactInfo = artifact.info
         if digest is not None and digest != self.info.digest:
             raise EvaluationError(
-                f"the artefact at {Store(url)} has digest {self.info.digest}, not {digest}"
+                f"the artifact at {Store(url)} has digest {self.info.digest}, not {digest}"
             )
         self._network = artifact.network.double()  # exact: the stored weights are float32
         if matrices is None:
@@ -88,7 +88,7 @@ class CertifiedModel:
     """A registered model as ``mlflow.pyfunc`` loads it (see served_model.py).
 
     Args:
-        artifact_url: the model artefact.
+        artifact_url: the model artifact.
         artifact_digest: the digest that the gate registered.
         eps: radius of the verdict, a ratio such as ``36/255``.
         device: see SoundPredictor.

@@ -102,13 +102,13 @@ class Outcome:
 
     @cached_property
     def artifact(self) -> Path:
-        """Folder of the last artefact."""
+        """Folder of the last artifact."""
         folders = (self.folder / layout.ARTIFACTS).iterdir()
         return max(folders, key=lambda folder: layout.step_of(folder.name) or 0)
 
     @cached_property
     def info(self) -> ArtifactInfo:
-        """Description of the last artefact."""
+        """Description of the last artifact."""
         return read_info(Store(str(self.artifact)).open)
 
     @property
@@ -118,7 +118,7 @@ class Outcome:
 
     @cached_property
     def summary(self) -> EvaluationSummary:
-        """The certified table of the last artefact."""
+        """The certified table of the last artifact."""
         split = self.setting("data.test_split")
         return read_result(Store(str(self.artifact / layout.evaluation(split)))).summary
 

@@ -56,7 +56,7 @@ class ReportedRun:
 
     Attributes:
         run: the training run.
-        models: recorded artefacts by step.
+        models: recorded artifacts by step.
         evaluations: by step, then by time.
         cost: what training took.
     """

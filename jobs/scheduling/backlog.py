@@ -32,7 +32,7 @@ class BacklogEntry:
         checkpoint: what is evaluated.
         suite: by which suite.
         phase: where it stands.
-        config: the evaluation; None if the artefact or its shard set cannot be read.
+        config: the evaluation; None if the artifact or its shard set cannot be read.
         claim: the newest attempt, or the first one if there is none yet.
         attempted: whether that attempt was made.
         note: what a person should know.
@@ -51,7 +51,7 @@ class BacklogEntry:
         """The attempt that is to be made.
 
         Raises:
-            EvaluationError: the artefact or its shard set cannot be read.
+            EvaluationError: the artifact or its shard set cannot be read.
         """
         if self.claim is None:
             raise EvaluationError(self.note)

@@ -57,7 +57,7 @@ class ScheduleConfig:
     runtime_env: str = "{}"
     """Runtime environment of the Ray jobs, as JSON."""
     shards: str | None = None
-    """URL of the shard set; default: what each artefact was trained on."""
+    """URL of the shard set; default: what each artifact was trained on."""
     tasks: TaskConfig = TaskConfig()
     """How an evaluation runs."""
     parallel: Annotated[int, pydantic.Field(gt=0)] = 1

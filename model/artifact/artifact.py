@@ -1,7 +1,7 @@
-"""Model artefact: fp32 weights and a JSON description; where training and evaluation meet.
+"""Model artifact: fp32 weights and a JSON description; where training and evaluation meet.
 
 weights.safetensors   every parameter and stored statistic, float32
-artifact.json         ArtifactInfo; written last, so an artefact without it is incomplete
+artifact.json         ArtifactInfo; written last, so an artifact without it is incomplete
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ DESCRIPTION = "artifact.json"
 PIXEL_UNIT = "[0, 1], 0.5 subtracted inside"
 
 OpenBinary = Callable[[str, str], AbstractContextManager[IO[bytes]]]
-"""open_binary(name, mode): a file of the artefact's folder, mode `rb` or `wb`."""
+"""open_binary(name, mode): a file of the artifact's folder, mode `rb` or `wb`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -87,7 +87,7 @@ def head_rule(config: NetworkConfig) -> str:
 
 
 def _stored_tensors(network: CertifiedNetwork) -> dict[str, Tensor]:
-    """Parameters and statistics, in the order in which an artefact stores them by default."""
+    """Parameters and statistics, in the order in which an artifact stores them by default."""
     return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
@@ -99,10 +99,10 @@ def write_artifact(
     context: Mapping[str, Any],
     order: Sequence[str] | None = None,
 ) -> ArtifactInfo:
-    """Write an artefact while its tensors arrive; only one is held at a time.
+    """Write an artifact while its tensors arrive; only one is held at a time.
 
     Args:
-        open_binary: opens a file of the artefact's folder.
+        open_binary: opens a file of the artifact's folder.
         network_config: the network.
         tensors: all parameters and buffers, any floating type and device; stored in float32.
         context: JSON values that say where the weights come from.
@@ -229,10 +229,10 @@ def read_without_parameters(open_binary: OpenBinary, info: ArtifactInfo) -> Cert
 
 @torch.no_grad()
 def read_artifact(open_binary: OpenBinary, *, device: torch.device | str | None = None) -> Artifact:
-    """Read an artefact and check every digest, name and shape.
+    """Read an artifact and check every digest, name and shape.
 
     Args:
-        open_binary: opens a file of the artefact's folder.
+        open_binary: opens a file of the artifact's folder.
         device: where the network goes; the CPU by default.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Checkpoints and artefacts written beside training.
+"""Checkpoints and artifacts written beside training.
 
 Training waits for the copy of the state to the host and for the export of the weights, which is
 collective; one background thread per rank writes. It takes part in no collective and emits nothing:
@@ -62,10 +62,10 @@ class AsyncSaver:
         run: folder of the run.
         world: the ranks; all construct it together.
         engine: whose state is saved.
-        network: what an artefact is made of.
+        network: what an artifact is made of.
         config: the resolved configuration as JSON has it, for every checkpoint.
         timeout_s: how long rank 0 waits for the files of the others.
-        context: facts that every artefact carries.
+        context: facts that every artifact carries.
         calibration: training images for networks with stored means, uint8 (B, C, H, W).
         emit: receives CheckpointSaved and CheckpointFailed, on rank 0.
         writer: number of the run's lease under which this process writes.
@@ -186,7 +186,7 @@ class AsyncSaver:
             if export is not None:
                 if fence(self._run).number > self._writer:
                     raise PipelineError("another process has taken over the lease of this run")
-                # First: a run that dies in between must not resume past a step without artefact.
+                # First: a run that dies in between must not resume past a step without artifact.
                 context = {**self._context, "step": writing.step}
                 writing.info = write_export(
                     writing.artifact, export, context=context, calibration=self._calibration

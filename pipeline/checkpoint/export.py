@@ -1,4 +1,4 @@
-"""From the ranks' partitions to one model artefact."""
+"""From the ranks' partitions to one model artifact."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ from pipeline.run.distributed import DistributedContext
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """The weights of an artefact on the host of rank 0."""
+    """The weights of an artifact on the host of rank 0."""
 
     network: NetworkConfig
     """What they are the weights of."""
@@ -55,10 +55,10 @@ def write_export(
     context: Mapping[str, Any],
     calibration: Callable[[], Iterable[Tensor]],
 ) -> ArtifactInfo:
-    """Write an artefact. Networks with centred layers get their stored means first.
+    """Write an artifact. Networks with centred layers get their stored means first.
 
     Args:
-        folder: the artefact.
+        folder: the artifact.
         export: its weights.
         context: facts about its origin.
         calibration: batches of training images, uint8 (B, C, H, W).

@@ -72,7 +72,7 @@ class Evaluations:
             self._released.set()
 
     def submit(self, artifact_url: str, step: int) -> None:
-        """Take note of a kept artefact and queue its evaluation; returns at once."""
+        """Take note of a kept artifact and queue its evaluation; returns at once."""
         self._kept[step] = artifact_url
         if (split := self._splits.selection) is not None:
             future = self._pool.submit(self._evaluate, artifact_url, step, split)

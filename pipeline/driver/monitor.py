@@ -81,7 +81,7 @@ class RunMonitor:
         self._reprojections = tracker.last_value(_REPROJECTIONS) or 0.0
 
     def stamp(self, job: WorkerSpec) -> WorkerSpec:
-        """The job with the id of its tracked run, so that artefacts lead back to it.
+        """The job with the id of its tracked run, so that artifacts lead back to it.
 
         Left out when the tracking server has not answered yet.
         """
@@ -180,7 +180,7 @@ class RunMonitor:
     def _keep(self, event: CheckpointSaved) -> None:
         self._display.message(
             f"[green]kept[/green] step {event.step}: {escape(local_path(event.checkpoint_url))}, "
-            f"artefact {event.digest[:12]}, orthogonality residual <= {event.residual:.1e}; "
+            f"artifact {event.digest[:12]}, orthogonality residual <= {event.residual:.1e}; "
             f"training waited {event.stall_s:.2f} s"
         )
         times = {"checkpoint/stall_s": event.stall_s, "checkpoint/write_s": event.seconds}
@@ -210,7 +210,7 @@ class RunMonitor:
             self._display.message(f"[red]{what}[/red]: {escape(str(error))}")
 
     def _catch_up(self, until: int) -> None:
-        """Record and certify artefacts up to a step of which no event has come."""
+        """Record and certify artifacts up to a step of which no event has come."""
         for name in self._run.child(layout.ARTIFACTS).ls():
             with self.saying(_NOT_CERTIFIED):
                 step = layout.step_of(name)
@@ -221,7 +221,7 @@ class RunMonitor:
                     self._follow(step, artifact.url, digest, checkpoint.url)
 
     def _follow(self, step: int, artifact_url: str, digest: str, checkpoint_url: str) -> None:
-        """Record an artefact and have it certified; what was done before leaves no trace."""
+        """Record an artifact and have it certified; what was done before leaves no trace."""
         with self._following:
             self._followed.add(step)
             where = {"checkpoint_url": checkpoint_url}

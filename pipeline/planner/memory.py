@@ -324,5 +324,5 @@ def checkpoint_bytes(weights: Weights, *, lookahead: bool) -> int:
 
 
 def artifact_bytes(weights: Weights) -> int:
-    """Bytes of one model artefact."""
+    """Bytes of one model artifact."""
     return 4 * weights.total

@@ -58,7 +58,7 @@ class MetricsReplayed:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSaved:
-    """A checkpoint was committed and its artefact exported."""
+    """A checkpoint was committed and its artifact exported."""
 
     step: int
     checkpoint_url: str

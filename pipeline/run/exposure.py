@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import grpc
 import psutil
 
 from pipeline.errors import ExposureError, TokenError
@@ -42,16 +41,24 @@ _EXPERIMENTS = "/api/2.0/mlflow/experiments/search?max_results=1"
 _GCS = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
 _CLIENT = "/ray.rpc.RayletDriver/ClusterInfo"
 _REFUSED = (401, 403)
+_NO_TOKEN = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 _TURNED_AWAY = (
-    grpc.StatusCode.UNAUTHENTICATED,
-    grpc.StatusCode.PERMISSION_DENIED,
-    grpc.StatusCode.UNAVAILABLE,  # nobody, or one who speaks something else, e.g. TLS
-    grpc.StatusCode.UNIMPLEMENTED,  # another service
+    *_NO_TOKEN,
+    "UNAVAILABLE",  # nobody, or one who speaks something else, e.g. TLS
+    "UNIMPLEMENTED",  # another service
 )
 _REMEDY = (
     "stop it, run `export RAY_AUTH_MODE=token` and `(umask 077; ray get-auth-token --generate "
     "> /dev/null)` here and before it is started again (on one machine: `make cluster`)"
 )
+
+
+class _CallError(Exception):
+    """A call of Ray's that was not served; `status` is gRPC's name of the reason."""
+
+    def __init__(self, status: str) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +144,8 @@ def _nodes_of_dashboard(url: str, headers: Mapping[str, str]) -> list[_Node]:
 def _nodes_of_gcs(address: str, headers: Mapping[str, str]) -> list[_Node]:
     try:
         answer = _call(address, _GCS, headers)
-    except grpc.RpcError as error:
-        if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+    except _CallError as error:
+        if error.status in _NO_TOKEN:
             raise TokenError(_no_token(address)) from None
         return []
     except ConnectionError:
@@ -168,8 +175,8 @@ def _open_rpc(host: str, port: int, method: str) -> str:
         _call(address, method, {})
     except ConnectionError:
         return ""
-    except grpc.RpcError as error:  # any other error is that of a server that has begun to serve
-        return "" if error.code() in _TURNED_AWAY else address
+    except _CallError as error:  # any other error is that of a server that has begun to serve
+        return "" if error.status in _TURNED_AWAY else address
     return address
 
 
@@ -178,8 +185,10 @@ def _call(address: str, method: str, metadata: Mapping[str, str]) -> bytes:
 
     Raises:
         ConnectionError: nobody is there, or nobody who speaks gRPC.
-        grpc.RpcError: the server refuses, or does not answer.
+        _CallError: the server refuses, or does not answer.
     """
+    import grpc  # Ray brings it along: without Ray there is no cluster to ask
+
     try:
         socket.create_connection(split_address(address), _CONNECT_S).close()
     except OSError as error:
@@ -190,9 +199,11 @@ def _call(address: str, method: str, metadata: Mapping[str, str]) -> bytes:
             grpc.channel_ready_future(channel).result(_ANSWER_S)
         except grpc.FutureTimeoutError:
             raise ConnectionError(f"{address} does not speak gRPC") from None
-        answer: bytes = channel.unary_unary(method)(
-            b"", timeout=_ANSWER_S, metadata=list(metadata.items())
-        )
+        call = channel.unary_unary(method)
+        try:
+            answer: bytes = call(b"", timeout=_ANSWER_S, metadata=list(metadata.items()))
+        except grpc.RpcError as error:
+            raise _CallError(error.code().name) from None
         return answer
 
 

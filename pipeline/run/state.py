@@ -14,7 +14,7 @@ class WorkerSpec:
 
     Attributes:
         config: the resolved configuration.
-        run_url: folder of the run (checkpoints, artefacts, evaluations).
+        run_url: folder of the run (checkpoints, artifacts, evaluations).
         shards_url: the shard set.
         context: facts that every artifact carries (run id, code version, shard digest).
         writer: number of the run's lease under which its checkpoints are written.

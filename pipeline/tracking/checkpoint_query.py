@@ -24,7 +24,7 @@ class Checkpoint:
         run_id: training run, empty if there is none.
         run_name: name of that run.
         step: training step.
-        artifact_url: where the model artefact lies.
+        artifact_url: where the model artifact lies.
         artifact_digest: digest of its weights.
         created_s: when it was recorded, seconds since the epoch.
         training: the run is in progress and certifies its checkpoints itself.

@@ -73,17 +73,17 @@ class RunReference(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecord:
-    """One evaluation of one artefact as MLflow shows it.
+    """One evaluation of one artifact as MLflow shows it.
 
     Attributes:
-        eval_key: identity of the evaluation (artefact digest and evaluation config).
+        eval_key: identity of the evaluation (artifact digest and evaluation config).
         metrics: scalars by name, e.g. ``cra_nominal/l2/36_255``.
         params: few, mostly numeric values: they become the axes of the compare page.
         artifacts: small files by name (figure, summary).
         tags: what evaluations are filtered by.
-        step: training step of the artefact.
+        step: training step of the artifact.
         train_run_id: the training run that receives the scalars as series, when known.
-        model_id: the LoggedModel of the artefact; found by its digest when absent.
+        model_id: the LoggedModel of the artifact; found by its digest when absent.
     """
 
     eval_key: str
@@ -341,7 +341,7 @@ class MlflowConnection:
         return runs[0] if runs else None
 
     def _source_run(self, artifact_digest: str) -> str | None:
-        """The training run of an artefact that was exported while the server was away.
+        """The training run of an artifact that was exported while the server was away.
 
         None if no training run, or more than one, ended in these weights.
         """

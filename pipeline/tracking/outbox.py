@@ -123,7 +123,7 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         wait_seconds: float = 5.0,
     ) -> str | None:
-        """Record an exported artefact as an external LoggedModel (address and digest only).
+        """Record an exported artifact as an external LoggedModel (address and digest only).
 
         Returns:
             The model id, or None when the server did not answer within `wait_seconds`; the

@@ -57,13 +57,13 @@ class TrackedRun:
 
 @dataclass(frozen=True)
 class TrackedModel:
-    """A checkpoint's exported artefact as the store knows it (a LoggedModel).
+    """A checkpoint's exported artifact as the store knows it (a LoggedModel).
 
     Attributes:
         model_id: its id.
         name: name shown in the UI.
         step: training step.
-        artifact_url: where the artefact lies.
+        artifact_url: where the artifact lies.
         artifact_digest: digest of its weights.
         params: further facts recorded with it.
         registered: registered versions of it, e.g. ``digits v3 @champion``.
@@ -130,7 +130,7 @@ class Reader:
         return self._runs(condition)
 
     def models(self, train_run: TrackedRun) -> list[TrackedModel]:
-        """Return the recorded artefacts of a training run by step."""
+        """Return the recorded artifacts of a training run by step."""
         search = self._client.search_logged_models
         found = pages(
             search,
@@ -169,7 +169,7 @@ class Reader:
         """Return a file logged with a run.
 
         Raises:
-            Exception: what the artefact store raises when it cannot be read.
+            Exception: what the artifact store raises when it cannot be read.
         """
         with tempfile.TemporaryDirectory() as folder:
             return Path(self._client.download_artifacts(run_id, name, folder)).read_bytes()

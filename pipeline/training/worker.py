@@ -1,4 +1,4 @@
-"""What one rank does: build the parts, resume, train, save checkpoints and artefacts."""
+"""What one rank does: build the parts, resume, train, save checkpoints and artifacts."""
 
 import contextlib
 import dataclasses

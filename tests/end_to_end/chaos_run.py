@@ -55,7 +55,7 @@ class Result:
     """What a finished run left."""
 
     digest: str
-    """Of the last artefact."""
+    """Of the last artifact."""
     losses: dict[int, float]
     """By step; of the last time that the step was made."""
     states: dict[int, object]
@@ -172,7 +172,7 @@ class Run:
         self._log.close()
 
     def cra(self) -> dict[str, float]:
-        """Certified robust accuracy of the last artefact on the test split, by radius."""
+        """Certified robust accuracy of the last artifact on the test split, by radius."""
         summary = evaluate(
             {
                 "artifact": str(self.artifact),
@@ -186,7 +186,7 @@ class Run:
 
     @property
     def artifact(self) -> Path:
-        """Folder of the last artefact."""
+        """Folder of the last artifact."""
         return self.folder / f"artifacts/step-{STEPS:08d}"
 
     def _result(self) -> Result:

@@ -12,7 +12,7 @@ NETWORK = LipNeXtConfig(input_shape=(3, 8, 8), num_classes=4, patch=2, width=16,
 
 
 def export(folder, config=NETWORK, **context):
-    """Write an artefact of untrained weights."""
+    """Write an artifact of untrained weights."""
     network = build_network(config)
     network.initialise(seed=3)
     write_artifact(
@@ -26,13 +26,13 @@ def export(folder, config=NETWORK, **context):
 
 @pytest.fixture
 def bare_artifact(tmp_path):
-    """An artefact that does not say where it comes from."""
+    """An artifact that does not say where it comes from."""
     return export(tmp_path / "bare")
 
 
 @pytest.fixture(scope="session")
 def network():
-    """The network of the artefact."""
+    """The network of the artifact."""
     network = build_network(NETWORK)
     network.initialise(seed=3)
     return network

@@ -1,6 +1,6 @@
 """An evaluation that costs nothing: a result on disk and a real record in MLflow.
 
-Beside the artefact it keeps a journal: `begin` and `end` of every attempt that had work to do.
+Beside the artifact it keeps a journal: `begin` and `end` of every attempt that had work to do.
 """
 
 import json

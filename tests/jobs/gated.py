@@ -66,7 +66,7 @@ class Gated:
         return Rule(eps=self.eps, min_samples=1)
 
     def evaluation(self, artifact, out, **changes):
-        """Evaluate and record an artefact; the URL of the evaluation."""
+        """Evaluate and record an artifact; the URL of the evaluation."""
         fields = {"artifact": artifact, "shards": self.shards, "out": str(self.folder / out)}
         fields |= {"launcher": "local", "eps": (self.eps,), "tracking": self.tracking}
         evaluate({**fields, **changes})

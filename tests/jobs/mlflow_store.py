@@ -15,7 +15,7 @@ from tests.mlflow_database import empty_database
 
 
 class Store:
-    """Args: folder: place of mlflow.db, the artefacts and the claims; shards: their shard set."""
+    """Args: folder: place of mlflow.db, the artifacts and the claims; shards: their shard set."""
 
     def __init__(self, folder, shards, status="FINISHED", **params):
         self.folder, self.shards = Path(folder), shards
@@ -30,7 +30,7 @@ class Store:
         return run.run_id
 
     def checkpoint(self, step, *, run_id=None):
-        """Export an artefact and record it; what the fake evaluation needs lies beside it."""
+        """Export an artifact and record it; what the fake evaluation needs lies beside it."""
         run_id = run_id or self.run_id
         folder = self.folder / "artifacts" / f"{run_id[:6]}-step-{step}"
         context = {"shards_url": self.shards, "step": step, "train_run_id": run_id}

@@ -118,7 +118,7 @@ def test_the_certificate_states_what_was_computed(fields, artifact):
     assert body["columns"]["sound"]["certified"] == summary.columns["sound"].certified
 
 
-def test_a_residual_that_the_artefact_states_is_not_believed(fields, tmp_path, artifact):
+def test_a_residual_that_the_artifact_states_is_not_believed(fields, tmp_path, artifact):
     """The bound comes from the weights: nothing that artifact.json claims can raise a radius."""
     copy = Store(str(tmp_path / "lying"))
     for name in ("artifact.json", "weights.safetensors"):
@@ -353,7 +353,7 @@ def bad_shards(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (lambda tmp_path: ["--artifact", "nowhere"], "no artefact at"),
+        (lambda tmp_path: ["--artifact", "nowhere"], "no artifact at"),
         (lambda tmp_path: ["--shards", "nowhere"], "no shard set at"),
         (lambda tmp_path: ["--split", "half"], "'half' is not one of"),
         (lambda tmp_path: ["--device", "cuda"], "no GPU that torch can use"),
@@ -372,7 +372,7 @@ def test_the_entry_refuses_bad_input_with_one_line(
     assert "Traceback" not in error
 
 
-def test_an_artefact_without_context_needs_the_shards_option(fields, bare_artifact):
+def test_an_artifact_without_context_needs_the_shards_option(fields, bare_artifact):
     with pytest.raises(EvaluationError, match="give --shards"):
         evaluate(fields | {"artifact": bare_artifact})
 

@@ -149,7 +149,7 @@ def test_a_summary_without_its_certificate_is_not_registered(gated, name, tmp_pa
         promotion.register(gated.registry, name, copy.url)
 
 
-def test_a_certificate_of_another_artefact_is_not_registered(gated, name, tmp_path):
+def test_a_certificate_of_another_artifact_is_not_registered(gated, name, tmp_path):
     copy = Store(str(tmp_path))
     for file in ("summary.json", "samples.parquet", "certificate.json"):
         copy.write(file, Store(gated.of_sharp).read(file))

@@ -1,4 +1,4 @@
-"""The path of a network that is certified in l-infinity, from artefact to metrics."""
+"""The path of a network that is certified in l-infinity, from artifact to metrics."""
 
 import json
 

@@ -128,8 +128,8 @@ def test_what_is_open_done_left_to_training_or_unreadable(store):
         ("certify+fast-attack", 3): ClaimPhase.FAILED,
     }
     assert entries["certify", 2].note == "left to its training"
-    assert "no artefact" in entries["certify", 3].note
-    with pytest.raises(EvaluationError, match="no artefact"):
+    assert "no artifact" in entries["certify", 3].note
+    with pytest.raises(EvaluationError, match="no artifact"):
         _ = entries["certify", 3].next
 
     impatient = backlog(store, patience_s=1e-6)[0]
@@ -146,7 +146,7 @@ def test_what_is_open_done_left_to_training_or_unreadable(store):
     text = console.export_text()
     assert "certify+fast-attack of run step 1; claim" in text
     assert "left to its training" in text
-    assert "no artefact at" in text
+    assert "no artifact at" in text
 
 
 def test_an_evaluation_has_the_split_and_the_radii_of_its_training(store):

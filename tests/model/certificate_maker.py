@@ -135,7 +135,7 @@ class Case:
         pq.write_table(table, self.shards / "index.parquet")
 
     def rewrite_weight(self, name: str) -> None:
-        """Add 1/64 to the last value of one tensor, with the artefact's digests."""
+        """Add 1/64 to the last value of one tensor, with the artifact's digests."""
         path = self.model / "weights.safetensors"
         data = bytearray(path.read_bytes())
         length = int.from_bytes(data[:8], "little")
@@ -146,7 +146,7 @@ class Case:
         self.seal_model()
 
     def seal_model(self) -> None:
-        """Recompute the artefact's digests, and the certificate's name of the model."""
+        """Recompute the artifact's digests, and the certificate's name of the model."""
         info, body = self.json("model/artifact.json"), self.body()
         weights = (self.model / "weights.safetensors").read_bytes()
         info["weights_sha256"] = hashlib.sha256(weights).hexdigest()
@@ -173,7 +173,7 @@ def table_of(columns: dict[str, list], name: str, eps: list[str]) -> dict:
 
 
 def make(root: Path, *, head: str = "unit", deployed: str = "float32") -> Case:
-    """An artefact of random weights, a shard set of three test shards and their certificate."""
+    """An artifact of random weights, a shard set of three test shards and their certificate."""
     case = Case(root)
     config = LipNeXtConfig(
         input_shape=(1, SIDE, SIDE), num_classes=CLASSES, patch=2, width=8, depth=2, alpha=1 / 8,

@@ -24,7 +24,7 @@ CONFIGS = {
 
 
 def stored(config, seed=0):
-    """Float32 network with biases, as an artefact holds it."""
+    """Float32 network with biases, as an artifact holds it."""
     return trained_like(config, seed).float()
 
 

@@ -1,4 +1,4 @@
-"""Whatever an artefact stores, its sign, zeros and sizes included, breaks no bound."""
+"""Whatever an artifact stores, its sign, zeros and sizes included, breaks no bound."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from tests.model.test_conformance import NETWORKS
 
 
 def stored(name):
-    """A float32 network as an artefact holds it."""
+    """A float32 network as an artifact holds it."""
     return trained_like(NETWORKS[name]).float().requires_grad_(False)
 
 
@@ -204,7 +204,7 @@ def test_a_stored_norm_below_the_observed_one_is_refused(factors):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("tensor", ["blocks.1.convolution.scale", "blocks.1.after.angle"])
-def test_an_artefact_with_a_value_that_is_not_finite_is_refused(tensor, value, tmp_path):
+def test_an_artifact_with_a_value_that_is_not_finite_is_refused(tensor, value, tmp_path):
     config = NETWORKS["soc_angles" if tensor.endswith("angle") else "soc"]
     network = trained_like(config)
     opener = Store(str(tmp_path)).open

@@ -192,11 +192,11 @@ def test_the_test_split_is_looked_at_once_for_what_validation_chose(
         beside_training=beside_training,
     )
     for step in shares:
-        queue.submit(f"artefact-{step}", step)
+        queue.submit(f"artifact-{step}", step)
     found = queue.results()
     assert [s.split for s in found] == ["validation"] * 3 + ["test"]
     assert [entry for entry in seen if entry[0] == "test"] == [
-        ("test", f"artefact-{result}", result)
+        ("test", f"artifact-{result}", result)
     ]
     assert seen[-1][0] == "test"
     assert [s.split for s in queue.finished()] == ["validation"] * 3  # what retention keeps by
@@ -224,13 +224,13 @@ def test_a_failed_evaluation_is_raised_after_the_others(monkeypatch):
 
     def fake(settings, *, step, log):
         if step == 1:
-            raise ValueError("no artefact")
+            raise ValueError("no artifact")
         done.append(step)
 
     queue = evaluations(monkeypatch, fake)
     queue.submit("a", 1)
     queue.submit("b", 2)
-    with pytest.raises(ValueError, match="no artefact"):
+    with pytest.raises(ValueError, match="no artifact"):
         queue.results()
     assert done == [2]
 

@@ -256,7 +256,7 @@ def test_training_runs_with_equal_weights_each_show_their_checkpoint_and_evaluat
     assert {model.source_run_id for model in models} == {run.run_id for run in runs}
 
 
-def test_artefact_that_does_not_name_its_training_run_is_found_by_its_digest(config, tmp_path):
+def test_artifact_that_does_not_name_its_training_run_is_found_by_its_digest(config, tmp_path):
     def train(name):
         tracker = Tracker(config, tmp_path / name, run_name=name, wait_seconds=60)
         tracker.log_checkpoint(3, "file:///a", "d" * 64, wait_seconds=60)

@@ -1,4 +1,4 @@
-"""The worker as it is, on two ranks: determinism, precisions, refusals, the artefact it keeps."""
+"""The worker as it is, on two ranks: determinism, precisions, refusals, the artifact it keeps."""
 
 import contextlib
 import dataclasses
@@ -79,7 +79,7 @@ CASES = {
     "absurd rate": dataclasses.replace(
         config(every_steps=1), optim=dataclasses.replace(OPTIM, euclidean_lr_factor=3.35e40)
     ),
-    "artefacts cannot be written": config(every_steps=1),
+    "artifacts cannot be written": config(every_steps=1),
     "audited": audited(2),
     "disturbed": audited(4),
     "singular": audited(4),
@@ -145,7 +145,7 @@ def run_cases(rank, world_size, folder, shards):
     outcomes = {}
     with rank_world(rank, world_size):
         for name, case in CASES.items():
-            if name == "artefacts cannot be written" and rank == 0:
+            if name == "artifacts cannot be written" and rank == 0:
                 Store(f"{folder}/{name}").write("artifacts", b"a file where a folder is due")
             with surroundings(name, rank):
                 outcomes[name] = observed_run(
@@ -217,7 +217,7 @@ def test_only_rank_0_reports(outcomes):
     assert outcomes["plain"][1].events == []
 
 
-def test_keeping_checkpoints_and_artefacts_changes_nothing(outcomes):
+def test_keeping_checkpoints_and_artifacts_changes_nothing(outcomes):
     plain, often = outcomes["plain"][0], outcomes["kept often"][0]
     assert list(plain.kept) == [STEPS]
     assert list(often.kept) == [3, 6, 9, 12, STEPS]
@@ -329,7 +329,7 @@ def test_weights_that_are_not_finite_are_never_kept(outcomes, folder):
 
 def test_training_goes_on_when_nothing_can_be_kept(outcomes, folder):
     """A full disk: each attempt is reported, the run fails at its end, no bit differs."""
-    name = "artefacts cannot be written"
+    name = "artifacts cannot be written"
     first, second = outcomes[name]
     assert [e.step for e in first.events if isinstance(e, CheckpointFailed)] == list(
         range(1, STEPS + 1)
@@ -399,7 +399,7 @@ def reference_network(state):
     return network
 
 
-def test_the_artefact_is_the_reference_average(outcomes):
+def test_the_artifact_is_the_reference_average(outcomes):
     kept = outcomes["plain"][0].kept[STEPS]
     state = end(outcomes, "plain")
     expected = reference_network(state)
