@@ -233,8 +233,7 @@ class LiResNet(Family):
             if layer.kind == "linear":
                 y = y - self.wide(f"{name}.centre.mean")[:, None, None]
             return y
-        x = self.points(name, x)
-        y = self.product(name, layer, x)
+        y = self.product(name, layer, self.points(name, x))
         if layer.bias:
             y = y + self.wide(f"{name}.bias")
         return y.reshape(len(y), -1)
@@ -248,5 +247,4 @@ class LiResNet(Family):
 
     def product(self, name: str, layer: Layer, x: Floats) -> Floats:
         """Q x on the last axis."""
-        result: Floats = x @ self.orthonormal(name).Q[0].T
-        return result
+        return np.asarray(x @ self.orthonormal(name).Q[0].T)
