@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.verifier.mathematics.arithmetic import Floats
+from model.verifier.mathematics.arithmetic import Floats, norm_of
+from model.verifier.mathematics.free_convolution import absolute_bound, norm_bound
+from model.verifier.mathematics.matrices import MatrixBounds
 from model.verifier.mathematics.orthogonal_layers import CHOLESKY, scaled_rows
 from model.verifier.settings import Config
 
@@ -68,3 +70,11 @@ def free_kernel(config: Config, layer: Layer, weight: Floats) -> tuple[Floats, F
     one = np.zeros_like(R)
     one[:, :, 1, 1] = np.eye(layer.outputs)
     return one + R, one + np.abs(R), 1, 1
+
+
+def free_bounds(config: Config, layer: Layer, weight: Floats) -> MatrixBounds:
+    """The certificate's numbers of a free convolution."""
+    kernel, sizes, stride, padding = free_kernel(config, layer, weight)
+    height, width = config["input_shape"][1:] if layer.kind == "stem" else stem_grid(config)
+    upper = norm_bound(kernel, sizes, (height, width), stride, padding)
+    return MatrixBounds(upper, 0.0, absolute_bound(sizes, stride), norm_of(sizes))

@@ -21,7 +21,6 @@ from model.verifier.mathematics.arithmetic import (
     norm_of,
 )
 from model.verifier.mathematics.convolution import convolve, space_to_depth
-from model.verifier.mathematics.free_convolution import absolute_bound, norm_bound
 from model.verifier.mathematics.heads import LinearHead
 from model.verifier.mathematics.matrices import MatrixBounds
 from model.verifier.mathematics.orthogonal_layers import Orthonormal, bounds_of_rows, dense_rows
@@ -29,6 +28,7 @@ from model.verifier.mathematics.orthonormal import Rows
 from model.verifier.mathematics.pairs import MaxMin
 from model.verifier.residual_plan import (
     Layer,
+    free_bounds,
     free_kernel,
     linear_block,
     patches,
@@ -134,13 +134,9 @@ class LiResNet(Family):
     ) -> MatrixBounds:
         """See Family."""
         layer, weight = cls.plan(config)[name.removesuffix(".weight")], tensor.astype(np.float64)
-        if layer.kind not in ("stem", "linear"):
-            return bounds_of_rows(weight, cls.rows(config, layer, weight))
-        kernel, sizes, stride, padding = free_kernel(config, layer, weight)
-        grid = stem_grid(config)
-        shape = tuple(config["input_shape"][1:]) if layer.kind == "stem" else grid
-        upper = norm_bound(kernel, sizes, shape, stride, padding)
-        return MatrixBounds(upper, 0.0, absolute_bound(sizes, stride), norm_of(sizes))
+        if layer.kind in ("stem", "linear"):
+            return free_bounds(config, layer, weight)
+        return bounds_of_rows(weight, cls.rows(config, layer, weight))
 
     @classmethod
     def rows(cls, config: Config, layer: Layer, weight: Floats) -> Rows:
@@ -184,9 +180,7 @@ class LiResNet(Family):
         """Rounding of one layer."""
         beta = self.translation(name, layer)
         if layer.kind in ("stem", "linear"):
-            taps = self.config["stem_kernel"] if layer.kind == "stem" else 3
-            channels = self.config["input_shape"][0] if layer.kind == "stem" else layer.outputs
-            k = channels * taps**2
+            k = layer.shape[1] - (layer.kind == "linear")  # less the gain
             bounds = self.matrices[f"{name}.weight"]
             rounding = kappa(k, state.program, copies=2, roundings=12)
             state.multiply(bounds.upper, bounds.absolute, rounding, beta)
@@ -239,8 +233,7 @@ class LiResNet(Family):
             if layer.kind == "linear":
                 y = y - self.wide(f"{name}.centre.mean")[:, None, None]
             return y
-        x = self.points(name, x)
-        y = self.product(name, layer, x)
+        y = self.product(name, layer, self.points(name, x))
         if layer.bias:
             y = y + self.wide(f"{name}.bias")
         return y.reshape(len(y), -1)
@@ -254,5 +247,4 @@ class LiResNet(Family):
 
     def product(self, name: str, layer: Layer, x: Floats) -> Floats:
         """Q x on the last axis."""
-        result: Floats = x @ self.orthonormal(name).Q[0].T
-        return result
+        return np.asarray(x @ self.orthonormal(name).Q[0].T)
