@@ -12,7 +12,7 @@ from model.verifier.certificate import COLUMNS, read_certificate, read_samples
 from model.verifier.families.base import Family
 from model.verifier.files import Body
 from model.verifier.mathematics.bounds import bound_matrices, check_bounds
-from model.verifier.refusal import RefusalError
+from model.verifier.refusal import Near, RefusalError
 from model.verifier.samples import check_errors, check_samples
 from model.verifier.shards import read_index
 from model.verifier.table import check_table
@@ -57,7 +57,7 @@ def _verify(
     network = family(config, weights, bound_matrices(config, weights, processes))
     check_bounds(network, weights, body)
     images = read_index(shards, config["num_classes"], body, samples)
-    check_table(body, samples, network.bound)
+    check_table(body, samples, Near(network.bound, network.same_bound))
     count = len(samples["key"])
     chosen, how = np.arange(count), ""
     if sample is not None and sample < count:

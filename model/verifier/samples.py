@@ -61,8 +61,10 @@ def check_batch(
             judged[name] = nominal(network, values, local, prediction)
         else:
             judged[name] = judge(network, program, values, local, norms, prediction, stated)
-        # What a program may be off by is no disagreement, up to half of its logits.
-        error = network.margin_error(norms, program) / np.maximum(1.0, np.abs(values).max(axis=1))
+        # Bounds of rounding are seldom approached: a sixteenth of one is no disagreement, nor is
+        # anything up to half of the logits where nothing is known of the program.
+        error = network.margin_error(norms, program) / 16
+        error = error / np.maximum(1.0, np.abs(values).max(axis=1))
         tolerance = np.fmin(np.fmax(error, SAME_SAMPLE[program.name]), LARGEST_DIFFERENCE)
         widest = 1.0 if network.norm == "linf" else float(np.sqrt(pixels[0].size))
         compare_column(samples, name, rows, values, judged[name], tolerance, widest)

@@ -13,7 +13,7 @@ from model.verifier.refusal import DisagreementError, Near, agree
 from model.verifier.samples import ERRORS
 
 
-def check_table(body: Body, samples: Table, bound: float) -> None:
+def check_table(body: Body, samples: Table, bound: Near) -> None:
     """Compare every number of `columns` that follows from samples.parquet, exactly."""
     ratios = radii_of_table(body)
     for name in COLUMNS:
@@ -31,7 +31,7 @@ def check_table(body: Body, samples: Table, bound: float) -> None:
         derived = {
             "program": program.name,
             "unit_roundoff": program.stored,
-            "lipschitz": 1.0 if name == "nominal" else Near(bound),
+            "lipschitz": 1.0 if name == "nominal" else bound,
             "clean": int(correct.sum()) / count,
             "certified": certified,
             "cra": {eps: number / count for eps, number in certified.items()},

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from model.verifier.mathematics.arithmetic import ErrorState, Floats, Program
 from model.verifier.mathematics.heads import Head
 from model.verifier.mathematics.matrices import MatrixBounds, bounds_of_matrix
+from model.verifier.refusal import SAME_BOUND
 from model.verifier.settings import Config, Setting
 
 Tensors = Mapping[str, npt.NDArray[np.float32]]
@@ -20,6 +21,8 @@ class Family(ABC):
     """A network with its stored float32 tensors."""
 
     norm: ClassVar[Literal["l2", "linf"]] = "l2"
+    same_bound: ClassVar[float] = SAME_BOUND
+    """Relative difference of stated and derived bounds that is no disagreement."""
     settings: ClassVar[Mapping[str, Setting]]
     """Fields of the configuration, besides kind, input_shape and num_classes."""
     head: Head

@@ -41,6 +41,7 @@ from model.verifier.settings import SIDE, Config, Setting, Whole
 class LiResNet(Family):
     """Stem, linear residual blocks, neck, dense layers, a head with unit rows."""
 
+    same_bound: ClassVar[float] = 1e-7  # a theorem there and a residual here
     settings: ClassVar[Mapping[str, Setting]] = {
         "stem_kernel": Whole(1, 256, 5),
         "stem_stride": Whole(1, 256, 2),

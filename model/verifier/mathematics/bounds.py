@@ -1,7 +1,7 @@
 """The bounds of a certificate: every number that no sample enters (section 8.3)."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -50,10 +50,11 @@ def check_bounds(network: Family, weights: Weights, body: Body) -> None:
     They are stated to be read; every radius is proved with the verifier's own.
     """
     stated = take(body, "layers", list, "certificate")
-    agree(stated, list(_layers(network.matrices, weights)), "layers")
-    parts = {name: Near(value) for name, value in network.parts().items()}
+    agree(stated, list(_layers(network, weights)), "layers")
+    same = network.same_bound
+    parts = {name: Near(value, same) for name, value in network.parts().items()}
     agree(body["parts"], parts, "parts")
-    agree(body["network_bound"], Near(network.bound), "network_bound")
+    agree(body["network_bound"], Near(network.bound, same), "network_bound")
     if not 0 < network.bound < float("inf"):
         raise UnusableError(f"the network bound {network.bound} certifies nothing")
     factor = float(network.head.factors.max())
@@ -64,9 +65,10 @@ def check_bounds(network: Family, weights: Weights, body: Body) -> None:
         raise DisagreementError(f"observed_lipschitz {observed} is not in (0, {network.bound}]")
 
 
-def _layers(matrices: Mapping[str, MatrixBounds], weights: Weights) -> Iterable[Body]:
-    for name, bounds in matrices.items():
-        numbers: Body = {key: Near(value) for key, value in bounds.stated().items()}
+def _layers(network: Family, weights: Weights) -> Iterable[Body]:
+    same = network.same_bound
+    for name, bounds in network.matrices.items():
+        numbers: Body = {key: Near(value, same) for key, value in bounds.stated().items()}
         if bounds.lower == 0:  # not derived: it only has to be one
             numbers["lower"] = Within(0.0, bounds.upper)
         if "condition" in numbers:

@@ -52,8 +52,13 @@ def norm_bound(
     bound = math.sqrt(_largest_on_torus(small, torus)) + wrong * ROUND_UP
     inputs, outputs = kernel.shape[1] * math.prod(shape), len(kernel) * math.prod(grid)
     if min(inputs, outputs) <= WHOLE:
-        images = np.eye(inputs).reshape(inputs, kernel.shape[1], *shape)
-        matrix = convolve(images, kernel, stride=stride, padding=padding).reshape(1, inputs, -1)
+        matrix = np.empty((1, inputs, outputs))
+        at_once = max(1, _ENTRIES_AT_ONCE // (kernel[0].size * math.prod(grid)))
+        for start in range(0, inputs, at_once):
+            images = np.eye(min(at_once, inputs - start), inputs, start)
+            images = images.reshape(-1, kernel.shape[1], *shape)
+            part = convolve(images, kernel, stride=stride, padding=padding)
+            matrix[0, start : start + len(part)] = part.reshape(len(part), -1)
         whole = math.sqrt(float(largest_eigenvalues(matrix)[0]))
         whole += 8 * U * math.sqrt(math.prod(grid)) * float(np.sqrt(np.square(sizes).sum()))
         bound = min(bound, whole)
