@@ -156,7 +156,7 @@ def test_an_outage_loses_nothing(tmp_path, monkeypatch, when):
 def test_training_waits_for_no_answer(tmp_path, monkeypatch, calls):
     """The server answers its first to third call when all is logged, and never before."""
     server = FakeServer(["silent"] * calls)
-    monkeypatch.setattr(tracker_file, "Server", lambda config: server)
+    monkeypatch.setattr(tracker_file, "MlflowConnection", lambda config: server)
     away = TrackingConfig(uri="http://127.0.0.1:9")
     tracker = Tracker(away, tmp_path, run_name="x", wait_seconds=0.2)
     for step in range(6):

@@ -55,8 +55,8 @@ def norm_bound(
         matrix = np.empty((1, inputs, outputs))
         at_once = max(1, _ENTRIES_AT_ONCE // (kernel[0].size * math.prod(grid)))
         for start in range(0, inputs, at_once):
-            images = np.eye(min(at_once, inputs - start), inputs, start)
-            images = images.reshape(-1, kernel.shape[1], *shape)
+            units = np.eye(min(at_once, inputs - start), inputs, start)
+            images = units.reshape(-1, kernel.shape[1], *shape)
             part = convolve(images, kernel, stride=stride, padding=padding)
             matrix[0, start : start + len(part)] = part.reshape(len(part), -1)
         whole = math.sqrt(float(largest_eigenvalues(matrix)[0]))
