@@ -8,6 +8,7 @@ from benchmarks.build import computed, resident, run_of
 from benchmarks.calibrate import measure
 from benchmarks.scaling import Setup, in_ranks, predicted, volume_rows
 from model.networks.linf.groupsort import GroupSortConfig
+from optim.config import OptimConfig
 from pipeline.config import ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.planner.calibration import Measured
@@ -21,7 +22,7 @@ def measured_on(rank, world_size):
     with rank_world(rank, world_size) as world:
         other = GroupSortConfig(input_shape=(1, 8, 8), num_classes=10, width=16, depth=2)
         with pytest.raises(PipelineError, match="of kind 'groupsort' has no pieces"):
-            measure(world, small_run(model=other), 2)
+            measure(world, small_run(model=other, optim=OptimConfig()), 2)
         return measure(world, Setup(world_size, 1, 32, 1, 2, 1).config(), 1)
 
 
