@@ -189,7 +189,8 @@ def test_lack_of_memory_is_not_a_failure(tmp_path, allowed, groups, left):
     """Ray gives up after `max_failures` + 1 failures: m for memory, x for any other."""
     job = WorkerSpec(
         dataclasses.replace(
-            config(), cluster=dataclasses.replace(config().cluster, max_failures=allowed)
+            config(),
+            cluster=dataclasses.replace(config().cluster, launcher="ray", max_failures=allowed),
         ),
         str(tmp_path),
         "",
