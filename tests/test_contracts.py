@@ -18,7 +18,7 @@ FORBIDDEN = {
     "model.networks.head": "optim.matrix_exp",
     "model.attacks": "data_shards.format.index",
     "model.certification.rounding": "model.networks.base",
-    "pipeline.run.events": "pipeline.training.losses",
+    "pipeline.run.events": "pipeline.training.trainer",
     "pipeline.driver.usage": "deepspeed",
     "pipeline.plan": "ray",
     "data_shards.format.tar": "s3fs",

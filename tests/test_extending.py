@@ -168,9 +168,11 @@ def test_a_source_is_one_file_and_one_line(tmp_path, monkeypatch):
     rows = batch.images[:, 0].float().mean(2).argmax(1)
     assert torch.equal(rows, batch.labels)
     words = ["--data.source", "stripes", "--model.num-classes", "8", "--train.global-batch", "24"]
-    prepared = prepare(parse(["digits", "--storage", str(tmp_path), *words]), world_size=2)
-    assert prepared.samples.index.header.name == "stripes"
+    config = parse(["digits", "--storage", str(tmp_path), *words])
+    with prepare(config, world_size=2) as prepared:
+        assert prepared.samples.index.header.name == "stripes"
     assert (tmp_path / "data/stripes/index.json").exists()
 
 
-# An evaluation suite: a line of jobs/evaluation/suites.py.
+# An evaluation suite is a line of jobs/evaluation/suites.py: tests/jobs/test_suites.py adds one.
+# A hook and a metric: tests/pipeline/test_hooks.py.
