@@ -188,6 +188,7 @@ def test_bound_is_just_above_what_is_observed(config, dtype):
     """That is 1, except where a layer's norm is free: the others are not among the parts."""
     network = build_network(config).to(dtype)
     network.initialise(0)
+    network.calibrate([torch.rand(2, *config.input_shape, dtype=dtype)])  # stores norms
     matrices = network.matrix_bounds()
     bound = network.lipschitz_upper_bound(matrices)
     free = [layer for layer in bound.parts if config.kind in FREE_NORMS]
