@@ -12,11 +12,12 @@ from pydantic import ValidationError
 from data_shards.format.index import load_index
 from jobs.compare import compare, main, write
 from jobs.evaluate_cra import evaluate
-from jobs.evaluation.results import EvaluationError, EvaluationSummary
+from jobs.evaluation.results import EvaluationError
 from jobs.reporting import comparison_runs
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_report import comparison_png
 from jobs.reporting.comparison_runs import RunRequest
+from pipeline.run.summary import EvaluationSummary
 from pipeline.tracking.client import connect
 
 pytestmark = pytest.mark.integration

@@ -21,10 +21,10 @@ from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from optim.sharded import TENSOR_KINDS
 from pipeline.config import CheckpointConfig, TrainConfig
+from pipeline.losses import emma
 from pipeline.losses.emma import emma_loss
 from pipeline.run.events import CheckpointFailed, Metrics, Skipped
 from pipeline.run.state import WorkerSpec
-from pipeline.training import losses
 from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
@@ -108,7 +108,7 @@ def poisoned_loss(rank, call, *, gradient):
             return value
         return value * math.nan if gradient else value + math.nan
 
-    with mock.patch.object(losses, "emma_loss", loss):
+    with mock.patch.object(emma, "emma_loss", loss):
         yield
 
 
