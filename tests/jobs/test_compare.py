@@ -161,7 +161,7 @@ def test_each_preset_has_the_same_trials_and_keeps_what_was_best(machine, tmp_pa
     assert quick.changes == {"optim.lr": 0.02, "loss.eps": 0.2}
     assert slow.changes == {"loss.eps": 0.2}
     assert machine.started[-2][1]["optim.lr"] == "0.02"
-    assert "data.train-split" not in machine.started[-2][1]
+    assert machine.started[-2][1]["data.train-split"] == "train"
 
 
 def test_a_comparison_goes_on_where_it_was_stopped(machine, tmp_path):
@@ -206,7 +206,7 @@ def test_the_page_has_mean_spread_cost_and_order(machine, tmp_path):
     page = write(settings, systems)
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == ["slow", "quick"]
-    assert "| 89.5 ± 0.7 |" in rows[0]  # 90 and 89
+    assert "| 89.5 ± 0.7 (" in rows[0]  # 90 and 89, and the interval
     assert "2 s of training each" in page
     assert (tmp_path / "compare/compare.md").read_text() in page
     client = connect(settings.store().uri)

@@ -82,6 +82,8 @@ def test_a_better_model_is_promoted_with_its_evidence_and_rolled_back(gated, nam
     assert champion(gated, name) == 2
     assert better.comparison.p_value < 1e-3
     run, evidence = decision_of(gated, better)
+    # Two models were judged on this test set, whatever their registered names.
+    assert (evidence["comparison"]["judged"], evidence["comparison"]["level"]) == (2, 0.025)
     assert run.data.metrics["gate/gain"] == pytest.approx(better.comparison.gain)
     assert run.data.metrics[gated.rule.metric] == better.comparison.candidate_cra
     for number in (1, 2):
@@ -238,11 +240,17 @@ def test_the_entry_runs_the_acts_and_tells_the_outcome_by_its_status(gated, caps
     assert main(["rule", "entry", "--rule.eps", gated.eps, "--rule.min-samples", "10", *store]) == 0
     assert main(["promote", "entry", *store]) == 2
     assert main(["candidate", "entry", gated.of_steady, *store]) == 0
+    assert main(["promote", "entry", *store]) == NOT_PROMOTED
+    assert "needed: 1 of at least 200 samples, rule.min_samples" in capsys.readouterr().out
+    few = ["--rule.eps", gated.eps, "--rule.min-samples", "80"]
+    assert main(["rule", "entry", *few, *store]) == 0
     assert main(["promote", "entry", "--sample", "10", *store]) == 0
     assert main(["candidate", "entry", gated.of_sharp, *store]) == 0
     assert main(["promote", "entry", *store]) == NOT_PROMOTED
     assert "NOT promoted" in capsys.readouterr().out
     assert main(["status", "entry", *store]) == 0
-    assert "champion" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "champion" in shown
+    assert " to " in shown  # the interval
     assert main(["rollback", "entry", *store]) == 2
     assert "no earlier champion" in capsys.readouterr().err
