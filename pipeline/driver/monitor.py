@@ -78,7 +78,7 @@ class RunMonitor:
         self._run = run
         self._followed: set[int] = set()
         self._following = threading.Lock()
-        self._errands = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="errands")
+        self._background = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="background")
         self._began = began
         self._usage = usage
         self._display = display
@@ -90,7 +90,7 @@ class RunMonitor:
         self._reprojections = tracker.last_value(_REPROJECTIONS) or 0.0
 
     def stamp(self, job: WorkerSpec) -> WorkerSpec:
-        """The job with the id of its tracked run, so that artefacts lead back to it.
+        """The job with the id of its tracked run, so that artifacts lead back to it.
 
         Left out when the tracking server has not answered yet.
         """
@@ -189,7 +189,7 @@ class RunMonitor:
     def _keep(self, event: CheckpointSaved) -> None:
         self._display.message(
             f"[green]kept[/green] step {event.step}: {escape(local_path(event.checkpoint_url))}, "
-            f"artefact {event.digest[:12]}, orthogonality residual <= {event.residual:.1e}; "
+            f"artifact {event.digest[:12]}, orthogonality residual <= {event.residual:.1e}; "
             f"training waited {event.stall_s:.2f} s"
         )
         times = {"checkpoint/stall_s": event.stall_s, "checkpoint/write_s": event.seconds}
@@ -199,16 +199,16 @@ class RunMonitor:
 
     def settle(self) -> None:
         """Wait for what is done beside the events; there are no more of them."""
-        self._errands.shutdown(wait=True)
+        self._background.shutdown(wait=True)
 
-    def _beside(self, errand: Callable[[], object], what: str) -> None:
+    def _beside(self, task: Callable[[], object], what: str) -> None:
         """Do something that asks a store, without keeping the events waiting."""
 
         def run() -> None:
             with self.saying(what):
-                errand()
+                task()
 
-        self._errands.submit(run)
+        self._background.submit(run)
 
     @contextlib.contextmanager
     def saying(self, what: str) -> Iterator[None]:
@@ -219,7 +219,7 @@ class RunMonitor:
             self._display.message(f"[red]{what}[/red]: {escape(str(error))}")
 
     def _catch_up(self, until: int) -> None:
-        """Record and certify artefacts up to a step of which no event has come."""
+        """Record and certify artifacts up to a step of which no event has come."""
         for name in self._run.child(layout.ARTIFACTS).ls():
             with self.saying(_NOT_CERTIFIED):
                 step = layout.step_of(name)
@@ -230,7 +230,7 @@ class RunMonitor:
                     self._follow(step, artifact.url, digest, checkpoint.url)
 
     def _follow(self, step: int, artifact_url: str, digest: str, checkpoint_url: str) -> None:
-        """Record an artefact and have it certified; what was done before leaves no trace."""
+        """Record an artifact and have it certified; what was done before leaves no trace."""
         with self._following:
             self._followed.add(step)
             where = {"checkpoint_url": checkpoint_url}

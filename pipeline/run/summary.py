@@ -94,7 +94,7 @@ class EvaluationSummary:
             orthogonal and no rounding term; `sound` and `deployed` are proved, for the float64
             program and for the one that serves.
         per_class: clean and sound certified accuracy by true class.
-        orthogonality_residual: the artefact's largest ``‖XᵀX - I‖``.
+        orthogonality_residual: the artifact's largest ``‖XᵀX - I‖``.
         network_bound: proved Lipschitz constant of the features.
         observed_lipschitz: largest constant that a gradient showed: a lower bound.
         layers: bounds of every matrix.
