@@ -237,7 +237,7 @@ def test_the_entry_runs_the_acts_and_tells_the_outcome_by_its_status(gated, caps
     store = ["--tracking.uri", gated.tracking.uri, "--tracking.experiment", "gated"]
     assert main(["candidate", "entry", gated.of_sharp, *store]) == 2
     assert "has no rule: set one with `python -m jobs.gate rule entry" in capsys.readouterr().err
-    assert main(["rule", "entry", "--rule.eps", gated.eps, "--rule.min-samples", "10", *store]) == 0
+    assert main(["rule", "entry", "--rule.eps", gated.eps, *store]) == 0
     assert main(["promote", "entry", *store]) == 2
     assert main(["candidate", "entry", gated.of_steady, *store]) == 0
     assert main(["promote", "entry", *store]) == NOT_PROMOTED
