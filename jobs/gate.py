@@ -119,7 +119,8 @@ def _status(model: Name, tracking: TrackingConfig) -> int:
     rule = promotion.rule_of(registry, model)
     table = Table(title=f"{model}: {rule.metric}, alpha {rule.alpha:g}, gain >= {rule.min_gain:g}")
     for column in ("version", "alias", "step", "data", "samples", "CRA", "certificate", "decision"):
-        table.add_column(column, no_wrap=True)
+        # What decides is never cut; a narrow terminal wraps the rest.
+        table.add_column(column, no_wrap=column in ("version", "alias", "decision"), min_width=3)
     for version in registry.versions(model):
         tags = version.tags
         share = tags.get(rule.metric)
