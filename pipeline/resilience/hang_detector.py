@@ -31,7 +31,7 @@ _FIRST_STEP = 5
 """Multiple of the limit for the first step: kernels are built and memory is found."""
 _REPORT_S = 3.0
 """What a process that ends leaves for its own report, and for those of its peers."""
-_WAITING = ("/torch/distributed/", "/deepspeed/", "/optim/exchange.py")
+_WAITING = ("/torch/distributed/", "/deepspeed/", "/optim/collectives.py")
 """Code in which a thread waits for other ranks."""
 
 
