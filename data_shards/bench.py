@@ -9,7 +9,6 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from data_shards.config import StreamConfig
@@ -17,6 +16,7 @@ from data_shards.errors import ShardError
 from data_shards.format.index import ShardIndex, load_index
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream
+from untrusted.terminal import PlainConsole
 
 _MB = 1e6
 _DEFAULT = StreamConfig()
@@ -121,7 +121,7 @@ def _show(title: str, figures: Figures) -> None:
         ("requests repeated, samples replaced", f"{figures.retries}, {figures.damaged}"),
     ):
         table.add_row(name, value)
-    Console(width=88).print(table)
+    PlainConsole(width=88).print(table)
 
 
 def _run(

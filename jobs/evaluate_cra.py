@@ -16,7 +16,6 @@ from typing import Any
 
 import tyro
 from pydantic import TypeAdapter
-from rich.console import Console
 
 from data_shards.errors import ShardError
 from jobs.evaluation.config import EvaluationConfig
@@ -33,6 +32,7 @@ from pipeline.run.exposure import ExposureError
 from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
 from pipeline.run.summary import EvaluationSummary, report
 from pipeline.tracking.client import EvaluationRecord, RunReference, log_evaluation, ui_command
+from untrusted.terminal import PlainConsole
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,8 @@ def main(
         arguments: the command line.
         before_record: called when the result is written and before MLflow hears of it.
     """
-    console = Console(highlight=False, markup=False)
-    errors = Console(stderr=True, highlight=False, markup=False)
+    console = PlainConsole()
+    errors = PlainConsole(stderr=True)
     try:
         config = tyro.cli(EvaluationConfig, args=arguments, prog="jobs.evaluate_cra")
         with following(errors) as on_progress:

@@ -27,6 +27,7 @@ from model.certification.intervals import with_interval
 from model.errors import ModelError
 from pipeline.tracking.client import TrackingConfig, ui_command
 from pipeline.tracking.registry import Registry, RegistryError
+from untrusted.terminal import PlainConsole
 
 NOT_PROMOTED = 3
 Name = Annotated[str, tyro.conf.Positional]
@@ -150,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         "rollback": _rollback,
         "status": _status,
     }
-    errors = Console(stderr=True, highlight=False, markup=False)
+    errors = PlainConsole(stderr=True)
     try:
         return tyro.extras.subcommand_cli_from_dict(acts, args=arguments, prog="jobs.gate")
     except (RegistryError, EvaluationError, ShardError, ModelError, FileNotFoundError) as error:
@@ -169,7 +170,7 @@ def _share(share: str | None, samples: str | None) -> str:
 
 
 def _console() -> Console:
-    return Console(highlight=False, markup=False)
+    return PlainConsole()
 
 
 def _say(text: str) -> None:

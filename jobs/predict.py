@@ -22,7 +22,6 @@ from typing import IO, Annotated, Any, Literal
 import pydantic
 import torch
 import tyro
-from rich.console import Console
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
@@ -40,6 +39,7 @@ from model.errors import ModelError
 from pipeline.run.ray_session import ray_session
 from pipeline.tracking.client import TrackingConfig
 from pipeline.tracking.registry import Registry, RegistryError
+from untrusted.terminal import PlainConsole
 
 FIELDS = ("path", "label", "radius", "norm", "eps", "certified", "size", "resize", "error")
 _TASKS_PER_WAVE = 64
@@ -253,7 +253,7 @@ def _formatted(file: Any, kind: str) -> Callable[[dict[str, Any]], object]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns 0, 1 if an image failed, 2 for bad input."""
-    errors = Console(stderr=True, highlight=False, markup=False)
+    errors = PlainConsole(stderr=True)
     try:
         config = tyro.cli(PredictConfig, args=arguments, prog="jobs.predict")
         with _writer(config) as write:

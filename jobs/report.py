@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import jinja2
 import pydantic
 import tyro
-from rich.console import Console
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
@@ -32,6 +31,7 @@ from model.certification.intervals import wilson, with_interval
 from model.errors import ModelError
 from pipeline.tracking.client import RunReference, TrackingConfig, ui_command
 from pipeline.tracking.reader import Reader, TrackedRun, TrackingError
+from untrusted.terminal import PlainConsole
 
 PAGE, TEXT = "report.html", "report.md"
 _NONE = "–"
@@ -165,8 +165,8 @@ _FILTERS: Mapping[str, Callable[..., object]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns 0, 2 for bad input or 1 for a failure."""
-    console = Console(highlight=False, markup=False)
-    errors = Console(stderr=True, highlight=False, markup=False)
+    console = PlainConsole()
+    errors = PlainConsole(stderr=True)
     try:
         config = tyro.cli(ReportConfig, args=arguments, prog="jobs.report")
         if config.verify:

@@ -37,6 +37,7 @@ from jobs.scheduling.status_page import page
 from pipeline.run.exposure import ExposureError, require_closed
 from pipeline.run.lease import Lease, LeaseError
 from pipeline.tracking.checkpoint_query import CheckpointQuery
+from untrusted.terminal import PlainConsole
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +267,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the scheduler; returns 0, 1 after a failed evaluation, 2 for bad input, 130 or 143."""
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logger.setLevel(logging.INFO)
     logging.getLogger("apscheduler").setLevel(logging.ERROR)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import pydantic
 import tyro
-from rich.console import Console
 
 from jobs.reporting.data import differing_settings
 from model.certification.eps import eps_value
@@ -32,6 +31,7 @@ from pipeline.tracking.ui_views import (
     save_views,
     scatter,
 )
+from untrusted.terminal import PlainConsole
 
 TRAINING = "tags.stage = 'train'"
 EVALUATIONS = "tags.stage = 'cra-eval'"
@@ -174,8 +174,8 @@ def _what_decides(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns 0, 2 for bad input or 1 for a failure."""
-    console = Console(highlight=False, markup=False)
-    errors = Console(stderr=True, highlight=False, markup=False)
+    console = PlainConsole()
+    errors = PlainConsole(stderr=True)
     try:
         tracking = tyro.cli(ViewsConfig, args=arguments, prog="jobs.views").tracking
         runs = Reader(tracking).training_runs()

@@ -22,7 +22,7 @@ def following(console: Console) -> Iterator[OnProgress]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     last = time.monotonic()
     with Bar(*columns, console=console, transient=True) as bar:

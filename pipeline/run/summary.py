@@ -182,8 +182,7 @@ def report(console: Console, summaries: Sequence[EvaluationSummary]) -> None:
     last = summaries[-1]
     console.print(_table(summaries))
     for line in _lines(last):
-        # Names and paths come from outside: no markup, no wrapping of what is to be copied.
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)  # no wrapping of what is to be copied
 
 
 def _table(summaries: Sequence[EvaluationSummary]) -> Table:
