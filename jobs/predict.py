@@ -39,6 +39,7 @@ from model.errors import ModelError
 from pipeline.run.ray_session import ray_session
 from pipeline.tracking.client import TrackingConfig
 from pipeline.tracking.registry import Registry, RegistryError
+from untrusted.limits import UntrustedError
 from untrusted.terminal import PlainConsole
 
 FIELDS = ("path", "label", "radius", "norm", "eps", "certified", "size", "resize", "error")
@@ -183,6 +184,7 @@ def _resolve(config: PredictConfig) -> tuple[str, str | None, str]:
         url, digest = version.tags.get("artifact_url", ""), version.tags.get("artifact_digest", "")
         if not url or not digest:
             raise RegistryError(f"{version} names no model artifact: the gate did not register it")
+        registry.require_address(url)
         eps = eps or rule_of(registry, version.name).eps
     eps = eps or "36/255"
     eps_value(eps)
@@ -192,8 +194,9 @@ def _resolve(config: PredictConfig) -> tuple[str, str | None, str]:
 def _open(picture: Picture, shape: Any, resize: bool) -> PreparedImage | str:
     """The image, or what is wrong with it."""
     try:
-        return prepare(Store(picture.folder).read(picture.name), shape, resize=resize)
-    except (ShardError, EvaluationError, OSError) as error:
+        data = Store(picture.folder).read(picture.name, limit="image_bytes")
+        return prepare(data, shape, resize=resize)
+    except (ShardError, EvaluationError, UntrustedError, OSError) as error:
         return str(error)
 
 

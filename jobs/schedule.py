@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from types import FrameType
 from typing import Any
@@ -227,8 +227,12 @@ def _due_now(when: str, config: ScheduleConfig, claims: Claims) -> bool:
         return True
     if not claims.store.exists(_mark(when)):
         return _INTERVAL.fullmatch(when) is not None
-    mark: Mapping[str, Any] = json.loads(claims.store.read(_mark(when)))
-    last = datetime.fromtimestamp(mark["at"], timezone.utc)
+    try:
+        mark = claims.store.read_object(_mark(when))
+        last = datetime.fromtimestamp(mark["at"], timezone.utc)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        logger.warning("%s/%s: %s; the rule is applied now", claims.store, _mark(when), error)
+        return True
     due = trigger(when, config).get_next_fire_time(last, last)
     return due is not None and due <= datetime.now(timezone.utc)
 

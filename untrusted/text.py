@@ -32,6 +32,11 @@ def printable(text: str) -> str:
     )
 
 
+def shown(value: object) -> object:
+    """A value for an HTML page, which Jinja escapes after this; texts as `printable`."""
+    return printable(value) if type(value) is str else value
+
+
 def markdown(text: object) -> str:
     """A text that stands in a line, a cell or a heading of a Markdown page as it is written.
 

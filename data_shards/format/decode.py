@@ -19,9 +19,10 @@ from torch import Tensor
 
 from data_shards.errors import ShardError
 from data_shards.format.crop_box import RATIO, SCALE, Box, random_crop_box
+from untrusted.limits import UntrustedError, require
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-MAX_PIXELS = 1 << 25
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which would warn below that of `_check_size`
 _JPEG_COLOURS = {"Gray": "GRAY", "YCbCr": "RGB", "RGB": "RGB"}
 # Pillow's mode -> the modes it goes through. RGBA first: a palette may have transparent entries.
 _CONVERSIONS = {
@@ -32,8 +33,6 @@ _PILLOW_FAILURES = (
     OSError,
     ValueError,
     SyntaxError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
 # Of rows that are not decoded, and in files of the official sets, which Pillow accepts too.
 _LEFT_OVER = re.compile("extraneous bytes before marker")
@@ -73,7 +72,7 @@ def decode_image(data: bytes, extension: str) -> Tensor:
 
     Raises:
         ShardError: a format outside the list, damaged bytes, 16 bits per channel, or more than
-            `MAX_PIXELS` pixels.
+            pixels than the limit.
     """
     kind = _format(data, extension)
     header = _jpeg_header(data) if kind == "JPEG" else None
@@ -225,5 +224,7 @@ def _decode_pillow(data: bytes, kind: str) -> Pixels:
 
 
 def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ShardError(f"image of {width} x {height} pixels is over the limit {MAX_PIXELS}")
+    try:
+        require(width * height, "image_pixels", f"image of {width} x {height} has")
+    except UntrustedError as error:
+        raise ShardError(str(error)) from error

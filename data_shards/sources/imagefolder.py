@@ -9,6 +9,7 @@ from data_shards.sources.archive import Members
 from data_shards.sources.base import VALIDATION, Source, hold_out
 from data_shards.sources.convert import Recipe
 from data_shards.storage.store import Store
+from untrusted.limits import UntrustedError, require
 
 _TRAIN = "train"
 _TEST = ("val", "test")
@@ -50,6 +51,11 @@ def imagefolder(source: str, recipe: Recipe, *, name: str | None = None) -> Sour
         images = sorted(file for file in listing if file.lower().endswith(_EXTENSIONS))
         if not images:
             raise ShardError(f"{store}/{folder} has no images ({', '.join(_EXTENSIONS)})")
+        try:
+            for file in images:
+                require(listing[file], "image_bytes", f"{store}/{file} has")
+        except UntrustedError as error:
+            raise ShardError(str(error)) from error
         files += images
         labels += [label] * len(images)
         test += [part != _TRAIN] * len(images)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_shards.storage.store import Store
 from jobs.evaluation.results import EvaluationError
@@ -23,6 +22,8 @@ from jobs.registry.promotion_rule import Bits, Rule
 from model.certification.eps import eps_value
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
 from pipeline.run.summary import EvaluationSummary
+from untrusted.json_input import parse_object
+from untrusted.parquet import read_table
 
 FILES = (CERTIFICATE, SAMPLES, SUMMARY)
 VERIFY_TIMEOUT_S = 6 * 3600.0
@@ -57,7 +58,7 @@ class CertificateBundle:
             if name not in files:
                 raise EvaluationError(f"{place} has no {name}")
         try:
-            body = json.loads(files[CERTIFICATE])
+            body = parse_object(files[CERTIFICATE], CERTIFICATE)
             stated = body.pop("digest")
             text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
             summary = EvaluationSummary.from_json(files[SUMMARY])
@@ -167,4 +168,4 @@ class CertificateBundle:
 
     @cached_property
     def _table(self) -> pa.Table:
-        return pq.read_table(pa.BufferReader(self.files[SAMPLES]), use_threads=False)
+        return read_table(self.files[SAMPLES], SAMPLES)

@@ -29,6 +29,7 @@ from pipeline.run.ray_job import is_ray_job, uploaded_code
 from pipeline.run.ray_session import cluster_address
 from pipeline.run.state import WorkerSpec
 from pipeline.run.step_schedule import make_step_schedule, world_sizes
+from pipeline.tracking.addresses import listed_addresses
 from pipeline.tracking.client import TrackingConfig
 from pipeline.training.data import Samples, open_samples
 from pipeline.training.zero3 import require_precision
@@ -181,7 +182,11 @@ def _tracking(config: RunConfig, storage: Store, samples: Samples) -> TrackingCo
         folder.mkdir(parents=True, exist_ok=True)
     uri = config.mlflow or f"{_SQLITE}{folder / 'mlflow.db'}"
     try:
-        tracking = TrackingConfig(uri=uri, experiment=config.experiment or samples.name)
+        tracking = TrackingConfig(
+            uri=uri,
+            experiment=config.experiment or samples.name,
+            addresses=(storage.url, *listed_addresses()),
+        )
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise PipelineError(f"mlflow: {reason}") from None

@@ -6,7 +6,7 @@ import pytest
 from mlflow import MlflowClient
 
 from jobs.evaluate_cra import evaluate
-from jobs.report import PAGE, TEXT, cell, duration, main, per_further_point, render
+from jobs.report import PAGE, TEXT, duration, main, per_further_point, render
 from jobs.reporting.cost import Cost, passed_epochs
 from jobs.reporting.data import collect
 from model.certification.intervals import wilson
@@ -161,7 +161,6 @@ def test_markdown_tables_have_one_width(texts):
         assert len(rows) >= 3
         assert len({row.count("|") for row in rows}) == 1
         assert set(rows[1]) <= set("|-:")
-    assert cell("a|b\\") == "a\\|b\\\\"
 
 
 def test_links_lead_to_a_server_when_there_is_one(made, report):

@@ -419,6 +419,7 @@ def test_the_verifier_imports_nothing_of_the_project_and_no_torch():
         "untrusted",
         "torch",
         "pydantic",
+        "tyro",
     )
     code = (
         "import sys, json, model.verify\n"
