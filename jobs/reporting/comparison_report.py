@@ -88,7 +88,8 @@ def markdown(config: CompareConfig, systems: Sequence[System], *, date: str, cod
         f"{config.workers} ranks of {config.threads} threads, {config.parallel} runs at a time. "
         f"Column `sound` on {first.samples} samples of split {code_span(first.split)}: mean ± "
         "sample standard deviation over the seeds, in per cent, ordered by the mean over the "
-        f"radii; in brackets the 95 % Wilson interval of the mean as a share of {first.samples} samples. "
+        f"radii; in brackets the 95 % Wilson interval of the mean as a share of {first.samples} "
+        "samples. "
         "Seconds are those of the training loop, without start-up and certification.",
     ]
     if config.trials:
