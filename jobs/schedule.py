@@ -37,6 +37,7 @@ from jobs.scheduling.status_page import page
 from pipeline.run.exposure import ExposureError, require_closed
 from pipeline.run.lease import Lease, LeaseError
 from pipeline.tracking.checkpoint_query import CheckpointQuery
+from untrusted.json_input import parse_object
 from untrusted.terminal import PlainConsole
 
 logger = logging.getLogger(__name__)
@@ -254,7 +255,7 @@ def _run(config: ScheduleConfig, console: Console) -> int:
     claims.require_exclusive()
     submitter: Submitter = Processes(log_folder())
     if config.address:
-        submitter = RayJobs(config.address, json.loads(config.runtime_env))
+        submitter = RayJobs(config.address, parse_object(config.runtime_env, "runtime_env"))
     scheduler = Scheduler(config, claims, backlog, submitter)
     try:
         if config.once:

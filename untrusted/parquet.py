@@ -6,9 +6,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from untrusted.limits import UntrustedError, require
+from untrusted.limits import UntrustedError, limits, require
 
+_LEAST, _PER_ROW = 1 << 20, 1 << 9
+"""Bytes of a file's own description, and of the numbers and digests of a row."""
 _INDEX_BITS = 32  # of a text in memory: an entry of a dictionary
+
+
+def require_rows(size: int, rows: int, place: object) -> None:
+    """Refuse a file of more bytes than so many rows with one text each can take.
+
+    Args:
+        size: bytes of the file.
+        rows: how many it has to have.
+        place: where it lies, for messages.
+
+    Raises:
+        UntrustedError: it is larger; it need not be read.
+    """
+    most = _LEAST + rows * (limits().name_bytes + _PER_ROW)
+    if size > most:
+        raise UntrustedError(f"{place} has {size:,} bytes; {rows:,} rows take at most {most:,}")
 
 
 def open_parquet(data: bytes, place: object) -> pq.ParquetFile:

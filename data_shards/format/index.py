@@ -23,7 +23,7 @@ from data_shards.format.decode import EXTENSIONS
 from data_shards.format.tar import BLOCK
 from data_shards.storage.store import Store
 from untrusted.limits import UntrustedError, limits
-from untrusted.parquet import open_parquet, read_column
+from untrusted.parquet import open_parquet, read_column, require_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ def load_header(store: Store) -> Header:
     except OSError as error:
         raise ShardError(f"cannot read the index of a shard set: {error}") from error
     except UntrustedError as error:
-        raise ShardError(str(error)) from error
+        raise ShardError(f"not a shard set header: {error}") from error
     except KeyError as error:
         raise ShardError(f"{store}/{HEADER_FILE} is not a shard set header: {error!r}") from error
     if version != SCHEMA_VERSION:
@@ -274,9 +274,13 @@ def load_index(url: str | Store, *, check_files: bool = True) -> ShardIndex:
     try:
         if check_files:
             _check_files(store, header)
+        samples = sum(shard.samples for shard in header.shards)
+        require_rows(store.size(ROWS_FILE), samples, f"{store}/{ROWS_FILE}")
         data = store.read(ROWS_FILE)
     except FileNotFoundError as error:
         raise ShardError(f"shard set {store} has no {ROWS_FILE}") from error
+    except UntrustedError as error:
+        raise ShardError(str(error)) from error
     except OSError as error:
         raise ShardError(f"cannot read the index of a shard set: {error}") from error
     found = hashlib.sha256(data).hexdigest()
@@ -284,7 +288,6 @@ def load_index(url: str | Store, *, check_files: bool = True) -> ShardIndex:
         raise ShardError(
             f"{store}/{ROWS_FILE} has sha256 {found}, the header states {header.rows_sha256}"
         )
-    samples = sum(shard.samples for shard in header.shards)
     try:
         rows, splits = _read_rows(store, data, samples)
     except UntrustedError as error:

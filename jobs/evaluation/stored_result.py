@@ -34,7 +34,7 @@ from model.networks.base import CertifiedNetwork
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
 from pipeline.run.summary import EvaluationSummary, LayerRow
 from untrusted.json_input import parse_object
-from untrusted.parquet import read_table
+from untrusted.parquet import read_table, require_rows
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def read_result(out: Store) -> StoredResult:
         EvaluationError: a file is missing or damaged, or one contradicts another.
     """
     try:
-        data = {name: out.read(name) for name in (CERTIFICATE, SAMPLES, SUMMARY)}
+        data = evaluation_files(out)
         body = certificate_body(data[CERTIFICATE])
         summary = EvaluationSummary.from_json(data[SUMMARY])
         if body["samples_sha256"] != hashlib.sha256(data[SAMPLES]).hexdigest():
@@ -73,6 +73,19 @@ def read_result(out: Store) -> StoredResult:
     except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as error:
         raise EvaluationError(f"the evaluation at {out} cannot be used: {error}") from error
     return result
+
+
+def evaluation_files(folder: Store) -> dict[str, bytes]:
+    """The files of an evaluation by name, none of them larger than it may be.
+
+    Raises:
+        FileNotFoundError: one is missing.
+        ValueError, KeyError, TypeError: too large, or no certificate at all.
+    """
+    files = {name: folder.read(name, limit="json_bytes") for name in (CERTIFICATE, SUMMARY)}
+    rows = parse_object(files[CERTIFICATE], CERTIFICATE)["shards"]["samples"]
+    require_rows(folder.size(SAMPLES), rows, f"{folder}/{SAMPLES}")
+    return {**files, SAMPLES: folder.read(SAMPLES)}
 
 
 def certificate_body(data: bytes) -> dict[str, Any]:

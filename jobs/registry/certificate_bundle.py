@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from data_shards.storage.store import Store
 from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.stored_result import evaluation_files
 from jobs.registry.promotion_rule import Bits, Rule
 from model.certification.eps import eps_value
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
@@ -86,9 +87,12 @@ class CertificateBundle:
         """
         store = Store(url.removesuffix(f"/{CERTIFICATE}"))
         try:
-            return cls.of_files({name: store.read(name) for name in FILES}, store)
+            files = evaluation_files(store)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise EvaluationError(f"no finished evaluation at {store}: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(f"{store} cannot be read: {error!r}") from error
+        return cls.of_files(files, store)
 
     @property
     def digest(self) -> str:

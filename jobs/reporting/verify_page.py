@@ -24,6 +24,7 @@ from data_shards.format.index import ShardIndex, load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import decode, fetch
 from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.stored_result import evaluation_files
 from model.artifact.artifact import WEIGHTS, ArtifactInfo, read_info
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
 from untrusted.parquet import read_table
@@ -93,7 +94,7 @@ def page(located: Located, samples: int | None = None) -> str:
     certificate = _read_certificate(located.evaluation)
     weights = located.artifact.read(WEIGHTS)
     _belong("weights_sha256", certificate["model"]["weights_sha256"], weights, located.artifact)
-    table = located.evaluation.read(SAMPLES)
+    table = _table(located.evaluation)
     _belong("samples_sha256", certificate["samples_sha256"], table, located.evaluation)
     rows = _rows(table, located.evaluation)
     index = load_index(located.shards)
@@ -191,6 +192,13 @@ def _check_network(located: Located, info: ArtifactInfo) -> None:
             f"{located.artifact}/{WEIGHTS} has {size:,} bytes; a page carries up to "
             f"{LARGEST_WEIGHTS:,}: use python -m model.verify"
         )
+
+
+def _table(evaluation: Store) -> bytes:
+    try:
+        return evaluation_files(evaluation)[SAMPLES]
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{evaluation} cannot be used: {error}") from error
 
 
 def _belong(field: str, stated: str, data: bytes, place: Store) -> None:

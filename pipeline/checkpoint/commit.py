@@ -109,8 +109,10 @@ def read_commit(folder: Store) -> Commit:
             f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.errors()[:3]
         )
         raise PipelineError(f"{place} is damaged: {problems}") from error
-    except (UntrustedError, ShardError) as error:
+    except UntrustedError as error:
         raise PipelineError(str(error)) from error
+    except ShardError as error:
+        raise PipelineError(f"{place}: {error}") from error
     return commit
 
 

@@ -26,6 +26,7 @@ from pipeline.run.layout import (
 )
 from pipeline.run.lease import fence
 from pipeline.run.state import TrainState
+from untrusted.limits import UntrustedError
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,11 @@ def load_newest(
 def _put_aside(folder: Store) -> None:
     """Steps behind it will be written anew, so it must not count as the newest any more."""
     with contextlib.suppress(OSError):  # then it is passed over once more next time
-        folder.write(DAMAGED_COMMIT, folder.read(COMMIT))
+        try:
+            data = folder.read(COMMIT, limit="json_bytes")
+        except UntrustedError as error:  # too large to be moved
+            data = str(error).encode()
+        folder.write(DAMAGED_COMMIT, data)
         folder.remove(COMMIT)
 
 

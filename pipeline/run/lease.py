@@ -41,6 +41,7 @@ from data_shards.storage.store import Store
 from pipeline.errors import PipelineError
 from pipeline.run.layout import LEASES
 from untrusted.json_input import parse_object
+from untrusted.limits import UntrustedError
 
 logger = logging.getLogger(__name__)
 
@@ -246,8 +247,8 @@ class LeaseFolder:
     def holder(self, lease: Lease) -> Process | None:
         """The process that has shown the last sign of life, as far as it is known."""
         try:
-            return Process.parse(self.store.read(f"{lease.name}.beat"))
-        except FileNotFoundError:
+            return Process.parse(self.store.read(f"{lease.name}.beat", limit="json_bytes"))
+        except (FileNotFoundError, UntrustedError):
             return None
 
     def age(self, name: str, now: Callable[[], float]) -> float:

@@ -183,3 +183,11 @@ def test_an_image_of_a_row_is_held_to_its_limit(digits_set, monkeypatch):
     monkeypatch.setenv("CERTIFIED_PRETRAIN_LIMIT_IMAGE_BYTES", "90")
     with pytest.raises(ShardError, match="which is not within the 90 bytes that an image may have"):
         load_index(str(digits_set))
+
+
+def test_an_index_of_more_bytes_than_its_rows_can_take_is_not_read(digits_set, copy_of):
+    path = copy_of(digits_set)
+    with (path / "index.parquet").open("ab") as file:
+        file.truncate(20 << 30)  # sparse: 20 GiB of nothing
+    with pytest.raises(ShardError, match=r"21,474,836,480 bytes; 1,797 rows take at most"):
+        load_index(str(path))

@@ -163,12 +163,12 @@ def sealed(folder, **network):
 
 
 @pytest.mark.parametrize(
-    "network",
+    "changes",
     [{"depth": 10**9}, {"width": 2**20}, {"width": 2**40}, {"num_classes": 2**40}],
-    ids=lambda network: next(iter(network)),
+    ids=lambda changes: next(iter(changes)),
 )
-def test_nothing_is_built_that_the_weights_could_not_fill(folder, network):
-    sealed(folder, **network)
+def test_nothing_is_built_that_the_weights_could_not_fill(folder, changes):
+    sealed(folder, **changes)
     with pytest.raises(ModelError, match=r"more than the \d+ values of its weights|can be built"):
         read_info(folder.open)
 
