@@ -14,7 +14,7 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.planner.diagnostics import Finding, all_checks, bounded
+from pipeline.planner.environment_checks import Finding, all_checks, bounded
 from untrusted.terminal import PlainConsole
 
 _COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}

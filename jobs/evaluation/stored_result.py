@@ -31,8 +31,8 @@ from model.artifact.artifact import ArtifactInfo
 from model.certification.matrix_bounds import MatrixBound
 from model.empirical_lipschitz import refute
 from model.networks.base import CertifiedNetwork
+from pipeline.run.evaluation_summary import EvaluationSummary, LayerRow
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
-from pipeline.run.summary import EvaluationSummary, LayerRow
 from untrusted.json_input import parse_object
 from untrusted.parquet import read_table, require_rows
 

@@ -21,8 +21,8 @@ from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.stored_result import evaluation_files
 from jobs.registry.promotion_rule import Bits, Rule
 from model.certification.eps import eps_value
+from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
-from pipeline.run.summary import EvaluationSummary
 from untrusted.json_input import parse_object
 from untrusted.parquet import read_table
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_runs import Outcome
-from model.certification.intervals import wilson
+from model.certification.wilson_interval import wilson
 from untrusted.text import code as code_span
 from untrusted.text import markdown as markdown_text
 

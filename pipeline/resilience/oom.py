@@ -23,7 +23,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import PipelineError
 from pipeline.resilience.signals import Interruption
 from pipeline.run import layout
-from pipeline.run.state import WorkerSpec
+from pipeline.run.rank_state import WorkerSpec
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from pipeline.presets import run_preset
 from pipeline.resilience.oom import too_large
 from pipeline.resilience.rollback import read_gaps
 from pipeline.run import layout
+from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.events import Started
 from pipeline.run.lease import Lease
-from pipeline.run.summary import EvaluationSummary
 from pipeline.tracking import outbox
 from pipeline.tracking.client import RunReference, TrackingConfig
 from pipeline.tracking.outbox import Tracker
