@@ -62,7 +62,7 @@ class TrackingConfig:
     """MLflow store: sqlite:///path/mlflow.db (embedded) or the http(s) address of a server."""
     experiment: str = "certified-pretrain"
     """MLflow experiment; one per dataset."""
-    addresses: tuple[str, ...] = pydantic.Field(default_factory=listed_addresses)
+    addresses: tuple[str, ...] = field(default_factory=listed_addresses)
     """URL prefixes under which an MLflow server may name artifacts and files of runs; what it keeps
     itself needs none. Default: those of CERTIFIED_PRETRAIN_ADDRESSES, separated by blanks."""
 

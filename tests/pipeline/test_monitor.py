@@ -5,7 +5,6 @@ import threading
 from unittest import mock
 
 import pytest
-from rich.console import Console
 
 import pipeline.driver.evaluations
 from data_shards.storage.store import Store
@@ -18,6 +17,7 @@ from pipeline.driver.usage import UsageMetrics
 from pipeline.planner.flops import training_flops
 from pipeline.presets import run_preset
 from pipeline.run.events import CheckpointFailed, CheckpointSaved, Metrics, MetricsReplayed, Started
+from untrusted.terminal import PlainConsole
 
 VALUES = {
     "train/loss": 1.25,
@@ -60,7 +60,9 @@ def usage_of(recorder):
 
 
 def show(*events, terminal, folder):
-    console = Console(record=True, force_terminal=terminal, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = PlainConsole(
+        record=True, force_terminal=terminal, width=160, file=open("/dev/null", "w")
+    )  # noqa: SIM115
     usage = usage_of(Recorder())
     monitor = RunMonitor(
         RunConsole(console),
@@ -261,7 +263,7 @@ def test_what_an_earlier_execution_kept_is_recorded_and_certified_once(tmp_path,
     monkeypatch.setattr("pipeline.driver.monitor.read_info", info)
     recorder, evaluations = Recorder(), mock.Mock()
     usage = usage_of(recorder)
-    console = Console(file=io.StringIO())
+    console = PlainConsole(file=io.StringIO())
     event_log = EventLog(tmp_path, run)
     monitor = RunMonitor(
         RunConsole(console), recorder, evaluations, lambda: None, usage, event_log, run
@@ -275,7 +277,7 @@ def test_what_an_earlier_execution_kept_is_recorded_and_certified_once(tmp_path,
 
 
 def test_what_a_store_refuses_keeps_no_event_waiting(tmp_path):
-    recorder, console = Recorder(), Console(file=io.StringIO())
+    recorder, console = Recorder(), PlainConsole(file=io.StringIO())
     usage, run = usage_of(recorder), Store(tmp_path)
     refuse = mock.Mock(side_effect=OSError("no [room]"))
     event_log = EventLog(tmp_path, run)
