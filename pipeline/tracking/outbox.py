@@ -35,7 +35,7 @@ from pipeline.tracking.client import (
     now_ms,
 )
 from untrusted.json_input import parse_object
-from untrusted.limits import UntrustedError
+from untrusted.limits import UntrustedError, require
 from untrusted.text import printable
 
 logger = logging.getLogger(__name__)
@@ -326,7 +326,9 @@ class _Spool:
         return self._lines.end
 
     def append(self, row: dict[str, Any]) -> int:
-        return self._lines.append(json.dumps(row).encode() + b"\n")
+        line = json.dumps(row).encode()
+        require(len(line), "json_bytes", f"a record for {self.path} has")  # else it is never read
+        return self._lines.append(line + b"\n")
 
     def flush(self) -> None:
         self._lines.flush()

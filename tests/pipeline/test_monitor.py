@@ -60,9 +60,8 @@ def usage_of(recorder):
 
 
 def show(*events, terminal, folder):
-    console = PlainConsole(
-        record=True, force_terminal=terminal, width=160, file=open("/dev/null", "w")
-    )  # noqa: SIM115
+    nowhere = open("/dev/null", "w")  # noqa: SIM115
+    console = PlainConsole(record=True, force_terminal=terminal, width=160, file=nowhere)
     usage = usage_of(Recorder())
     monitor = RunMonitor(
         RunConsole(console),
