@@ -40,7 +40,7 @@ class CommittedFile:
 class CommittedTensor:
     """Where the elements of a tensor lie."""
 
-    shape: list[int]
+    shape: list[int] = Field(max_length=16)
     parts: list[tuple[str, int, int]]
     """File, first element of the row-major tensor and the one after the last, in order."""
 
@@ -144,7 +144,7 @@ def _check_parts(commit: Commit, place: str) -> None:
             raise PipelineError(f"{place}: {key} has shape {tensor.shape}")
         for name, first, last in tensor.parts:
             if name not in files:
-                raise PipelineError(f"{place}: {key} is in {name!r}, not its file")
+                raise PipelineError(f"{place}: {key} is in {name[:100]!r}, not its file")
             if first != min(end, count) or last < first:
                 raise PipelineError(
                     f"{place}: {key} has elements up to {end}, then from {first} to {last}"

@@ -40,7 +40,15 @@ from untrusted.text import printable
 
 logger = logging.getLogger(__name__)
 
-_KINDS = ("start", "metrics", "checkpoint", "evaluation", "tags", "finish")
+_FIELDS = {
+    "start": {"run_key", "run_id", "run_name", "params", "tags", "timestamp_ms"},
+    "metrics": {"step", "values", "timestamp_ms"},
+    "checkpoint": {"step", "artifact_url", "digest", "params"},
+    "evaluation": {"record"},
+    "tags": {"tags"},
+    "finish": {"status", "timestamp_ms"},
+}
+"""What a record of each kind has."""
 _LONGEST_REASON = 2000
 """Characters of what a server answers that reach the log."""
 _METRIC_NAME = re.compile(r"[\w\-. :/]{1,250}")
@@ -254,6 +262,7 @@ class Tracker:
                     self._spool.acknowledge(end)
 
     def _ship_row(self, server: MlflowConnection, row: dict[str, Any]) -> None:
+        row = dict(row)
         kind = row.pop("kind")
         if kind == "start":
             known = self._spool.run
@@ -278,7 +287,7 @@ class Tracker:
     def _run_id(self, server: MlflowConnection) -> str:
         if (
             self._spool.run is None
-        ):  # the line that began it is damaged; its key finds it all the same
+        ):  # its first line is damaged: by its key it is found all the same
             self._spool.run = server.start_run(**self._start)
         return self._spool.run.run_id
 
@@ -302,7 +311,8 @@ def _row(line: bytes) -> dict[str, Any]:
         row = parse_object(line, SPOOL)
     except UntrustedError:
         return _DAMAGED
-    return row if row.get("kind") in _KINDS else _DAMAGED
+    fields = _FIELDS.get(str(row.get("kind")))
+    return row if fields and fields <= row.keys() else _DAMAGED
 
 
 class _Spool:

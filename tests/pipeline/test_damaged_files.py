@@ -138,6 +138,7 @@ DAMAGE = {
     "NUL": b"\0" * 300 + b"\n",
     "a cut line": b'{"kind": "metrics", "step": 1, "val\n',
     "no record": b"[1, 2]\n",
+    "half a record": b'{"kind": "metrics", "step": 1}\n',
     "an unknown kind": b'{"kind": "surprise"}\n',
     "too deep": b"[" * 100_000 + b"\n",
     "no UTF-8": b'{"kind": "\xff"}\n',
