@@ -22,7 +22,7 @@ from data_shards.errors import ShardError
 from data_shards.format.decode import EXTENSIONS
 from data_shards.format.tar import BLOCK
 from data_shards.storage.store import Store
-from untrusted.limits import UntrustedError, limits
+from untrusted.limits import UntrustedError, limits, require_name
 from untrusted.parquet import open_parquet, read_column, require_rows
 
 _logger = logging.getLogger(__name__)
@@ -238,6 +238,10 @@ def load_header(store: Store) -> Header:
         )
     try:
         header = pydantic.TypeAdapter(Header).validate_python(fields)
+        for name in (header.name, *header.class_names):
+            require_name(name, f"{store}/{HEADER_FILE}")
+    except UntrustedError as error:
+        raise ShardError(str(error)) from error
     except pydantic.ValidationError as error:
         raise ShardError(f"{store}/{HEADER_FILE} is not a shard set header: {error}") from error
     if header.digest() != stated:

@@ -93,6 +93,7 @@ def test_changed_header(digits_set, copy_of):
         ({"schema_version": 9}, "schema version 9, this program reads 2"),
         ({"shards": []}, "is empty"),
         ({"surprise": 1}, "not a shard set header"),
+        ({"name": "x" * 1025}, "has a name of 1,025 bytes, the limit is 1,024"),
         ({"num_classes": 5}, r"sample '\d+' of shard .*/train-\d+\.tar has label [5-9], which is "
                              r"not in \[0, 5\)"),
         ({"splits": {"train": 1}}, "the header states {'train': 1}"),
