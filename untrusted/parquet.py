@@ -67,12 +67,11 @@ def read_column(file: pq.ParquetFile, name: str, place: object) -> pa.ChunkedArr
     """
     try:
         column = file.read(columns=[name], use_threads=False).column(0)
+        texts = column.chunks if pa.types.is_dictionary(column.type) else []
+        lengths = [pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0 for chunk in texts]
     except (pa.ArrowException, OSError) as error:
         raise UntrustedError(f"{place} is damaged: {error}") from error
-    if pa.types.is_dictionary(column.type):
-        for chunk in column.chunks:
-            longest = pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0
-            require(longest, "name_bytes", f"{place} has in {name} a text of")
+    require(max(lengths, default=0), "name_bytes", f"{place} has in {name} a text of")
     return column
 
 

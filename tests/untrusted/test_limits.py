@@ -64,7 +64,7 @@ def test_a_stream_without_an_end_is_read_to_the_limit_only(monkeypatch):
         taken = 0
 
         def read(self, size=-1):
-            assert 0 < size <= 1001
+            assert 0 <= size <= 1001
             self.taken += size
             return b" " * size
 
@@ -115,7 +115,7 @@ def test_names_are_counted_in_bytes():
 def test_a_text_that_a_few_bytes_repeat_is_refused_before_it_is_written_out():
     """Written out this column would take 20 GB."""
     keys = pa.DictionaryArray.from_arrays(pa.array(np.zeros(10_000, np.int32)), ["a" * 2 * MIB])
-    data = parquet(pa.table({"key": pa.chunked_array([keys]).cast(pa.string()).slice(0, 100)}))
+    data = parquet(pa.table({"key": keys}))
     assert len(data) < 10_000
     before = pa.total_allocated_bytes()
     file = open_parquet(data, "rows")
