@@ -26,7 +26,7 @@ _MOST = 1 << 63
 """Counts are below it: what adds two of them stays exact in 64 bits."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class CommittedFile:
     """A file of a checkpoint."""
 
@@ -36,7 +36,7 @@ class CommittedFile:
     """Bytes."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class CommittedTensor:
     """Where the elements of a tensor lie."""
 
