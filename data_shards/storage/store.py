@@ -225,17 +225,21 @@ class Store:
 
         A missing prefix is empty. Names are relative to this store. Directories have size 0.
         """
+        return {name: size or 0 for name, size in self.entries(prefix).items()}
+
+    def entries(self, prefix: str = "") -> dict[str, int | None]:
+        """Return what `sizes` returns, with None instead of 0 for a directory."""
         path = self._path(prefix)
         try:
             entries = self._call(lambda: self._fs().ls(path, detail=True))
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        found = {}
+        found: dict[str, int | None] = {}
         for entry in entries:
             name = entry["name"].rstrip("/").rpartition("/")[2]
             is_self = entry["name"].strip("/") == path.strip("/")
             if not is_self and not (name.startswith(".") and name.endswith(_TEMPORARY)):
-                size = 0 if entry["type"] == "directory" else int(entry["size"] or 0)
+                size = None if entry["type"] == "directory" else int(entry["size"] or 0)
                 found[f"{prefix.rstrip('/')}/{name}".lstrip("/")] = size
         return found
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,9 @@ def report(
 ) -> dict[str, Any]:
     """Return the content of `report.json`: counts, and the first 1000 of each kind by name.
 
+    Of the entries of a source that were not taken, those are the first 1000 of each cause. Bytes of
+    a name that are not UTF-8 stand as lone surrogates, as `os.fsdecode` has them.
+
     Args:
         source: The images.
         stored: Number of stored images.
@@ -59,9 +62,9 @@ def report(
         "stored": stored,
         "undecodable": {
             "count": len(left_out),
-            "causes": dict(sorted(Counter(cause for _, cause, _ in left_out).items())),
+            "causes": causes_of(cause for _, cause, _ in left_out),
             "first": [
-                {"key": f"{number:08d}", "name": source.describe(number), "cause": cause,
+                {"key": f"{number:08d}", "name": source.name_of(number), "cause": cause,
                  "message": text}
                 for number, cause, text in listed
             ],
@@ -70,13 +73,32 @@ def report(
             "count": len(duplicates[0]),
             "dropped": dropped,
             "first": [
-                {"key": f"{number:08d}", "name": source.describe(number),
-                 "same_as": source.describe(original)}
+                {"key": f"{number:08d}", "name": source.name_of(number),
+                 "same_as": source.name_of(original)}
                 for number, original in pairs
             ],
         },
         "other_files": source.other_files,
+        "not_taken": {
+            "causes": causes_of(cause for _, cause in source.not_taken),
+            "first": [{"name": name, "cause": cause} for name, cause in _some(source.not_taken)],
+        },
     }  # fmt: skip
+
+
+def causes_of(causes: Iterable[str]) -> dict[str, int]:
+    """Return how often each cause occurs, by name."""
+    return dict(sorted(Counter(causes).items()))
+
+
+def _some(not_taken: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    seen: Counter[str] = Counter()
+    listed = []
+    for name, cause in not_taken:
+        seen[cause] += 1
+        if seen[cause] <= _LISTED:
+            listed.append((name, cause))
+    return listed
 
 
 def report_to_json(content: dict[str, Any]) -> bytes:
@@ -86,11 +108,16 @@ def report_to_json(content: dict[str, Any]) -> bytes:
 
 def summary(content: dict[str, Any]) -> str:
     """Return one line that counts what was left out and found twice."""
-    causes = content["undecodable"]["causes"]
-    named = f" ({', '.join(f'{n} {cause}' for cause, n in causes.items())})" if causes else ""
-    duplicates = content["duplicates"]
+    undecodable, duplicates = content["undecodable"], content["duplicates"]
     fate = "left out" if duplicates["dropped"] else "kept"
+    not_taken = content.get("not_taken", {}).get("causes", {})  # sets written before have none
     return (
-        f"{content['undecodable']['count']} undecodable{named}, "
-        f"{duplicates['count']} duplicates {fate}, {content['other_files']} other files"
+        f"{undecodable['count']} undecodable{_in_brackets(undecodable['causes'])}, "
+        f"{duplicates['count']} duplicates {fate}, "
+        f"{content['other_files']} other files{_in_brackets(not_taken)}"
     )
+
+
+def _in_brackets(causes: dict[str, int]) -> str:
+    named = ", ".join(f"{count} {cause}" for cause, count in causes.items())
+    return f" ({named})" if named else ""
