@@ -5,9 +5,11 @@ are taken as stored: EXIF orientation is not applied, as everywhere in the field
 RGB, alpha is dropped and CMYK is converted as Pillow does; 16-bit images are refused.
 """
 
+import contextlib
 import io
 import re
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -82,6 +84,21 @@ def decode_image(data: bytes, extension: str) -> Tensor:
     else:
         pixels = _decode_jpeg(data, header, header.height, factor=1)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def probe_shape(data: bytes, extension: str) -> tuple[int, int, int]:
+    """Return the (C, H, W) that `decode_image` would return, from the header of an image alone.
+
+    Raises:
+        ShardError: as in `decode_image`, apart from damage behind the header.
+    """
+    kind = _format(data, extension)
+    header = _jpeg_header(data) if kind == "JPEG" else None
+    if header is not None:
+        return 1 if header.colours == "GRAY" else 3, header.height, header.width
+    with _opened(data, kind) as image:
+        grey = "L" in (image.mode, *_CONVERSIONS[image.mode])
+        return 1 if grey else 3, image.height, image.width
 
 
 def decode_crop(
@@ -206,6 +223,17 @@ def _height_place(data: bytes) -> int | None:
 
 
 def _decode_pillow(data: bytes, kind: str) -> Pixels:
+    with _opened(data, kind) as image:
+        plain: Image.Image = image
+        for mode in _CONVERSIONS[image.mode]:
+            plain = plain.convert(mode)
+        pixels = np.array(plain)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, kind: str) -> Iterator[Image.Image]:
+    """Open an image that can be decoded; what Pillow meets later becomes a ShardError, too."""
     if kind == "PNG" and data[_PNG_DEPTH : _PNG_DEPTH + 1] == b"\x10":
         raise ShardError(f"PNG of {len(data)} bytes has 16 bits per channel, 8 are possible")
     try:
@@ -213,15 +241,11 @@ def _decode_pillow(data: bytes, kind: str) -> Pixels:
             _check_size(*image.size)
             if image.mode not in _CONVERSIONS:
                 raise ShardError(f"{kind} colour mode {image.mode} is not greyscale or RGB")
-            plain: Image.Image = image
-            for mode in _CONVERSIONS[image.mode]:
-                plain = plain.convert(mode)
-            pixels = np.array(plain)
+            yield image
     except ShardError:
         raise
     except _PILLOW_FAILURES as error:
         raise ShardError(f"damaged {kind} of {len(data)} bytes: {error}") from error
-    return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
 def _check_size(width: int, height: int) -> None:

@@ -134,7 +134,7 @@ class SplitReader:
 
     def _open_cache(self) -> BlockCache | None:
         config, index = self.config, self.index
-        if not config.disk_cache or index.store.local_path() is not None:
+        if not config.disk_cache or index.files.local:
             return None
         # Places of the sequence whose samples may be asked for at about the same time.
         alive = min(len(self.rows), 2 * self.order.lanes * config.window)

@@ -76,19 +76,25 @@ def plan_shards(
     Raises:
         ShardError: a split has fewer images than shards.
     """
+    yield from plan_split(source, options, kept, "train")
+    yield from plan_split(source, options, kept, "test")
+
+
+def plan_split(
+    source: Source, options: WriteOptions, kept: npt.NDArray[np.bool_], split: StoredSplit
+) -> Iterator[ShardPlan]:
+    """Yield the shards of one split; arguments and errors as of `plan_shards`."""
     words = philox_words(0, 0, purpose=_SHUFFLE, count=len(source.labels))[:, 0]
-    splits: tuple[StoredSplit, ...] = ("train", "test")
-    for split in splits:
-        members = np.flatnonzero(kept & (source.test == (split == "test")))
-        if len(members) < MIN_SHARDS:
-            raise ShardError(
-                f"split {split!r} of {source.name!r} has {len(members)} samples, fewer than the "
-                f"{MIN_SHARDS} shards of a split"
-            )
-        members = members[np.argsort(words[members], kind="stable")]
-        count = min(len(members), _shard_count(source, options, members))
-        for number, part in enumerate(np.array_split(members, count)):
-            yield ShardPlan(f"{split}-{number:05d}.tar", split, part)
+    members = np.flatnonzero(kept & (source.test == (split == "test")))
+    if len(members) < MIN_SHARDS:
+        raise ShardError(
+            f"split {split!r} of {source.name!r} has {len(members)} samples, fewer than the "
+            f"{MIN_SHARDS} shards of a split"
+        )
+    members = members[np.argsort(words[members], kind="stable")]
+    count = min(len(members), _shard_count(source, options, members))
+    for number, part in enumerate(np.array_split(members, count)):
+        yield ShardPlan(f"{split}-{number:05d}.tar", split, part)
 
 
 def identity(source: Source, options: WriteOptions) -> str:

@@ -55,6 +55,7 @@ def report(
         duplicates: Numbers of duplicates and of the first image with the same bytes.
         dropped: The duplicates were left out.
     """
+    found, originals = duplicates
     pairs = zip(*(array[:_LISTED].tolist() for array in duplicates), strict=True)
     listed = sorted(left_out)[:_LISTED]
     return {
@@ -71,6 +72,7 @@ def report(
         },
         "duplicates": {
             "count": len(duplicates[0]),
+            "between_splits": int((source.test[originals] & ~source.test[found]).sum()),
             "dropped": dropped,
             "first": [
                 {"key": f"{number:08d}", "name": source.name_of(number),
@@ -110,10 +112,12 @@ def summary(content: dict[str, Any]) -> str:
     """Return one line that counts what was left out and found twice."""
     undecodable, duplicates = content["undecodable"], content["duplicates"]
     fate = "left out" if duplicates["dropped"] else "kept"
+    between = duplicates.get("between_splits", 0)
+    shared = f", of which {between} between train and test" if between else ""
     not_taken = content.get("not_taken", {}).get("causes", {})  # sets written before have none
     return (
         f"{undecodable['count']} undecodable{_in_brackets(undecodable['causes'])}, "
-        f"{duplicates['count']} duplicates {fate}, "
+        f"{duplicates['count']} duplicates {fate}{shared}, "
         f"{content['other_files']} other files{_in_brackets(not_taken)}"
     )
 

@@ -167,7 +167,7 @@ class _Run:
         missing = [plan for plan in plans if plan.file not in found]
         done = sum(len(plan.members) for plan in plans if plan.file in found)
         total = sum(len(plan.members) for plan in plans)
-        task = functools.partial(_write_shard, self.source, self.store, self.folder)
+        task = functools.partial(write_shard, self.source, self.store, self.folder)
         with ProgressBar(f"writing {self.source.name}", total, shown=self.shown, done=done) as bar:
             for place, data in run_tasks(task, missing, self.workers, bar):
                 found[missing[place].file] = ManifestPart.from_bytes(data)
@@ -245,7 +245,7 @@ class _Run:
         self.store.write(HEADER_FILE, header_to_json(header))
 
 
-def _write_shard(
+def write_shard(
     source: Source, store: Store, folder: str, plan: ShardPlan, advance: Advance
 ) -> bytes:
     """Build one tar, write it and its fragment; return the fragment."""
