@@ -58,8 +58,9 @@ class ShardFiles:
     def survey(self) -> tuple[dict[str, int], list[str]]:
         """Return the bytes of every shard that is there, and tars beside the index that are none.
 
-        One listing per folder. A set with shards of another program tells nothing of what else lies
-        beside the index: that may be the other one's folder.
+        One listing per folder, or a request per shard where a server need not list. A set with
+        shards of another program tells nothing of what else lies beside the index: that may be the
+        other one's folder.
         """
         folders: dict[tuple[Store, str], dict[str, str]] = defaultdict(dict)
         for file, (store, name) in self._located.items():
@@ -67,6 +68,10 @@ class ShardFiles:
         sizes: dict[str, int] = {}
         strays: set[str] = set()
         for (store, folder), names in folders.items():
+            if not store.lists:
+                found = store.sizes_of(list(names))
+                sizes |= {names[name]: size for name, size in found.items()}
+                continue
             listed = store.sizes(folder)
             sizes |= {file: listed[name] for name, file in names.items() if name in listed}
             strays |= {name for name in listed if name.endswith(".tar") and name not in names}

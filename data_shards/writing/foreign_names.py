@@ -40,27 +40,23 @@ def find_shards(root: Store, splits: Sequence[str]) -> list[ForeignShard]:
         ShardError: a pattern of another form or without shards, one that is absent, compressed or
             of both splits.
     """
-    listings: dict[str, dict[str, int]] = {}
     found: dict[str, ForeignShard] = {}
     patterns = [_parse(text) for text in splits]
     if not any(split == "train" for split, _ in patterns):
         raise ShardError("no train shards: give --split train=PATTERN")
     for split, pattern in sorted(patterns, key=lambda p: p[0] != "train"):
         absent = []
-        for name in _expand(pattern):
-            folder, _, last = name.rpartition("/")
-            listing = listings.setdefault(folder, root.sizes(folder))
-            if any(sign in last for sign in "*?["):
-                names = sorted(n for n in listing if fnmatch.fnmatchcase(n, name))
-                names = [n for n in names if n.endswith(".tar") or _PACKED.fullmatch(n)]
-            else:
-                names = [name] if name in listing else []
+        expanded = _expand(pattern)
+        plain = root.sizes_of([name for name in expanded if not _is_glob(name)])
+        for name in expanded:
+            sizes = _matches(root, name) if _is_glob(name) else plain
+            names = sorted(sizes) if _is_glob(name) else [name] if name in plain else []
             if not names:
                 absent.append(name)
             for shard in names:
                 if found.get(shard, ForeignShard(split, shard, 0)).split != split:
                     raise ShardError(f"{root}/{shard} is of train and of test")
-                found[shard] = ForeignShard(split, shard, listing[shard])
+                found[shard] = ForeignShard(split, shard, sizes[shard])
         if absent:
             raise ShardError(
                 f"{root}: {len(absent)} shards of {split}={pattern} are absent: "
@@ -75,6 +71,16 @@ def _parse(text: str) -> tuple[StoredSplit, str]:
     if split not in ("train", "test") or not equals or not pattern:
         raise ShardError(f"split {text!r} is not train=PATTERN or test=PATTERN")
     return "train" if split == "train" else "test", pattern.removeprefix("./")
+
+
+def _is_glob(name: str) -> bool:
+    return any(sign in name.rpartition("/")[2] for sign in "*?[")
+
+
+def _matches(root: Store, pattern: str) -> dict[str, int]:
+    listed = root.sizes(pattern.rpartition("/")[0]).items()
+    kept = {name: size for name, size in listed if fnmatch.fnmatchcase(name, pattern)}
+    return {n: size for n, size in kept.items() if n.endswith(".tar") or _PACKED.fullmatch(n)}
 
 
 def _expand(pattern: str) -> list[str]:

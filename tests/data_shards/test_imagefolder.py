@@ -11,7 +11,6 @@ from data_shards.sources.convert import Recipe
 from data_shards.verify import verify
 from data_shards.write import main, write_shard_set
 from tests.data_shards.imagenet_archive import pixels_of
-from tests.object_store import upload
 
 RECIPE = Recipe(channels=3, size=16, uniform=True)
 
@@ -85,11 +84,13 @@ def test_the_command_says_how_to_split(tree, tmp_path):
         main([*command[:2], str(root), *command[3:], "--hold-out", "0.2"])
 
 
-def test_nested_folders_are_walked_here_and_on_an_object_store(tree, proxy):
+def test_nested_folders_are_walked_here_and_on_an_object_store(tree, memory_store):
     source = imagefolder(str(tree), RECIPE, held_out=0.2, name="tree")
     assert len(source.labels) == 30
     assert files(source)["eel/deep/er/9.png"] == 2
-    there = imagefolder(upload(tree), RECIPE, held_out=0.2, name="tree")
+    for path in tree.rglob("*.png"):
+        memory_store.write(str(path.relative_to(tree)), path.read_bytes())
+    there = imagefolder(memory_store.url, RECIPE, held_out=0.2, name="tree")
     assert files(there) == files(source)
     assert np.array_equal(there.test, source.test)
 
