@@ -24,6 +24,9 @@ from data_shards.format.crop_box import RATIO, SCALE, Box, random_crop_box
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 MAX_PIXELS = 1 << 25
+MAX_SCANNED = 16 * MAX_PIXELS
+"""Pixels times scans of a JPEG: a decoder goes through all pixels once per scan, in some seconds.
+Usual progressive files have ten scans; a small file may state thousands."""
 _JPEG_COLOURS = {"Gray": "GRAY", "YCbCr": "RGB", "RGB": "RGB"}
 # Pillow's mode -> the modes it goes through. RGBA first: a palette may have transparent entries.
 _CONVERSIONS = {
@@ -39,7 +42,9 @@ _PILLOW_FAILURES = (
 )
 # Of rows that are not decoded, and in files of the official sets, which Pillow accepts too.
 _LEFT_OVER = re.compile("extraneous bytes before marker")
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _MARGIN = 8
+_SCAN = b"\xff\xda"  # never inside coded pixels; a thumbnail has some of its own
 _BASELINE = (0xC0, 0xC1)
 _PNG_DEPTH = 24  # place of the bits per channel in a PNG file
 
@@ -74,8 +79,8 @@ def decode_image(data: bytes, extension: str) -> Tensor:
         channels here: that would multiply l2 distances.
 
     Raises:
-        ShardError: a format outside the list, damaged bytes, 16 bits per channel, or more than
-            `MAX_PIXELS` pixels.
+        ShardError: a format outside the list, damaged bytes, 16 bits per channel, more than
+            `MAX_PIXELS` pixels, or more than `MAX_SCANNED` pixels times scans.
     """
     kind = _format(data, extension)
     header = _jpeg_header(data) if kind == "JPEG" else None
@@ -172,6 +177,7 @@ def _jpeg_header(data: bytes) -> _Header | None:
     if colours not in _JPEG_COLOURS:
         return None
     _check_size(width, height)
+    _check_scans(data, width * height)
     return _Header(height, width, _JPEG_COLOURS[colours])
 
 
@@ -239,15 +245,27 @@ def _opened(data: bytes, kind: str) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data), formats=[kind]) as image:
             _check_size(*image.size)
+            if kind == "JPEG":
+                _check_scans(data, image.width * image.height)
             if image.mode not in _CONVERSIONS:
                 raise ShardError(f"{kind} colour mode {image.mode} is not greyscale or RGB")
             yield image
     except ShardError:
         raise
     except _PILLOW_FAILURES as error:
-        raise ShardError(f"damaged {kind} of {len(data)} bytes: {error}") from error
+        text = _ADDRESS.sub("", str(error))  # reports are the same every time
+        raise ShardError(f"damaged {kind} of {len(data)} bytes: {text}") from error
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ShardError(f"image of {width} x {height} pixels is over the limit {MAX_PIXELS}")
+
+
+def _check_scans(data: bytes, pixels: int) -> None:
+    scans = data.count(_SCAN)
+    if pixels * scans > MAX_SCANNED:
+        raise ShardError(
+            f"JPEG of {pixels} pixels in {scans} scans: over the limit of {MAX_SCANNED} for both "
+            "multiplied"
+        )

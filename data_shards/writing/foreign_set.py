@@ -48,7 +48,14 @@ from data_shards.writing.manifest_part import ManifestPart
 from data_shards.writing.process_pool import Advance, run_tasks
 from data_shards.writing.progress_bar import ProgressBar
 from data_shards.writing.shard_plan import ShardPlan, StoredSplit, WriteOptions, plan_split
-from data_shards.writing.write_report import REPORT_FILE, duplicates_of, report, report_to_json
+from data_shards.writing.write_report import (
+    REPORT_FILE,
+    duplicates_of,
+    refuse_leaks,
+    refuse_reported_leaks,
+    report,
+    report_to_json,
+)
 from data_shards.writing.writer import PROGRESS, write_shard
 
 _logger = logging.getLogger(__name__)
@@ -143,6 +150,8 @@ def index_foreign_set(
     run = _Run(root, tuple(shards), out, options, workers, progress)
     if out.exists(HEADER_FILE):
         run.refuse_other_set()
+        if options.no_leaks:
+            refuse_reported_leaks(out)
         return Indexed(load_index(out), [], written=False)
     notes: list[str] = []
     run.write(notes)
@@ -196,7 +205,8 @@ class _Run:
         if self.options.drop_duplicates:
             kept[duplicates[0]] = False
         source = self._source(scans, test, not_taken)
-        self._check_leaks(source, duplicates)
+        if self.options.no_leaks and not self.options.drop_duplicates:
+            refuse_leaks(source, duplicates)
         copies = self._copy_test(source, kept)
         taken = kept & ~test
         if not taken.any():
@@ -315,18 +325,6 @@ class _Run:
                 f"sizes ({odd}), not one square: --test-size states the network's"
             )
         return channels, size, False
-
-    def _check_leaks(
-        self, source: Source, duplicates: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
-    ) -> None:
-        between = source.test[duplicates[1]] & ~source.test[duplicates[0]]
-        if self.options.no_leaks and between.any() and not self.options.drop_duplicates:
-            first = int(np.flatnonzero(between)[0])
-            train, test = (source.describe(int(numbers[first])) for numbers in duplicates)
-            raise ShardError(
-                f"{int(between.sum())} train images have the bytes of test images, the first is "
-                f"{train} with those of {test}: --drop-duplicates leaves them out of train"
-            )
 
     def _copy_test(
         self, source: Source, kept: npt.NDArray[np.bool_]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from typing import Literal
 
@@ -143,6 +144,8 @@ def _stored_size(source: Source, probes: npt.NDArray[np.int64]) -> float:
 
 def _size_of(source: Source, number: int, data: bytes) -> int | None:
     try:
-        return len(source.convert(data, bool(source.test[number])))
+        with warnings.catch_warnings():  # what Pillow has to say is told where the image is stored
+            warnings.simplefilter("ignore")
+            return len(source.convert(data, bool(source.test[number])))
     except UndecodableError:
         return None  # counted where the image is left out

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_shards.errors import ShardError
 from data_shards.sources.base import Source
+from data_shards.storage.store import Store
 
 REPORT_FILE = "report.json"
 _LISTED = 1000
@@ -101,6 +103,41 @@ def _some(not_taken: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         if seen[cause] <= _LISTED:
             listed.append((name, cause))
     return listed
+
+
+def refuse_leaks(
+    source: Source, duplicates: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+) -> None:
+    """Check that train and test images share no bytes.
+
+    Args:
+        source: The images.
+        duplicates: Numbers of duplicates and of the first image with the same bytes.
+
+    Raises:
+        ShardError: they do; the message names the first two.
+    """
+    found, originals = duplicates
+    between = np.flatnonzero(source.test[originals] & ~source.test[found])
+    if len(between):
+        train, test = (source.describe(int(numbers[between[0]])) for numbers in duplicates)
+        raise ShardError(
+            f"{len(between)} train images have the bytes of test images, the first is {train} "
+            f"with those of {test}: --drop-duplicates leaves them out of train"
+        )
+
+
+def refuse_reported_leaks(store: Store) -> None:
+    """Check that the report of a set that is there counts no such images.
+
+    Raises:
+        ShardError: it does, or it does not say.
+    """
+    duplicates = json.loads(store.read(REPORT_FILE))["duplicates"]
+    if not duplicates["dropped"] and duplicates.get("between_splits", 1):
+        raise ShardError(
+            f"{store}/{REPORT_FILE} does not say that train and test images share no bytes"
+        )
 
 
 def report_to_json(content: dict[str, Any]) -> bytes:

@@ -1,5 +1,8 @@
 import json
 import os
+import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -190,3 +193,57 @@ def test_a_class_of_links_out_of_the_source_says_why_it_is_empty(tree, tmp_path)
     os.symlink(tmp_path / "outside" / "0.png", tree / "fox" / "0.png")
     with pytest.raises(ShardError, match=r"fox has no images .*1 entries: link out of the source"):
         imagefolder(str(tree), RECIPE, held_out=0.2)
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+def chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def write(tree, out, *arguments):
+    main(["imagefolder", "--source", str(tree), "--out", str(out), "--uniform", "--test-size",
+          "16", "--hold-out", "0.2", *arguments])  # fmt: skip
+    return json.loads((out / "report.json").read_text())
+
+
+def test_the_report_is_the_same_every_time(tree, tmp_path):
+    (tree / "dog" / "0.png").write_bytes(b"\xff\xd8\xff no image")
+    (tree / "dog" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\nno image")
+    for name in "ab":
+        report = write(tree, tmp_path / name)
+        assert report["undecodable"]["count"] == 2
+    assert (tmp_path / "a" / "report.json").read_bytes() == (
+        tmp_path / "b" / "report.json"
+    ).read_bytes()
+    assert "0x" not in json.dumps(report)
+
+
+def test_a_warning_of_pillow_has_the_name_of_the_file(tree, tmp_path, caplog):
+    data = (tree / "cat" / "0.png").read_bytes()
+    no_frames = chunk(b"acTL", struct.pack(">II", 0, 0))
+    (tree / "cat" / "0.png").write_bytes(data[:33] + no_frames + data[33:])
+    write(tree, tmp_path / "set")
+    assert any(
+        record.getMessage().startswith("cat/0.png: Invalid APNG") for record in caplog.records
+    )
+
+
+def test_leaks_are_counted_and_refused(tree, tmp_path, capsys):
+    parts = tmp_path / "parts"
+    for part in ("train", "val"):
+        shutil.copytree(tree, parts / part)
+    for i in range(5):  # five images of train stay there alone
+        (parts / "val" / "eel" / f"{i}.png").unlink()
+    (parts / "train" / "eel" / "again.png").write_bytes((tree / "eel" / "0.png").read_bytes())
+    command = ["imagefolder", "--source", str(parts), "--uniform", "--test-size", "16", "--out"]
+    with pytest.raises(SystemExit, match=r"25 train images have the bytes of test images.*cat/0"):
+        main([*command, str(tmp_path / "a"), "--no-leaks"])
+    main([*command, str(tmp_path / "b")])
+    assert "26 duplicates kept, of which 25 between train and test" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="does not say that train and test images share no bytes"):
+        main([*command, str(tmp_path / "b"), "--no-leaks"])
+    main([*command, str(tmp_path / "c"), "--no-leaks", "--drop-duplicates"])
+    header = json.loads((tmp_path / "c" / "index.json").read_text())
+    assert (header["splits"]["train"], header["splits"]["test"]) == (5, 25)
