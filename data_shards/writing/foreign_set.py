@@ -411,10 +411,10 @@ def _scan_shard(root: Store, options: IndexOptions, shard: ForeignShard, advance
             _logger.warning("%s/%s/%s: %s", root, shard.name, printable(found.member), error)
             continue
         digest = xxhash.xxh3_64_intdigest(found.data)
-        member = os.fsencode(found.member)
-        rows.append((found.key, member, found.offset, len(found.data), found.extension, digest,
-                     found.label, *shape))  # fmt: skip
-        advance(1, len(found.data))
+        key, member = printable(found.key), os.fsencode(found.member)
+        size = len(found.data)
+        rows.append((key, member, found.offset, size, found.extension, digest, found.label, *shape))
+        advance(1, size)
     columns = list(zip(*rows, strict=True)) or [()] * len(_SCHEMA)
     kinds = _SCHEMA.items()
     table = pa.table(

@@ -208,6 +208,27 @@ def test_the_image_of_several(tmp_path):
     assert list(verify(index)) == []
 
 
+def test_names_that_are_not_utf8(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for i in range(12):
+            add(tar, f"caf\udce9/{i}.png", encoded(i % 3, i))
+            add(tar, f"caf\udce9/{i}.cls", str(i % 3).encode())
+        add(tar, "\udcff.png", b"")
+    index = make(tmp_path, "--split", "train=a.tar", "--hold-out", "0.4", out=tmp_path / "index")
+    assert list(verify(index)) == []
+    assert any(key.startswith(rb"train-00000/caf\xe9/") for key in index.rows.key)
+    report = json.loads((tmp_path / "index" / "report.json").read_text())
+    assert report["not_taken"]["first"] == [{"name": "a.tar/\udcff.png", "cause": "no .cls"}]
+
+
+def test_train_shards_alone(plain):
+    index = make(plain, *PLAIN[:2])
+    assert list(verify(index)) == []
+    assert len(trained_on(index)) == 24
+    with pytest.raises(ShardError, match=r"split 'test' of shard set .* has no samples"):
+        index.select("test")
+
+
 @pytest.mark.parametrize(
     ("label", "message"),
     [("json:label", "12 x no .json"), ("json:a.b", "no .json"), ("folder", "a folder holds no")],
