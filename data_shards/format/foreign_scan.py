@@ -164,7 +164,10 @@ def _finished(
         return
     try:
         if key in seen:
-            raise _UnusableError("a key that came before")
+            raise _UnusableError(
+                "a key that came before: members of a sample must follow each other "
+                "(tar --sort=name)"
+            )
         seen.add(key)
         extension = _image(parts, layout)
         member, data = parts[extension]

@@ -5,9 +5,13 @@ import tarfile
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from webdataset.tariterators import base_plus_ext
 
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
+from data_shards.format import foreign_scan
 from data_shards.format.index import load_index
 from data_shards.index import main
 from data_shards.storage.store import Store
@@ -186,7 +190,8 @@ def test_what_cannot_be_used_is_named(tmp_path, capsys):
         "a.tar/rotten.png": "an image that cannot be decoded",
         "a.tar/text.txt": "no image among .cls, .txt",
         "a.tar/two.a.png": "more than one image; --image says which",
-        "a.tar/d/3.png": "a key that came before",
+        "a.tar/d/3.png": "a key that came before: members of a sample must follow each other "
+        "(tar --sort=name)",
         "a.tar/nodot": "a name without key and extension",
         "a.tar/link.png": "a symbolic link",
     }
@@ -206,6 +211,31 @@ def test_the_image_of_several(tmp_path):
     index = make(tmp_path, *command, "--image", "rgb.png", out=tmp_path / "y")
     assert index.image_shape == (3, 16, 16)
     assert list(verify(index)) == []
+
+
+def test_members_that_are_not_sorted_are_said_to_be_so(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(8):
+            add(tar, f"{i}.png", encoded(0, i))
+        for i in range(8):
+            add(tar, f"{i}.cls", b"1")
+    with pytest.raises(
+        SystemExit, match=r"8 x no \.cls; 8 x a key that came before: .*--sort=name"
+    ):
+        make(tmp_path, "--split", "train=a.tar", out=tmp_path / "index")
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text(alphabet="ab./é ", min_size=1, max_size=12))
+def test_a_name_is_split_as_webdataset_does(name):
+    """But hidden files have no key; there they would be samples called like their folder."""
+    key, extension = base_plus_ext(name)
+    match = foreign_scan._NAME.fullmatch(name)
+    if key and extension and not key.endswith("/"):
+        assert match is not None
+        assert match.groups() == (key, extension)
+    else:
+        assert match is None
 
 
 def test_names_that_are_not_utf8(tmp_path):
