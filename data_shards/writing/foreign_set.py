@@ -44,9 +44,9 @@ from data_shards.sources.base import VALIDATION, Source, hold_out, hold_out_test
 from data_shards.sources.convert import Recipe
 from data_shards.storage.store import Store
 from data_shards.writing.foreign_names import ForeignShard
-from data_shards.writing.manifest_part import ManifestPart
 from data_shards.writing.process_pool import Advance, run_tasks
 from data_shards.writing.progress_bar import ProgressBar
+from data_shards.writing.shard_fragment import ManifestPart
 from data_shards.writing.shard_plan import ShardPlan, StoredSplit, WriteOptions, plan_split
 from data_shards.writing.write_report import (
     REPORT_FILE,
