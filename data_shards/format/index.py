@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -189,7 +190,7 @@ class ShardIndex:
         return f"sample {self.rows.key[row].decode()!r} of shard {self.store}/{file}"
 
 
-def rows_to_parquet(columns: dict[str, list[Any]]) -> bytes:
+def rows_to_parquet(columns: Mapping[str, Sequence[Any] | npt.NDArray[Any]]) -> bytes:
     """Return the bytes of `index.parquet`.
 
     Args:

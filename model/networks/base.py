@@ -1,19 +1,22 @@
 """What every certified network offers to training and to certification."""
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.certification.matrix_bounds import Matrices, MatrixBound, matrix_bound
 from model.certification.radii import slope_radii
 from model.certification.rounding import Program
 from model.errors import ModelError
 from model.networks.centering import Centering
-from model.networks.init import initial_value
+from model.networks.config import NetworkConfig
+from model.networks.init import initial_kind, initial_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,23 @@ class LipschitzBound:
     """Product of the parts, rounded up."""
     parts: Mapping[str, float]
     """Bound of each layer by name; layers that are 1-Lipschitz by construction are left out."""
+
+    @classmethod
+    def product(
+        cls, parts: Mapping[str, float], factors: Iterable[float] | None = None
+    ) -> "LipschitzBound":
+        """The product of the parts, rounded up; infinite where it is not computed accurately.
+
+        Args:
+            parts: see the attribute.
+            factors: what the parts are products of, if they are not single norms.
+        """
+        norms = list(parts.values() if factors is None else factors)
+        largest = math.prod(max(1.0, norm) for norm in norms)
+        smallest = math.prod(min(1.0, norm) for norm in norms)
+        # A product that passes through subnormal numbers is not accurate.
+        accurate = largest <= 2.0**500 and smallest >= 2.0**-500
+        return cls(math.prod(parts.values()) * (1 + 2.0**-40) if accurate else math.inf, parts)
 
 
 class CertifiedNetwork(nn.Module, ABC):
@@ -44,6 +64,10 @@ class CertifiedNetwork(nn.Module, ABC):
     input_shape: tuple[int, int, int]
     num_classes: int
     checkpoint_blocks: bool = False
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.input_shape, self.num_classes = config.input_shape, config.num_classes
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
@@ -210,6 +234,12 @@ class CertifiedNetwork(nn.Module, ABC):
         names = self.bounded_matrices
         return {name: self.bound_matrix(name, self.get_parameter(name)) for name in names}
 
+    def run_block(self, block: nn.Module, x: Tensor, *arguments: Any) -> Any:
+        """Output of a block, which is recomputed in the backward pass with `checkpoint_blocks`."""
+        if self.checkpoint_blocks:
+            return checkpoint(block, x, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return block(x, *arguments)
+
     def begin_step(self, *, step: int, progress: float, seed: int) -> None:
         """Get ready for a training step; all ranks call it with the same values.
 
@@ -254,7 +284,7 @@ class CertifiedNetwork(nn.Module, ABC):
     def initialise(self, seed: int) -> None:
         """Set every parameter to its initial value, made in float64 and then rounded."""
         for name, p in self.named_parameters():
-            p.copy_(initial_value(p.initial, p.shape, seed=seed, name=name))  # type: ignore[attr-defined]
+            p.copy_(initial_value(initial_kind(p), p.shape, seed=seed, name=name))
 
     def check_images(self, images: Tensor) -> None:
         """Refuse images of a wrong shape or type.
@@ -272,3 +302,23 @@ class CertifiedNetwork(nn.Module, ABC):
                 f"images of type {images.dtype}; the network takes floating point pixels in "
                 "[0, 1]: divide 8-bit values by 255 first"
             )
+
+
+class LipschitzByConstruction(CertifiedNetwork):
+    """A network whose features are 1-Lipschitz for any finite weights: no norm enters the bound."""
+
+    @property
+    def bounded_matrices(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def lipschitz_upper_bound(self, matrices: Matrices | None = None) -> LipschitzBound:
+        """Exactly 1, a theorem for all finite weights.
+
+        Raises:
+            ModelError: a stored value is not finite. On the meta device there are none.
+        """
+        for name, stored in self.state_dict().items():
+            if not stored.is_meta and not bool(stored.isfinite().all()):
+                raise ModelError(f"{name} holds values that are not finite")
+        return LipschitzBound(1.0, {})

@@ -12,9 +12,10 @@ from pydantic import BeforeValidator, SerializeAsAny, TypeAdapter
 
 from model.errors import ModelError
 from model.networks.base import CertifiedNetwork
-from model.networks.config import LipNeXtConfig, NetworkConfig
+from model.networks.config import NetworkConfig
 from model.networks.linf.groupsort import GroupSort, GroupSortConfig
 from model.networks.linf.sortnet import SortNet, SortNetConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.lipnext.network import LipNeXt
 from model.networks.liresnet.bronet import BRONet, BRONetConfig
 from model.networks.liresnet.liresnet import LiResNet, LiResNetConfig

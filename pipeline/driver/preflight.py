@@ -89,6 +89,7 @@ def prepare(
 
     Raises:
         PipelineError, ShardError: the run is impossible; nothing was started.
+        NoEffectError: a setting changes nothing in a run of this size.
         LeaseError: another process trains it, or the store cannot keep others from doing so.
         ExposureError: its Ray cluster or MLflow server stands open.
     """
@@ -128,9 +129,10 @@ def _prepare(
     samples = open_samples(
         shards.url, config.data, config.model, certify=config.checkpoint.evaluate
     )
-    make_step_schedule(
+    schedule = make_step_schedule(
         config.train, config.checkpoint, samples=samples.per_epoch, world_size=world_size
     )
+    config.require_effects(world_size=world_size, total_steps=schedule.total_steps)
     if config.cluster.launcher == "ray":
         world_sizes(config.cluster, config.train)
     if config.cluster.device == "cuda" and no_gpu:

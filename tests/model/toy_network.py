@@ -30,8 +30,7 @@ class Toy(CertifiedNetwork):
     norm = "l2"
 
     def __init__(self, config: ToyConfig) -> None:
-        super().__init__()
-        self.input_shape, self.num_classes = config.input_shape, config.num_classes
+        super().__init__(config)
         self.gain = config.gain
         self.pixels = torch.Size(config.input_shape).numel()
         self.w = set_initial(nn.Parameter(torch.empty(self.pixels)), "normal")

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,8 @@ def train(rank, world_size):
     events = []
     with rank_world(rank, world_size) as world:
         size = plan.rank_batch
-        clock = recorder.time = trainer.time = Clock()
+        clock: Any = Clock()
+        recorder.time = trainer.time = clock
         saver = SimpleNamespace(save=lambda state: clock.pass_by(SAVE_S), poll=lambda: None)
         engine, stream = Engine(size, clock), Stream(rank, size, clock)
         hooks = CheckpointHook(saver)

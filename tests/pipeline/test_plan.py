@@ -3,11 +3,12 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from model.networks.config import LipNeXtConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from optim.config import OptimConfig
 from pipeline.config import TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
@@ -62,7 +63,8 @@ def observe(rank, world_size, train):
     with rank_world(rank, world_size) as world, Observed() as held:
         engine = build_engine(config, world=world, micro_batch=MICRO)
         engine.initialise(0)
-        step = engine.optimizer.step
+        optimizer: Any = engine.optimizer
+        step = optimizer.step
 
         def observed_step():
             peaks["forward and backward"] = max(peaks["forward and backward"], held.peak)
@@ -71,7 +73,7 @@ def observe(rank, world_size, train):
             peaks["optimizer step"] = max(peaks["optimizer step"], held.peak)
             held.peak = held.live
 
-        engine.optimizer.step = observed_step
+        optimizer.step = observed_step
         for number in range(STEPS):
             held.peak = held.live
             held.moved, engine.optimizer.exchange.bytes_sent = {}, 0

@@ -37,6 +37,7 @@ def refusal(capsys, tmp_path, shards):
 
     def run(*overrides, preset="digits", storage=tmp_path / "runs", data=shards):
         arguments = [preset, "--storage", str(storage), "--data.shards", str(data), *overrides]
+        code: object
         try:
             code = main(arguments)
         except SystemExit as exit_:  # the parser's own refusals
@@ -235,11 +236,12 @@ def test_raw_images_need_a_crop_and_certify_on_the_test_split(refusal, tmp_path,
 
 
 def test_how_samples_are_read_may_change_on_resume():
-    base = parse(["digits"])
-    other = parse(["digits", "--data.stream.workers", "3", "--data.stream.disk-cache", "x"])
+    remote = ["digits", "--data.shards", "s3://bucket/set"]
+    base = parse(remote)
+    other = parse([*remote, "--data.stream.workers", "3", "--data.stream.disk-cache", "x"])
     assert set(changes(base, other)) == {"data.stream.workers", "data.stream.disk_cache"}
     assert not any(map(decides_result, changes(base, other)))
-    assert any(map(decides_result, changes(base, parse(["digits", "--data.stream.flip"]))))
+    assert any(map(decides_result, changes(base, parse([*remote, "--data.stream.flip"]))))
 
 
 def test_generated_shards_are_written_on_first_use(tmp_path):

@@ -18,7 +18,7 @@ from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import main as evaluate
 from model.artifact.artifact import write_artifact
-from model.networks.config import LipNeXtConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from model.verifier import artifact
 from model.verifier.certificate import COLUMNS, FIELDS
 from model.verifier.families.lipnext import LipNeXt
