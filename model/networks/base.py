@@ -51,7 +51,8 @@ class CertifiedNetwork(nn.Module, ABC):
 
     The difference of logits i and j is Lipschitz with `lipschitz_upper_bound().value *
     factors[i, j]` on all of R^n, where `factors` comes from `logits_and_margin_factors`.
-    Every parameter carries `initial` (see model.networks.init) and, if constrained, its manifold.
+    Every parameter carries the kind of its initial value (model.networks.init) and, if constrained,
+    its manifold. Most families have a `head`, of which the logits and their factors come.
 
     Attributes:
         norm: norm on images, `l2` or `linf`.
@@ -80,7 +81,6 @@ class CertifiedNetwork(nn.Module, ABC):
             ModelError: images of another shape or of an integer type.
         """
 
-    @abstractmethod
     def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and the nominal Lipschitz constants of their differences in the pixels.
 
@@ -97,6 +97,8 @@ class CertifiedNetwork(nn.Module, ABC):
         Raises:
             ModelError: see `features`.
         """
+        head: Any = self.get_submodule("head")
+        return head(self.features(images))
 
     def logits_and_rates(self, images: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Logits, and how fast the margins of the labels can fall: what training looks at.
@@ -150,13 +152,14 @@ class CertifiedNetwork(nn.Module, ABC):
         """How margins become radii, by name; for linear heads their kind, `unit` or `linear`."""
         return str(self.get_submodule("head").kind)
 
-    @abstractmethod
     def margin_factor_bounds(self) -> Tensor:
         """Proved upper bounds of the exact margin factors, float64 (K, K), diagonal 0.
 
         Raises:
             ModelError: the head has a row that cannot be normalised.
         """
+        head: Any = self.get_submodule("head")
+        return head.factor_bounds()
 
     def slope_bounds(self, slopes: Tensor, norms: Tensor, *, matrices: Matrices) -> Tensor:
         """Proved upper bounds of the exact slopes in the features at some images.

@@ -17,7 +17,7 @@ from pipeline.driver.monitor import NOT_REMOVED, RunMonitor
 from pipeline.driver.preflight import PreparedRun
 from pipeline.driver.system_metrics import SystemMetrics
 from pipeline.driver.usage import UsageMetrics
-from pipeline.planner.flops import training_flops
+from pipeline.planner.meta_step import training_flops
 from pipeline.run import layout
 from pipeline.run.ray_job import submission_tags
 from pipeline.run.summary import EvaluationSummary, local_path, report

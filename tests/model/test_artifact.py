@@ -156,7 +156,7 @@ def test_refuses_weights_without_a_tensor(folder, network):
     stock = safetensors.torch.load(folder.files["weights.safetensors"])
     del stock["blocks.1.b"]
     folder.files["weights.safetensors"] = safetensors.torch.save(stock)
-    with pytest.raises(ModelError, match=r"1 tensors differ .* blocks\.1\.b: stored None"):
+    with pytest.raises(ModelError, match=r"1 tensors differ, first blocks\.1\.b: stored None"):
         read_artifact(folder.open)
 
 

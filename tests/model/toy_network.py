@@ -52,9 +52,6 @@ class Toy(CertifiedNetwork):
     def lipschitz_upper_bound(self, matrices: Matrices | None = None) -> LipschitzBound:
         return LipschitzBound(self.gain, {})
 
-    def margin_factor_bounds(self) -> Tensor:
-        return self.head.factor_bounds()
-
     def margin_error(
         self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float
     ) -> Tensor:

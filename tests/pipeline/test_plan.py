@@ -16,8 +16,7 @@ from pipeline.plan import main, parse, sweep
 from pipeline.planner import memory as budget
 from pipeline.planner.calibration import Measured
 from pipeline.planner.estimate import estimate, memory, setting_of, weights_of
-from pipeline.planner.flops import training_flops
-from pipeline.planner.meta_step import LiveBytes, rehearse
+from pipeline.planner.meta_step import LiveBytes, rehearse, training_flops
 from pipeline.planner.step_time import StepTime, device_of
 from pipeline.training.schedules import StepContext
 from tests.harness import run_ranks

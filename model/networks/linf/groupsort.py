@@ -117,10 +117,6 @@ class GroupSort(LipschitzByConstruction):
             x = group_sort(x, self.sorted_channels)
         return x
 
-    def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See CertifiedNetwork; the factor of a pair is the l1 distance of its rows."""
-        return cast(tuple[Tensor, Tensor], self.head(self.features(images)))
-
     @property
     def head_rule(self) -> str:
         """See CertifiedNetwork."""

@@ -39,10 +39,6 @@ class LipNeXt(CertifiedNetwork):
         """See CertifiedNetwork."""
         return l2_pool(self.tokens(images), self.pool_tau)
 
-    def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See CertifiedNetwork."""
-        return self.head(self.features(images))
-
     @property
     def bounded_matrices(self) -> tuple[str, ...]:
         """See CertifiedNetwork."""
@@ -68,10 +64,6 @@ class LipNeXt(CertifiedNetwork):
             r, m = known[f"blocks.{i}.R"].upper, known[f"blocks.{i}.M"].upper
             factors += [r, r, m]
         return factors
-
-    def margin_factor_bounds(self) -> Tensor:
-        """See CertifiedNetwork."""
-        return self.head.factor_bounds()
 
     @torch.no_grad()
     def margin_error(

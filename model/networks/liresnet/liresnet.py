@@ -226,10 +226,6 @@ class LiResNet(CertifiedNetwork):
         parts = {name: known[f"{name}.weight"].upper for name, _ in self._regularised()}
         return LipschitzBound.product(parts)
 
-    def margin_factor_bounds(self) -> Tensor:
-        """See CertifiedNetwork."""
-        return self.head.factor_bounds()
-
     @torch.no_grad()
     def margin_error(
         self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float

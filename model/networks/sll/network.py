@@ -113,14 +113,6 @@ class Sll(LipschitzByConstruction):
         wide = at_least_float32(x)
         return (F.avg_pool2d(wide, self.pool) * self.pool).to(x.dtype).flatten(1)
 
-    def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See CertifiedNetwork."""
-        return self.head(self.features(images))
-
-    def margin_factor_bounds(self) -> Tensor:
-        """See CertifiedNetwork."""
-        return self.head.factor_bounds()
-
     @torch.no_grad()
     def margin_error(
         self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float

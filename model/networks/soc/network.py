@@ -154,10 +154,6 @@ class LipConvnet(CertifiedNetwork):
             x = self.run_block(block, x)
         return x.flatten(1)
 
-    def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See CertifiedNetwork; an `mlp` head states what holds on all of R^n."""
-        return self.head(self.features(images))
-
     def logits_and_rates(self, images: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See CertifiedNetwork; the features are taken as 1-Lipschitz."""
         if isinstance(self.head, MLPHead):
@@ -210,10 +206,6 @@ class LipConvnet(CertifiedNetwork):
 
     def _part(self, i: int, known: Matrices) -> float:
         return self._convolution(i).norm(known[f"blocks.{i}.convolution.weight"])
-
-    def margin_factor_bounds(self) -> Tensor:
-        """See CertifiedNetwork."""
-        return self.head.factor_bounds()
 
     def slope_bounds(self, slopes: Tensor, norms: Tensor, *, matrices: Matrices) -> Tensor:
         """See CertifiedNetwork."""

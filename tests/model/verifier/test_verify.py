@@ -23,8 +23,7 @@ from model.verifier import artifact
 from model.verifier.certificate import COLUMNS, FIELDS
 from model.verifier.families.lipnext import LipNeXt
 from model.verifier.refusal import DisagreementError
-from model.verifier.samples import ERRORS
-from model.verifier.table import count_greater
+from model.verifier.samples import ERRORS, count_greater
 from model.verify import main
 from tests.model.certificate_maker import (
     CERTIFICATE,
