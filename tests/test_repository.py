@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.presets import PRESETS
 from pipeline.resilience.hang_detector import _WAITING
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,6 +106,11 @@ def test_the_hang_detector_knows_where_a_thread_waits_for_other_ranks():
         _, package, *inside = part.rstrip("/").split("/")
         folder = importlib.util.find_spec(package).submodule_search_locations[0]
         assert Path(folder, *inside).exists(), part
+
+
+def test_a_search_for_a_preset_ends_at_its_recipe():
+    text = "".join(path.read_text() for path in (ROOT / "pipeline/presets").glob("*.py"))
+    assert not [name for name in PRESETS if f'"{name}"' not in text]
 
 
 def test_tests_named_in_the_faults_exist():

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from model.certification.eps import eps_value
-from pipeline.run.summary import AttackScores, ColumnScores
+from pipeline.run.evaluation_summary import AttackScores, ColumnScores
 
 COLORS = (
     "#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b",

@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from jobs.evaluation import plot_style
 from jobs.evaluation.plot_style import ATTACK, DEPLOYED, LINE, LINE_WIDTH, MARK_SIZE, PROOF, SMALL
 from model.certification.eps import eps_value
-from pipeline.run.summary import AttackScores, ColumnScores, EvaluationSummary
+from pipeline.run.evaluation_summary import AttackScores, ColumnScores, EvaluationSummary
 
 _COLUMNS: Mapping[str, dict[str, Any]] = {
     "nominal": {"color": LINE, "linestyle": "--", "linewidth": 1.5, "zorder": 4},

@@ -12,7 +12,7 @@ import numpy as np
 from jobs.evaluation import plot_style
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_runs import Outcome
-from model.certification.intervals import wilson
+from model.certification.wilson_interval import wilson
 
 
 @dataclass(frozen=True)

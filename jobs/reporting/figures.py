@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jobs.evaluation import plot_style
-from jobs.reporting.data import ComparisonGroup, ReportEntry
+from jobs.reporting.report_data import ComparisonGroup, ReportEntry
 from model.certification.eps import eps_value
 
 _PANELS = 3

@@ -7,67 +7,29 @@ i theta is at most the next term.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from model.verifier.families.base import Family, Shapes, Tensors
+from model.verifier.families.soc_layers import convolutions, is_matrix
 from model.verifier.mathematics.arithmetic import (
     ROUND_UP,
     ErrorState,
     Floats,
     Program,
-    U,
     kappa,
     norm_of,
 )
-from model.verifier.mathematics.convolution import convolve, space_to_depth, transposed
-from model.verifier.mathematics.heads import LinearHead
-from model.verifier.mathematics.matrices import (
-    MatrixBounds,
-    bounds_of_matrix,
-    frobenius,
-    lower_bound,
-    upper_bound,
-)
+from model.verifier.mathematics.convolution import convolve, space_to_depth
+from model.verifier.mathematics.linear_head import LinearHead
+from model.verifier.mathematics.matrix_bounds import MatrixBounds, bounds_of_matrix
 from model.verifier.mathematics.mlp_head import MLPHead
-from model.verifier.mathematics.pairs import ACTIVATIONS, POOLS, Pairs
+from model.verifier.mathematics.paired_activations import ACTIVATIONS, POOLS, Pairs
+from model.verifier.mathematics.skew import bounds_of_filter, power_over_factorial, skew
 from model.verifier.settings import SIDE, Choice, Config, Setting, Whole
-
-
-class Layer(NamedTuple):
-    """One convolution and what follows it."""
-
-    channels: int
-    """Of the convolution."""
-    side: int
-    stride: int
-    pooled: bool
-    positions: int
-
-
-def is_matrix(config: Config, layer: Layer) -> bool:
-    """Whether an orthogonal matrix is stored in place of a filter of one tap."""
-    return layer.side == 1 and config["pointwise"] == "manifold"
-
-
-def convolutions(config: Config) -> Iterator[Layer]:
-    """All convolutions. The last stage halves the image first and has filters of one tap."""
-    channels = config["width"]
-    _, height, width = config["input_shape"]
-    positions = height * width
-    yield Layer(channels, 3, 1, False, positions)
-    per_stage = config["depth"] // config["stages"]
-    for stage in range(config["stages"]):
-        last = stage == config["stages"] - 1
-        for i in range(per_stage):
-            stride = 2 if i == (0 if last else per_stage - 1) else 1
-            channels, positions = channels * stride**2, positions // stride**2
-            pooled = i == per_stage - 1 and not (last and config["head"] == "mlp")
-            yield Layer(channels, 1 if last else 3, stride, pooled, positions)
-            channels = channels // 2 if pooled else channels
 
 
 class Soc(Family):
@@ -245,29 +207,3 @@ class Soc(Family):
                     y = x + convolve(y, kernel, padding=layer.side // 2) / k
             x = self._after(i).apply(y + bias[:, None, None])
         return x.reshape(len(x), -1)
-
-
-def skew(W: Floats) -> Floats:
-    """J, the filter of (W - W^T) / 2."""
-    return (W - transposed(W)) / 2
-
-
-def bounds_of_filter(W: Floats) -> MatrixBounds:
-    """Each pixel lies in k^2 patches, so ||J|| <= k ||R|| for its reshapes R, on any image."""
-    J, C, side = skew(W), len(W), W.shape[-1]
-    wide = J.reshape(C, -1)
-    tall = J.transpose(0, 2, 1, 3).reshape(C * side, -1)
-    # An entry of J is rounded once.
-    upper = side * (min(upper_bound(wide), upper_bound(tall)) + 2 * U * frobenius(wide))
-    upper *= ROUND_UP
-    magnitude = (np.abs(W) + transposed(np.abs(W))) / 2
-    absolute = float(magnitude.sum(axis=(1, 2, 3)).max()) * ROUND_UP
-    return MatrixBounds(upper, lower_bound(wide), absolute, frobenius(wide) * ROUND_UP)
-
-
-def power_over_factorial(nu: float, n: int) -> float:
-    """nu^n / n!, rounded up; infinite where it overflows."""
-    product = 1.0
-    for k in range(1, n + 1):
-        product *= nu / k
-    return product * ROUND_UP
