@@ -71,6 +71,8 @@ def run_session(prepared: PreparedRun, console: Console) -> Iterator[RunMonitor]
             f"checkpoint.keep_best={config.checkpoint.keep_best} chooses none, and the newest is "
             f"certified once, on {config.data.test_split}"
         )
+    if prepared.notice:
+        display.message(prepared.notice)
     if prepared.changed:
         display.message("changed: " + "; ".join(f"{k}: {v}" for k, v in prepared.changed.items()))
         event_log.note("Changed", settings=prepared.changed)

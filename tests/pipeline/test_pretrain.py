@@ -1,6 +1,7 @@
 """The entry: what is impossible is refused with one message before a worker starts."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -233,6 +234,17 @@ def test_raw_images_need_a_crop_and_certify_on_the_test_split(refusal, tmp_path,
     base = ["digits", "--storage", str(tmp_path), "--data.shards", str(raw)]
     base += ["--data.train-split", "train"]
     assert prepare(parse([*base, *crop]), world_size=2).samples.per_epoch == 1437
+
+
+def test_a_stop_beyond_the_end_is_said_and_a_ratio_of_one_rank_refused(tmp_path, shards):
+    base = ["digits", "--storage", str(tmp_path), "--data.shards", str(shards)]
+    assert prepare(parse([*base, "--train.stop-after", "3"]), world_size=2).notice == ""
+    late = [*base, "--name", "late", "--train.epochs", "1", "--train.stop-after", "999"]
+    last = math.ceil(prepare(parse(late), world_size=2).samples.per_epoch / 64)
+    notice = prepare(parse([*late, "--resume"]), world_size=2).notice
+    assert notice == f"train.stop_after=999 is never reached: the run ends after step {last}"
+    with pytest.raises(NoEffectError, match=r"cluster.straggler_ratio=2.0 .* one rank"):
+        prepare(parse([*base, "--cluster.straggler-ratio", "2"]), world_size=1)
 
 
 def test_how_samples_are_read_may_change_on_resume():
