@@ -12,6 +12,7 @@ import pipeline.training.zero3
 from data_shards.sources import digits, synthetic
 from data_shards.write import write_shard_set
 from pipeline.config import changes, decides_result
+from pipeline.errors import NoEffectError
 from pipeline.pretrain import main, parse
 from tests.data_shards.test_index import rewrite_header
 from tests.pipeline.prepared import prepare
