@@ -147,6 +147,6 @@ def test_precisions_differ(alone):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_overlap_changes_no_bit(world_size, alone):
     assert run_ranks(digests, world_size)[0] == alone
