@@ -53,18 +53,19 @@ def forking_context() -> BaseContext:
 
 
 def run_command(
-    module: str, *words: str, timeout: float = 200.0, **environment: str
+    module: str, *words: str, stdout: str = "", timeout: float = 200.0, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
     """`python -m module words` with these variables besides those of this process, but forked.
 
     For modules whose `main` takes the words. It takes the place of `subprocess.run`, which pays
-    for the imports anew, where the test asks nothing of the interpreter itself.
+    for the imports anew, where the test asks nothing of the interpreter itself. With `stdout` the
+    output goes to that file and is not in the answer.
 
     Raises:
         subprocess.TimeoutExpired: The command did not end within `timeout` seconds.
     """
     with tempfile.TemporaryDirectory() as directory:
-        outputs = [f"{directory}/stdout", f"{directory}/stderr"]
+        outputs = [stdout or f"{directory}/stdout", f"{directory}/stderr"]
         process: Any = forking_context().Process(  # type: ignore[attr-defined]
             target=_command_main, args=(module, words, {**os.environ, **environment}, outputs)
         )
@@ -76,7 +77,7 @@ def run_command(
         finally:
             process.kill()
             process.join()
-        texts = [Path(output).read_text() for output in outputs]
+        texts = ["" if output == stdout else Path(output).read_text() for output in outputs]
         return subprocess.CompletedProcess([module, *words], process.exitcode, *texts)
 
 
@@ -90,7 +91,9 @@ def _command_main(
             os.dup2(files.enter_context(open(output, "wb")).fileno(), number)
     fsspec.config.set_conf_env(fsspec.config.conf)  # read when the server imported it
     sys.argv = [module, *words]
-    sys.exit(importlib.import_module(module).main(words))
+    code = importlib.import_module(module).main(words)
+    sys.stdout.flush()  # an interpreter that cannot do so at its end fails, too
+    sys.exit(code)
 
 
 class RankError(AssertionError):
