@@ -51,7 +51,7 @@ NETWORKS = {
     "soc": SocConfig(**SMALL, depth=4, stages=2, width=4, terms=26),
     "soc_angles": SocConfig(
         **SMALL,
-        depth=4,
+        depth=2,
         stages=2,
         width=4,
         terms=26,
@@ -204,6 +204,7 @@ def test_no_attack_succeeds_inside_the_certified_radius_and_some_beyond(
     config, images, generator, steps, restarts
 ):
     network = trained_like(config)
+    images = images[:8]
     with torch.no_grad():
         logits, factors = network.logits_and_margin_factors(images)
     lipschitz = network.lipschitz_upper_bound().value

@@ -17,10 +17,10 @@ from tests.optim.emulation import Emulation, Problem, digest
 PROBLEM = Problem(
     (30, 17, 8, 5, 12, 9, 4),
     dtype=torch.float32,
-    steps=12,
+    steps=6,  # of which the last has all of them
     lr=0.01,
-    lookahead_steps=3,
-    polar_every=4,
+    lookahead_steps=2,
+    polar_every=3,
     audit_every=2,
     round_elements=1,
 )
