@@ -20,7 +20,7 @@ from tests.pipeline.small_runs import batches, rank_world, small_run
 
 STEPS = 10  # a Lookahead synchronisation at 7, polar retractions at 5 and 10
 BATCH = 24
-# Largest difference after 10 to 20 steps of fp32 against float64 of a smooth network at eps 1e-5; the
+# Largest difference of fp32 from float64, of a smooth network at eps 1e-5: after 20 steps the
 # fp32 and float64 references themselves differ by 6e-7.
 TOLERANCE = 2e-6
 
