@@ -66,7 +66,7 @@ def run_command(
     """
     with tempfile.TemporaryDirectory() as directory:
         outputs = [stdout or f"{directory}/stdout", f"{directory}/stderr"]
-        process: Any = forking_context().Process(  # type: ignore[attr-defined]
+        process: Any = forking_context().Process(
             target=_command_main, args=(module, words, {**os.environ, **environment}, outputs)
         )
         process.start()
