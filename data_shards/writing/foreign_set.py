@@ -356,7 +356,8 @@ class _Run:
         copies: Sequence[tuple[ShardPlan, ManifestPart]],
         duplicates: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
     ) -> None:
-        tables, shards = [], []
+        tables: list[pa.Table] = []
+        shards: list[Shard] = []
         for place, (foreign, part) in enumerate(zip(self.shards, parts, strict=True)):
             members = np.flatnonzero(taken & (scans.shard == place))
             if len(members):

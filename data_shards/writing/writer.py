@@ -229,11 +229,16 @@ class _Run:
             count = len(fragment.rows)
             shard_column = pa.array(np.full(count, number, dtype=np.int32))
             tables.append(fragment.rows.append_column("shard", shard_column))
-            sizes: dict[str, int] = {"samples": count, "size": fragment.size}
             shards.append(
-                Shard(number=number, file=plan.file, split=plan.split, sha256=fragment.sha256,
-                      **sizes)
-            )  # fmt: skip
+                Shard(
+                    number=number,
+                    file=plan.file,
+                    split=plan.split,
+                    samples=count,
+                    size=fragment.size,
+                    sha256=fragment.sha256,
+                )
+            )
         table = pa.concat_tables(tables)
         rows = rows_to_parquet({name: table[name] for name in table.column_names})
         source = self.source
