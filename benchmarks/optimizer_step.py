@@ -363,7 +363,7 @@ def main() -> None:
             f"residual after: ||X^T X - I||_F in float64 of a fresh matrix after {STEPS} steps; "
             "moved: the sum of ||X' - X||_F of these; residual as far: when it has moved as far as "
             f"the fast manifold step in {STEPS}, empty where {FARTHEST} steps do not.",
-            "gradient descent: the loss ||(X - T) W||_F^2 / 2n, W = diag(0.1 ... 1), after the time "
+            "gradient descent: the loss ||(X - T) W||_F^2 / 2n, W = diag(0.1 ... 1), in the time "
             "of 20 steps on all rows, without that of the gradient.",
             f"drift: largest residual in {DRIFT_STEPS} steps in random directions at width "
             f"{arguments.drift_width} without a polar retraction, before every correction. Steps "

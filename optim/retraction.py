@@ -23,7 +23,6 @@ whose bounds of theta and of products are used here.
 """
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -143,6 +142,8 @@ def distance(order: int, theta: float) -> float:
 
 
 _C3, _C4, _C5 = coefficients(3), coefficients(4), coefficients(5)
+_THIRD = {3: (_C3[3], 0.0), 4: (_C4[3], _C4[4] / _C4[3])}
+"""c_3, and c_4 / c_3: what form 3 or 4 adds to D + S / 2 is c_3 S (D + c_4 / c_3 S)."""
 
 
 def _fast(X: Tensor, D: Tensor, precision: Precision) -> Tensor:
@@ -167,17 +168,15 @@ def _increment(
     if defect(2, theta) <= DEFECT:
         return torch.add(D, S, alpha=0.5), 1
     order = _first_form(m1, m2, theta)
-    term, theta = _third_order(order, D, S, m1, m2, theta, precision)
+    T, theta = third_order(order, D, S, m1, m2, theta, precision)
     if defect(order, theta) <= DEFECT:
-        return term.add_(D).add_(S, alpha=0.5), 1
-    if order == 4:  # its skew part is the multiple of D^3
-        term = torch.sub(term, term.mT).mul_(0.5 * _C3[3] / _C4[3])
+        return torch.add(D, S, alpha=0.5).add_(T, alpha=_THIRD[order][0]), 1
+    Q = T if order == 3 else torch.sub(T, T.mT).mul_(0.5)
     substeps = 1
     while substeps * defect(5, theta / substeps) > DEFECT:
         substeps += 1
     h = 1 / substeps
-    V = term.mul_(_C5[5] / _C3[3] * h**5)
-    V.add_(D, alpha=_C5[3] * h**3).add_(S, alpha=_C5[4] * h**4)
+    V = Q.mul_(_C5[5] * h**5).add_(D, alpha=_C5[3] * h**3).add_(S, alpha=_C5[4] * h**4)
     M = split_product(S, V, precision)
     return M.add_(D, alpha=h).add_(S, alpha=0.5 * h * h), substeps
 
@@ -189,25 +188,22 @@ def _first_form(m1: float, m2: float, theta: float) -> int:
     return 4 if defect(4, likely) <= DEFECT < defect(3, likely) else 3
 
 
-def _third_order(
+def third_order(
     order: int, D: Tensor, S: Tensor, m1: float, m2: float, theta: float, precision: Precision
 ) -> tuple[Tensor, float]:
-    """c_3 D^3 of form 3 or c_3 D^3 + c_4 D^4 of form 4, and the better bound that it gives."""
+    """T = D^3, for form 4 with its multiple of D^4, and the better bound that its norm gives."""
     rounding, u = product_rounding(D, precision), unit_roundoff(D.dtype, precision)
-    c, d = (_C3[3], 0.0) if order == 3 else (_C4[3], _C4[4])
+    (c, d), multiply = _THIRD[order], product
     if order == 3:  # mirrored: what the computed half has of an error the other half has, too
-        rounding, u = math.sqrt(2) * rounding, math.sqrt(2) * u
-    V = torch.mul(D, c) if order == 3 else torch.mul(D, c).add_(S, alpha=d)
-    multiply: Callable[[Tensor, Tensor, Precision], Tensor] = _skew if order == 3 else product
-    if u and term_error(m1, m2, theta, rounding, u, c, d) > term_limit(D.shape[0], m1, u):
+        multiply, rounding, u = _skew, math.sqrt(2) * rounding, math.sqrt(2) * u
+    if u and c * term_error(m1, m2, theta, rounding, u, 1.0, d) > term_limit(len(D), m1, u):
         multiply, rounding, u = split_product, rounding + 4 * u * u, 0.0
-    term = multiply(S, V, precision)
-    norm = norms(term)[0]
-    for _ in range(3):  # what bounds theta better bounds the error of the term better
-        error = term_error(m1, m2, theta, rounding, u, c, d)
-        third = norm / (6 * c), error / (6 * c)
+    T = multiply(S, D if order == 3 else torch.add(D, S, alpha=d), precision)
+    norm = norms(T)[0]
+    for _ in range(3):  # what bounds theta better bounds the error of T better
+        third = norm / 6, term_error(m1, m2, theta, rounding, u, 1.0, d) / 6
         theta = min(theta, spectral_bound(m1, m2, rounding, third=third))
-    return term, theta
+    return T, theta
 
 
 def _skew(S: Tensor, V: Tensor, precision: Precision) -> Tensor:

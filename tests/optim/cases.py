@@ -96,8 +96,8 @@ def check_problem(problem: Problem, exchange: Exchange) -> str:
 
 def check_resume(exchange: Exchange) -> None:
     """State saved between two Lookahead synchronisations continues bit by bit."""
-    for dtype in (torch.float64, torch.float32):
-        problem = replace(PROBLEMS["uneven"], dtype=dtype)
+    uneven = PROBLEMS["uneven"]
+    for problem in (uneven, replace(uneven, dtype=torch.float32), PROBLEMS["fast"]):
         first = Emulation(problem, exchange)
         first.run(last=10)
         saved = [tensor.clone() for _, _, tensor in first.optimizer.partitioned_state()]
