@@ -23,6 +23,7 @@ whose bounds of theta and of products are used here.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -193,7 +194,8 @@ def third_order(
 ) -> tuple[Tensor, float]:
     """T = D^3, for form 4 with its multiple of D^4, and the better bound that its norm gives."""
     rounding, u = product_rounding(D, precision), unit_roundoff(D.dtype, precision)
-    (c, d), multiply = _THIRD[order], product
+    c, d = _THIRD[order]
+    multiply: Callable[[Tensor, Tensor, Precision], Tensor] = product
     if order == 3:  # mirrored: what the computed half has of an error the other half has, too
         multiply, rounding, u = _skew, math.sqrt(2) * rounding, math.sqrt(2) * u
     if u and c * term_error(m1, m2, theta, rounding, u, 1.0, d) > term_limit(len(D), m1, u):
