@@ -151,6 +151,9 @@ def _fast(X: Tensor, D: Tensor, precision: Precision) -> Tensor:
     factor = rounded(D, precision)
     D, S = factor.to(D.dtype), symmetric_product(factor, factor)
     del factor
+    # Sums of squares again: those of equal entries, as of a first step of Adam, are all rounded to
+    # the same side by a product, and X would grow a little with every step.
+    S.diagonal().copy_(torch.linalg.vector_norm(D, dim=1).square_().neg_())
     m1, m2 = (norm * norm for norm in norms(D, S))
     theta = spectral_bound(m1, m2, product_rounding(D, precision))
     if not theta <= LARGEST_NORM:
