@@ -104,7 +104,7 @@ def muon_newton_schulz(problem: Problem, target: str) -> Contestant:
     def step() -> None:
         with torch.no_grad():
             for p in parameters:
-                X = p.grad / torch.linalg.matrix_norm(p.grad)  # type: ignore[operator, arg-type]
+                X = p.grad / torch.linalg.matrix_norm(p.grad)
                 for _ in range(5):
                     A = X @ X.mT
                     X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)
@@ -188,7 +188,7 @@ def random_submanifold(problem: Problem, share: float, target: str = "") -> Cont
 
     def step() -> None:
         for stepper, gradient in steppers:
-            stepper.step(gradient)  # type: ignore[arg-type]
+            stepper.step(gradient)
 
     return Contestant(step, lambda: steppers[0][0].X, target)
 
