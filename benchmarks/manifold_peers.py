@@ -181,9 +181,11 @@ class RandomSubmanifold:
 
 def random_submanifold(problem: Problem, share: float, target: str = "") -> Contestant:
     """Steps of `RandomSubmanifold` of all matrices, with the gradients of the problem."""
+    rows = round(share * problem.width)
     steppers = [
-        (RandomSubmanifold(p.detach().clone(), round(share * problem.width), LR), p.grad)
+        (RandomSubmanifold(p.detach().clone(), rows, LR), p.grad)
         for p in problem.parameters()
+        if p.grad is not None
     ]
 
     def step() -> None:

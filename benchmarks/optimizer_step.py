@@ -117,10 +117,10 @@ def manifold_steps(problem: Problem) -> dict[str, Factory]:
     """The step with both retractions at a small and a large increment, and the paper's rule."""
     large = rate_for(LARGE, problem.width)
     found: dict[str, Factory] = {}
-    for suffix, settings in (("", {}), (f", theta {LARGE}", {"lr": large})):
+    for suffix, lr in (("", LR), (f", theta {LARGE}", large)):
         for retraction in RETRACTIONS:
             found[f"manifold step, {retraction}{suffix}"] = partial(
-                own, retraction=retraction, **settings
+                own, retraction=retraction, lr=lr
             )
     found["manifold step, exp by the rule of the paper"] = partial(
         own, retraction="exp", series="frobenius"
@@ -202,7 +202,8 @@ def walk(contestant: Contestant, way: float | None = None) -> dict[str, float | 
 
     The last is None where FARTHEST steps do not come so far.
     """
-    before, moved, found = contestant.matrix().clone(), 0.0, {}
+    before, moved = contestant.matrix().clone(), 0.0
+    found: dict[str, float | None] = {}
     for number in range(1, FARTHEST + 1):
         contestant.step()
         after = contestant.matrix()
@@ -314,7 +315,7 @@ def table(problem: Problem, checkouts: Path | None, *, repeats: int, drift_width
         for row in rows:
             if row["what"] == f"manifold step, fast{suffix}":
                 row["target"] = f"<= 1.12 of its products: {ratio:.3f}"
-    rows += now_and_then(problem, repeats)
+    rows += now_and_then(problem, 2 * repeats + 1)
     rows += [{"what": name, "in products": "not run"} for name in missing]
     rows += losses_at_equal_time(problem, 20)
     narrow = replace(problem, width=drift_width)
