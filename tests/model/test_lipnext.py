@@ -14,7 +14,8 @@ from pipeline.presets.lipnext import PRESETS
 from tests.model.small_networks import tiny_config, trained_like
 
 COUNTS = {
-    "digits": 334_538,
+    "digits": 120_214,
+    "digits-dense": 116_365,
     "synthetic": 38_026,
     "cifar10-L32W1024": 68_208_650,
     "cifar10-L32W2048": 272_723_978,

@@ -22,9 +22,9 @@ def parsed(**settings: Any) -> NetworkConfig:
 
 def lipnext(pick: random.Random) -> dict[str, Any]:
     patch, channels = pick.choice([1, 2]), pick.choice([1, 3])
-    height, width = pick.randint(1, 4), pick.randint(1, 5)
-    pool = pick.choice(["l2", "grid", "flat"])
-    divisors = [k for k in range(1, 5) if height % k == width % k == 0]
+    side, pool = pick.randint(1, 3), pick.choice(["l2", "grid", "flat"])
+    height, width = side * pick.randint(1, 2), side * pick.randint(1, 2)
+    divisors = [k for k in range(1, 7) if height % k == width % k == 0]
     return {
         "input_shape": [channels, patch * height, patch * width],
         "patch": patch,
