@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import tyro
@@ -29,7 +30,7 @@ from pipeline.checkpoint.writer import HostMemory, commit, take_snapshot, write_
 from pipeline.config import ClusterConfig, RunConfig
 from pipeline.presets import run_preset
 from pipeline.run.distributed import DistributedContext, join_process_group
-from pipeline.run.state import TrainState
+from pipeline.run.rank_state import TrainState
 from pipeline.training.worker import build_engine
 from pipeline.training.zero3 import Zero3
 
@@ -159,7 +160,7 @@ def main(
     preset = run_preset(_PRESET)
     config = dataclasses.replace(
         preset,
-        model=dataclasses.replace(preset.model, width=width, depth=depth),
+        model=dataclasses.replace(cast(Any, preset.model), width=width, depth=depth),
         cluster=ClusterConfig(launcher="local", device="cpu"),
     )
     with tempfile.TemporaryDirectory(dir=folder) as place:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any
 from unittest import mock
 
@@ -32,7 +32,7 @@ PRELOADED = ("pytest", "hypothesis", "ray.train", "deepspeed.ops", "mlflow", "pi
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def forking_context() -> BaseContext:
+def forking_context() -> SpawnContext | ForkServerContext:
     """Context of `multiprocessing` whose processes have the heavy libraries imported already.
 
     One server per test process; it ends with it. Where there is a GPU, processes are started anew:

@@ -1,7 +1,8 @@
 """A-priori rounding errors of the programs that evaluate a network (docs/certificate.md, 5).
 
 Every quantity of a bound is non-negative, so evaluating the bound in float64 changes it by a
-relative error of (number of operations) * 2^-53, far below the last factor, 1 + 2^-20.
+relative error of (number of operations) * 2^-53, far below the factor 1 + 2^-20 that ends each
+bound (`margin_error` of the networks).
 """
 
 import dataclasses
@@ -162,3 +163,16 @@ class ErrorState:
         self.norm = upper * self.norm + bias
         self.note(size)
         self.note(self.computed)
+
+    def finish(self, error: Tensor, underflow: Tensor) -> Tensor:
+        """The error of a margin with what flushed operations may add, (B,).
+
+        Infinite where the sizes come near overflow, or where underflow may say more than a logit.
+
+        Args:
+            error: what rounding does to a margin, (B,).
+            underflow: bound of what is lost below the smallest normal number, (B,).
+        """
+        hopeless = (underflow > 1) | (self.peak > self.program.limit)
+        total = ((error + underflow) * (1 + 2.0**-20)).nan_to_num(nan=math.inf, posinf=math.inf)
+        return torch.where(hopeless, math.inf, total)

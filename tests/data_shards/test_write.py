@@ -168,7 +168,12 @@ def test_a_stop_at_any_write_changes_nothing(number, torn, tmp_path, monkeypatch
             write_shard_set(source, str(tmp_path / "stopped"))
     done = sum(name.startswith(".progress") for name in writes[:-1])
     writes.clear()
-    monkeypatch.setattr(Store, "write", lambda *a: (writes.append(a[1]), plain(*a)))
+
+    def spied(store, name, data):
+        writes.append(name)
+        plain(store, name, data)
+
+    monkeypatch.setattr(Store, "write", spied)
     assert write_shard_set(source, str(tmp_path / "stopped")).digest == whole.digest
     assert sum(name.endswith(".tar") for name in writes) == 8 - done
     for path in (tmp_path / "whole").iterdir():

@@ -162,7 +162,8 @@ def test_no_attack_inside_the_certified_radius_succeeds(digits_run, samples, res
     network, images, labels = trained(digits_run)
     images, labels = images[:samples], labels[:samples]
     with torch.no_grad():
-        certificates = certify(*network.logits_and_margin_factors(images), labels, lipschitz=1.0)
+        logits, factors = network.logits_and_margin_factors(images)
+        certificates = certify(logits, factors, labels, lipschitz=1.0)
     inside = apgd(
         network,
         images,

@@ -4,7 +4,7 @@ from data_shards.sources import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from model.artifact.artifact import write_artifact
-from model.networks.config import LipNeXtConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network
 from pipeline.run.ray_session import ray_session
 

@@ -31,9 +31,7 @@ def test_every_preset_round_trips(name):
 
 
 def test_unknown_preset_names_the_close_one():
-    with pytest.raises(
-        PipelineError, match=r"unknown preset 'digit'.*'digits'.*presets: .*imagenet"
-    ):
+    with pytest.raises(PipelineError, match=r"unknown preset 'digit'.*'digits'.*known: .*imagenet"):
         run_preset("digit")
 
 
@@ -113,7 +111,7 @@ def test_impossible_batches_are_refused(batch, accumulation, world_size, message
 
 READERS_OF_ALL = {
     "pipeline/training/worker.py": "takes the configuration apart and builds the parts of a rank",
-    "pipeline/run/state.py": "carries the configuration to the ranks",
+    "pipeline/run/rank_state.py": "carries the configuration to the ranks",
 }
 
 

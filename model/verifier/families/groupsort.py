@@ -22,8 +22,8 @@ from model.verifier.mathematics.arithmetic import (
     kappa,
     largest_entry,
 )
-from model.verifier.mathematics.heads import Head
-from model.verifier.mathematics.matrices import MatrixBounds
+from model.verifier.mathematics.linear_head import Head
+from model.verifier.mathematics.matrix_bounds import MatrixBounds
 from model.verifier.settings import SIDE, Config, Setting, Whole
 
 
@@ -61,15 +61,6 @@ class GroupSort(Family):
             inputs = config["width"]
         classes = config["num_classes"]
         return {**shapes, "head.weight": (classes, inputs), "head.bias": (classes,)}
-
-    def parts(self) -> dict[str, float]:
-        """None: the constant is 1."""
-        return {}
-
-    @property
-    def bound(self) -> float:
-        """See Family."""
-        return 1.0
 
     def carry(self, norms: Floats, program: Program) -> ErrorState:
         """Every layer is 1-Lipschitz: what comes in passes, and its own rounding is added."""

@@ -18,13 +18,12 @@ from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import main as evaluate
 from model.artifact.artifact import write_artifact
-from model.networks.config import LipNeXtConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from model.verifier import artifact
 from model.verifier.certificate import COLUMNS, FIELDS
 from model.verifier.families.lipnext import LipNeXt
 from model.verifier.refusal import DisagreementError
-from model.verifier.samples import ERRORS
-from model.verifier.table import count_greater
+from model.verifier.samples import ERRORS, count_greater
 from model.verify import main
 from tests.model.certificate_maker import (
     CERTIFICATE,
