@@ -139,7 +139,7 @@ def broken_by_neighbours(network, images, certificates, generator, tries=100):
 
 
 @pytest.mark.parametrize("program", [FLOAT32, FLOAT64], ids=lambda program: program.name)
-@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("size", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_near_ties(generator, program, size):
     """The weights are orthogonal to rounding: what breaks here is the arithmetic alone."""
     config = tiny_config(input_shape=(1, size, size), patch=size, width=size**2, depth=4)

@@ -22,6 +22,8 @@ from tests.model.test_conformance import NETWORKS
 from tests.model.verifier.honest import check, on_disk, stated
 from tests.model.verifier.networks import draw, parsed
 
+pytestmark = pytest.mark.integration
+
 
 def network_of(config, seed=0):
     return trained_like(config, seed, torch.float32).requires_grad_(False)

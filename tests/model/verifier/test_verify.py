@@ -114,8 +114,17 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("deployed", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "deployed"),
+    [
+        ("digits", "float32"),
+        ("depth-32", "bfloat16"),
+        ("linear", "float32"),
+        pytest.param("digits", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("depth-32", "float32", marks=pytest.mark.slow),
+        pytest.param("linear", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_the_evaluation_is_confirmed(tmp_path, capsys, name, deployed):
     source, settings = NETWORKS[name]
     write_shard_set(source(), str(tmp_path / "shards"))
