@@ -16,10 +16,11 @@ from typing import Any
 
 import tyro
 from pydantic import TypeAdapter
+from rich.console import Console
 
 from data_shards.errors import ShardError
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.console import following
+from jobs.evaluation.console import exit_status, following
 from jobs.evaluation.progress import OnProgress
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import (
@@ -32,7 +33,6 @@ from pipeline.run.evaluation_summary import EvaluationSummary, report
 from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
 from pipeline.run.open_servers import ExposureError
 from pipeline.tracking.client import EvaluationRecord, RunReference, log_evaluation, ui_command
-from untrusted.terminal import PlainConsole
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +136,8 @@ def main(
         arguments: the command line.
         before_record: called when the result is written and before MLflow hears of it.
     """
-    console = PlainConsole()
-    errors = PlainConsole(stderr=True)
-    try:
+
+    def act(console: Console, errors: Console) -> int:
         config = tyro.cli(EvaluationConfig, args=arguments, prog="jobs.evaluate_cra")
         with following(errors) as on_progress:
             summary = compute(config, on_progress=on_progress)
@@ -149,20 +148,10 @@ def main(
         if run is not None:
             command, path = ui_command(config.tracking.uri, run)
             console.print(f"MLflow: {command}\n  then open {path}", soft_wrap=True)
-    except (
-        EvaluationError,
-        ShardError,
-        ModelError,
-        ExposureError,
-        FileNotFoundError,
-        ConnectionError,
-    ) as error:
-        errors.print(f"error: {error}", soft_wrap=True)
-        return 2
-    except Exception as error:
-        errors.print(f"failed: {type(error).__name__}: {error}", soft_wrap=True)
-        return 1
-    return 0
+        return 0
+
+    package = (EvaluationError, ShardError, ModelError, ExposureError)
+    return exit_status(act, (*package, FileNotFoundError, ConnectionError))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from data_shards.config import INDEXED_ONLY, SAME_SAMPLES, StreamConfig
 from data_shards.sources import generated_sources
+from data_shards.storage.store import Store
 from model.certification.eps import check_reach, check_table
 from model.networks.centering import Centering
 from model.networks.config import NetworkConfig
@@ -33,6 +34,8 @@ RESERVED_NAMES = ("data", "claims", "mlartifacts", "mlflow.db", "mlflow.db.lock"
 """What lies beside the runs in their storage."""
 _LONGEST_NAME = 255
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+_ZERO_IS_A_VALUE = ("loss.eps_start",)
+"""Options that 0 does not switch off."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -42,8 +45,8 @@ class DataConfig:
     shards: str = ""
     """URL of the shard set (any fsspec store). Empty: `<storage>/data/<source>`."""
     source: str = "none"
-    """A source that needs no archive (`digits`, `synthetic`): its shard set is written on first
-    use. `none`: the set is there."""
+    """A source that needs no archive (`digits`, `synthetic`) or knows where a package of the system
+    puts it (`fashion-mnist`): its shard set is written on first use. `none`: the set is there."""
     train_split: Literal["train", "fit"] = "train"
     """`fit` leaves the validation part of the training split out, so that checkpoints can be chosen
     by it; with `train` nothing is held out, and the newest checkpoint is the result."""
@@ -329,9 +332,19 @@ class RunConfig:
             raise NoEffectError(option, value_of(self, option), default_of(self, option), reason)
 
     def _is_set(self, option: str) -> bool:
-        """Whether an option says something: 0 and an empty value switch it off."""
+        """Whether an option says something: 0 and an empty value switch most of them off."""
         value = value_of(self, option)
-        return bool(value) and value != default_of(self, option)
+        off = not value and option not in _ZERO_IS_A_VALUE
+        return not off and value != default_of(self, option)
+
+    def require_effects(self, *, world_size: int) -> None:
+        """Refuse settings that change nothing on so many ranks.
+
+        Raises:
+            NoEffectError: naming the setting.
+        """
+        if world_size == 1:
+            self._require_idle("cluster.straggler_ratio", "one rank, slower than no other")
 
     def _without_effect(self) -> dict[str, str]:
         """Settings that another part leaves without effect, and how."""
@@ -345,6 +358,11 @@ class RunConfig:
         if self.data.unindexed_samples:
             names = ("data.train_split", *(f"data.stream.{name}" for name in INDEXED_ONLY))
             found |= dict.fromkeys(names, "data.unindexed_samples, for a set without an index")
+        elif Store(self.data.shards or self.storage or ".").local_path():
+            names = ("data.stream.disk_cache", "data.stream.disk_cache_bytes")
+            found |= dict.fromkeys(names, "a shard set on this machine's file systems")
+        if not (self.checkpoint.every_steps or self.resume or self.start_or_resume):
+            found["train.rollbacks"] = "checkpoint.every_steps=0: there is nothing to go back to"
         if self.cluster.launcher == "local":
             names = ("evaluate_tasks", "evaluate_gpus", "evaluate_placement")
             found |= {f"checkpoint.{name}": "cluster.launcher=local" for name in names}

@@ -32,6 +32,7 @@ _SETS = {  # images of the training split, kB of one
     "tiny-imagenet": (100_000, 2.2),
     "cifar": (50_000, 2.3),
     "mnist": (60_000, 0.3),
+    "fashion": (60_000, 0.5),
     "digits": (1_437, 0.1),
 }
 

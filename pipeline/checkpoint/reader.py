@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from data_shards.storage.store import Store
-from model.artifact.safetensors_io import read_header, tensor_of
+from model.artifact.safetensors_io import difference, read_header, tensor_of
 from optim.sharded import ShardedManifoldAdam
 from pipeline.checkpoint.commit import Commit, CommittedFile, CommittedTensor, read_commit
 from pipeline.checkpoint.writer import Partitioned, held, slices
@@ -171,13 +171,8 @@ def _check_fit(commit: Commit, folder: Store, optimizer: ShardedManifoldAdam, ra
     """The checkpoint holds the tensors and scalars of this network and optimizer."""
     expected = {key: list(slot.shape) for key, slot, _ in slices(optimizer, rank)}
     stored = {key: tensor.shape for key, tensor in commit.tensors.items()}
-    if stored != expected:
-        names = sorted(k for k in stored | expected if stored.get(k) != expected.get(k))
-        first = names[0]
-        raise PipelineError(
-            f"checkpoint {folder.url} does not fit the network: {len(names)} tensors differ, "
-            f"first {first}: stored {stored.get(first)}, expected {expected.get(first)}"
-        )
+    if wrong := difference(stored, expected):
+        raise PipelineError(f"checkpoint {folder.url} does not fit the network: {wrong}")
     if lacking := sorted(optimizer.scalar_state().keys() - commit.scalars.keys()):
         raise PipelineError(f"checkpoint {folder.url} lacks the scalars {', '.join(lacking)}")
 

@@ -9,9 +9,8 @@ from optim.manifolds import manifold_of
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.planner import memory as budget
-from pipeline.planner.flops import training_flops
 from pipeline.planner.memory import Component, Setting, Traffic, Weights
-from pipeline.planner.meta_step import Rehearsal, rehearse
+from pipeline.planner.meta_step import Rehearsal, rehearse, training_flops
 from pipeline.planner.step_time import MANIFOLD_PRODUCTS, Device, StepTime, step_time
 from pipeline.run.step_schedule import StepSchedule, make_step_schedule
 from pipeline.training.device_peak import DTYPES
@@ -178,7 +177,7 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
         time=step_time(
             device,
             pass_flops=float(accumulation * seen.flops),
-            manifold_flops=_manifold_flops(weights, ranks),
+            manifold_flops=_manifold_flops(weights, ranks, optim.retraction),
             sent=sent,
             rank_images=counts.rank_batch,
             decoders=max(1, config.data.stream.workers),
@@ -191,12 +190,12 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
     )
 
 
-def _manifold_flops(weights: Weights, ranks: int) -> float:
+def _manifold_flops(weights: Weights, ranks: int, retraction: str) -> float:
     """Products of the rank that owns most matrices."""
     if not weights.matrices:
         return 0.0
     owned = -(-len(weights.matrices) // ranks)
-    return MANIFOLD_PRODUCTS * owned * 2 * max(weights.matrices) ** 1.5
+    return MANIFOLD_PRODUCTS[retraction] * owned * 2 * max(weights.matrices) ** 1.5
 
 
 def _host(config: RunConfig, weights: Weights, setting: Setting) -> dict[str, int]:

@@ -9,6 +9,8 @@ import struct
 import tarfile
 import uuid
 import zipfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,15 @@ from PIL import Image
 
 from data_shards.errors import ShardError
 from data_shards.format.decode import decode_image
-from data_shards.sources import cifar, cifar10, cifar100, imagefolder, mnist, tiny_imagenet
+from data_shards.sources import (
+    cifar,
+    cifar10,
+    cifar100,
+    fashion_mnist,
+    imagefolder,
+    mnist,
+    tiny_imagenet,
+)
 from data_shards.sources.convert import Recipe, UndecodableError, image_extension
 from data_shards.storage.store import Store
 from data_shards.verify import verify
@@ -169,6 +179,29 @@ def test_mnist_damaged(data, message, tmp_path):
         mnist(str(tmp_path))
 
 
+@pytest.mark.skipif(
+    not Path("/usr/share/datasets/fashion-mnist").is_dir(),
+    reason="needs Debian's package dataset-fashion-mnist",
+)
+def test_fashion_mnist_of_the_package():
+    source = fashion_mnist()
+    assert source.image_shape == (1, 28, 28)
+    assert np.bincount(source.labels).tolist() == [7000] * 10
+    assert (source.test.sum(), source.validation.sum()) == (10_000, 10_000)
+    assert pixels(source, 0)[0].sum() == 76_247  # an ankle boot
+    assert source.class_names[source.labels[0]] == "Ankle boot"
+
+
+def test_fashion_mnist_has_the_layout_of_mnist_and_its_own_classes(tmp_path):
+    make_mnist(tmp_path)
+    source, other = fashion_mnist(str(tmp_path)), mnist(str(tmp_path))
+    assert (source.name, source.class_names[9]) == ("fashion-mnist", "Ankle boot")
+    assert np.array_equal(source.labels, other.labels)
+    assert np.array_equal(pixels(source, 3), pixels(other, 3))
+    with pytest.raises(ShardError, match=r"nowhere has no train-images-idx3-ubyte\.gz"):
+        fashion_mnist(str(tmp_path / "nowhere"))
+
+
 def test_mnist_missing(tmp_path):
     with pytest.raises(ShardError, match=r"has no train-images.*t10k-labels-idx1-ubyte\.gz"):
         mnist(str(tmp_path))
@@ -232,10 +265,11 @@ def test_tiny_imagenet_damaged(tmp_path):
     path = tmp_path / "tiny-imagenet-200.zip"
     data = path.read_bytes()
     source = tiny_imagenet(str(path))
-    start = data.find(b"\xff\xd8\xff", int(source.load.members.offset[30]))
+    load: Any = source.load
+    start = data.find(b"\xff\xd8\xff", int(load.members.offset[30]))
     path.write_bytes(data[: start + 40] + b"\0\1\2\3" + data[start + 44 :])
-    stored = np.flatnonzero(~source.load.deflated & (source.load.members.offset <= start))
-    hit = stored[np.argmax(source.load.members.offset[stored])]
+    stored = np.flatnonzero(~load.deflated & (load.members.offset <= start))
+    hit = stored[np.argmax(load.members.offset[stored])]
     with pytest.raises(ShardError, match=r"at offset \d+: (CRC-32|Error)"):
         source.encode(int(hit))
     path.write_bytes(data[:5000])

@@ -70,7 +70,7 @@ def test_every_byte_arrives_in_bad_weather(name, proxy, s3_set, small_rows, monk
     proxy.weather = WEATHERS[name]
     index = load_index(s3_set)
     assert index.digest == small_rows[0]
-    for rows in np.array_split(np.arange(120), 6):
+    for rows in np.array_split(np.arange(60), 3):
         encoded = fetch(index, rows, max_gap=0)
         assert {row: bytes(encoded[row]) for row in rows} == {r: small_rows[1][r] for r in rows}
     faults = sum(
@@ -120,7 +120,7 @@ def test_patience_ends_with_a_clear_error(proxy, s3_set, monkeypatch):
 
 def test_what_stays_is_not_asked_again(proxy):
     store = Store("s3://no-such-bucket/set")
-    with pytest.raises(ShardError, match="no shard set at s3://no-such-bucket/set"):
+    with pytest.raises(ShardError, match=r"no-such-bucket/set: .*there is no such bucket"):
         load_index(store)
     assert store.retries == 0
 

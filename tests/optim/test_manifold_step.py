@@ -17,10 +17,10 @@ from tests.optim.emulation import Emulation, Problem, digest
 PROBLEM = Problem(
     (30, 17, 8, 5, 12, 9, 4),
     dtype=torch.float32,
-    steps=12,
+    steps=6,  # of which the last has all of them
     lr=0.01,
-    lookahead_steps=3,
-    polar_every=4,
+    lookahead_steps=2,
+    polar_every=3,
     audit_every=2,
     round_elements=1,
 )
@@ -68,6 +68,8 @@ class Work:
 class Noted(Orthogonal):
     """Notes its products."""
 
+    log: list
+
     def __init__(self, log):
         object.__setattr__(self, "log", log)
 
@@ -85,7 +87,8 @@ def test_products_of_other_rounds_hide_every_collective(run, monkeypatch):
     """X, G, A, D and the matrices, of seven rounds."""
     log = []
     problem = replace(PROBLEM, lookahead_steps=0, polar_every=0, audit_every=0)
-    emulation = Emulation(problem, Watched(log))
+    exchange = Watched(log)
+    emulation = Emulation(problem, exchange)
     monkeypatch.setattr("optim.sharded.in_sequence", run)
     matrices = emulation.partitions[0]
     matrices = emulation.partitions[0] = replace(matrices, manifold=Noted(log))
@@ -95,10 +98,10 @@ def test_products_of_other_rounds_hide_every_collective(run, monkeypatch):
         expected_matrices=[slot.name for slot in matrices.slots],
     )
     log.clear()
-    emulation.exchange.begun = 0
+    exchange.begun = 0
     emulation.step(0)
     during = []
-    for number in range(1, emulation.exchange.begun + 1):
+    for number in range(1, exchange.begun + 1):
         between = log[log.index(("begin", number)) : log.index(("wait", number))]
         during.append(("product",) in between)
     assert len(during) == 5 * len(problem.sizes)
@@ -110,16 +113,17 @@ def digests(rank, world_size):
     """Of every state tensor at the end, by precision; the same with and without overlap."""
     exchange = ProcessGroupExchange() if world_size > 1 else LocalExchange()
     found = {}
-    for increment in ("full", "tf32", "bf16"):
+    variants = [(increment, "exp") for increment in ("full", "tf32", "bf16")]
+    for increment, retraction in (*variants, ("full", "fast"), ("bf16", "fast")):
         both = []
         for overlap in (True, False):
-            problem = replace(PROBLEM, increment=increment, overlap=overlap)
+            problem = replace(PROBLEM, increment=increment, retraction=retraction, overlap=overlap)
             emulation = Emulation(problem, exchange)
             emulation.run()
             kinds = ("master", "exp_avg", "exp_avg_sq", "slow", "tangent_sum")
             both.append({kind: digest(emulation.whole(kind)) for kind in kinds})
-        assert both[0] == both[1], increment
-        found[increment] = both[0]
+        assert both[0] == both[1], (increment, retraction)
+        found[increment, retraction] = both[0]
     if world_size > 1:
         check_failure(exchange)
     return found
@@ -142,11 +146,11 @@ def alone():
     return digests(0, 1)
 
 
-def test_precisions_differ(alone):
-    assert len({found["master"] for found in alone.values()}) == 3
+def test_precisions_and_retractions_differ(alone):
+    assert len({found["master"] for found in alone.values()}) == 5
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_overlap_changes_no_bit(world_size, alone):
     assert run_ranks(digests, world_size)[0] == alone

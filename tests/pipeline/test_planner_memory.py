@@ -1,5 +1,7 @@
 """Memory of the manifold step against the storages of real steps."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ N = 128
 STEPS = 3
 
 
-def problem(matrices, increment):
+def problem(matrices, increment, retraction):
     """One matrix per owner and round; Lookahead, retractions and audits come together and alone."""
     return Problem(
         (N,) * matrices,
@@ -25,14 +27,16 @@ def problem(matrices, increment):
         lr=0.015,
         round_elements=1,
         increment=increment,
+        retraction=retraction,
     )
 
 
-def observed(rank, world_size, matrices, increment):
+def observed(rank, world_size, matrices, increment, retraction="exp"):
     """Most bytes that a step of the matrices holds beyond its state and its gradient."""
     exchange = ProcessGroupExchange() if world_size > 1 else LocalExchange()
-    emulation = Emulation(problem(matrices, increment), exchange)
-    optimizer, peaks = emulation.optimizer, []
+    emulation = Emulation(problem(matrices, increment, retraction), exchange)
+    optimizer: Any = emulation.optimizer
+    peaks = []
     step = optimizer.step
 
     def observed_step():
@@ -75,6 +79,12 @@ def test_one_rank_has_one_round_at_a_time(increment, monkeypatch):
     assert planned(1, 4, increment, monkeypatch) == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize("increment", ["full", "tf32"])
+def test_the_fast_retraction_needs_no_more(increment, monkeypatch):
+    measured = observed(0, 1, 4, increment, "fast")
+    assert measured <= planned(1, 4, increment, monkeypatch) < 1.5 * measured
+
+
 CASES = [(2, "full"), (4, "full"), (8, "full"), (8, "tf32")]  # 1, 2 and 4 rounds
 
 
@@ -84,5 +94,6 @@ def observe_cases(rank, world_size):
 
 @pytest.mark.distributed
 def test_rounds_that_overlap_are_held_at_once(monkeypatch):
-    for case, *measured in zip(CASES, *run_ranks(observe_cases, 2), strict=True):
-        assert planned(2, *case, monkeypatch) == pytest.approx(max(measured), rel=0.1), case
+    for (matrices, increment), *measured in zip(CASES, *run_ranks(observe_cases, 2), strict=True):
+        expected = pytest.approx(max(measured), rel=0.1)
+        assert planned(2, matrices, increment, monkeypatch) == expected, (matrices, increment)

@@ -10,27 +10,29 @@ from torch import Tensor, nn
 from model.certification.matrix_bounds import Matrices
 from model.certification.rounding import SLACK, ErrorState, Program, gamma
 from model.networks.base import CertifiedNetwork, LipschitzBound
-from model.networks.config import LipNeXtConfig
 from model.networks.head import Head
-from model.networks.lipnext.layers import Block, Stem, l2_pool
+from model.networks.lipnext.config import LipNeXtConfig
+from model.networks.lipnext.layers import Block, Stem, flat_pool, l2_pool
 
 
 class LipNeXt(CertifiedNetwork):
-    """Stem, blocks, l2 pool over the grid, linear head."""
+    """Stem, blocks, a pool of the grid, linear head."""
 
     norm = "l2"
 
     def __init__(self, config: LipNeXtConfig) -> None:
-        super().__init__()
-        self.input_shape = config.input_shape
-        self.num_classes = config.num_classes
-        self.pool_tau = config.pool_tau
+        super().__init__(config)
+        self.pool, self.pool_tau = config.pool, config.pool_tau
+        self.pool_windows = config.pool_windows
         self.stem = Stem(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.head = Head(config.width, config.num_classes, config.head)
+        self.blocks = nn.ModuleList(Block(config, distance) for distance in config.shift_distances)
+        if config.pool != "flat":
+            # A norm squares the signs away, so the last activation would change no bit.
+            cast(Block, self.blocks[-1]).absolute = 0
+        self.head = Head(config.features, config.num_classes, config.head)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Output of the last block, shape (B, H, W, C); see logits_and_margin_factors."""
+        """What the pool sees, shape (B, H, W, C); see logits_and_margin_factors."""
         self.check_images(images)
         x = self.stem(images)
         for block in self.blocks:
@@ -39,11 +41,10 @@ class LipNeXt(CertifiedNetwork):
 
     def features(self, images: Tensor) -> Tensor:
         """See CertifiedNetwork."""
-        return l2_pool(self.tokens(images), self.pool_tau)
-
-    def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See CertifiedNetwork."""
-        return self.head(self.features(images))
+        tokens = self.tokens(images)
+        if self.pool == "flat":
+            return flat_pool(tokens)
+        return l2_pool(tokens, self.pool_tau, self.pool_windows)
 
     @property
     def bounded_matrices(self) -> tuple[str, ...]:
@@ -61,12 +62,7 @@ class LipNeXt(CertifiedNetwork):
         for i in range(len(self.blocks)):
             r, m = known[f"blocks.{i}.R"].upper, known[f"blocks.{i}.M"].upper
             parts[f"blocks.{i}"] = r * r * m
-        factors = self._factors(known)
-        smallest = math.prod(min(1.0, factor) for factor in factors)
-        # A product that passes through subnormal numbers is not accurate.
-        accurate = _amplification(factors) <= 2.0**500 and smallest >= 2.0**-500
-        value = math.prod(parts.values()) * (1 + 2.0**-40) if accurate else math.inf
-        return LipschitzBound(value, parts)
+        return LipschitzBound.product(parts, self._factors(known))
 
     def _factors(self, known: Matrices) -> list[float]:
         """Norms of all products of the forward pass, in order."""
@@ -75,10 +71,6 @@ class LipNeXt(CertifiedNetwork):
             r, m = known[f"blocks.{i}.R"].upper, known[f"blocks.{i}.M"].upper
             factors += [r, r, m]
         return factors
-
-    def margin_factor_bounds(self) -> Tensor:
-        """See CertifiedNetwork."""
-        return self.head.factor_bounds()
 
     @torch.no_grad()
     def margin_error(
@@ -92,19 +84,19 @@ class LipNeXt(CertifiedNetwork):
         state.multiply(self.stem.used, upper=stem.upper, absolute=stem.absolute)
         for i, block in enumerate(self.blocks):
             _carry_through_block(state, cast(Block, block), f"blocks.{i}", tokens, matrices)
-        floor = width * self.pool_tau**2
-        pooled = (state.computed**2 + floor).sqrt()
-        state.error = state.error + gamma(tokens + 4, program.wide) * pooled
-        state.norm = (state.norm**2 + floor).sqrt()
-        state.note(state.computed)
+        if self.pool != "flat":  # which rounds nothing
+            floor = self.pool_windows**2 * width * self.pool_tau**2
+            pooled = (state.computed**2 + floor).sqrt()
+            window = tokens // self.pool_windows**2
+            state.error = state.error + gamma(window + 4, program.wide) * pooled
+            state.norm = (state.norm**2 + floor).sqrt()
+            state.note(state.computed)
         error = self.head.margin_error(state, largest_factor)
         operations = (8 * len(self.blocks) + 16) * tokens * (width + 1) ** 2
         growth = _amplification(self._factors(matrices)) * max(1.0, largest_factor)
         size = 2 * state.peak.clamp(min=1) / self.pool_tau
         underflow = operations * program.tiny * growth * size
-        hopeless = (underflow > 1) | (state.peak > program.limit)
-        error = ((error + underflow) * (1 + 2.0**-20)).nan_to_num(nan=math.inf, posinf=math.inf)
-        return torch.where(hopeless, math.inf, error)
+        return state.finish(error, underflow)
 
 
 def _amplification(factors: list[float]) -> float:
