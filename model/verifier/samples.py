@@ -23,21 +23,25 @@ ERRORS = ("largest_error", "largest_error_ball")
 
 Largest = dict[str, tuple[float, float, float]]
 """Largest E_x and the limits of the largest E_ball, by column."""
+Unknown = dict[str, int]
+"""Samples, by column, of whose program's rounding nothing is known."""
 
 
 def check_samples(
     network: Family, images: Images, samples: Table, chosen: npt.NDArray[np.int64], body: Body
-) -> Largest:
+) -> tuple[Largest, Unknown]:
     """Evaluate the chosen samples and compare every column."""
     at_once = max(1, FLOATS_AT_ONCE // network.floats_per_image)
     shape = tuple(network.config["input_shape"])
     largest: Largest = dict.fromkeys(COLUMNS, (0.0, 0.0, 0.0))
+    unknown: Unknown = dict.fromkeys(COLUMNS, 0)
     for rows, pixels in load_images(images, samples, chosen, shape, at_once):
         for name, found in check_batch(network, pixels, samples, rows, body).items():
             seen = (found.error, *found.error_ball)
             pairs = zip(largest[name], seen, strict=True)
             largest[name] = tuple(max(old, float(new.max())) for old, new in pairs)  # type: ignore[assignment]
-    return largest
+            unknown[name] += int((~found.compared).sum())
+    return largest, unknown
 
 
 def check_batch(
@@ -61,11 +65,13 @@ def check_batch(
             judged[name] = nominal(network, values, local, prediction)
         else:
             judged[name] = judge(network, program, values, local, norms, prediction, stated)
-        # Bounds of rounding are seldom approached: a sixteenth of one is no disagreement, nor is
-        # anything up to half of the logits where nothing is known of the program.
-        error = network.margin_error(norms, program) / 16
-        error = error / np.maximum(1.0, np.abs(values).max(axis=1))
-        tolerance = np.fmin(np.fmax(error, SAME_SAMPLE[program.name]), LARGEST_DIFFERENCE)
+        # Bounds of rounding are seldom approached: a sixteenth of one is no disagreement. Where
+        # there is no bound, as after an overflow, the program may return anything.
+        error = network.margin_error(norms, program)
+        relative = error / 16 / np.maximum(1.0, np.abs(values).max(axis=1))
+        tolerance = np.fmin(np.fmax(relative, SAME_SAMPLE[program.name]), LARGEST_DIFFERENCE)
+        tolerance[np.isinf(error)] = np.inf
+        judged[name] = judged[name]._replace(compared=np.isfinite(error))
         widest = 1.0 if network.norm == "linf" else float(np.sqrt(pixels[0].size))
         compare_column(samples, name, rows, values, judged[name], tolerance, widest)
     return judged
@@ -97,7 +103,7 @@ def compare_column(
     No radius may be larger than what is proved. For the rest: a stored prediction or rival may
     differ from the derived one only where the two are within the tolerance of each other, margin
     and radius are those of the stored ones. Radii larger than any distance of two images, `widest`,
-    are alike in this comparison.
+    are alike in this comparison. An infinite tolerance compares nothing but the proof.
     """
     at = np.arange(len(rows))
     stored = {

@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from model.verifier.mathematics.arithmetic import ROUND_UP, Floats, U, gamma
-from model.verifier.mathematics.convolution import convolve
+from model.verifier.mathematics.convolution import adjoint, convolve
 from model.verifier.mathematics.hermitian import largest_eigenvalues, multiply
 from model.verifier.mathematics.matrices import schur
 
@@ -63,6 +63,22 @@ def norm_bound(
         whole += 8 * U * math.sqrt(math.prod(grid)) * float(np.sqrt(np.square(sizes).sum()))
         bound = min(bound, whole)
     return bound * ROUND_UP**2
+
+
+def observed_norm(kernel: Floats, shape: tuple[int, int], stride: int, padding: int) -> float:
+    """A number <= ||K||: what K does to the image of 30 power iterations."""
+    v = np.cos(np.arange(1, kernel.shape[1] * math.prod(shape) + 1, dtype=np.float64))
+    v = v.reshape(1, kernel.shape[1], *shape)
+    largest = 0.0
+    for _ in range(30):
+        norm = float(np.sqrt(np.square(v).sum()))
+        if not 0 < norm < math.inf:
+            break
+        v = v / norm
+        y = convolve(v, kernel, stride=stride, padding=padding)
+        largest = max(largest, float(np.sqrt(np.square(y).sum())))
+        v = adjoint(y, kernel, shape, stride=stride, padding=padding)
+    return largest * (1 - 2.0**-30)
 
 
 def absolute_bound(sizes: Floats, stride: int) -> float:
