@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,7 @@ def promote(
     }
     if promoted:
         _require_champion(registry, candidate, champion)
+        _require_place(registry, used.index_digest, key, comparison)
     run = _record(
         registry,
         name,
@@ -237,9 +238,12 @@ def _compare(
         return compare(rule, ours, None, judged_before=len(before)), ""
     theirs = champion.certified(rule)
     key = comparison_key(rule, ours, theirs)
-    # The same test again keeps its place: it cannot come out differently.
-    place = before.index(key) if key in before else len(before)
-    return compare(rule, ours, theirs, judged_before=place), key
+    return compare(rule, ours, theirs, judged_before=_place(before, key)), key
+
+
+def _place(before: Sequence[str], key: str) -> int:
+    """How many comparisons came first; the same one again keeps its place and its level."""
+    return before.index(key) if key in before else len(before)
 
 
 def rollback(registry: Registry, name: str, *, to: int | None = None, reason: str = "") -> Version:
@@ -336,6 +340,14 @@ def _require_champion(registry: Registry, candidate: Version, champion: Version 
         raise RegistryError(
             f"the champion of {candidate.name!r} became {now} while {candidate} was judged against "
             f"{champion}: promote again"
+        )
+
+
+def _require_place(registry: Registry, test_set: str, key: str, comparison: Comparison) -> None:
+    """Each place has a level of its own: two comparisons may not take the same one."""
+    if key and _place(registry.comparisons(test_set), key) + 1 != comparison.judged:
+        raise RegistryError(
+            "another comparison on this test set was recorded in the meantime: promote again"
         )
 
 

@@ -117,6 +117,19 @@ def test_comparisons_on_a_test_set_are_counted_once_whatever_the_name(gated, nam
     assert worse.judged != better.judged
 
 
+def test_a_comparison_that_another_one_overtook_is_judged_again(gated, name, monkeypatch):
+    judge(gated, name, gated.of_sharp)
+    promotion.register(gated.registry, name, gated.of_steady)
+    known = type(gated.registry).comparisons
+    read = iter([[], ["another"]])
+    monkeypatch.setattr(type(gated.registry), "comparisons", lambda *_: next(read))
+    with pytest.raises(RegistryError, match="another comparison .* promote again"):
+        promotion.promote(gated.registry, name)
+    assert champion(gated, name) == 1
+    monkeypatch.setattr(type(gated.registry), "comparisons", known)
+    assert promotion.promote(gated.registry, name).promoted
+
+
 def test_rolling_back_to_what_was_never_champion_is_refused(gated, name):
     judge(gated, name, gated.of_steady)
     judge(gated, name, gated.of_sharp)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import time
 import warnings
 
 import numpy as np
@@ -93,12 +92,10 @@ def test_a_thousand_random_networks_of_all_families():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"lipnext_colour"}))
-def test_the_files_of_every_family_are_confirmed_in_time(name, tmp_path, capsys):
+def test_the_files_of_every_family_are_confirmed(name, tmp_path, capsys):
     config = dataclasses.replace(NETWORKS[name], input_shape=(3, 8, 8))
     case = on_disk(config, network_of(config), tmp_path)
-    began = time.monotonic()
     assert main(case.arguments) == CONFIRMED, capsys.readouterr().err
-    assert time.monotonic() - began < 60
 
 
 def test_every_family_is_supported():

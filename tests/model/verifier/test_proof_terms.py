@@ -16,9 +16,12 @@ import torch
 from model.certification import eigen_bounds
 from model.certification.rounding import PROGRAMS as EVALUATED
 from model.networks.liresnet.cholesky import ComputedBound, entry_error, rows_error
-from model.verifier.mathematics import hermitian, orthonormal
+from model.verifier.mathematics import hermitian, orthonormal, radii
 from model.verifier.mathematics.arithmetic import PROGRAMS, ErrorState
 from model.verifier.mathematics.orthogonal_layers import dense_rows
+from tests.model.small_networks import trained_like
+from tests.model.test_conformance import NETWORKS
+from tests.model.verifier.honest import derived, stated
 
 U = 2.0**-12
 """A unit roundoff that no last factor covers."""
@@ -209,3 +212,43 @@ def test_one_rounding_does_not_cover_a_pixel():
     charged = ErrorState.of_images(levels / 255, 0.0, program._replace(stored=0.0)).e
     assert (wrong <= charged).all()
     assert (wrong > u / (1 - u) * levels / 255).any()
+
+
+# The proof of one radius
+
+
+@pytest.mark.parametrize("name", ["lipnext", "sll", "sortnet", "groupsort"])
+def test_a_radius_pays_for_both_programs_and_the_constant(name, monkeypatch):
+    """The largest r with g - E_own(N) - E(N + r) >= L factor r is proved, and no larger one."""
+    own = PROGRAMS["float64"]._replace(stored=2.0**-38, accumulated=2.0**-38, wide=2.0**-38)
+    program = own._replace(stored=2.0**-36)
+    monkeypatch.setattr(radii, "VERIFIER", own)
+    found = stated(NETWORKS[name], trained_like(NETWORKS[name]).float().eval())
+    network = derived(found)
+    values, local = network.evaluate(found.pixels)
+    prediction, norms = values.argmax(axis=1), radii.image_norms(found.pixels, network.norm)
+    rows = np.arange(len(values))
+    margins = values[rows, prediction][:, None] - values
+    margins[rows, prediction] = np.inf
+    slopes = network.bound * network.head.factors[prediction]
+
+    def left(r):
+        taken = network.margin_error(norms, own) + network.margin_error(norms + r, program)
+        return (margins - taken[:, None] - slopes * r[:, None]).min(axis=1)
+
+    low, high = np.zeros(len(values)), np.full(len(values), 100.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (
+            np.where(left(middle) >= 0, middle, low),
+            np.where(left(middle) >= 0, high, middle),
+        )
+    assert (low > 0).sum() >= 3
+    assert (network.margin_error(norms, own) > 1e-9 * margins.min(axis=1)).all()
+    certain = low > 0
+
+    def proved(r):
+        return radii.judge(network, program, values, local, norms, prediction, r).proved
+
+    assert proved(low * (1 - 1e-11))[certain].all()
+    assert not proved(low * (1 + 1e-11))[certain].any()
