@@ -111,7 +111,8 @@ def test_every_family_is_trained_certified_verified_promoted_and_served(
     images = pictures(shards, samples, tmp_path / "images")
     out = tmp_path / "predictions.jsonl"
     command("jobs.predict", "models:/digits@champion", images, "--out", out, *recorded)
-    predicted = {Path(row["path"]).stem: row for row in map(json.loads, out.open())}
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    predicted = {Path(row["path"]).stem: row for row in rows}
     assert len(predicted) == PICTURES
     for i in range(PICTURES):
         row = predicted[samples["key"][i]]

@@ -123,7 +123,7 @@ def test_a_comparison_that_another_one_overtook_is_judged_again(gated, name, mon
     known = type(gated.registry).comparisons
     read = iter([[], ["another"]])
     monkeypatch.setattr(type(gated.registry), "comparisons", lambda *_: next(read))
-    with pytest.raises(RegistryError, match="another comparison .* promote again"):
+    with pytest.raises(RegistryError, match=r"another comparison .* promote again"):
         promotion.promote(gated.registry, name)
     assert champion(gated, name) == 1
     monkeypatch.setattr(type(gated.registry), "comparisons", known)
