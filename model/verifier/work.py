@@ -79,8 +79,9 @@ def stored_bytes(stored: Config) -> int:
     return 4 * sum(math.prod(shape) for shape in family.shapes(config).values())
 
 
-def gram_iteration(rows: int, columns: int, squarings: int) -> tuple[float, float]:
+def gram_iteration(shape: tuple[int, ...], squarings: int) -> tuple[float, float]:
     """Operations and values of the bounds of one matrix (mathematics/matrices.py)."""
+    rows, columns = shape
     order, length = min(rows, columns), max(rows, columns)
     operations = 2.0 * length * order**2 + 2.0 * squarings * order**3
     operations += 4.0 * ITERATIONS * rows * columns
@@ -90,23 +91,23 @@ def gram_iteration(rows: int, columns: int, squarings: int) -> tuple[float, floa
 def _orthogonal(config: Config, shapes: Shapes) -> Iterator[Work]:
     for name, shape in shapes.items():
         if name == "stem.weight" or name.endswith((".R", ".M")):
-            yield Work(name, shape, *gram_iteration(*shape, squarings=3))
+            yield Work(name, shape, *gram_iteration(shape, 3))
 
 
 def _filters(config: Config, shapes: Shapes) -> Iterator[Work]:
     for i, layer in enumerate(convolutions(config)):
         name = f"blocks.{i}.convolution.weight"
         if is_matrix(config, layer):
-            yield Work(name, shapes[name], *gram_iteration(*shapes[name], squarings=3))
+            yield Work(name, shapes[name], *gram_iteration(shapes[name], 3))
             continue
         C, k = layer.channels, layer.side
-        wide, tall = gram_iteration(C, C * k * k, 6), gram_iteration(C * k, C * k, 6)
+        wide, tall = gram_iteration((C, C * k * k), 6), gram_iteration((C * k, C * k), 6)
         tall_operations = tall[0] - 4.0 * ITERATIONS * (C * k) ** 2  # observed in one shape alone
         yield Work(name, shapes[name], wide[0] + tall_operations, max(wide[1], tall[1]))
     if config["head"] == "mlp":
         shape, classes = shapes["head.inner"], config["num_classes"]
-        yield Work("head.inner", shape, *gram_iteration(*shape, squarings=6))
-        one, values = gram_iteration(*shape, squarings=6)
+        yield Work("head.inner", shape, *gram_iteration(shape, 6))
+        one, values = gram_iteration(shape, 6)
         one -= 4.0 * ITERATIONS * math.prod(shape)
         pairs = 2.0 * classes**2 * math.prod(shape) * min(shape) <= 1e12
         count = 2 * classes + classes**2 * pairs

@@ -87,7 +87,7 @@ def test_the_memory_is_that_of_the_verifier():
         bounds_of_matrix(matrix)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        planned = 8 * gram_iteration(*shape, squarings=6)[1]
+        planned = 8 * gram_iteration(shape, 6)[1]
         assert 0.7 * planned < peak < 1.05 * planned, (peak, planned)
 
 
