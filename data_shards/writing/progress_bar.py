@@ -12,7 +12,7 @@ class ProgressBar:
 
     Args:
         label: What is done.
-        total: Images in all.
+        total: Images in all; 0 = not known.
         shown: Draw the bar.
         done: Images that earlier runs did; they do not count as throughput.
     """
@@ -23,13 +23,15 @@ class ProgressBar:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total} images"),
+            TextColumn("{task.completed}{task.fields[of]} images"),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             disable=not shown,
         )
-        self._task = self._progress.add_task(label, total=total, completed=done, rate="")
+        self._task = self._progress.add_task(
+            label, total=total or None, completed=done, rate="", of=f"/{total}" if total else ""
+        )
 
     def __enter__(self) -> "ProgressBar":
         self._progress.start()

@@ -25,7 +25,7 @@ from jobs.evaluation.stored_result import read_result
 from jobs.reporting.comparison_config import CompareConfig
 from model.artifact.artifact import ArtifactInfo, parameter_shapes, read_info
 from pipeline.run import layout
-from pipeline.run.summary import EvaluationSummary
+from pipeline.run.evaluation_summary import EvaluationSummary
 
 logger = logging.getLogger(__name__)
 

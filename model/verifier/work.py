@@ -10,9 +10,9 @@ from typing import NamedTuple, cast
 from model.verifier.families import FAMILIES, family_of
 from model.verifier.families.base import Shapes
 from model.verifier.families.liresnet import LiResNet
+from model.verifier.families.liresnet_layers import Layer, patches
+from model.verifier.families.soc_layers import convolutions, is_matrix
 from model.verifier.mathematics.free_convolution import WHOLE
-from model.verifier.residual_plan import Layer, patches
-from model.verifier.series_plan import convolutions, is_matrix
 from model.verifier.settings import Config
 
 ITERATIONS = 30
@@ -80,7 +80,7 @@ def stored_bytes(stored: Config) -> int:
 
 
 def gram_iteration(shape: tuple[int, ...], squarings: int) -> tuple[float, float]:
-    """Operations and values of the bounds of one matrix (mathematics/matrices.py)."""
+    """Operations and values of the bounds of one matrix (mathematics/matrix_bounds.py)."""
     rows, columns = shape
     order, length = min(rows, columns), max(rows, columns)
     operations = 2.0 * length * order**2 + 2.0 * squarings * order**3

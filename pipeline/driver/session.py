@@ -19,8 +19,8 @@ from pipeline.driver.system_metrics import SystemMetrics
 from pipeline.driver.usage import UsageMetrics
 from pipeline.planner.flops import training_flops
 from pipeline.run import layout
+from pipeline.run.evaluation_summary import EvaluationSummary, local_path, report
 from pipeline.run.ray_job import submission_tags
-from pipeline.run.summary import EvaluationSummary, local_path, report
 from pipeline.tracking.client import ui_command
 from pipeline.tracking.outbox import Tracker
 

@@ -15,8 +15,8 @@ from pipeline.errors import REFUSALS, PipelineError
 from pipeline.resilience.signals import PAUSE, STOP, ControlActor, Flag, Interruption
 from pipeline.run.events import Emit, Event
 from pipeline.run.layout import ray_folder
+from pipeline.run.rank_state import WorkerSpec
 from pipeline.run.ray_session import ray_session
-from pipeline.run.state import WorkerSpec
 from pipeline.run.step_schedule import world_sizes
 from pipeline.training.worker import run_rank
 
@@ -165,7 +165,7 @@ def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterato
                     ordered = time.monotonic()
                     orders.give.remote(STOP)
                 if ordered and not final and time.monotonic() > ordered + _DEAF_S:
-                    _stop_if_deaf(orders)
+                    _stop_if_no_rank_polls(orders)
                 for event in ray.get(events.take.remote()):
                     handle(event)
                 if final:
@@ -187,7 +187,7 @@ def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterato
         raise failures[0]
 
 
-def _stop_if_deaf(orders: Any) -> None:
+def _stop_if_no_rank_polls(orders: Any) -> None:
     """End this process as a second SIGTERM would, if no rank is there that could hear of one.
 
     They may wait for a cluster that is full, or for a node that was lost.

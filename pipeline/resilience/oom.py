@@ -20,7 +20,7 @@ from pipeline.config import TrainConfig
 from pipeline.errors import PipelineError
 from pipeline.resilience.signals import Interruption
 from pipeline.run import layout
-from pipeline.run.state import WorkerSpec
+from pipeline.run.rank_state import WorkerSpec
 
 _TEXTS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """How allocators that have no type of their own say it."""

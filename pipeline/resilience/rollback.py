@@ -18,7 +18,7 @@ from pipeline.errors import PipelineError
 from pipeline.run import layout
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import RolledBack
-from pipeline.run.state import TrainState
+from pipeline.run.rank_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)

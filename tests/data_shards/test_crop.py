@@ -132,3 +132,20 @@ def test_randaugment_changes_what_was_shifted_and_mirrored(folder):
     words = position_words(3, [Span(0, 0, 48)], purpose=RANDAUGMENT)
     for image, row, expected in zip(plain, words, found, strict=True):
         assert torch.equal(randaugment(image, row), expected)
+
+
+def test_certification_never_reduces(synthetic_set, monkeypatch):
+    """Every JPEG of the test split is decoded whole and at its own size."""
+    index, factors = load_index(str(synthetic_set)), []
+    plain = decode._decode_jpeg
+
+    def watched(data, header, rows, factor):
+        factors.append((factor, rows == header.height))
+        return plain(data, header, rows, factor)
+
+    monkeypatch.setattr(decode, "_decode_jpeg", watched)
+    monkeypatch.setattr(decode, "decode_crop", None)
+    for shard in index.shards_of("test"):
+        for _ in read_shard(index, shard, 8):
+            pass
+    assert factors == [(1, True)] * index.header.splits["test"]

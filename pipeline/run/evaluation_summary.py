@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_shards.storage.store import Store
-from model.certification.intervals import wilson
+from model.certification.wilson_interval import wilson
 from model.verifier import supported
 from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE
 
