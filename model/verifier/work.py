@@ -107,8 +107,9 @@ def _filters(config: Config, shapes: Shapes) -> Iterator[Work]:
     if config["head"] == "mlp":
         shape, classes = shapes["head.inner"], config["num_classes"]
         yield Work("head.inner", shape, *gram_iteration(shape, 6))
-        one, values = gram_iteration(shape, 6)
-        one -= 4.0 * ITERATIONS * math.prod(shape)
+        half = (-(-shape[0] // 2), shape[1])  # rows with a positive weight
+        one, values = gram_iteration(half, 6)
+        one -= 4.0 * ITERATIONS * math.prod(half)
         pairs = 2.0 * classes**2 * math.prod(shape) * min(shape) <= 1e12
         count = 2 * classes + classes**2 * pairs
         yield Work("curvature of the head", shape, count * one, values, side_by_side=False)

@@ -73,7 +73,8 @@ class MLPHead(Head):
 
     def _weighted(self, weights: Floats) -> float:
         """A bound of ||W1^T diag(weights) W1||; an entry of diag(sqrt w) W1 is rounded."""
-        matrix = np.sqrt(weights)[:, None] * self.inner
+        rows = weights > 0  # the others, about half of them, add nothing
+        matrix = np.sqrt(weights[rows])[:, None] * self.inner[rows]
         return float((upper_bound(matrix) + 4 * U * frobenius(matrix)) ** 2)
 
     def logits(self, features: Floats) -> tuple[Floats, Hidden]:
