@@ -18,7 +18,7 @@ from tests.mlflow_database import empty_database
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-EPS = "1/255"
+EPS = "1/2550"
 """Small enough for networks of a few steps."""
 FAMILIES = {
     "lipnext": "digits",
@@ -119,5 +119,5 @@ def test_every_family_is_trained_certified_verified_promoted_and_served(
         # The radius that is served is the certified one.
         assert row["label"] == samples["sound_prediction"][i]
         assert row["radius"] == pytest.approx(samples["sound_radius"][i], rel=1e-6, abs=1e-9)
-        assert row["certified"] == (samples["sound_radius"][i] > 1 / 255)
+        assert row["certified"] == (samples["sound_radius"][i] > 1 / 2550)
         assert (row["norm"], row["eps"]) == (norm, EPS)
