@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -204,7 +205,7 @@ def shard_files(store: Store, header: Header) -> ShardFiles:
     return ShardFiles(store, {shard.file: shard.source for shard in header.shards})
 
 
-def rows_to_parquet(columns: dict[str, list[Any]]) -> bytes:
+def rows_to_parquet(columns: Mapping[str, Sequence[Any] | npt.NDArray[Any]]) -> bytes:
     """Return the bytes of `index.parquet`.
 
     Args:

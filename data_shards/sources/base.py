@@ -19,6 +19,8 @@ _HELD_OUT = 0.2
 _MOST_HELD_OUT = 10_000
 _SPLIT_SEED = 0
 
+Pixels = npt.NDArray[np.uint8]
+
 
 def keep(data: bytes, test: bool) -> bytes:
     """Return the bytes as they are: a source whose images are made to be stored."""
@@ -154,3 +156,24 @@ def checksum(data: bytes, stated: int, what: str) -> None:
     """
     if zlib.crc32(data) != stated:
         raise ShardError(f"{what}: CRC-32 {zlib.crc32(data):08x}, the archive states {stated:08x}")
+
+
+class PackedImages:
+    """All images of a set that fits into memory, (N, H, W) or (N, H, W, 3); pickled without them.
+
+    Args:
+        read: Returns the pixels; picklable.
+    """
+
+    def __init__(self, read: Callable[[], Pixels]) -> None:
+        self._read = read
+        self._pixels: Pixels | None = None
+
+    def __call__(self, numbers: Sequence[int]) -> list[bytes]:
+        """Return some images as PNG."""
+        if self._pixels is None:
+            self._pixels = self._read()
+        return [encode_png(self._pixels[i]) for i in numbers]
+
+    def __reduce__(self) -> tuple[type["PackedImages"], tuple[Any]]:
+        return PackedImages, (self._read,)

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -164,7 +164,7 @@ class SplitReader:
             )
         return BlockCache(index, config.disk_cache, config.disk_cache_bytes)
 
-    def readings(self) -> Iterator[Reading]:
+    def readings(self) -> Generator[Reading, None, None]:
         """Yield readings for ever: of one batch at first, then of twice as many each time.
 
         Raises:

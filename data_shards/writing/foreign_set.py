@@ -46,7 +46,7 @@ from data_shards.storage.store import Store
 from data_shards.writing.foreign_names import ForeignShard
 from data_shards.writing.process_pool import Advance, run_tasks
 from data_shards.writing.progress_bar import ProgressBar
-from data_shards.writing.shard_fragment import ManifestPart
+from data_shards.writing.shard_fragment import ShardFragment
 from data_shards.writing.shard_plan import ShardPlan, StoredSplit, WriteOptions, plan_split
 from data_shards.writing.write_report import (
     REPORT_FILE,
@@ -232,25 +232,25 @@ class _Run:
                 )
             self.out.write(f"{self.folder}/claim.json", b"{}\n")
 
-    def _scan(self) -> list[ManifestPart]:
+    def _scan(self) -> list[ShardFragment]:
         """Read the shards that earlier runs did not; return what is known of all."""
-        found: dict[int, ManifestPart] = {}
+        found: dict[int, ShardFragment] = {}
         for place in range(len(self.shards)):
             with contextlib.suppress(FileNotFoundError, ShardError):
-                found[place] = ManifestPart.from_bytes(self.out.read(self._fragment(place)))
+                found[place] = ShardFragment.from_bytes(self.out.read(self._fragment(place)))
         missing = [place for place in range(len(self.shards)) if place not in found]
         task = functools.partial(_scan_shard, self.root, self.options)
         tasks = [self.shards[place] for place in missing]
         with ProgressBar("reading shards", 0, shown=self.shown) as bar:
             for number, data in run_tasks(task, tasks, self.workers, bar):
                 self.out.write(self._fragment(missing[number]), data)
-                found[missing[number]] = ManifestPart.from_bytes(data)
+                found[missing[number]] = ShardFragment.from_bytes(data)
         return [found[place] for place in range(len(self.shards))]
 
     def _fragment(self, place: int) -> str:
         return f"{self.folder}/scan-{place:05d}.parquet"
 
-    def _join(self, parts: list[ManifestPart], notes: list[str]) -> _Scans:
+    def _join(self, parts: list[ShardFragment], notes: list[str]) -> _Scans:
         for split in {shard.split for shard in self.shards}:
             found = [p for s, p in zip(self.shards, parts, strict=True) if s.split == split]
             if not sum(len(part.rows) for part in found):
@@ -328,15 +328,15 @@ class _Run:
 
     def _copy_test(
         self, source: Source, kept: npt.NDArray[np.bool_]
-    ) -> list[tuple[ShardPlan, ManifestPart]]:
+    ) -> list[tuple[ShardPlan, ShardFragment]]:
         if not source.test.any():
             return []
         plans = list(plan_split(source, WriteOptions(), kept, "test"))
-        found: dict[str, ManifestPart] = {}
+        found: dict[str, ShardFragment] = {}
         sizes = self.out.sizes()
         for plan in plans:
             with contextlib.suppress(FileNotFoundError, ShardError):
-                part = ManifestPart.from_bytes(self.out.read(f"{self.folder}/{plan.file}.parquet"))
+                part = ShardFragment.from_bytes(self.out.read(f"{self.folder}/{plan.file}.parquet"))
                 if sizes.get(plan.file) == part.size:
                     found[plan.file] = part
         missing = [plan for plan in plans if plan.file not in found]
@@ -344,19 +344,20 @@ class _Run:
         total = sum(len(plan.members) for plan in missing)
         with ProgressBar("copying test images", total, shown=self.shown) as bar:
             for place, data in run_tasks(task, missing, self.workers, bar):
-                found[missing[place].file] = ManifestPart.from_bytes(data)
+                found[missing[place].file] = ShardFragment.from_bytes(data)
         return [(plan, found[plan.file]) for plan in plans]
 
     def _finish(
         self,
         scans: _Scans,
         source: Source,
-        parts: Sequence[ManifestPart],
+        parts: Sequence[ShardFragment],
         taken: npt.NDArray[np.bool_],
-        copies: Sequence[tuple[ShardPlan, ManifestPart]],
+        copies: Sequence[tuple[ShardPlan, ShardFragment]],
         duplicates: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
     ) -> None:
-        tables, shards = [], []
+        tables: list[pa.Table] = []
+        shards: list[Shard] = []
         for place, (foreign, part) in enumerate(zip(self.shards, parts, strict=True)):
             members = np.flatnonzero(taken & (scans.shard == place))
             if len(members):
@@ -420,7 +421,7 @@ def _scan_shard(root: Store, options: IndexOptions, shard: ForeignShard, advance
     table = pa.table(
         {name: pa.array(column, kind) for (name, kind), column in zip(kinds, columns, strict=True)}
     )
-    return ManifestPart(table, shard.size, file.hexdigest(), unusable).to_bytes()
+    return ShardFragment(table, shard.size, file.hexdigest(), unusable).to_bytes()
 
 
 _SCHEMA = {
@@ -453,7 +454,7 @@ def _first_of(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
 
 
 def _shard(
-    number: int, file: str, split: StoredSplit, samples: int, part: ManifestPart, at: str | None
+    number: int, file: str, split: StoredSplit, samples: int, part: ShardFragment, at: str | None
 ) -> Shard:
     return Shard(
         number=number, file=file, split=split, samples=samples, size=part.size,

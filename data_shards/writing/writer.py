@@ -41,7 +41,7 @@ from data_shards.sources.convert import UndecodableError, image_extension
 from data_shards.storage.store import Store
 from data_shards.writing.process_pool import Advance, run_tasks
 from data_shards.writing.progress_bar import ProgressBar
-from data_shards.writing.shard_fragment import SOURCE_HASH, ManifestPart
+from data_shards.writing.shard_fragment import SOURCE_HASH, ShardFragment
 from data_shards.writing.shard_plan import (
     ShardPlan,
     WriteOptions,
@@ -179,7 +179,7 @@ class _Run:
                 f"is {strays[0]}. Choose another URL or remove them first"
             )
 
-    def _write_shards(self, plans: Sequence[ShardPlan]) -> list[ManifestPart]:
+    def _write_shards(self, plans: Sequence[ShardPlan]) -> list[ShardFragment]:
         """Write the shards that are missing; return the fragments of all, in order."""
         found = self._fragments(plans)
         missing = [plan for plan in plans if plan.file not in found]
@@ -188,10 +188,10 @@ class _Run:
         task = functools.partial(write_shard, self.source, self.store, self.folder)
         with ProgressBar(f"writing {self.source.name}", total, shown=self.shown, done=done) as bar:
             for place, data in run_tasks(task, missing, self.workers, bar):
-                found[missing[place].file] = ManifestPart.from_bytes(data)
+                found[missing[place].file] = ShardFragment.from_bytes(data)
         return [found[plan.file] for plan in plans]
 
-    def _fragments(self, plans: Sequence[ShardPlan]) -> dict[str, ManifestPart]:
+    def _fragments(self, plans: Sequence[ShardPlan]) -> dict[str, ShardFragment]:
         """Return what earlier runs finished: fragments whose shard is there."""
         names = set(self.store.ls(self.folder))
         sizes = self.store.sizes()
@@ -203,7 +203,7 @@ class _Run:
             # Another process that writes the same set may have finished and tidied up, and not
             # every store writes an object in one go: a fragment that is not there is made again.
             with contextlib.suppress(FileNotFoundError, ShardError):
-                fragment = ManifestPart.from_bytes(self.store.read(name))
+                fragment = ShardFragment.from_bytes(self.store.read(name))
                 if sizes.get(plan.file) == fragment.size:
                     found[plan.file] = fragment
         return found
@@ -221,7 +221,7 @@ class _Run:
     def _finish(
         self,
         plans: Sequence[ShardPlan],
-        fragments: Sequence[ManifestPart],
+        fragments: Sequence[ShardFragment],
         duplicates: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
     ) -> None:
         tables, shards = [], []
@@ -229,11 +229,16 @@ class _Run:
             count = len(fragment.rows)
             shard_column = pa.array(np.full(count, number, dtype=np.int32))
             tables.append(fragment.rows.append_column("shard", shard_column))
-            sizes: dict[str, int] = {"samples": count, "size": fragment.size}
             shards.append(
-                Shard(number=number, file=plan.file, split=plan.split, sha256=fragment.sha256,
-                      **sizes)
-            )  # fmt: skip
+                Shard(
+                    number=number,
+                    file=plan.file,
+                    split=plan.split,
+                    sha256=fragment.sha256,
+                    samples=count,
+                    size=fragment.size,
+                )
+            )
         table = pa.concat_tables(tables)
         rows = rows_to_parquet({name: table[name] for name in table.column_names})
         source = self.source
@@ -289,7 +294,7 @@ def write_shard(
     kinds = {"label": pa.int32(), "xxh3_64": pa.uint64(), SOURCE_HASH: pa.uint64()}
     arrays = {name: pa.array(values, kinds.get(name)) for name, values in columns.items()}
     digest = hashlib.sha256(body).hexdigest()
-    fragment = ManifestPart(pa.table(arrays), len(body), digest, left_out).to_bytes()
+    fragment = ShardFragment(pa.table(arrays), len(body), digest, left_out).to_bytes()
     store.write(plan.file, body)
     store.write(f"{folder}/{plan.file}.parquet", fragment)
     return fragment

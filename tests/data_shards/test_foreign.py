@@ -342,7 +342,12 @@ def test_a_run_that_was_stopped_goes_on(plain, monkeypatch):
     with pytest.raises(SystemExit, match="holds an unfinished set"):
         make(plain, *PLAIN, "--decode")
     first, read[:] = list(read), []
-    monkeypatch.setattr(foreign_set, "_scan_shard", lambda *a: read.append(a[2].name) or scan(*a))
+
+    def counted(*arguments):
+        read.append(arguments[2].name)
+        return scan(*arguments)
+
+    monkeypatch.setattr(foreign_set, "_scan_shard", counted)
     index = make(plain, *PLAIN)
     assert sorted(first + read) == [f"{s}-000{n}.tar" for s in ("test", "train") for n in (0, 1)]
     whole = make(plain, *PLAIN, out=plain.parent / "b")

@@ -9,20 +9,12 @@ from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.webdataset_stream import UnindexedStream
-from tests.data_shards.shard_damage import member, read_members, write_members
+from tests.data_shards.shard_damage import Bomb, member, read_members, write_members
 
 pytestmark = [
     # webdataset leaves shards to the collector.
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
 ]
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.fixture
