@@ -15,14 +15,14 @@ from model.verifier.families.base import Family
 from model.verifier.files import Body, Table
 from model.verifier.mathematics.certificate_bounds import bound_matrices, check_bounds
 from model.verifier.refusal import Near, RefusalError
-<<<<<<< HEAD
-from model.verifier.samples import Unknown, check_errors, check_samples
+from model.verifier.samples import (
+    Unknown,
+    certified_samples,
+    check_errors,
+    check_samples,
+    check_table,
+)
 from model.verifier.shards import read_index
-from model.verifier.table import certified_samples, check_table
-=======
-from model.verifier.samples import check_errors, check_samples, check_table
-from model.verifier.shards import read_index
->>>>>>> main
 
 
 def verify(

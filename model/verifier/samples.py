@@ -19,6 +19,7 @@ from model.verifier.refusal import (
     agree,
     differ,
     shown,
+    take,
 )
 from model.verifier.shards import Images, load_images
 
@@ -169,7 +170,9 @@ def check_errors(body: Body, largest: Largest, complete: bool) -> None:
 
 def check_table(body: Body, samples: Table, bound: Near) -> None:
     """Compare every number of `columns` that follows from samples.parquet, exactly."""
-    ratios = radii_of_table(body)
+    ratios = radii_of_table(take(body, "eps", list, "certificate"))
+    if not ratios:
+        raise UnusableError("eps is empty")
     for name in COLUMNS:
         place = f"columns.{name}"
         column = body["columns"][name]
@@ -179,9 +182,7 @@ def check_table(body: Body, samples: Table, bound: Near) -> None:
             row = int(np.flatnonzero(~(radius >= 0))[0])
             raise DisagreementError(f"samples.parquet row {row} {name}_radius is {radius[row]}")
         correct = samples[f"{name}_prediction"] == samples["label"]
-        certified = {
-            eps: int(count_greater(radius[correct], ratio)) for eps, ratio in ratios.items()
-        }
+        certified = certified_samples(samples, name, ratios)
         derived = {
             "program": program.name,
             "unit_roundoff": program.stored,
@@ -193,6 +194,13 @@ def check_table(body: Body, samples: Table, bound: Near) -> None:
             "vacuous": not (radius > 0).any(),
         }
         agree({key: column[key] for key in column if key not in ERRORS}, derived, place)
+
+
+def certified_samples(samples: Table, name: str, ratios: dict[str, Fraction]) -> dict[str, int]:
+    """By radius, how many samples are classified correctly with a greater one."""
+    correct = samples[f"{name}_prediction"] == samples["label"]
+    radius = samples[f"{name}_radius"][correct]
+    return {eps: count_greater(radius, ratio) for eps, ratio in ratios.items()}
 
 
 def count_greater(radius: npt.NDArray[np.float64], ratio: Fraction) -> int:
