@@ -12,13 +12,13 @@ from model.verifier.families.base import Shapes
 from model.verifier.families.liresnet import LiResNet
 from model.verifier.families.liresnet_layers import Layer, patches
 from model.verifier.families.soc_layers import convolutions, is_matrix
-from model.verifier.mathematics.free_convolution import WHOLE
+from model.verifier.mathematics.free_convolution import STEPS, WHOLE
+from model.verifier.mathematics.mlp_head import PAIRS_WORK
 from model.verifier.settings import Config
 
 ITERATIONS = 30
 """Of the observed norm, two products each."""
-PROGRAMS = 4
-"""Arithmetics for which the scaling of a layer is derived."""
+PROGRAMS = 4  # arithmetics for which the scaling of a layer is derived
 ELEMENTWISE = 20
 """A difference that is sorted takes about as long as so many operations of a product."""
 
@@ -110,7 +110,7 @@ def _filters(config: Config, shapes: Shapes) -> Iterator[Work]:
         half = (-(-shape[0] // 2), shape[1])  # rows with a positive weight
         one, values = gram_iteration(half, 6)
         one -= 4.0 * ITERATIONS * math.prod(half)
-        pairs = 2.0 * classes**2 * math.prod(shape) * min(shape) <= 1e12
+        pairs = 2.0 * classes**2 * math.prod(shape) * min(shape) <= PAIRS_WORK
         count = 2 * classes + classes**2 * pairs
         yield Work("curvature of the head", shape, count * one, values, side_by_side=False)
 
@@ -165,7 +165,7 @@ def _free(config: Config, layer: Layer) -> tuple[float, float]:
     operations = height * (width // 2 + 1) * each
     positions = math.prod(layer.grid)
     convolution = 2.0 * positions * layer.outputs * channels * side**2
-    operations += 2 * ITERATIONS * convolution
+    operations += 2 * STEPS * convolution
     inputs, outputs = channels * pixels, layer.outputs * positions
     values = 12.0 * min(2**24, height * width * order * length)
     if min(inputs, outputs) <= WHOLE:
