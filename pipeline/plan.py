@@ -291,7 +291,7 @@ def _verification_table(found: Verification) -> Table:
         table.add_row(
             f"{count} of {sides}, each", f"{operations:.3g}", seconds, f"{8 * values / _GB:.2f}"
         )
-    rate = f"{found.processes} processes of {found.gflops:g} GFLOP/s (float64, --verify-gflops)"
+    rate = f"{found.processes} x {found.gflops:g} GFLOP/s (float64)"
     table.add_row("reading and hashing the weights", "", f"{found.reading_s:,.3g}", "")
     table.add_row(f"all bounds, {rate}", "", f"{found.bounds_s:,.3g}", f"{found.peak / _GB:.2f}")
     for images in dict.fromkeys(n for n in (1, min(_DRAWN, found.images), found.images) if n):

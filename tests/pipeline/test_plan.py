@@ -192,7 +192,7 @@ def test_what_cannot_fit_is_refused_with_its_reason_and_a_way_out(capsys):
     code, out, err = run_plan(capsys, *large)
     assert code == 2
     assert "verification of the certificate" in out
-    assert "all bounds, 1 processes of 20 GFLOP/s" in " ".join(out.split())
+    assert "all bounds, 1 x 20 GFLOP/s" in " ".join(out.split())
     assert "the largest component is activations (forward and backward)" in err
     assert "What fits: --train.accumulation " in err or "What fits: --train.activation" in err
     change = err.split("What fits: ")[1].split(" (")[0].split()
