@@ -40,8 +40,8 @@ class DataConfig:
     shards: str = ""
     """URL of the shard set (any fsspec store). Empty: `<storage>/data/<source>`."""
     source: str = "none"
-    """A source that needs no archive (`digits`, `synthetic`): its shard set is written on first
-    use. `none`: the set is there."""
+    """A source that needs no archive (`digits`, `synthetic`) or knows where a package of the system
+    puts it (`fashion-mnist`): its shard set is written on first use. `none`: the set is there."""
     train_split: Literal["train", "fit"] = "train"
     """`fit` leaves the validation part of the training split out, so that checkpoints can be chosen
     by it; with `train` nothing is held out, and the newest checkpoint is the result."""

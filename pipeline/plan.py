@@ -33,6 +33,7 @@ _SETS = {  # images of the training split, kB of one, images of the test split
     "tiny-imagenet": (100_000, 2.2, 10_000),
     "cifar": (50_000, 2.3, 10_000),
     "mnist": (60_000, 0.3, 10_000),
+    "fashion": (60_000, 0.5, 10_000),
     "digits": (1_437, 0.1, 360),
 }
 _DRAWN = 1000

@@ -11,7 +11,7 @@ from data_shards.sources.cifar import cifar10, cifar100
 from data_shards.sources.digits import digits
 from data_shards.sources.imagefolder import imagefolder, imagefolder_set
 from data_shards.sources.imagenet import imagenet, imagenet_set
-from data_shards.sources.mnist import mnist
+from data_shards.sources.mnist import fashion_mnist, mnist
 from data_shards.sources.synthetic import synthetic
 from data_shards.sources.tiny_imagenet import tiny_imagenet
 
@@ -22,6 +22,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
     "mnist": mnist,
+    "fashion-mnist": fashion_mnist,
     "digits": digits,
     "synthetic": synthetic,
 }
@@ -29,7 +30,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
 
 
 def generated_sources() -> list[str]:
-    """Names of the sources that need nothing from outside: all their parameters have defaults."""
+    """Names of the sources that can be made without a word: all parameters have defaults."""
     return [
         name
         for name, make in SOURCES.items()
@@ -43,6 +44,7 @@ __all__ = [
     "cifar10",
     "cifar100",
     "digits",
+    "fashion_mnist",
     "generated_sources",
     "imagefolder",
     "imagenet",

@@ -1,4 +1,4 @@
-"""MNIST, and sets published in its layout, from the four idx files."""
+"""MNIST and Fashion-MNIST, which has its layout, from the four idx files."""
 
 import functools
 import gzip
@@ -15,9 +15,13 @@ from data_shards.sources.base import VALIDATION, PackedImages, Source, hold_out
 from data_shards.storage.store import Store
 
 _PARTS = ("train", "t10k")
-_CLASSES = 10
 _MAX_BYTES = 1 << 30
 _UINT8 = 0x08
+_DIGITS = tuple(str(digit) for digit in range(10))
+_CLOTHES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
 
 
 def mnist(source: str) -> Source:
@@ -30,26 +34,44 @@ def mnist(source: str) -> Source:
     Raises:
         ShardError: a file is missing, damaged or of another layout.
     """
-    store = Store(source)
+    return _source("mnist", source, _DIGITS)
+
+
+def fashion_mnist(source: str = "/usr/share/datasets/fashion-mnist") -> Source:
+    """Fashion-MNIST: 60,000 train and 10,000 test images 1x28x28 of clothes, stored as PNG.
+
+    Args:
+        source: Folder of `train-images-idx3-ubyte.gz`, `train-labels-idx1-ubyte.gz` and the two
+            `t10k` files, a path or any fsspec URL; where Debian's package dataset-fashion-mnist
+            puts them unless given.
+
+    Raises:
+        ShardError: a file is missing, damaged or of another layout.
+    """
+    return _source("fashion-mnist", source, _CLOTHES)
+
+
+def _source(name: str, folder: str, class_names: tuple[str, ...]) -> Source:
+    store = Store(folder)
     require(store, *(_file(part, kind) for part in _PARTS for kind in ("images", "labels")))
     labels = [_read_idx(store, _file(part, "labels"), 1) for part in _PARTS]
     pixels = _read_pixels(store)
     joined = np.concatenate(labels).astype(np.int64)
     if len(pixels) != len(joined):
         raise ShardError(f"{store}: {len(pixels)} images and {len(joined)} labels")
-    if joined.max() >= _CLASSES:
-        raise ShardError(f"{store}: label {joined.max()} is not in [0, {_CLASSES})")
+    if joined.max() >= len(class_names):
+        raise ShardError(f"{store}: label {joined.max()} is not in [0, {len(class_names)})")
     test = np.arange(len(joined)) >= len(labels[0])
     height, width = pixels.shape[1:]
     return Source(
-        name="mnist",
+        name=name,
         image_shape=(1, height, width),
-        class_names=tuple(str(digit) for digit in range(_CLASSES)),
+        class_names=class_names,
         labels=joined,
         test=test,
         validation=hold_out(joined, ~test, VALIDATION),
         load=PackedImages(functools.partial(_read_pixels, store)),
-        parameters={"source": "mnist"},
+        parameters={"source": name},
     )
 
 

@@ -30,7 +30,7 @@ from model.networks.config import NetworkConfig
 from model.networks.registry import AnyNetwork, build_network
 from optim.manifolds import manifold_of
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 WEIGHTS = "weights.safetensors"
 DESCRIPTION = "artifact.json"
 PIXEL_UNIT = "[0, 1], 0.5 subtracted inside"

@@ -93,7 +93,7 @@ def read_artifact(folder: str, body: Body) -> tuple[type[families.Family], Body,
     """
     place = beside(folder, "artifact.json")
     info = parse_object(read_bytes(place, LARGEST_JSON), place)
-    agree(info.get("schema_version"), 1, f"{place}: schema_version")
+    agree(info.get("schema_version"), 2, f"{place}: schema_version")
     family, config = families.family_of(take(info, "network", dict, place), f"{place}: network")
     for name in ("native_input_shape", "network_input_shape"):
         agree(info.get(name), body["native_shape"], f"{place}: {name}")

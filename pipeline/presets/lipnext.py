@@ -24,15 +24,32 @@ def digits() -> RunConfig:
     return RunConfig(
         preset="digits",
         model=LipNeXtConfig(
-            input_shape=(1, 8, 8), num_classes=10, patch=2, width=192, depth=4, alpha=1 / 8
+            input_shape=(1, 8, 8),
+            num_classes=10,
+            patch=4,
+            width=128,
+            depth=3,
+            alpha=1 / 8,
+            pool="flat",
         ),
         data=DataConfig(source="digits", train_split="fit"),
-        optim=OptimConfig(lr=5e-3, betas=(0.9, 0.99), lookahead_factor=0.8),
+        optim=OptimConfig(lr=1e-2, betas=(0.9, 0.99), lookahead_factor=0.8),
         # The full radius from the first step: in a short run the ramp costs accuracy.
-        loss=EmmaLoss(eps=108 / 255, eps_start=0.875, eps_end=0.875, scale=10.0),
-        train=TrainConfig(epochs=65, global_batch=64, warmup_epochs=2),
+        loss=EmmaLoss(eps=108 / 255, eps_start=1.15, eps_end=1.15, scale=10.0),
+        train=TrainConfig(epochs=85, global_batch=128, warmup_epochs=2),
         checkpoint=CheckpointConfig(every_steps=500),
     )
+
+
+def digits_dense() -> RunConfig:
+    """The digits as one patch: a grid of one position, where nothing is shifted or pooled."""
+    base = digits()
+    model = LipNeXtConfig(
+        input_shape=(1, 8, 8), num_classes=10, patch=8, width=128, depth=3, alpha=1 / 8
+    )
+    loss = EmmaLoss(eps=108 / 255, eps_start=0.875, eps_end=0.875, scale=10.0)
+    train = dataclasses.replace(base.train, epochs=80, global_batch=64)
+    return dataclasses.replace(base, preset="digits-dense", model=model, loss=loss, train=train)
 
 
 def synthetic() -> RunConfig:
@@ -128,6 +145,7 @@ def imagenet_2b() -> RunConfig:
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
+    "digits-dense": digits_dense,
     "synthetic": synthetic,
     "cifar10-L32W1024": cifar10_l32w1024,
     "cifar10-L32W2048": cifar10_l32w2048,

@@ -9,6 +9,7 @@ import struct
 import tarfile
 import uuid
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,15 @@ from PIL import Image
 
 from data_shards.errors import ShardError
 from data_shards.format.decode import decode_image
-from data_shards.sources import cifar, cifar10, cifar100, imagefolder, mnist, tiny_imagenet
+from data_shards.sources import (
+    cifar,
+    cifar10,
+    cifar100,
+    fashion_mnist,
+    imagefolder,
+    mnist,
+    tiny_imagenet,
+)
 from data_shards.sources.convert import Recipe, UndecodableError, image_extension
 from data_shards.storage.store import Store
 from data_shards.verify import verify
@@ -168,6 +177,29 @@ def test_mnist_damaged(data, message, tmp_path):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(data)
     with pytest.raises(ShardError, match=message):
         mnist(str(tmp_path))
+
+
+@pytest.mark.skipif(
+    not Path("/usr/share/datasets/fashion-mnist").is_dir(),
+    reason="needs Debian's package dataset-fashion-mnist",
+)
+def test_fashion_mnist_of_the_package():
+    source = fashion_mnist()
+    assert source.image_shape == (1, 28, 28)
+    assert np.bincount(source.labels).tolist() == [7000] * 10
+    assert (source.test.sum(), source.validation.sum()) == (10_000, 10_000)
+    assert pixels(source, 0)[0].sum() == 76_247  # an ankle boot
+    assert source.class_names[source.labels[0]] == "Ankle boot"
+
+
+def test_fashion_mnist_has_the_layout_of_mnist_and_its_own_classes(tmp_path):
+    make_mnist(tmp_path)
+    source, other = fashion_mnist(str(tmp_path)), mnist(str(tmp_path))
+    assert (source.name, source.class_names[9]) == ("fashion-mnist", "Ankle boot")
+    assert np.array_equal(source.labels, other.labels)
+    assert np.array_equal(pixels(source, 3), pixels(other, 3))
+    with pytest.raises(ShardError, match=r"nowhere has no train-images-idx3-ubyte\.gz"):
+        fashion_mnist(str(tmp_path / "nowhere"))
 
 
 def test_mnist_missing(tmp_path):

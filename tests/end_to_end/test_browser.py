@@ -21,7 +21,10 @@ pytestmark = [
 ]
 
 SHORT = ("--cluster.launcher", "local", "--train.epochs", "3", "--checkpoint.every-steps", "23")
-SMALL = (*SHORT, "--model.depth", "2", "--checkpoint.no-evaluate", "--train.warmup-epochs", "1")
+SMALL = (
+    *(*SHORT, "--train.global-batch", "64", "--train.warmup-epochs", "1"),
+    *("--model.depth", "2", "--checkpoint.no-evaluate"),
+)
 RUNS = {
     "base": ("--model.width", "32"),
     "wide-eps": ("--model.width", "32", "--loss.eps", "0.6"),

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 SUITE = "certify+fast-attack"
 TRAINING = (
     "python -m pipeline.pretrain digits --name run --train.epochs 1 --train.warmup-epochs 0.2 "
-    "--checkpoint.every-steps 12 --checkpoint.no-evaluate"
+    "--train.global-batch 64 --checkpoint.every-steps 12 --checkpoint.no-evaluate"
 )
 
 

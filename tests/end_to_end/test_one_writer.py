@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SETTINGS = (
     *("--name", "run", "--start-or-resume", "--cluster.launcher", "local"),
     *("--train.epochs", "500", "--train.warmup-epochs", "0.2", "--checkpoint.every-steps", "20"),
-    *("--checkpoint.no-evaluate", "--train.log-every", "1"),
+    *("--checkpoint.no-evaluate", "--train.global-batch", "64", "--train.log-every", "1"),
 )
 
 

@@ -97,10 +97,18 @@ def right_place(case):
 
 
 @needs_node
-@pytest.mark.parametrize("head", ["unit", "linear"])
+@pytest.mark.parametrize(
+    "network",
+    [
+        {},
+        {"head": "linear"},
+        {"pool": "flat"},
+        {"pool": "grid", "pool_windows": 2, "patch": 1, "depth": 3, "shift": "doubling"},
+    ],
+)
 @pytest.mark.parametrize("deployed", ["float32", "bfloat16"])
-def test_page_confirms_what_the_verifier_confirms(tmp_path, head, deployed):
-    case = make(tmp_path / "case", head=head, deployed=deployed)
+def test_page_confirms_what_the_verifier_confirms(tmp_path, network, deployed):
+    case = make(tmp_path / "case", deployed=deployed, **network)
     body = case.body()
     (found,) = derive(page_of(case))
     assert run(case) == CONFIRMED

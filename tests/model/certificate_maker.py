@@ -13,6 +13,7 @@ import shutil
 import tarfile
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -172,12 +173,12 @@ def table_of(columns: dict[str, list], name: str, eps: list[str]) -> dict:
     }
 
 
-def make(root: Path, *, head: str = "unit", deployed: str = "float32") -> Case:
+def make(root: Path, *, deployed: str = "float32", **network: Any) -> Case:
     """An artifact of random weights, a shard set of three test shards and their certificate."""
     case = Case(root)
     config = LipNeXtConfig(
-        input_shape=(1, SIDE, SIDE), num_classes=CLASSES, patch=2, width=8, depth=2, alpha=1 / 8,
-        head=head,
+        input_shape=(1, SIDE, SIDE), num_classes=CLASSES,
+        **{"patch": 2, "width": 8, "depth": 2, "alpha": 1 / 8, **network},
     )  # fmt: skip
     info = write_artifact(
         Store(str(case.model)).open,

@@ -134,7 +134,7 @@ def test_refuses_a_changed_configuration(folder, field):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda info: info.update(schema_version=2), "schema_version=2"),
+        (lambda info: info.update(schema_version=1), "schema_version=1; this code reads 2"),
         (lambda info: info.update(surprise=1), "surprise"),
         (lambda info: info.pop("norm"), "norm"),
         (lambda info: info["network"].update(width=3), "width=3"),

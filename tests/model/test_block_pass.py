@@ -18,10 +18,10 @@ WIDTH = 20
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
-def block_of(generator, *, grid=(3, 5), dtype=torch.float64, **changes):
+def block_of(generator, *, grid=(3, 5), distance=1, dtype=torch.float64, **changes):
     height, breadth = grid
     config = tiny_config(input_shape=(1, 2 * height, 2 * breadth), width=WIDTH, **changes)
-    return filled(Block(config), generator).to(dtype)
+    return filled(Block(config, distance), generator).to(dtype)
 
 
 def tokens(generator, *shape, dtype=torch.float64):
@@ -43,6 +43,7 @@ def passed(block, x, gradient):
         ((1, 2), {"beta": 0.0}),
         ((2, 1), {"beta": 1.0, "position": False}),
         ((1, 1), {}),
+        ((4, 5), {"distance": 2}),
     ],
 )
 def test_the_fast_pass_is_the_plain_one(grid, changes, dtype, fold, generator, monkeypatch):

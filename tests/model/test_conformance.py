@@ -36,6 +36,10 @@ NETWORKS = {
     "lipnext_colour": tiny_config(input_shape=(3, 6, 4), width=24, num_classes=5, depth=3),
     "lipnext_linear": tiny_config(head="linear"),
     "lipnext_plain": tiny_config(position=False, initial="identity_m", beta=1.0, alpha=0.25),
+    "lipnext_flat": tiny_config(pool="flat"),
+    "lipnext_grid": tiny_config(
+        input_shape=(1, 8, 12), depth=3, shift="doubling", pool="grid", pool_windows=2
+    ),
     "sll": SllConfig(**SMALL, channels=3, conv_layers=2, pool=2, dense_layers=2, dense_inner=10),
     "cpl": SllConfig(
         **SMALL, scaling="cpl", channels=3, conv_layers=1, pool=1, dense_layers=2, dense_inner=7

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from model.networks.head import Head, pairwise_distances
-from model.networks.lipnext.layers import Block, Stem, beta_abs, l2_pool, shift, space_to_depth
+from model.networks.lipnext.layers import (
+    Block,
+    Stem,
+    beta_abs,
+    flat_pool,
+    l2_pool,
+    shift,
+    space_to_depth,
+)
 from optim.manifolds import ORTHOGONAL
 from tests.model.small_networks import tiny_config
 
@@ -51,6 +59,9 @@ def test_shift_rolls_four_groups_and_leaves_the_rest(generator):
     assert torch.equal(y[..., 4:6], torch.roll(x[..., 4:6], -1, 2))
     assert torch.equal(y[..., 6:8], torch.roll(x[..., 6:8], 1, 2))
     assert torch.equal(y[..., 8:], x[..., 8:])
+    far = shift(x, 2, 3)
+    assert torch.equal(far[..., 0:2], x[..., 0:2])  # round a side of three
+    assert torch.equal(far[..., 4:6], torch.roll(x[..., 4:6], -3, 2))
 
 
 def test_max_min_is_beta_abs_between_rotations(generator):
@@ -102,13 +113,29 @@ def test_pool_adds_squares_in_float32(generator, dtype):
     torch.testing.assert_close(y, x.double().flatten(1, 2).norm(dim=1).float())
 
 
-def test_pool_does_not_expand_and_has_a_gradient_at_zero(generator):
-    x, y = random(generator, 2, 50, 3, 3, 4)
-    ratio = (l2_pool(x, 0.1) - l2_pool(y, 0.1)).norm(dim=1) / (x - y).flatten(1).norm(dim=1)
+def test_windows_are_pooled_one_by_one(generator):
+    x = random(generator, 2, 4, 6, 3)
+    y = l2_pool(x, 0.1, 2).reshape(2, 2, 2, 3)
+    for row in range(2):
+        for column in range(2):
+            window = x[:, 2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
+            torch.testing.assert_close(y[:, row, column], l2_pool(window, 0.1))
+
+
+@pytest.mark.parametrize("windows", [1, 2, 4])
+def test_pool_does_not_expand_and_has_a_gradient_at_zero(generator, windows):
+    x, y = random(generator, 2, 50, 4, 4, 4)
+    pooled = l2_pool(x, 0.1, windows) - l2_pool(y, 0.1, windows)
+    ratio = pooled.norm(dim=1) / (x - y).flatten(1).norm(dim=1)
     assert ratio.max() <= 1
-    zero = torch.zeros(1, 2, 2, 3, requires_grad=True)
-    l2_pool(zero, 1e-6).sum().backward()
+    zero = torch.zeros(1, 4, 4, 3, requires_grad=True)
+    l2_pool(zero, 1e-6, windows).sum().backward()
     assert torch.equal(zero.grad, torch.zeros_like(zero))
+
+
+def test_the_flat_pool_keeps_every_distance_and_widens(generator):
+    x = random(generator, 2, 2, 3, 4).to(torch.bfloat16)
+    assert torch.equal(flat_pool(x), x.reshape(2, 24).float())
 
 
 def test_pairwise_distances_and_their_gradient_equal_brute_force(generator):

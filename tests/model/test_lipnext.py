@@ -14,7 +14,8 @@ from pipeline.presets.lipnext import PRESETS
 from tests.model.small_networks import tiny_config, trained_like
 
 COUNTS = {
-    "digits": 334_538,
+    "digits": 120_214,
+    "digits-dense": 116_365,
     "synthetic": 38_026,
     "cifar10-L32W1024": 68_208_650,
     "cifar10-L32W2048": 272_723_978,
@@ -47,6 +48,11 @@ def test_preset_has_the_stated_number_of_parameters(name):
         ({"width": 6}, "width=6 cannot be shifted"),
         ({"width": 6, "alpha": 0.25}, "4 \\* 2 channels must lie in 4..6"),
         ({"pool_tau": 0.0}, r"pool_tau=0\.0"),
+        ({"pool": "flat", "pool_windows": 2}, "pool_windows=2 needs pool=grid: pool=flat"),
+        ({"pool": "grid", "pool_windows": 3}, "pool_windows=3 does not divide the grid of 2x2"),
+        ({"pool": "grid", "pool_windows": 0}, "pool_windows=0"),
+        ({"pool": "max"}, "pool"),
+        ({"shift": "far"}, "shift"),
         ({"colour": 1}, "colour"),
         ({"fold": "sometimes"}, "fold"),
     ],
@@ -83,6 +89,63 @@ def test_identity_m_starts_with_identity():
     network.initialise(0)
     assert torch.equal(network.blocks[1].M, torch.eye(16))
     assert ORTHOGONAL.residual(network.blocks[1].R.detach()) < 1e-5
+
+
+@pytest.mark.parametrize("pool", ["l2", "grid"])
+def test_the_last_absolute_value_changes_nothing_that_a_norm_sees(generator, pool):
+    """So the last block leaves it out, and keeps no signs for it."""
+    x = torch.rand(8, 1, 4, 4, generator=generator)
+    found = []
+    for absolute in (0, 8):
+        network = trained_like(tiny_config(pool=pool)).float()
+        assert [block.absolute for block in network.blocks] == [8, 0]
+        network.blocks[-1].absolute = absolute
+        logits = network(x)
+        logits.square().sum().backward()
+        found.append([logits, *(p.grad for p in network.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_before_the_flat_pool_the_last_absolute_value_counts(generator):
+    network = trained_like(tiny_config(pool="flat"))
+    x = torch.rand(8, 1, 4, 4, generator=generator, dtype=torch.float64)
+    with_it = network.features(x)
+    assert network.blocks[-1].absolute == 8
+    network.blocks[-1].absolute = 0
+    assert not torch.equal(network.features(x), with_it)
+
+
+def test_one_window_is_the_l2_pool_and_as_many_as_positions_the_absolute_values(generator):
+    x = torch.rand(8, 1, 4, 4, generator=generator, dtype=torch.float64)
+    whole, one = (trained_like(tiny_config(pool=pool)) for pool in ("l2", "grid"))
+    assert torch.equal(whole(x), one(x))
+    flat, every = tiny_config(pool="flat"), tiny_config(pool="grid", pool_windows=2)
+    assert (flat.features, every.features) == (64, 64)
+    values = trained_like(flat).features(x).abs()
+    torch.testing.assert_close(trained_like(every).features(x), values, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", [{"pool": "flat"}, {"pool": "grid", "pool_windows": 2}])
+def test_a_network_that_keeps_positions_tells_shifted_images_apart(generator, pool):
+    """What the l2 pool cannot where no layer knows of positions."""
+    config = tiny_config(input_shape=(1, 8, 8), position=False, beta=0.0)
+    image = torch.rand(1, 1, 8, 8, generator=generator, dtype=torch.float64)
+    moved = image.roll(4, 2)  # two positions
+    blind, seeing = trained_like(config), trained_like(dataclasses.replace(config, **pool))
+    torch.testing.assert_close(blind(moved), blind(image), rtol=0, atol=1e-12)
+    assert (seeing.features(moved) - seeing.features(image)).norm() > 0.1
+
+
+def test_shifts_double_until_half_of_the_shorter_side():
+    def distances(height, width):
+        return tiny_config(
+            input_shape=(1, 2 * height, 2 * width), depth=5, shift="doubling"
+        ).shift_distances
+
+    assert distances(16, 16) == (1, 2, 4, 8, 1)
+    assert distances(7, 20) == (1, 2, 1, 2, 1)
+    assert distances(3, 3) == distances(1, 9) == (1,) * 5
+    assert tiny_config(input_shape=(1, 32, 32)).shift_distances == (1, 1)
 
 
 def test_initial_values_depend_on_seed_and_name_alone():

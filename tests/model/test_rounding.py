@@ -20,6 +20,10 @@ CONFIGS = {
     "unfolded": tiny_config(depth=4, fold="never"),
     "linear": tiny_config(head="linear", input_shape=(3, 8, 6), width=24),
     "bare": tiny_config(position=False, beta=0.0),
+    "flat": tiny_config(pool="flat", depth=3),
+    "grid": tiny_config(
+        input_shape=(1, 8, 16), pool="grid", pool_windows=4, depth=3, shift="doubling"
+    ),
 }
 
 
@@ -61,13 +65,19 @@ def longdouble_logits(network, pixels):
         n = block.shifted
         parts = np.split(x, [n, 2 * n, 3 * n, 4 * n], axis=-1)
         for k, (step, axis) in enumerate(((-1, 1), (1, 1), (-1, 2), (1, 2))):
-            parts[k] = np.roll(parts[k], step, axis)
+            parts[k] = np.roll(parts[k], step * block.distance, axis)
         x = (
             np.concatenate(parts, -1) @ w[f"blocks.{i}.R"] @ w[f"blocks.{i}.M"].T
             + w[f"blocks.{i}.b"]
         )
-        x[..., : block.absolute] = np.abs(x[..., : block.absolute])
-    x = np.sqrt((x**2).sum((1, 2)) + np.longdouble(network.pool_tau) ** 2)
+        folded = network.blocks[0].absolute  # of the last block as well
+        x[..., :folded] = np.abs(x[..., :folded])
+    if network.pool == "flat":
+        x = x.reshape(b, -1)
+    else:
+        k, (h, wd, width) = network.pool_windows, x.shape[1:]
+        x = x.reshape(b, k, h // k, k, wd // k, width)
+        x = np.sqrt((x**2).sum((2, 4)) + np.longdouble(network.pool_tau) ** 2).reshape(b, -1)
     rows = w["head.weight"]
     if network.head.kind == "unit":
         rows = rows / np.sqrt((rows**2).sum(1, keepdims=True))

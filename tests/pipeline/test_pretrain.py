@@ -59,7 +59,7 @@ def refusal(capsys, tmp_path, shards):
         (["--bogus", "3"], ["--bogus"]),
         (["--train.epochs", "many"], ["--train.epochs", "many"]),
         (["--optim.lr", "-1"], ["lr", "greater than 0", "-1"]),
-        (["--model.width", "4"], ["width=4", "shifted"]),
+        (["--model.width", "4"], ["width=4", "16 values of a patch"]),
         (["--model.alpha", "0.3"], ["alpha=0.3", "(0, 1/4]"]),
         (["--model.beta", "1.5"], ["beta=1.5", "[0, 1]"]),
         (["--train.global-batch", "65"], ["global_batch=65", "2 ranks"]),

@@ -65,7 +65,7 @@ def test_flops_follow_a_hand_count():
     network = cast(LipNeXtConfig, run.model)
     tokens, width = math.prod(network.grid), network.width
     products = 6 * 2 * tokens * width**2 * network.depth
-    stem, head = 4 * tokens * network.stem_channels * width, 6 * width * 10
+    stem, head = 4 * tokens * network.stem_channels * width, 6 * tokens * width * 10
     assert training_flops(run) == products + stem + head
 
 

@@ -26,8 +26,16 @@ class LipNeXtConfig(NetworkConfig):
     """Share of the channels that pass through the absolute value, in [0, 1]."""
     position: bool = True
     """Learn one scalar per grid position in each block (the p of the block formula)."""
+    shift: Literal["unit", "doubling"] = "unit"
+    """By how many positions a block shifts: by 1, or by 1, 2, 4, ... block after block, starting
+    again beyond half of the shorter side of the grid."""
+    pool: Literal["l2", "grid", "flat"] = "l2"
+    """`l2`: the norm of every channel over the grid; `grid`: over each of pool_windows x
+    pool_windows windows; `flat`: every value of every position is a feature."""
+    pool_windows: int = 1
+    """Windows per side of the grid for `grid`."""
     pool_tau: float = 1e-6
-    """Smoothing of the l2 pool, sqrt(s + pool_tau^2); keeps its gradient finite at 0."""
+    """Smoothing of the norms of a pool, sqrt(s + pool_tau^2); keeps their gradient finite at 0."""
     initial: Literal["haar", "identity_m"] = "haar"
     """`haar`: every matrix is Haar distributed on SO(C); `identity_m`: the same with M = I."""
     head: Literal["unit", "linear"] = "unit"
@@ -61,6 +69,18 @@ class LipNeXtConfig(NetworkConfig):
         # Its square is added in float32, whose smallest normal number is 1.2e-38.
         if not 1e-18 <= self.pool_tau <= 1:
             raise ModelError(f"pool_tau={self.pool_tau} must be in [1e-18, 1]")
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        if self.pool_windows < 1 or any(side % self.pool_windows for side in self.grid):
+            raise ModelError(
+                f"pool_windows={self.pool_windows} does not divide the grid of "
+                f"{self.grid[0]}x{self.grid[1]} positions"
+            )
+        if self.pool != "grid" and self.pool_windows > 1:
+            raise ModelError(
+                f"pool_windows={self.pool_windows} needs pool=grid: pool={self.pool} has no windows"
+            )
 
     @property
     def stem_channels(self) -> int:
@@ -78,6 +98,20 @@ class LipNeXtConfig(NetworkConfig):
         return round(self.alpha * self.width)
 
     @property
+    def shift_distances(self) -> tuple[int, ...]:
+        """By how many positions each block shifts them."""
+        # Further than half of a side is nearer the other way round.
+        powers = max(1, min(self.grid) // 2).bit_length() if self.shift == "doubling" else 1
+        return tuple(2 ** (block % powers) for block in range(self.depth))
+
+    @property
+    def features(self) -> int:
+        """Values that the head sees."""
+        if self.pool == "flat":
+            return self.width * math.prod(self.grid)
+        return self.width * self.pool_windows**2
+
+    @property
     def absolute_channels(self) -> int:
         """Channels under the absolute value."""
         return round(self.beta * self.width)
@@ -92,5 +126,5 @@ class LipNeXtConfig(NetworkConfig):
         tokens, width = math.prod(self.grid), self.width
         stem = 2 * tokens * self.stem_channels * width
         blocks = self.depth * 2 * (2 * tokens * width**2)
-        head = 2 * width * self.num_classes
+        head = 2 * self.features * self.num_classes
         return float(2 * stem + 3 * (blocks + head))

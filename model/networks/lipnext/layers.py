@@ -34,17 +34,21 @@ def space_to_depth(images: Tensor, patch: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(b, h // patch, w // patch, c * patch**2)
 
 
-def shift(x: Tensor, channels: int) -> Tensor:
-    """Roll four groups of channels by one position, up, down, left and right, with wrap-around.
+def shift(x: Tensor, channels: int, distance: int = 1) -> Tensor:
+    """Roll four groups of channels up, down, left and right, with wrap-around.
 
     A circular shift is the only norm-preserving depthwise convolution (Theorem 1 of the paper).
 
     Args:
         x: shape (B, H, W, C).
         channels: size of each of the four groups; the other channels stay.
+        distance: by how many positions.
     """
     parts = x.split([channels] * 4 + [x.shape[-1] - 4 * channels], dim=-1)
-    rolled = [part.roll(step, axis) for part, (axis, step) in zip(parts, ROLLS, strict=False)]
+    rolled = [
+        part.roll(direction * distance, axis)
+        for part, (axis, direction) in zip(parts, ROLLS, strict=False)
+    ]
     return torch.cat([*rolled, parts[4]], dim=-1)
 
 
@@ -53,19 +57,28 @@ def beta_abs(x: Tensor, channels: int) -> Tensor:
     return torch.cat([x[..., :channels].abs(), x[..., channels:]], dim=-1)
 
 
-def l2_pool(x: Tensor, tau: float) -> Tensor:
-    """Norm of every channel over the grid, sqrt(sum x^2 + tau^2), in float32 or wider.
+def l2_pool(x: Tensor, tau: float, windows: int = 1) -> Tensor:
+    """Norms of every channel over windows of the grid, sqrt(sum x^2 + tau^2), in float32 or wider.
 
-    1-Lipschitz by the reverse triangle inequality; tau keeps the gradient finite at zero.
+    1-Lipschitz by the reverse triangle inequality in each window, and the windows are disjoint; tau
+    keeps the gradient finite at zero.
 
     Args:
         x: shape (B, H, W, C).
         tau: smoothing.
+        windows: windows per side, a divisor of H and W.
 
     Returns:
-        Features, shape (B, C).
+        Features, shape (B, windows^2 C): window after window, row by row.
     """
-    return (at_least_float32(x).square().sum((1, 2)) + tau**2).sqrt()
+    b, h, w, c = x.shape
+    x = at_least_float32(x).reshape(b, windows, h // windows, windows, w // windows, c)
+    return (x.square().sum((2, 4)) + tau**2).sqrt().flatten(1)
+
+
+def flat_pool(x: Tensor) -> Tensor:
+    """All values as they are, in float32 or wider: (B, H, W, C) to (B, H W C)."""
+    return at_least_float32(x).flatten(1)
 
 
 class Stem(nn.Module):
@@ -90,15 +103,16 @@ class Block(nn.Module):
     """sigma(M R^T S(R (X + p)) + b): orthogonal R and M, circular shift S, beta-Abs sigma.
 
     Attributes:
+        absolute: Channels under the absolute value, the first ones.
         plain: Run the operators of the formula one by one and let autograd differentiate them: the
             meaning of the fast pass, for comparisons.
     """
 
     plain = False
 
-    def __init__(self, config: LipNeXtConfig) -> None:
+    def __init__(self, config: LipNeXtConfig, distance: int = 1) -> None:
         super().__init__()
-        self.shifted = config.shifted_channels
+        self.shifted, self.distance = config.shifted_channels, distance
         self.absolute = config.absolute_channels
         self.fold = config.fold
         self.R = _orthogonal(config.width, "haar")
@@ -120,7 +134,10 @@ class Block(nn.Module):
             x = x + self.p
         tokens, width = x.numel() // x.shape[-1], x.shape[-1]
         folded = self.fold == "always" or (self.fold == "auto" and tokens > width)
-        shape = _Shape(self.shifted, self.absolute, folded, recompute, torch.is_grad_enabled())
+        differentiated = torch.is_grad_enabled()
+        shape = _Shape(
+            self.shifted, self.distance, self.absolute, folded, recompute, differentiated
+        )
         if self.plain:
             return _operators(x, self.R, self.M, self.b, shape)
         return cast(Tensor, _BlockPass.apply(x, self.R, self.M, self.b, shape))
@@ -128,6 +145,7 @@ class Block(nn.Module):
 
 class _Shape(NamedTuple):
     shifted: int
+    distance: int
     absolute: int
     folded: bool
     recompute: bool
@@ -136,7 +154,7 @@ class _Shape(NamedTuple):
 
 def _operators(x: Tensor, R: Tensor, M: Tensor, b: Tensor, shape: _Shape) -> Tensor:
     """A block after its translation, (B, H, W, C) to (B, H, W, C)."""
-    v = shift(F.linear(x, R), shape.shifted)
+    v = shift(F.linear(x, R), shape.shifted, shape.distance)
     z = F.linear(v, M @ R.mT, b) if shape.folded else F.linear(F.linear(v, R.mT), M, b)
     return beta_abs(z, shape.absolute)
 
@@ -144,7 +162,7 @@ def _operators(x: Tensor, R: Tensor, M: Tensor, b: Tensor, shape: _Shape) -> Ten
 def _factors(x: Tensor, R: Tensor, M: Tensor, shape: _Shape) -> tuple[Tensor, Tensor, Tensor]:
     """Shifted tokens (T, C), and the factors of the last product: (T, C) and (C, C)."""
     u = F.linear(x.reshape(-1, x.shape[-1]), R)
-    v = shift_(u.view(x.shape), shape.shifted).view_as(u)
+    v = shift_(u.view(x.shape), shape.shifted, shape.distance).view_as(u)
     return (v, v, M @ R.mT) if shape.folded else (v, F.linear(v, R.mT), M)
 
 
@@ -186,7 +204,8 @@ class _BlockPass(torch.autograd.Function):
                 dM, dR = d_outer @ R, d_outer.mT @ M
             else:
                 dM, dR = d_outer, v.mT @ d_inner
-        du = shift_(dv.view(x.shape), ctx.shape.shifted, back=True).view_as(dv)
+        moved = shift_(dv.view(x.shape), ctx.shape.shifted, ctx.shape.distance, back=True)
+        du = moved.view_as(dv)
         if dR is not None:
             dR = torch.addmm(dR, du.mT, x.reshape(-1, width))
         dx = (du @ R).view(x.shape) if wanted[0] else None

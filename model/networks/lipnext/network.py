@@ -12,23 +12,27 @@ from model.certification.rounding import SLACK, ErrorState, Program, gamma
 from model.networks.base import CertifiedNetwork, LipschitzBound
 from model.networks.head import Head
 from model.networks.lipnext.config import LipNeXtConfig
-from model.networks.lipnext.layers import Block, Stem, l2_pool
+from model.networks.lipnext.layers import Block, Stem, flat_pool, l2_pool
 
 
 class LipNeXt(CertifiedNetwork):
-    """Stem, blocks, l2 pool over the grid, linear head."""
+    """Stem, blocks, a pool of the grid, linear head."""
 
     norm = "l2"
 
     def __init__(self, config: LipNeXtConfig) -> None:
         super().__init__(config)
-        self.pool_tau = config.pool_tau
+        self.pool, self.pool_tau = config.pool, config.pool_tau
+        self.pool_windows = config.pool_windows
         self.stem = Stem(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.head = Head(config.width, config.num_classes, config.head)
+        self.blocks = nn.ModuleList(Block(config, distance) for distance in config.shift_distances)
+        if config.pool != "flat":
+            # A norm squares the signs away, so the last activation would change no bit.
+            cast(Block, self.blocks[-1]).absolute = 0
+        self.head = Head(config.features, config.num_classes, config.head)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Output of the last block, shape (B, H, W, C); see logits_and_margin_factors."""
+        """What the pool sees, shape (B, H, W, C); see logits_and_margin_factors."""
         self.check_images(images)
         x = self.stem(images)
         for block in self.blocks:
@@ -37,7 +41,10 @@ class LipNeXt(CertifiedNetwork):
 
     def features(self, images: Tensor) -> Tensor:
         """See CertifiedNetwork."""
-        return l2_pool(self.tokens(images), self.pool_tau)
+        tokens = self.tokens(images)
+        if self.pool == "flat":
+            return flat_pool(tokens)
+        return l2_pool(tokens, self.pool_tau, self.pool_windows)
 
     @property
     def bounded_matrices(self) -> tuple[str, ...]:
@@ -77,11 +84,13 @@ class LipNeXt(CertifiedNetwork):
         state.multiply(self.stem.used, upper=stem.upper, absolute=stem.absolute)
         for i, block in enumerate(self.blocks):
             _carry_through_block(state, cast(Block, block), f"blocks.{i}", tokens, matrices)
-        floor = width * self.pool_tau**2
-        pooled = (state.computed**2 + floor).sqrt()
-        state.error = state.error + gamma(tokens + 4, program.wide) * pooled
-        state.norm = (state.norm**2 + floor).sqrt()
-        state.note(state.computed)
+        if self.pool != "flat":  # which rounds nothing
+            floor = self.pool_windows**2 * width * self.pool_tau**2
+            pooled = (state.computed**2 + floor).sqrt()
+            window = tokens // self.pool_windows**2
+            state.error = state.error + gamma(window + 4, program.wide) * pooled
+            state.norm = (state.norm**2 + floor).sqrt()
+            state.note(state.computed)
         error = self.head.margin_error(state, largest_factor)
         operations = (8 * len(self.blocks) + 16) * tokens * (width + 1) ** 2
         growth = _amplification(self._factors(matrices)) * max(1.0, largest_factor)

@@ -22,7 +22,7 @@ except ModuleNotFoundError as missing:
     _kernels = None  # builds of torch for processors come without it
 
 ROLLS = ((1, -1), (1, 1), (2, -1), (2, 1))
-"""Axis and step of each shifted group of channels: up, down, left, right."""
+"""Axis and direction of each shifted group of channels: up, down, left, right."""
 
 
 def uses_kernels(x: Tensor) -> bool:
@@ -47,23 +47,24 @@ def _startable() -> bool:
     return False
 
 
-def shift_(x: Tensor, channels: int, *, back: bool = False) -> Tensor:
-    """Roll four groups of channels by one position each, in place.
+def shift_(x: Tensor, channels: int, distance: int = 1, *, back: bool = False) -> Tensor:
+    """Roll four groups of channels, in place.
 
     Args:
         x: contiguous (B, H, W, C), overwritten.
         channels: size of each group; the other channels stay.
+        distance: by how many positions, at most a side of the grid.
         back: the inverse, which is also the gradient.
 
     Returns:
         `x`.
     """
     if uses_kernels(x):
-        _kernels.shift_(x, channels, back=back)
+        _kernels.shift_(x, channels, distance, back=back)
         return x
-    for group, (axis, step) in enumerate(ROLLS):
+    for group, (axis, direction) in enumerate(ROLLS):
         part = x[..., group * channels : (group + 1) * channels]
-        part.copy_(part.roll(-step if back else step, axis))
+        part.copy_(part.roll(direction * (-distance if back else distance), axis))
     return x
 
 

@@ -18,12 +18,13 @@ _WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
 """What a kernel computes in."""
 
 
-def shift_(x: Tensor, channels: int, *, back: bool) -> None:
+def shift_(x: Tensor, channels: int, distance: int, *, back: bool) -> None:
     """See `ops.shift_`: half a pass over memory where a quarter is shifted.
 
     Args:
         x: contiguous (B, H, W, C).
         channels: size of each of the four groups.
+        distance: by how many positions, at most a side of the grid.
         back: the inverse.
     """
     if not channels:
@@ -33,7 +34,9 @@ def shift_(x: Tensor, channels: int, *, back: bool) -> None:
     block = max(16, min(triton.next_power_of_2(channels), _TILE // line))
     grid = (images * max(height, breadth), 4 * triton.cdiv(channels, block))
     with torch.cuda.device_of(x):
-        _shift[grid](x, height, breadth, width, channels, BACK=back, LINE=line, BLOCK=block)
+        _shift[grid](
+            x, height, breadth, width, channels, distance, BACK=back, LINE=line, BLOCK=block
+        )  # fmt: skip
 
 
 def fold_(x: Tensor, channels: int, signs: Tensor | None) -> None:
@@ -91,6 +94,7 @@ def _block(channels: int) -> int:
 @triton.jit
 def _shift(
     x: tl.tensor, height: tl.tensor, breadth: tl.tensor, width: tl.tensor, channels: tl.tensor,
+    distance: tl.tensor,
     BACK: tl.constexpr, LINE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program moves one row or column of the grid: it reads all of it before it writes."""
@@ -104,7 +108,7 @@ def _shift(
     number = tl.program_id(0) % per_image
     image = (tl.program_id(0) // per_image).to(tl.int64)
     begin = image * height * breadth + number * tl.where(vertical, 1, breadth)
-    step = group % 2 * 2 - 1  # groups go up, down, left, right
+    step = (group % 2 * 2 - 1) * distance  # groups go up, down, left, right
     if BACK:
         step = -step
     place = tl.arange(0, LINE)

@@ -15,7 +15,7 @@ from model.verifier.settings import SIDE, Choice, Config, Flag, Number, Setting,
 
 
 class LipNeXt(Family):
-    """Patches to channels, blocks beta-Abs(M R^T shift(R (x + p)) + b), an l2 pool, a head."""
+    """Patches to channels, blocks beta-Abs(M R^T shift(R (x + p)) + b), a pool, a head."""
 
     settings: ClassVar[Mapping[str, Setting]] = {
         "patch": Whole(1, 1 << 12),
@@ -24,6 +24,9 @@ class LipNeXt(Family):
         "alpha": Number(0.0, 0.25, 1 / 16),
         "beta": Number(0.0, 1.0, 0.5),
         "position": Flag(True),
+        "shift": Choice(("unit", "doubling"), "unit"),
+        "pool": Choice(("l2", "grid", "flat"), "l2"),
+        "pool_windows": Whole(1, SIDE, 1),
         "pool_tau": Number(1e-18, 1.0, 1e-6),
         "head": Choice(("unit", "linear"), "unit"),
         # These two do not change the function.
@@ -38,7 +41,7 @@ class LipNeXt(Family):
         self.head = LinearHead(tensors["head.weight"], tensors["head.bias"], config["head"])
         # Pixels of one patch, and tokens.
         self.values = config["input_shape"][0] * config["patch"] ** 2
-        self.tokens = math.prod(config["input_shape"][1:]) // config["patch"] ** 2
+        self.tokens = math.prod(_grid(config))
         named = [f"blocks.{i}.{kind}" for i in range(config["depth"]) for kind in "bp"]
         self._norms = {name: norm_of(tensors[name]) for name in named if name in tensors}
 
@@ -49,19 +52,25 @@ class LipNeXt(Family):
         divides = not (shape[1] % patch or shape[2] % patch)
         if not divides or shape[0] * patch**2 > width or 4 * _shifted(config) > width:
             return "patch, width, alpha and input_shape do not fit"
+        windows = config["pool_windows"]
+        if any(side % windows for side in _grid(config)):
+            return "pool_windows does not divide the grid"
+        if windows > 1 and config["pool"] != "grid":
+            return "pool_windows belongs to pool=grid"
         return None
 
     @classmethod
     def shapes(cls, config: Config) -> Shapes:
         """See Family."""
-        C, classes, patch = config["width"], config["num_classes"], config["patch"]
-        grid = (config["input_shape"][1] // patch, config["input_shape"][2] // patch, 1)
+        C, classes, grid = config["width"], config["num_classes"], (*_grid(config), 1)
         shapes: Shapes = {"stem.weight": (C, C)}
         for i in range(config["depth"]):
             shapes |= {f"blocks.{i}.R": (C, C), f"blocks.{i}.M": (C, C), f"blocks.{i}.b": (C,)}
             if config["position"]:
                 shapes[f"blocks.{i}.p"] = grid
-        return {**shapes, "head.weight": (classes, C), "head.bias": (classes,)}
+        flat = config["pool"] == "flat"
+        features = C * (math.prod(_grid(config)) if flat else config["pool_windows"] ** 2)
+        return {**shapes, "head.weight": (classes, features), "head.bias": (classes,)}
 
     @classmethod
     def bounded(cls, config: Config) -> list[str]:
@@ -108,9 +117,12 @@ class LipNeXt(Family):
         state.multiply(stem.upper, stem.absolute, kappa(self.values, program))
         for i in range(config["depth"]):
             self._block(state, i)
-        smoothing = config["width"] * config["pool_tau"] ** 2
+        if config["pool"] == "flat":
+            return state  # the values as they are
+        windows = config["pool_windows"] ** 2
+        smoothing = windows * config["width"] * config["pool_tau"] ** 2
         pooled = np.sqrt(np.square(state.size) + smoothing)
-        state.e = state.e + gamma(self.tokens + 4, program.wide) * pooled
+        state.e = state.e + gamma(self.tokens // windows + 4, program.wide) * pooled
         state.n = np.sqrt(np.square(state.n) + smoothing)
         state.see(state.size)
         return state
@@ -160,16 +172,35 @@ class LipNeXt(Family):
         x = x.reshape(b, channels, height // patch, patch, width // patch, patch)
         x = x.transpose(0, 2, 4, 1, 3, 5).reshape(b, height // patch, width // patch, -1)
         x = _apply(x, self.wide("stem.weight")[:, : x.shape[-1]])
-        shifted = _shifted(config)
+        shifted, distances = _shifted(config), _distances(config)
         folded = round(config["beta"] * config["width"])
         for i in range(config["depth"]):
             R, M = self.wide(f"blocks.{i}.R"), self.wide(f"blocks.{i}.M")
             if config["position"]:
                 x = x + self.wide(f"blocks.{i}.p")
-            x = _shift(_apply(x, R), shifted)
+            x = _shift(_apply(x, R), shifted, distances[i])
             x = _apply(_apply(x, R.T), M) + self.wide(f"blocks.{i}.b")
             x[..., :folded] = np.abs(x[..., :folded])
-        return np.sqrt(np.square(x).sum(axis=(1, 2)) + config["pool_tau"] ** 2)
+        if config["pool"] == "flat":
+            return x.reshape(b, -1)
+        rows, columns = np.split(x, config["pool_windows"], axis=1), config["pool_windows"]
+        windows = [window for row in rows for window in np.split(row, columns, axis=2)]
+        squares = [np.square(window).sum(axis=(1, 2)) for window in windows]
+        return np.sqrt(np.concatenate(squares, axis=1) + config["pool_tau"] ** 2)
+
+
+def _grid(config: Config) -> tuple[int, int]:
+    """Height and width of the grid of tokens."""
+    return config["input_shape"][1] // config["patch"], config["input_shape"][2] // config["patch"]
+
+
+def _distances(config: Config) -> list[int]:
+    """By how many tokens each block shifts."""
+    powers = [1]
+    if config["shift"] == "doubling":
+        while 4 * powers[-1] <= min(_grid(config)):
+            powers.append(2 * powers[-1])
+    return [powers[i % len(powers)] for i in range(config["depth"])]
 
 
 def _shifted(config: Config) -> int:
@@ -182,10 +213,10 @@ def _apply(x: Floats, matrix: Floats) -> Floats:
     return (x.reshape(-1, x.shape[-1]) @ matrix.T).reshape(*x.shape[:-1], len(matrix))
 
 
-def _shift(x: Floats, count: int) -> Floats:
-    """Four groups of channels move up, down, left and right by one token, with wrap-around."""
+def _shift(x: Floats, count: int, distance: int) -> Floats:
+    """Four groups of channels move up, down, left and right, with wrap-around."""
     x = x.copy()
     for group, (step, axis) in enumerate(((-1, 1), (1, 1), (-1, 2), (1, 2))):
         channels = slice(group * count, (group + 1) * count)
-        x[..., channels] = np.roll(x[..., channels], step, axis)
+        x[..., channels] = np.roll(x[..., channels], step * distance, axis)
     return x

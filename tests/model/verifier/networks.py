@@ -23,8 +23,11 @@ def parsed(**settings: Any) -> NetworkConfig:
 
 def lipnext(pick: random.Random) -> dict[str, Any]:
     patch, channels = pick.choice([1, 2]), pick.choice([1, 3])
+    side, pool = pick.randint(1, 3), pick.choice(["l2", "grid", "flat"])
+    height, width = side * pick.randint(1, 2), side * pick.randint(1, 2)
+    divisors = [k for k in range(1, 7) if height % k == width % k == 0]
     return {
-        "input_shape": [channels, patch * pick.randint(1, 4), patch * pick.randint(1, 5)],
+        "input_shape": [channels, patch * height, patch * width],
         "patch": patch,
         "width": pick.randint(channels * patch**2 + 4, 24),
         "depth": pick.randint(1, 4),
@@ -32,6 +35,9 @@ def lipnext(pick: random.Random) -> dict[str, Any]:
         "beta": pick.choice([0.0, 0.3, 1.0]),
         "position": pick.random() < 0.5,
         "head": pick.choice(["unit", "linear"]),
+        "shift": pick.choice(["unit", "doubling"]),
+        "pool": pool,
+        "pool_windows": pick.choice(divisors) if pool == "grid" else 1,
         "pool_tau": pick.choice([1e-6, 1e-2]),
     }
 

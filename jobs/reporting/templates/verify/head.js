@@ -4,7 +4,7 @@
 /** Logits W h + b; the rows of a `unit` head are divided by their norms first. */
 class Head {
   constructor(config, weight, bias) {
-    const K = config.num_classes, C = config.width;
+    const K = config.num_classes, C = weight.length / K; // C: features
     this.unit = config.head === "unit";
     this.bias = bias;
     this.rows = Array.from({ length: K }, (_, k) => weight.slice(k * C, (k + 1) * C));

@@ -15,6 +15,9 @@ const SETTINGS = {
   alpha: between(0, 0.25),
   beta: between(0, 1),
   position: oneOf(true, false),
+  shift: oneOf("unit", "doubling"),
+  pool: oneOf("l2", "grid", "flat"),
+  pool_windows: whole(1, 65536),
   pool_tau: between(1e-18, 1),
   head: oneOf("unit", "linear"),
   initial: oneOf("haar", "identity_m"),
@@ -31,24 +34,44 @@ function checkConfig(config) {
   const divides = height % patch === 0 && width % patch === 0;
   if (!divides || channels * patch ** 2 > config.width || 4 * shifted(config) > config.width)
     throw new Disagreement("model.network", config, "patch, width, alpha and input_shape that fit");
+  const windows = config.pool_windows;
+  if (gridOf(config).some((side) => side % windows) || (windows > 1 && config.pool !== "grid"))
+    throw new Disagreement("model.network", config, "windows of pool=grid that divide the grid");
+}
+
+/** Height and width of the grid of tokens. */
+function gridOf(config) {
+  return [config.input_shape[1] / config.patch, config.input_shape[2] / config.patch];
+}
+
+/** Values that the head sees. */
+function featuresOf(config) {
+  return config.width * (config.pool === "flat" ? product(gridOf(config)) : config.pool_windows ** 2);
 }
 
 /** Names and shapes of all stored tensors. */
 function shapesOf(config) {
-  const C = config.width, [, height, width] = config.input_shape;
+  const C = config.width;
   const shapes = { "stem.weight": [C, C] };
   for (let i = 0; i < config.depth; i++) {
     shapes[`blocks.${i}.R`] = shapes[`blocks.${i}.M`] = [C, C];
     shapes[`blocks.${i}.b`] = [C];
-    if (config.position) shapes[`blocks.${i}.p`] = [height / config.patch, width / config.patch, 1];
+    if (config.position) shapes[`blocks.${i}.p`] = [...gridOf(config), 1];
   }
-  return { ...shapes, "head.weight": [config.num_classes, C], "head.bias": [config.num_classes] };
+  return { ...shapes, "head.weight": [config.num_classes, featuresOf(config)], "head.bias": [config.num_classes] };
 }
 
 /** Names of the matrices of `layers`, in order. */
 function boundedMatrices(config) {
   const blocks = Array.from({ length: config.depth }, (_, i) => [`blocks.${i}.R`, `blocks.${i}.M`]);
   return ["stem.weight", ...blocks.flat()];
+}
+
+/** By how many tokens each block shifts. */
+function distancesOf(config) {
+  const powers = [1];
+  while (config.shift === "doubling" && 4 * powers.at(-1) <= Math.min(...gridOf(config))) powers.push(2 * powers.at(-1));
+  return Array.from({ length: config.depth }, (_, i) => powers[i % powers.length]);
 }
 
 /** Channels shifted in each of four directions. */
@@ -69,9 +92,8 @@ class LipNeXt {
   /** config; tensors: name to Float64Array; bounds: name to the numbers of section 3. */
   constructor(config, tensors, bounds) {
     Object.assign(this, { config, tensors, bounds });
-    const [channels, height, width] = config.input_shape;
-    this.values = channels * config.patch ** 2; // pixels of one patch
-    this.grid = [height / config.patch, width / config.patch];
+    this.values = config.input_shape[0] * config.patch ** 2; // pixels of one patch
+    this.grid = gridOf(config);
     this.tokens = this.grid[0] * this.grid[1]; // T
     this.head = new Head(config, tensors["head.weight"], tensors["head.bias"]);
     this.norms = {}; // of every bias b and position p
@@ -113,16 +135,17 @@ class LipNeXt {
 
   /** E(N): error of a logit difference for images of norm at most N. */
   marginError(N, program) {
-    const C = this.config.width, tau = this.config.pool_tau;
+    const { width: C, pool, pool_tau: tau } = this.config, windows = this.config.pool_windows ** 2;
     const state = new ErrorState(program, N, Math.sqrt(product(this.config.input_shape)) / 2);
     const stem = this.bounds["stem.weight"];
     state.multiply(stem.upper, stem.absolute, kappa(this.values, program));
     for (let i = 0; i < this.config.depth; i++) this.carryBlock(state, i);
-    // Step 4, pool: q = sqrt((n + e)^2 + C tau^2)
-    const q = Math.sqrt(state.size ** 2 + C * tau ** 2);
-    state.e += gamma(this.tokens + 4, program.u_s) * q;
-    state.n = Math.sqrt(state.n ** 2 + C * tau ** 2);
-    state.see(state.size);
+    if (pool !== "flat") { // step 4, pool: q = sqrt((n + e)^2 + K^2 C tau^2)
+      const q = Math.sqrt(state.size ** 2 + windows * C * tau ** 2);
+      state.e += gamma(this.tokens / windows + 4, program.u_s) * q;
+      state.n = Math.sqrt(state.n ** 2 + windows * C * tau ** 2);
+      state.see(state.size);
+    }
     return state.close(this.head.marginError(state), this.underflow(program));
   }
 
@@ -160,11 +183,12 @@ class LipNeXt {
   /** Logits of images (uint8, channels x height x width each): an array of K numbers per image. */
   logits(images) {
     const { config, tokens } = this, C = config.width, folded = roundHalfEven(config.beta * C);
+    const distances = distancesOf(config);
     let x = this.embed(images);
     for (let i = 0; i < config.depth; i++) {
       const R = this.matrix(`blocks.${i}.R`), M = this.matrix(`blocks.${i}.M`);
       if (config.position) this.addPosition(x, this.tensors[`blocks.${i}.p`]);
-      x = this.shift(timesTransposed(x, R)); // R (x + p), then the circular shift
+      x = this.shift(timesTransposed(x, R), distances[i]); // R (x + p), then the circular shift
       x = timesTransposed(timesTransposed(x, transpose(R)), M); // M R^T
       const b = this.tensors[`blocks.${i}.b`];
       for (let at = 0; at < x.values.length; at++) {
@@ -172,11 +196,21 @@ class LipNeXt {
         x.values[at] = channel < folded ? Math.abs(value) : value; // beta-Abs
       }
     }
-    return images.map((_, image) => {
-      const features = new Float64Array(C); // l2 pool: sqrt(sum over the tokens of x^2 + tau^2)
-      for (let at = image * tokens * C; at < (image + 1) * tokens * C; at++) features[at % C] += x.values[at] ** 2;
-      return this.head.logits(features.map((sum) => Math.sqrt(sum + config.pool_tau ** 2)));
+    const values = tokens * C; // of an image
+    return images.map((_, at) => this.head.logits(this.pool(x.values.subarray(at * values, (at + 1) * values))));
+  }
+
+  /** The values of an image as they are, or sqrt(sum over a window of x^2 + tau^2) of every channel. */
+  pool(x) {
+    const { width: C, pool, pool_windows: K, pool_tau: tau } = this.config, [height, width] = this.grid;
+    if (pool === "flat") return x;
+    const sums = new Float64Array(K * K * C);
+    x.forEach((value, at) => {
+      const channel = at % C, token = (at - channel) / C, column = token % width, row = (token - column) / width;
+      const window = Math.floor((row * K) / height) * K + Math.floor((column * K) / width);
+      sums[window * C + channel] += value ** 2;
     });
+    return sums.map((sum) => Math.sqrt(sum + tau ** 2));
   }
 
   /** Patches to channels: pixels / 255 - 1/2, times the first columns of the stem. */
@@ -205,15 +239,15 @@ class LipNeXt {
     for (let at = 0; at < x.values.length; at++) x.values[at] += p[Math.floor(at / C) % this.tokens];
   }
 
-  /** Four groups of channels move up, down, left and right by one token, with wrap-around. */
-  shift(x) {
+  /** Four groups of channels move up, down, left and right, with wrap-around. */
+  shift(x, distance) {
     const [height, width] = this.grid, C = this.config.width, count = shifted(this.config);
     const moved = matrixOf(x.rows, C, x.values.slice());
     [[1, 0], [-1, 0], [0, 1], [0, -1]].forEach(([down, right], group) => {
       for (let token = 0; token < x.rows; token++) {
         const image = Math.floor(token / this.tokens) * this.tokens, place = token - image;
-        const row = (Math.floor(place / width) + down + height) % height;
-        const column = ((place % width) + right + width) % width;
+        const row = (Math.floor(place / width) + down * distance + height) % height;
+        const column = ((place % width) + right * distance + width) % width;
         const from = (image + row * width + column) * C + group * count;
         moved.values.set(x.values.subarray(from, from + count), token * C + group * count);
       }
