@@ -214,7 +214,7 @@ def _lipnext_pass(config: Config, shapes: Shapes) -> float:
     C, patch, depth = config["width"], config["patch"], config["depth"]
     tokens = math.prod(config["input_shape"][1:]) // patch**2
     values = config["input_shape"][0] * patch**2
-    return 2.0 * tokens * C * (values + 3 * depth * C) + 2.0 * C * config["num_classes"]
+    return 2.0 * (tokens * C * (values + 3 * depth * C) + math.prod(shapes["head.weight"]))
 
 
 def _soc_pass(config: Config, shapes: Shapes) -> float:
