@@ -44,8 +44,8 @@ def _rule(model: Name, rule: Rule, tracking: TrackingConfig) -> int:
     """
     promotion.set_rule(Registry(tracking), model, rule)
     _say(
-        f"{model}: champion by {rule.metric}, alpha {rule.alpha:g} divided by the candidates "
-        f"judged on the same test set, gain >= {rule.min_gain:.2%}, first champion on at least "
+        f"{model}: champion by {rule.metric}, alpha {rule.alpha:g} spent over all comparisons on "
+        f"the same test set, gain >= {rule.min_gain:.2%}, first champion on at least "
         f"{rule.min_samples} samples"
     )
     return 0

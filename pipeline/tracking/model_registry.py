@@ -265,15 +265,17 @@ class Registry(MlflowConnection):
         runs = self._client.search_runs([self._experiment_id], condition, max_results=1)
         return str(runs[0].info.run_id) if runs else None
 
-    def judged(self, index_digest: str) -> set[str]:
-        """Digests of the models that the gate has judged on a test set, whatever it decided."""
+    def comparisons(self, index_digest: str) -> list[str]:
+        """Keys of the comparisons that the gate made on a test set, by time, whatever came out."""
         condition = (
             "tags.stage = 'gate' and tags.`gate.action` = 'promote' and "
             f"tags.`gate.index_digest` = '{index_digest}'"
         )
         runs = pages(self._client.search_runs, [self._experiment_id], condition, max_results=_PAGE)
-        tags = (run.data.tags for run in runs if run.info.status == "FINISHED")
-        return {found.get("gate.model_digest", "") for found in tags} - {""}
+        finished = [run for run in runs if run.info.status == "FINISHED"]
+        finished.sort(key=lambda run: (run.info.start_time, run.info.run_id))
+        keys = (run.data.tags.get("gate.comparison", run.info.run_id) for run in finished)
+        return list(dict.fromkeys(key for key in keys if key))
 
     @contextlib.contextmanager
     def gate_run(self, run_name: str, tags: Mapping[str, str]) -> Iterator[RunReference]:

@@ -82,8 +82,10 @@ def test_a_better_model_is_promoted_with_its_evidence_and_rolled_back(gated, nam
     assert champion(gated, name) == 2
     assert better.comparison.p_value < 1e-3
     run, evidence = decision_of(gated, better)
-    # Two models were judged on this test set, whatever their registered names.
-    assert (evidence["comparison"]["judged"], evidence["comparison"]["level"]) == (2, 0.025)
+    found = evidence["comparison"]
+    assert found["level"] == 0.05 / (found["judged"] * (found["judged"] + 1))
+    assert found["spent"] == pytest.approx(0.05 - 0.05 / (found["judged"] + 1))
+    assert found["spending"] == "alpha / (k (k + 1)) for the k-th comparison on a test set"
     assert run.data.metrics["gate/gain"] == pytest.approx(better.comparison.gain)
     assert run.data.metrics[gated.rule.metric] == better.comparison.candidate_cra
     for number in (1, 2):
@@ -97,6 +99,35 @@ def test_a_better_model_is_promoted_with_its_evidence_and_rolled_back(gated, nam
         promotion.rollback(gated.registry, name)
     assert promotion.rollback(gated.registry, name, to=2).number == 2
     assert champion(gated, name) == 2
+
+
+def test_comparisons_on_a_test_set_are_counted_once_whatever_the_name(gated, name):
+    def placed(registered, *evaluations):
+        return [judge(gated, registered, each).comparison for each in evaluations][-1]
+
+    digest = json.loads(Store(gated.of_sharp).read("certificate.json"))["shards"]["index_digest"]
+    better = placed(name, gated.of_sharp, gated.of_steady)
+    count = len(gated.registry.comparisons(digest))
+    assert 1 <= better.judged <= count
+    other = f"{name}-again"
+    promotion.set_rule(gated.registry, other, gated.rule)
+    assert placed(other, gated.of_sharp, gated.of_steady) == better  # the same test: no new level
+    assert len(gated.registry.comparisons(digest)) == count
+    worse = placed(name, gated.of_sharp)
+    assert worse.judged != better.judged
+
+
+def test_a_comparison_that_another_one_overtook_is_judged_again(gated, name, monkeypatch):
+    judge(gated, name, gated.of_sharp)
+    promotion.register(gated.registry, name, gated.of_steady)
+    known = type(gated.registry).comparisons
+    read = iter([[], ["another"]])
+    monkeypatch.setattr(type(gated.registry), "comparisons", lambda *_: next(read))
+    with pytest.raises(RegistryError, match=r"another comparison .* promote again"):
+        promotion.promote(gated.registry, name)
+    assert champion(gated, name) == 1
+    monkeypatch.setattr(type(gated.registry), "comparisons", known)
+    assert promotion.promote(gated.registry, name).promoted
 
 
 def test_rolling_back_to_what_was_never_champion_is_refused(gated, name):
