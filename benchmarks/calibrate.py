@@ -27,7 +27,8 @@ import tyro
 from torch import nn
 
 from benchmarks.decode import photographs
-from benchmarks.optimizer_step import Manifold, Problem
+from benchmarks.manifold_peers import Problem
+from benchmarks.optimizer_step import Manifold
 from benchmarks.processes import in_ranks
 from benchmarks.report import hardware
 from data_shards.format.decode import decode_crop
@@ -81,16 +82,21 @@ def measure(world: DistributedContext, config: RunConfig, images: int) -> Measur
     square = torch.randn(2, width, width, device=world.device)
     single = 2 * width**3 / _seconds(world, lambda: torch.mm(square[0], square[1]))
     passing, flops = _passing(world, config, model, images)
+    optim = config.optim
     manifold = Manifold(
-        Problem(width, 1, world.device), lr=config.optim.lr, increment=config.optim.increment
+        Problem(width, 1, world.device),
+        lr=optim.lr,
+        retraction=optim.retraction,
+        increment=optim.increment,
     ).step
+    products = MANIFOLD_PRODUCTS[optim.retraction] * 2 * width**3
     exchange, gather, scatter, latency = _collectives(world, config)
     return Measured(
         hardware=hardware(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         device=torch.cuda.get_device_name(world.device) if _cuda(world) else world.device.type,
         precision=config.train.precision,
-        increment=config.optim.increment,
+        increment=optim.increment,
         ranks=world.size,
         nodes=world.size // int(os.environ["LOCAL_WORLD_SIZE"]),
         width=width,
@@ -99,7 +105,7 @@ def measure(world: DistributedContext, config: RunConfig, images: int) -> Measur
         working_flops=working,
         single_flops=single,
         pass_efficiency=flops / _seconds(world, passing) / working,
-        step_efficiency=MANIFOLD_PRODUCTS * 2 * width**3 / _seconds(world, manifold) / single,
+        step_efficiency=products / _seconds(world, manifold) / single,
         exchange_gbps=exchange,
         gather_gbps=gather,
         scatter_gbps=scatter,

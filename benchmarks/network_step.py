@@ -18,7 +18,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from benchmarks.optimizer_step import AUDIT, LOOKAHEAD, LR, POLAR, Manifold, Problem, Work
+from benchmarks.manifold_peers import LR, Problem, Work
+from benchmarks.optimizer_step import AUDIT, LOOKAHEAD, POLAR, Manifold
 from benchmarks.report import Row, write_result
 from benchmarks.timing import interleaved
 from model.networks.lipnext import ops

@@ -47,3 +47,26 @@ def interleaved(
             if sum(times[name]) < budget_s:
                 times[name].append(seconds(work, device))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def paired(
+    first: Callable[[], object],
+    second: Callable[[], object],
+    unit: Callable[[], object],
+    device: torch.device,
+    *,
+    repeats: int,
+) -> tuple[float, float, float]:
+    """How much longer one call takes than another that follows it: smallest, median, largest.
+
+    In units of the median time of a third. One call of each warms up.
+    """
+    for work in (first, second, unit):
+        work()
+    differences, units = [], []
+    for _ in range(repeats):
+        differences.append(seconds(first, device) - seconds(second, device))
+        units.append(seconds(unit, device))
+    scale = statistics.median(units)
+    low, high = min(differences), max(differences)
+    return low / scale, statistics.median(differences) / scale, high / scale

@@ -15,7 +15,7 @@ from rich.table import Table
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
 from data_shards.format.index import ShardIndex, load_index
-from data_shards.streaming.sampler import Cursor, EpochOrder
+from data_shards.streaming.sampler import ORDER, Cursor, EpochOrder
 from data_shards.streaming.shuffle_quality import ShuffleQuality, shuffle_quality
 from data_shards.streaming.stream import SampleStream
 
@@ -185,7 +185,10 @@ def _run(
     loaded = time.perf_counter() - begin
     if index.stored_shape(split) is None:
         stream = dataclasses.replace(stream, crop="random-resized")
-    cursor = Cursor(seed=seed, epoch=epoch, position=position)
+    cursor = Cursor(seed=seed)
+    if epoch or position:
+        order = {"order": ORDER, "lanes": stream.lanes, "window": stream.window}
+        cursor = Cursor(seed=seed, epoch=epoch, position=position, **order)
     figures = measure(
         index, stream, split=split, batch=batch, steps=steps, step_ms=step_ms, cursor=cursor
     )

@@ -7,8 +7,16 @@ from pydantic.dataclasses import dataclass
 
 from optim.matmul import Precision
 from optim.matrix_exp import SeriesRule, check_series
+from optim.retraction import RetractionRule
 
-MANIFOLD_OPTIONS = ("series", "increment", "polar_every", "audit_every", "residual_limit")
+MANIFOLD_OPTIONS = (
+    "retraction",
+    "series",
+    "increment",
+    "polar_every",
+    "audit_every",
+    "residual_limit",
+)
 """Options of `OptimConfig` that say how matrices on a manifold are stepped, and nothing else."""
 
 Rate = Annotated[float, Field(gt=0)]
@@ -31,6 +39,10 @@ class OptimConfig:
 
     eps: Rate = 1e-8
     """Added to the root of the second moment."""
+
+    retraction: Literal["exp", "fast"] = "exp"
+    """Where an increment D takes X: to X exp(D), or in fewer products to X p(D), which is as near
+    the manifold by proof and near X exp(D) to second order (`optim.retraction`)."""
 
     series: SeriesRule = "spectral"
     """Order of the exponential's series: by a proved truncation error, or by the paper's table."""
@@ -68,12 +80,19 @@ class OptimConfig:
     constant of one matrix is at most sqrt(1 + 1e-3), that of 96 in a row 1.05.
     """
 
+    @property
+    def rule(self) -> RetractionRule:
+        """How a matrix moves: "fast", or the rule of the exponential's series."""
+        return "fast" if self.retraction == "fast" else self.series
+
     def without_effect(self) -> dict[str, str]:
         """Options that the others leave without effect: name -> the setting that does so.
 
         Both Euclidean rules use all of theirs: learning rate, betas, eps and weight decay.
         """
         found = {}
+        if self.retraction == "fast":
+            found["series"] = "retraction=fast"
         if not self.lookahead_steps:
             found["lookahead_factor"] = "lookahead_steps=0"
         if not self.audit_every:

@@ -19,6 +19,7 @@ from optim.config import OptimConfig
 from optim.failure_sync import Guard
 from optim.manifolds import Manifold
 from optim.orthogonality_audit import Audit
+from optim.retraction import correction_due
 from optim.zero_layout import FlatPartition, Round
 
 
@@ -47,6 +48,13 @@ class ManifoldStep:
         """Whether this step ends with a polar retraction."""
         every = self.config.polar_every
         return every > 0 and self.state["step"] % every == 0
+
+    @property
+    def corrects(self) -> bool:
+        """Whether this step ends with a correction of the matrices that it moves."""
+        config = self.config
+        due = correction_due(self.state["step"], config.lookahead_steps)
+        return config.retraction == "fast" and due
 
     def update(self, plan: Round) -> Iterator[None]:
         """Update the matrices of one round, in the order of the reference. Collective.
@@ -100,13 +108,15 @@ class ManifoldStep:
     def _send_moved(
         self, plan: Round, X: list[Tensor], D: list[Tensor], master: Tensor
     ) -> Transfer[Tensor]:
-        """Apply the exponentials, retract and measure where due, begin to send the matrices.
+        """Move the matrices, correct, retract and measure them where due, begin to send them.
 
         X and D are used up: of each matrix its successor takes the place.
         """
         config, slots = self.config, plan.owned[self.exchange.rank]
         for number in range(len(X)):
-            X[number] = self.manifold.retract(X[number], D.pop(0), config.series, config.increment)
+            X[number] = self.manifold.retract(X[number], D.pop(0), config.rule, config.increment)
+            if self.corrects:
+                X[number] = self.manifold.correct(X[number])
         if self.retracts:
             X[:] = self.guard.call(slots, lambda x, slot: self.manifold.project(x), X)
         if self.audit.due(self.state["step"]):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optim.errors import OptimizerError
 from optim.matmul import Precision, float32_products, product, symmetric_product
-from optim.matrix_exp import SeriesRule, apply_exponential
+from optim.retraction import RetractionRule, corrected, retract
 
 TensorT = TypeVar("TensorT", bound=Tensor)
 
@@ -37,10 +37,13 @@ class Manifold(Protocol):
         self,
         point: Tensor,
         tangent: Tensor,
-        rule: SeriesRule = "spectral",
+        rule: RetractionRule = "spectral",
         precision: Precision = "full",
     ) -> Tensor:
         """Move from the point along a Lie-algebra increment."""
+
+    def correct(self, point: Tensor) -> Tensor:
+        """Nearer to the manifold, to second order in the distance."""
 
     def project(self, point: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Nearest point of the manifold, computed in `dtype` (default: the point's)."""
@@ -86,11 +89,15 @@ class Orthogonal:
         self,
         point: Tensor,
         tangent: Tensor,
-        rule: SeriesRule = "spectral",
+        rule: RetractionRule = "spectral",
         precision: Precision = "full",
     ) -> Tensor:
-        """X exp(D) by a truncated series (`optim.matrix_exp`); point and tangent are (n, n)."""
-        return apply_exponential(point, tangent, rule, precision)
+        """X exp(D), or what `optim.retraction` takes for it; point and tangent are (n, n)."""
+        return retract(point, tangent, rule, precision)
+
+    def correct(self, point: Tensor) -> Tensor:
+        """One Newton-Schulz step from a point (n, n) near the group, in the point's dtype."""
+        return corrected(point)
 
     def project(self, point: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Orthogonal polar factor of X by the Newton-Schulz iteration X <- X (3I - X^T X) / 2.

@@ -79,8 +79,8 @@ def split_product(P: Tensor, Q: Tensor, precision: Precision) -> Tensor:
     return sum_
 
 
-def symmetric_product(P: Tensor, Q: Tensor) -> Tensor:
-    """P Q where that is symmetric, such as X^T X or the square of a skew matrix.
+def symmetric_product(P: Tensor, Q: Tensor, sign: int = 1) -> Tensor:
+    """P Q where that is symmetric, such as X^T X or the square of a skew matrix; or skew.
 
     Rows are computed from their diagonal block on and mirrored: 5/8 of the work of a product.
     Small products are not worth the cut.
@@ -88,10 +88,11 @@ def symmetric_product(P: Tensor, Q: Tensor) -> Tensor:
     Args:
         P: (n, n), possibly from `rounded`.
         Q: (n, n), same dtype and device.
+        sign: -1 where the product is skew.
 
     Returns:
-        A new (n, n) tensor, symmetric up to the rounding of its diagonal blocks; float32 for
-        bfloat16 factors, else of their dtype.
+        A new (n, n) tensor, symmetric or skew up to the rounding of its diagonal blocks; float32
+        for bfloat16 factors, else of their dtype.
     """
     n = P.shape[0]
     if n < _SMALLEST:
@@ -100,7 +101,9 @@ def symmetric_product(P: Tensor, Q: Tensor) -> Tensor:
     result = torch.empty_like(Q, dtype=dtype, memory_format=torch.contiguous_format)
     for start, stop in pairwise(n * i // _BLOCKS for i in range(_BLOCKS + 1)):
         _mm(P[start:stop], Q[:, start:], out=result[start:stop, start:])
-        result[stop:, start:stop] = result[start:stop, stop:].mT
+        mirrored = result[stop:, start:stop].copy_(result[start:stop, stop:].mT)
+        if sign < 0:
+            mirrored.neg_()
     return result
 
 

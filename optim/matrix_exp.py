@@ -54,8 +54,8 @@ FROBENIUS_RULE = ((0.05, 2), (0.25, 3), (1.0, 4))
 # grows like exp(norm), its cost per unit of norm falls slowly; 2 loses less than three bits.
 _SUBSTEP_NORM = 2.0
 
-# No rotation by more than this is meant; a broken gradient must not become hours of substeps.
-_LARGEST_NORM = 1e3
+LARGEST_NORM = 1e3
+"""No rotation by more than this is meant; a broken gradient must not become hours of substeps."""
 
 _ROOM = 8.0
 """By how much `term_error`, a bound, may exceed the other errors of a step; it is some 8 times what
@@ -102,9 +102,9 @@ def _spectral(X: Tensor, D: Tensor, precision: Precision) -> Tensor:
     """Even order 2j costs j + 1 products: D^2, one for every two further orders, and X M."""
     factor = rounded(D, precision)
     D, square = factor.to(D.dtype), symmetric_product(factor, factor)
-    m1, m2 = (norm * norm for norm in _norms(D, square))
+    m1, m2 = (norm * norm for norm in norms(D, square))
     theta = spectral_bound(m1, m2, product_rounding(D, precision))
-    if not theta <= _LARGEST_NORM:
+    if not theta <= LARGEST_NORM:
         return torch.full_like(X, math.nan)
     substeps = max(1, math.ceil(theta / _SUBSTEP_NORM))
     if substeps > 1:
@@ -113,7 +113,7 @@ def _spectral(X: Tensor, D: Tensor, precision: Precision) -> Tensor:
     M = _increment(D, square, m1, m2, theta, precision)
     del factor, D, square
     for _ in range(substeps):
-        X = _moved(X, M, precision)
+        X = moved(X, M, precision)
     return X
 
 
@@ -137,7 +137,7 @@ def _increment(
         multiply, rounding, u = split_product, rounding + 4 * u * u, 0.0
     term = multiply(square, torch.add(D, square, alpha=0.25), precision).mul_(1 / 6)
     if order > 4:  # the third moment often proves that 4 is enough
-        norm = _norms(term)[0]
+        norm = norms(term)[0]
         for _ in range(3):  # what bounds theta better bounds the error of the term better
             third = norm, term_error(m1, m2, theta, rounding, u)
             theta = min(theta, spectral_bound(m1, m2, rounding, third=third))
@@ -151,7 +151,7 @@ def _increment(
     return M
 
 
-def _moved(X: Tensor, M: Tensor, precision: Precision) -> Tensor:
+def moved(X: Tensor, M: Tensor, precision: Precision) -> Tensor:
     """X + X M."""
     if unit_roundoff(X.dtype, precision) == 0.0:
         return torch.addmm(X, X, M)
@@ -179,20 +179,28 @@ def product_rounding(D: Tensor, precision: Precision = "full") -> float:
     return n_u / (1 - n_u)
 
 
-def term_error(m1: float, m2: float, theta: float, rounding: float, u: float) -> float:
-    """Bound of ||fl(T) - T||_F, T = D^3 / 6 + D^4 / 24, for ||D||_2 <= theta.
+def term_error(
+    m1: float,
+    m2: float,
+    theta: float,
+    rounding: float,
+    u: float,
+    skew: float = 1 / 6,
+    symmetric: float = 1 / 24,
+) -> float:
+    """Bound of ||fl(T) - T||_F, T = skew D^3 + symmetric D^4, for ||D||_2 <= theta.
 
-    T = S V / 6 with S the computed D^2 and V = D + S / 4: the product's own error, that of S times
-    ||V||_2, and that of rounding S and V, each to within u of its entries. The arguments are those
-    of `spectral_bound`.
+    T = S V with S the computed D^2 and V = skew D + symmetric S: the product's own error, that of S
+    times ||V||_2, and that of rounding S and V, each to within u of its entries. The first
+    arguments are those of `spectral_bound`.
     """
     f1, f2 = math.sqrt(m1), math.sqrt(m2)
     bound = theta * theta
-    spectral_V, frobenius_V = theta + bound / 4, f1 + f2 / 4
-    own = 2 * rounding * (f2 * frobenius_V + m1 * (spectral_V + f2 / 4))
+    spectral_V, frobenius_V = skew * theta + symmetric * bound, skew * f1 + symmetric * f2
+    own = 2 * rounding * (f2 * frobenius_V + m1 * (spectral_V + symmetric * f2))
     spectral_S = bound + rounding * m1
-    factors = f2 * (spectral_V + rounding * m1 / 4) + (spectral_S + u * f2) * frobenius_V
-    return (own + u * factors) / 6
+    factors = f2 * (spectral_V + symmetric * rounding * m1) + (spectral_S + u * f2) * frobenius_V
+    return own + u * factors
 
 
 def term_limit(n: int, m1: float, u: float) -> float:
@@ -249,7 +257,7 @@ def spectral_bound(
     return math.sqrt(min(bound, L * (1 + 1e-12)))
 
 
-def _norms(*matrices: Tensor) -> list[float]:
+def norms(*matrices: Tensor) -> list[float]:
     """Frobenius norms, summed up by rows, with one host synchronisation."""
     rows = torch.stack([torch.linalg.vector_norm(A, dim=1) for A in matrices])
     return torch.linalg.vector_norm(rows.double(), dim=1).tolist()
@@ -274,7 +282,7 @@ def _frobenius(X: Tensor, D: Tensor) -> Tensor:
     ).tolist()
     # For skew D both are upper bounds of ||D||_2: singular values come in pairs, and D is normal.
     norm_2 = min(norm_F / math.sqrt(2.0), norm_1)
-    if not norm_2 <= _LARGEST_NORM:
+    if not norm_2 <= LARGEST_NORM:
         return torch.full_like(X, math.nan)
     order = frobenius_order(norm_F)
     if order is not None:

@@ -15,6 +15,7 @@ from optim.config import OptimConfig
 from optim.errors import OptimizerError
 from optim.manifolds import Manifold, manifold_of
 from optim.orthogonality_audit import Audit
+from optim.retraction import correction_due
 
 
 class ReferenceManifoldAdam(torch.optim.Optimizer):
@@ -72,16 +73,20 @@ class ReferenceManifoldAdam(torch.optim.Optimizer):
         v = (v + v.T) / 2
         u = (m / (1 - b1**t)) / (torch.sqrt(v / (1 - b2**t)) + config.eps)
         D = -lr * u
-        X.copy_(manifold.retract(X, D, config.series, config.increment))
+        X.copy_(manifold.retract(X, D, config.rule, config.increment))
         state["exp_avg"], state["exp_avg_sq"] = m, v
 
         if config.lookahead_steps:
             state["tangent_sum"] += D
             if t % config.lookahead_steps == 0:
                 S = config.lookahead_factor * state["tangent_sum"]
-                state["slow"] = manifold.retract(state["slow"], S, config.series, config.increment)
+                state["slow"] = manifold.retract(state["slow"], S, config.rule, config.increment)
                 state["tangent_sum"] = torch.zeros_like(S)
                 X.copy_(state["slow"])
+        if config.retraction == "fast" and correction_due(t, config.lookahead_steps):
+            X.copy_(manifold.correct(X))
+            if config.lookahead_steps and t % config.lookahead_steps == 0:
+                state["slow"] = X.clone()
         if config.polar_every and t % config.polar_every == 0:
             X.copy_(manifold.project(X))
             if config.lookahead_steps:
@@ -115,5 +120,5 @@ class ReferenceManifoldAdam(torch.optim.Optimizer):
         if slow is None:
             return manifold.project(parameter, dtype=torch.float64)
         S = self.config.lookahead_factor * state["tangent_sum"].to(torch.float64)
-        moved = manifold.retract(slow.to(torch.float64), S, self.config.series)
+        moved = manifold.retract(slow.to(torch.float64), S, self.config.rule)
         return manifold.project(moved, dtype=torch.float64)

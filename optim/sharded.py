@@ -282,7 +282,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
     def _averaged(self, partition: FlatPartition) -> Iterator[tuple[Round, Tensor]]:
         """This rank's ranges of the averaged parameters in float32, round by round."""
         state, factor = self._state(partition), self.config.lookahead_factor
-        manifold, series, double = partition.manifold, self.config.series, torch.float64
+        manifold, rule, double = partition.manifold, self.config.rule, torch.float64
         if manifold is None:
             for plan in self._rounds(partition):
                 cut = slice(plan.start, plan.stop)
@@ -292,7 +292,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
 
         def average(X: Tensor, *rest: Any) -> Tensor:
             if len(rest) == 2:  # X is the slow copy; then the tangent sum and the slot
-                X = manifold.retract(X.to(double), factor * rest[0].to(double), series)
+                X = manifold.retract(X.to(double), factor * rest[0].to(double), rule)
             return manifold.project(X, dtype=double)
 
         sources = ("slow", "tangent_sum") if "slow" in state else ("master",)

@@ -21,7 +21,7 @@ from data_shards.rng import WORDS_PER_COUNTER, philox_words, unit_interval
 
 # Purposes of random words that share the key (seed, epoch).
 _SHARDS, _ROTATION, _WINDOW, AUGMENT, REPLACE, CROP, RANDAUGMENT, _LANES = range(8)
-_FIRST_ORDER, _ORDER = 1, 2  # the first one had no rotation of lanes
+_FIRST_ORDER, ORDER = 1, 2  # the first one had no rotation of lanes
 _SCHEMA = 2
 _FIRST_SCHEMA = 1  # without the order
 
@@ -142,15 +142,15 @@ def begin_order(
     Raises:
         ShardError: an order that this program does not know.
     """
-    if cursor.order > _ORDER:
-        raise ShardError(f"the cursor has order {cursor.order}, this program knows up to {_ORDER}")
+    if cursor.order > ORDER:
+        raise ShardError(f"the cursor has order {cursor.order}, this program knows up to {ORDER}")
     if cursor.order:
         return cursor
     if cursor.epoch or cursor.position:
         return dataclasses.replace(cursor, order=_FIRST_ORDER, lanes=lanes, window=window)
     if cached_whole or samples <= lanes * window:
         lanes, window = 1, samples
-    return dataclasses.replace(cursor, order=_ORDER, lanes=lanes, window=window)
+    return dataclasses.replace(cursor, order=ORDER, lanes=lanes, window=window)
 
 
 class EpochOrder:
@@ -172,7 +172,7 @@ class EpochOrder:
         seed: int,
         lanes: int,
         window: int,
-        version: int = _ORDER,
+        version: int = ORDER,
     ) -> None:
         self.shard_samples = np.asarray(shard_samples, dtype=np.int64)
         self.samples = int(self.shard_samples.sum())

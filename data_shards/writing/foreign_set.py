@@ -251,7 +251,7 @@ class _Run:
         return f"{self.folder}/scan-{place:05d}.parquet"
 
     def _join(self, parts: list[ShardFragment], notes: list[str]) -> _Scans:
-        for split in {shard.split for shard in self.shards}:
+        for split in sorted({shard.split for shard in self.shards}, reverse=True):
             found = [p for s, p in zip(self.shards, parts, strict=True) if s.split == split]
             if not sum(len(part.rows) for part in found):
                 causes = Counter(cause for part in found for _, _, cause in part.left_out)

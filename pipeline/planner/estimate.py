@@ -177,7 +177,7 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
         time=step_time(
             device,
             pass_flops=float(accumulation * seen.flops),
-            manifold_flops=_manifold_flops(weights, ranks),
+            manifold_flops=_manifold_flops(weights, ranks, optim.retraction),
             sent=sent,
             rank_images=counts.rank_batch,
             decoders=max(1, config.data.stream.workers),
@@ -190,12 +190,12 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
     )
 
 
-def _manifold_flops(weights: Weights, ranks: int) -> float:
+def _manifold_flops(weights: Weights, ranks: int, retraction: str) -> float:
     """Products of the rank that owns most matrices."""
     if not weights.matrices:
         return 0.0
     owned = -(-len(weights.matrices) // ranks)
-    return MANIFOLD_PRODUCTS * owned * 2 * max(weights.matrices) ** 1.5
+    return MANIFOLD_PRODUCTS[retraction] * owned * 2 * max(weights.matrices) ** 1.5
 
 
 def _host(config: RunConfig, weights: Weights, setting: Setting) -> dict[str, int]:

@@ -21,7 +21,7 @@ EXPORT = "export"
 
 _SERIES = 5
 """Matrices that the exponential's series works on, its result left out: D^2, the sum, two terms and
-their mixture. Tangents, polar projections and audits work on fewer."""
+their mixture. Tangents, the fast retraction, polar projections and audits work on fewer."""
 _ROUNDED = 6
 """Matrices more where the factors of products are rounded and a product is split: what is left of
 each, their rounded parts, one while it is made, and the sum so far."""

@@ -18,8 +18,9 @@ from pipeline.planner.calibration import Measured
 from pipeline.planner.memory import Traffic
 from pipeline.training.device_peak import peak_flops
 
-MANIFOLD_PRODUCTS = 4.6
-"""Products of C x C matrices per matrix and step: order 6, as at C = 4096 and lr 1e-3."""
+MANIFOLD_PRODUCTS = {"exp": 4.6, "fast": 3.7}
+"""Products of C x C matrices per matrix and step, by `optim.retraction`, as at C = 4096 and lr
+1e-3: order 6, or form 4 and its share of a correction."""
 EFFICIENCY = 0.4
 """Share of a device's peak that products reach in practice; published runs of this size have 0.29
 to 0.5."""

@@ -261,7 +261,7 @@ def test_train_shards_alone(plain):
 
 @pytest.mark.parametrize(
     ("label", "message"),
-    [("json:label", "12 x no .json"), ("json:a.b", "no .json"), ("folder", "a folder holds no")],
+    [("json:label", "24 x no .json"), ("json:a.b", "no .json"), ("folder", "a folder holds no")],
 )
 def test_a_label_that_is_not_there(plain, label, message):
     with pytest.raises(SystemExit, match=message):
@@ -392,7 +392,7 @@ def test_a_cut_shard_is_named_before_anything_is_written(plain):
 def test_shards_on_an_object_store_and_the_index_here(plain, proxy, tmp_path):
     here = make(plain, *PLAIN)
     url = upload(plain)
-    main([url, "--out", str(tmp_path / "there"), *PLAIN, "--name", "index", "--workers", "2"])
+    main([url, "--out", str(tmp_path / "there"), *PLAIN, "--name", "index"])
     there = load_index(str(tmp_path / "there"))
     assert there.header.shards[0].source == f"{url}/train-0000.tar"
     assert np.array_equal(there.rows.xxh3_64, here.rows.xxh3_64)

@@ -60,7 +60,8 @@ def by_stock_webdataset(digits, folder):
     before = {path: path.read_bytes() for path in folder.iterdir()}
     index = folder.parent / "index"
     said = run("data_shards.index", str(folder), "--split", "train=train-{0000..0003}.tar",
-               "--split", "test=test-0000.tar", "--out", str(index), "--decode")  # fmt: skip
+               "--split", "test=test-0000.tar", "--out", str(index), "--decode", "--workers",
+               "2")  # fmt: skip
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert "1400 train" in said
     return index

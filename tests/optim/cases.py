@@ -19,6 +19,17 @@ PROBLEMS = {
     "tiny": Problem((5, 4, 3, 12), matrices_per_group=2, lookahead_steps=5, lr=0.3),
     "large_increment": Problem((30, 17), lr=0.2, lookahead_steps=6, polar_every=4),
     "plain": Problem((12, 7), lookahead_steps=0, polar_every=0, euclidean="adamw", steps=10),
+    # Corrected at step 21 under Lookahead, 24 without it; increments of every form.
+    "fast": Problem(
+        UNEVEN, retraction="fast", steps=24, polar_every=0, matrices_per_group=3, lr=0.06
+    ),
+    "fast, plain": Problem(
+        (30, 17), retraction="fast", steps=26, lookahead_steps=0, polar_every=0, lr=0.02
+    ),
+    "fast, large": Problem((30, 17), retraction="fast", lr=0.2, lookahead_steps=6, polar_every=4),
+    "fast, fp32": Problem(
+        UNEVEN, retraction="fast", dtype=torch.float32, matrices_per_group=2, lr=0.003
+    ),
     "fp32": Problem(UNEVEN, dtype=torch.float32, matrices_per_group=2, lr=0.003, steps=10),
 }
 # Round-off of 20 steps in float64; float32 is measured against the float32 reference.
@@ -85,8 +96,8 @@ def check_problem(problem: Problem, exchange: Exchange) -> str:
 
 def check_resume(exchange: Exchange) -> None:
     """State saved between two Lookahead synchronisations continues bit by bit."""
-    for dtype in (torch.float64, torch.float32):
-        problem = replace(PROBLEMS["uneven"], dtype=dtype)
+    uneven = PROBLEMS["uneven"]
+    for problem in (uneven, replace(uneven, dtype=torch.float32), PROBLEMS["fast"]):
         first = Emulation(problem, exchange)
         first.run(last=10)
         saved = [tensor.clone() for _, _, tensor in first.optimizer.partitioned_state()]

@@ -31,6 +31,7 @@ class Problem:
     euclidean: str = "nadam"
     round_elements: int = ROUND_ELEMENTS
     increment: str = "full"
+    retraction: str = "exp"
     overlap: bool = True
 
     @property
@@ -45,6 +46,7 @@ class Problem:
             polar_every=self.polar_every,
             audit_every=self.audit_every,
             increment=self.increment,
+            retraction=self.retraction,
         )
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -113,16 +113,17 @@ def digests(rank, world_size):
     """Of every state tensor at the end, by precision; the same with and without overlap."""
     exchange = ProcessGroupExchange() if world_size > 1 else LocalExchange()
     found = {}
-    for increment in ("full", "tf32", "bf16"):
+    variants = [(increment, "exp") for increment in ("full", "tf32", "bf16")]
+    for increment, retraction in (*variants, ("full", "fast"), ("bf16", "fast")):
         both = []
         for overlap in (True, False):
-            problem = replace(PROBLEM, increment=increment, overlap=overlap)
+            problem = replace(PROBLEM, increment=increment, retraction=retraction, overlap=overlap)
             emulation = Emulation(problem, exchange)
             emulation.run()
             kinds = ("master", "exp_avg", "exp_avg_sq", "slow", "tangent_sum")
             both.append({kind: digest(emulation.whole(kind)) for kind in kinds})
-        assert both[0] == both[1], increment
-        found[increment] = both[0]
+        assert both[0] == both[1], (increment, retraction)
+        found[increment, retraction] = both[0]
     if world_size > 1:
         check_failure(exchange)
     return found
@@ -145,8 +146,8 @@ def alone():
     return digests(0, 1)
 
 
-def test_precisions_differ(alone):
-    assert len({found["master"] for found in alone.values()}) == 3
+def test_precisions_and_retractions_differ(alone):
+    assert len({found["master"] for found in alone.values()}) == 5
 
 
 @pytest.mark.distributed

@@ -72,6 +72,11 @@ def test_tangent_is_a_projection(manifold):
     torch.testing.assert_close(manifold.tangent(X, X @ A), A, rtol=0, atol=1e-13)
 
 
+def test_a_correction_is_nearer_by_the_square(manifold):
+    X = off(point(manifold), 1e-3)
+    assert manifold.residual(manifold.correct(X)) < manifold.residual(X) ** 2 + 1e-13
+
+
 def test_retraction_leaves_the_manifold_slowly(manifold):
     """Second order: the residual of a small step falls faster than its square."""
     X = point(manifold)

@@ -16,7 +16,7 @@ N = 128
 STEPS = 3
 
 
-def problem(matrices, increment):
+def problem(matrices, increment, retraction):
     """One matrix per owner and round; Lookahead, retractions and audits come together and alone."""
     return Problem(
         (N,) * matrices,
@@ -27,13 +27,14 @@ def problem(matrices, increment):
         lr=0.015,
         round_elements=1,
         increment=increment,
+        retraction=retraction,
     )
 
 
-def observed(rank, world_size, matrices, increment):
+def observed(rank, world_size, matrices, increment, retraction="exp"):
     """Most bytes that a step of the matrices holds beyond its state and its gradient."""
     exchange = ProcessGroupExchange() if world_size > 1 else LocalExchange()
-    emulation = Emulation(problem(matrices, increment), exchange)
+    emulation = Emulation(problem(matrices, increment, retraction), exchange)
     optimizer: Any = emulation.optimizer
     peaks = []
     step = optimizer.step
@@ -76,6 +77,12 @@ def one_each(slots, world_size):
 def test_one_rank_has_one_round_at_a_time(increment, monkeypatch):
     measured = observed(0, 1, 4, increment)
     assert planned(1, 4, increment, monkeypatch) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("increment", ["full", "tf32"])
+def test_the_fast_retraction_needs_no_more(increment, monkeypatch):
+    measured = observed(0, 1, 4, increment, "fast")
+    assert measured <= planned(1, 4, increment, monkeypatch) < 1.5 * measured
 
 
 CASES = [(2, "full"), (4, "full"), (8, "full"), (8, "tf32")]  # 1, 2 and 4 rounds
