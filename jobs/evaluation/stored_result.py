@@ -63,7 +63,7 @@ def read_result(out: Store) -> StoredResult:
     try:
         data = {name: out.read(name) for name in (CERTIFICATE, SAMPLES, SUMMARY)}
         body = certificate_body(data[CERTIFICATE])
-        summary = EvaluationSummary.from_json(data[SUMMARY])
+        summary = EvaluationSummary.from_json(data[SUMMARY]).found_at(out.url)
         if body["samples_sha256"] != hashlib.sha256(data[SAMPLES]).hexdigest():
             raise EvaluationError(f"{SAMPLES} is not the one of {CERTIFICATE}")
         table = pq.read_table(io.BytesIO(data[SAMPLES]))

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,14 @@ class CertificateBundle:
         """
         store = Store(url.removesuffix(f"/{CERTIFICATE}"))
         try:
-            return cls.of_files({name: store.read(name) for name in FILES}, store)
+            found = cls.of_files({name: store.read(name) for name in FILES}, store)
+            return found.found_at(store.url)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise EvaluationError(f"no finished evaluation at {store}: {error}") from error
+
+    def found_at(self, url: str) -> CertificateBundle:
+        """The same where the evaluation lies now: artifact and shard set were moved with it."""
+        return replace(self, summary=self.summary.found_at(url))
 
     @property
     def digest(self) -> str:

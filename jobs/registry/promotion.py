@@ -339,12 +339,12 @@ def _evidence_of(registry: Registry, evaluation: str) -> CertificateBundle:
     if not re.fullmatch("[0-9a-f]{32}", evaluation):
         return CertificateBundle.read(evaluation)
     recorded = registry.recorded_evaluation(evaluation)
-    evidence = CertificateBundle.read(str(recorded.summary.get("out_url")))
+    place = registry.located(str(recorded.summary.get("out_url")))
+    evidence = CertificateBundle.read(place)
     stated = recorded.params.get("certificate_digest")
     if evidence.digest != stated:
         raise EvaluationError(
-            f"run {evaluation} recorded certificate {stated}; at {recorded.summary['out_url']} "
-            f"lies {evidence.digest}"
+            f"run {evaluation} recorded certificate {stated}; at {place} lies {evidence.digest}"
         )
     return evidence
 
@@ -353,6 +353,7 @@ def _packaged(registry: Registry, version: Version) -> CertificateBundle:
     """The evidence with which a version was registered."""
     stated = version.tags.get("certificate_digest", "")
     evidence = CertificateBundle.of_files(registry.evidence(version, stated), version)
+    evidence = evidence.found_at(registry.located(evidence.summary.out_url))
     _require_digests(version, evidence)
     if evidence.digest != stated:
         raise EvaluationError(f"{version} was registered with certificate {stated}, not this one")

@@ -25,6 +25,8 @@ from jobs.evaluation.stored_result import read_result
 from jobs.reporting.comparison_config import CompareConfig
 from model.artifact.artifact import ArtifactInfo, parameter_shapes, read_info
 from pipeline.run import layout
+from pipeline.run.addresses import resolve
+from pipeline.run.lease import read_record
 from pipeline.run.summary import EvaluationSummary
 
 logger = logging.getLogger(__name__)
@@ -90,7 +92,8 @@ class Outcome:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The resolved configuration, nested."""
-        settings: dict[str, Any] = json.loads((self.folder / layout.CONFIG).read_text())
+        data = read_record(Store(self.folder), layout.CONFIG)
+        settings: dict[str, Any] = json.loads(data or (self.folder / layout.CONFIG).read_bytes())
         return settings
 
     def setting(self, name: str) -> Any:
@@ -124,7 +127,11 @@ class Outcome:
 
     def samples(self, split: str) -> int:
         """Samples of a split of the shard set that it was trained on."""
-        return len(load_index(self.info.context["shards_url"]).select(split))
+        return len(
+            load_index(resolve(self.info.context["shards_url"], base=str(self.artifact))).select(
+                split
+            )
+        )
 
     @cached_property
     def _step_seconds(self) -> list[tuple[int, float]]:

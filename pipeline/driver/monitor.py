@@ -20,6 +20,7 @@ from pipeline.run.events import (
     CheckpointFailed,
     CheckpointSaved,
     Event,
+    GroupFailed,
     Hung,
     Metrics,
     MetricsReplayed,
@@ -52,6 +53,7 @@ class RunMonitor:
 
     Attributes:
         step: of the newest record.
+        begun: the ranks have begun to train, in this execution.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class RunMonitor:
         began: Callable[[], object] = lambda: None,
     ) -> None:
         self.step = 0
+        self.begun = False
         self._run = run
         self._followed: set[int] = set()
         self._following = threading.Lock()
@@ -123,10 +126,8 @@ class RunMonitor:
                     f"{escape(local_path(event.url))}"
                 )
                 self._tracker.log_metrics(event.step, {"faults/hangs": float(self._hangs)})
-            case Skipped():
-                self._display.message(
-                    f"[yellow]skipped[/yellow] step {event.step}: a loss or gradient is not finite"
-                )
+            case GroupFailed() | Skipped():
+                self._display.message(_line(event))
             case RolledBack():
                 self._usage.back_to(event.step)
                 self._display.message(
@@ -161,7 +162,7 @@ class RunMonitor:
         self._reprojections = count
 
     def _start(self, event: Started) -> None:
-        self.step = event.step
+        self.step, self.begun = event.step, True
         self._in_background(self._began, "changed settings are not kept")
         if event.step:
             self._in_background(functools.partial(self._catch_up, event.step), _NOT_CERTIFIED)
@@ -172,7 +173,7 @@ class RunMonitor:
 
     def _recall(self, event: MetricsReplayed) -> None:
         """Record what an execution that was killed has not."""
-        known = self._tracker.recorded()
+        known = self._tracker.recorded((record.step, record.time_ms) for record in event.records)
         for record in event.records:
             if (record.step, record.time_ms) not in known:
                 self._tracker.log_metrics(record.step, record.values, record.time_ms)
@@ -228,3 +229,14 @@ class RunMonitor:
             self._tracker.log_checkpoint(step, artifact_url, digest, where, wait_seconds=0)
             if self._evaluations is not None:
                 self._evaluations.submit(artifact_url, step)
+
+
+def _line(event: GroupFailed | Skipped) -> str:
+    if isinstance(event, Skipped):
+        return f"[yellow]skipped[/yellow] step {event.step}: a loss or gradient is not finite"
+    left = event.restarts_left
+    if left is not None and left < 0:
+        then = "no restart is left"
+    else:
+        then = f"started again, {'any number of' if left is None else left} restarts left"
+    return f"[red]died[/red] {escape(event.error)}; {then}"

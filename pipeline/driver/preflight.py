@@ -23,8 +23,16 @@ from pipeline.checkpoint.reader import committed
 from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.errors import PipelineError
 from pipeline.run import layout
+from pipeline.run.addresses import relative
 from pipeline.run.exposure import require_closed
-from pipeline.run.lease import Lease, LeaseHeldError, end_without_lease, hold_run
+from pipeline.run.lease import (
+    Lease,
+    LeaseHeldError,
+    end_without_lease,
+    hold_run,
+    read_record,
+    write_record,
+)
 from pipeline.run.ray_job import is_ray_job, uploaded_code
 from pipeline.run.ray_session import cluster_address
 from pipeline.run.state import WorkerSpec
@@ -61,7 +69,8 @@ class PreparedRun:
     def accept(self) -> None:
         """Keep changed settings as those of the run; once its ranks have loaded a checkpoint."""
         if self.changed:
-            self.run.write(layout.CONFIG, self.job.config.to_json().encode())
+            body = self.job.config.to_json().encode()
+            write_record(self.run, layout.CONFIG, self.job.writer, body)
 
     def params(self) -> dict[str, Any]:
         """Parameters of the tracked run: the resolved configuration and the code version."""
@@ -137,11 +146,14 @@ def _prepare(
         raise PipelineError("cluster.device=cuda: this machine has no GPU that torch can use")
     tracking = _tracking(config, storage, samples)
     config, run, lease, changed = _open_run(config, storage, hold)
+    _remove_leftovers(run)
     name = config.name
     context = {
         "run": name,
         "preset": config.preset,
-        "shards_url": shards.url,
+        "shards_url": relative(
+            shards.url, base=run.child(layout.artifact(0)).url, within=storage.url
+        ),
         "shards_digest": samples.digest,
         "code": code_version(),
     }
@@ -211,6 +223,14 @@ def _run_key(run: Store) -> str:
     return run.read(layout.TRACKING_KEY).decode()
 
 
+def _remove_leftovers(run: Store) -> None:
+    """Remove what Ray Train wrote for itself during executions whose driver was killed."""
+    for name in run.ls():
+        if layout.is_ray_folder(name):
+            with contextlib.suppress(OSError):  # a few empty folders: they end no run
+                run.remove(name, recursive=True)
+
+
 def _new_name(config: RunConfig) -> str:
     now = datetime.datetime.now(datetime.timezone.utc)
     return f"{config.preset}-{now:%Y%m%d-%H%M%S}"
@@ -271,7 +291,8 @@ def _require_run(config: RunConfig, run: Store) -> None:
 def _continue(config: RunConfig, run: Store) -> dict[str, str]:
     """Check that an existing run may be continued with this config; what differs from before."""
     _require_run(config, run)
-    changed = changes(RunConfig.from_json(run.read(layout.CONFIG).decode()), config)
+    before = read_record(run, layout.CONFIG) or run.read(layout.CONFIG)
+    changed = changes(RunConfig.from_json(before.decode()), config)
     refused = [f"{name}: {values}" for name, values in changed.items() if decides_result(name)]
     if refused and not config.accept_changes:
         raise PipelineError(

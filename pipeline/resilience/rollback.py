@@ -18,6 +18,7 @@ from pipeline.errors import PipelineError
 from pipeline.run import layout
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import RolledBack
+from pipeline.run.lease import read_record, write_record
 from pipeline.run.state import TrainState
 
 
@@ -40,11 +41,12 @@ class Gap:
 
 def read_gaps(run: Store) -> list[Gap]:
     """The gaps of a run, in the order in which they were made."""
-    if not run.exists(layout.ROLLBACKS):
+    data = read_record(run, layout.ROLLBACKS)
+    if data is None:
         return []
     return [
         Gap(row["step"], row["given_up"], Cursor(**row["begin"]), Cursor(**row["end"]))
-        for row in json.loads(run.read(layout.ROLLBACKS))["gaps"]
+        for row in json.loads(data)["gaps"]
     ]
 
 
@@ -68,6 +70,7 @@ class Rollbacks:
         max_skipped: `train.max_skipped`, steps in a row.
         limit: `train.rollbacks`, for all executions of the run together.
         per_epoch: samples of one epoch.
+        writer: number of the run's lease.
     """
 
     def __init__(
@@ -79,8 +82,9 @@ class Rollbacks:
         max_skipped: int,
         limit: int,
         per_epoch: int,
+        writer: int = 0,
     ) -> None:
-        self._run, self._world, self._engine = run, world, engine
+        self._run, self._world, self._engine, self._writer = run, world, engine, writer
         self._max_skipped, self._limit, self._per_epoch = max_skipped, limit, per_epoch
         # One reading for all ranks: a store may show them different ones.
         self._gaps: list[Gap] = world.share(read_gaps(run) if world.rank == 0 else None)
@@ -139,7 +143,8 @@ class Rollbacks:
         if self._world.rank == 0:
             body = {"gaps": [dataclasses.asdict(gap) for gap in self._gaps]}
             try:
-                self._run.write(layout.ROLLBACKS, json.dumps(body, indent=1).encode())
+                text = json.dumps(body, indent=1).encode()
+                write_record(self._run, layout.ROLLBACKS, self._writer, text)
             except OSError as failure:
                 error = f"the roll-back cannot be written down: {failure}"
         # A gap that only memory knew would come back as samples after a restart.

@@ -24,6 +24,9 @@ from typing import Any, NamedTuple
 
 import pydantic
 
+from pipeline.tracking.relocation import location as artifact_location
+from pipeline.tracking.relocation import relocate
+
 logger = logging.getLogger(__name__)
 
 METRICS_PER_CALL = 1000
@@ -369,7 +372,7 @@ class MlflowConnection:
 
         location = None  # a server knows its own
         if config.uri.startswith("sqlite:"):  # else ./mlruns of whoever comes first
-            location = Path(config.uri.removeprefix("sqlite:///")).parent.as_uri() + "/mlartifacts"
+            location = artifact_location(Path(config.uri.removeprefix("sqlite:///")))
         for attempt in (1, 2):
             experiment = self._client.get_experiment_by_name(config.experiment)
             if experiment is not None:
@@ -390,12 +393,15 @@ def connect(uri: str) -> Any:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Logs what it raises, each time with its trace: who calls it says it once.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     if not uri.startswith("sqlite:"):
         return MlflowClient(uri)
     database = Path(uri.removeprefix("sqlite:///"))
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_name(database.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        relocate(database)
         return MlflowClient(uri)
 
 

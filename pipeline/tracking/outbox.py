@@ -14,13 +14,14 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from hashlib import sha256
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+from pipeline.run.addresses import relative, resolve
 from pipeline.run.append_log import AppendLog
 from pipeline.run.layout import SPOOL
 from pipeline.tracking.client import (
@@ -35,6 +36,8 @@ from pipeline.tracking.client import (
 
 logger = logging.getLogger(__name__)
 
+_LINE = 300
+"""Characters of an error in a message."""
 _METRIC_NAME = re.compile(r"[\w\-. :/]{1,250}")
 
 
@@ -135,7 +138,7 @@ class Tracker:
         offset = self._append(
             "checkpoint",
             step=step,
-            artifact_url=artifact_url,
+            artifact_url=self._spool.written(artifact_url),
             digest=digest,
             params=flatten_params(params or {}),
         )
@@ -150,6 +153,7 @@ class Tracker:
         if record.eval_key in self._spool.evaluations():
             return
         row = asdict(record)
+        row["artifact_url"] = self._spool.written(record.artifact_url)
         row["artifacts"] = {
             name: base64.b64encode(data).decode() for name, data in record.artifacts.items()
         }
@@ -168,9 +172,9 @@ class Tracker:
         """
         return self._spool.last_value(name, until)
 
-    def recorded(self) -> set[tuple[int, int]]:
-        """Step and time of all metrics that this spool holds."""
-        return self._spool.recorded()
+    def recorded(self, records: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
+        """Those of some metrics, by step and time, that this spool holds."""
+        return self._spool.recorded(set(records))
 
     def finish(self, status: str = "FINISHED") -> None:
         """Set the final status: FINISHED, FAILED or KILLED."""
@@ -219,7 +223,8 @@ class Tracker:
                 failures = self._failures + 1
                 pause = min(2.0 ** min(self._failures, 10), 30.0)
                 if failures == 1:
-                    logger.warning("MLflow %s: %s; will retry", self._config.uri, error)
+                    why = (str(error) or repr(error)).splitlines()[0][:_LINE]
+                    logger.warning("MLflow %s: %s; will retry", self._config.uri, why)
             with self._condition:
                 self._spool.flush()
                 self._failures = failures
@@ -251,6 +256,7 @@ class Tracker:
             row["run_id"] = row["run_id"] or (known.run_id if known else None)
             self._spool.run = server.start_run(**row)
         elif kind == "checkpoint":
+            row["artifact_url"] = self._spool.read_address(row["artifact_url"])
             self._spool.models[row["digest"]] = server.find_or_create_model(self._run_id(), **row)
         elif kind == "evaluation":
             record = row["record"]
@@ -258,6 +264,7 @@ class Tracker:
                 name: base64.b64decode(text) for name, text in record["artifacts"].items()
             }
             record["train_run_id"] = self._run_id()
+            record["artifact_url"] = self._spool.read_address(record["artifact_url"])
             server.log_evaluation(EvaluationRecord(**record))
         elif kind == "tags":
             server.tag_run(self._run_id(), row["tags"])
@@ -275,6 +282,7 @@ class _Spool:
 
     def __init__(self, folder: Path, server: str, run_key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder.absolute()
         self.path = folder / SPOOL
         self._lines = AppendLog(self.path)
         self._state = folder / f"server-{sha256(server.encode()).hexdigest()[:12]}.json"
@@ -288,6 +296,14 @@ class _Spool:
     def end(self) -> int:
         """Bytes of all records, those that wait for the disk included."""
         return self._lines.end
+
+    def written(self, address: str) -> str:
+        """An address as the spool has it, which is copied and moved with its run."""
+        return relative(address, base=str(self._folder), within=str(self._folder.parent))
+
+    def read_address(self, address: str) -> str:
+        """Inverse of `written`, where the spool lies now."""
+        return resolve(address, base=str(self._folder))
 
     def append(self, row: dict[str, Any]) -> int:
         return self._lines.append(json.dumps(row).encode() + b"\n")
@@ -317,16 +333,21 @@ class _Spool:
                         found = row.get("values", {}).get(name, found)
         return found
 
-    def recorded(self) -> set[tuple[int, int]]:
-        with self.path.open("rb") as file:
-            rows = [json.loads(line) for line in file if line.endswith(b"\n")]
-        return {(row["step"], row["timestamp_ms"]) for row in rows if row["kind"] == "metrics"}
+    def recorded(self, records: set[tuple[int, int]]) -> set[tuple[int, int]]:
+        rows = self._rows("metrics")
+        return {found for row in rows if (found := (row["step"], row["timestamp_ms"])) in records}
 
     def evaluations(self) -> set[str]:
         """Keys of all evaluations."""
+        return {row["record"]["eval_key"] for row in self._rows("evaluation")}
+
+    def _rows(self, kind: str) -> Iterator[dict[str, Any]]:
+        """Rows of one kind, one at a time: a spool may be larger than the memory."""
+        begin = json.dumps({"kind": kind}).encode()[:-1]
         with self.path.open("rb") as file:
-            lines = [line for line in file if line.startswith(b'{"kind": "evaluation"')]
-        return {json.loads(line)["record"]["eval_key"] for line in lines if line.endswith(b"\n")}
+            yield from (
+                json.loads(line) for line in file if line.startswith(begin) and line[-1:] == b"\n"
+            )
 
     def _read_state(self) -> dict[str, Any]:
         """What the server has; nothing if a machine that went down has left a state beyond reason.

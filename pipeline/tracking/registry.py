@@ -28,6 +28,7 @@ from pipeline.tracking.client import (
     now_ms,
 )
 from pipeline.tracking.reader import pages
+from pipeline.tracking.relocation import follow
 
 _EVIDENCE = "evidence"
 _PAGE = 1000
@@ -81,6 +82,10 @@ class Registry(MlflowConnection):
     def __init__(self, config: TrackingConfig) -> None:
         super().__init__(config)
         self._uri = config.uri
+
+    def located(self, address: str) -> str:
+        """Where something lies that a recorded file names, also after the store was moved."""
+        return follow(self._uri, address)
 
     # Registered models
 
