@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from tests.end_to_end.ray_cluster import ROOT
+from tests.end_to_end.ray_cluster import ROOT, cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -25,10 +25,10 @@ SERVERS = {"controller": "TrainController", "raylet": "raylet/raylet", "gcs": "g
 
 
 @contextlib.contextmanager
-def submitted(folder, *flags):
-    """A run of digits on a Ray of its own; yields the process, which is ended with its Ray."""
+def submitted(folder, *flags, environment=os.environ):
+    """A run of digits, on a Ray of its own unless told; yields the process, which is ended."""
     command = [sys.executable, "-m", "pipeline.pretrain", *FLAGS, "--storage", str(folder), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+    environment = {**environment, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
     try:
@@ -154,3 +154,24 @@ def test_sigterm_during_the_start(tmp_path, sign):
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
     assert "interrupted" not in (tmp_path / "log").read_text()
+
+
+def test_nothing_stays_of_a_killed_driver(tmp_path):
+    """No folder after the next execution; on a cluster that others use no process either."""
+    with cluster(tmp_path, "ray start --head --num-cpus 4") as ray:
+        flags = ("--cluster.address", ray.gcs)
+        with submitted(tmp_path, *flags, environment=ray.environment) as process:
+            wait_for(lambda: max(steps(tmp_path), default=0) >= 12, process, tmp_path)
+            process.kill()
+            process.wait()
+        assert list((tmp_path / "run").glob("ray-*"))
+        names = ("TrainController", "RayTrainWorker", "PlacementGroupCleaner", "ControlActor")
+        deadline = time.monotonic() + PATIENCE_S
+        while any(descendants(ray.nodes[0], name) for name in names):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        flags += ("--train.stop-after", str(max(steps(tmp_path)) + 5))
+        with submitted(tmp_path, *flags, environment=ray.environment) as process:
+            assert process.wait(PATIENCE_S) == 0, (tmp_path / "log").read_text()
+        assert not list((tmp_path / "run").glob("ray-*"))
+        assert not descendants(ray.nodes[0], "PlacementGroupCleaner")
