@@ -120,6 +120,7 @@ def _run(config: RunConfig, console: Console, stop: StopSignal) -> None:
 
 def _run_on_ray(config: RunConfig, console: Console, stop: StopSignal) -> None:
     from pipeline.launch.ray_launcher import cluster_session, fit
+    from pipeline.launch.ray_watch import watched
 
     with contextlib.ExitStack() as stack:
         preparing = prepare(config, world_size=config.cluster.workers, waiting=_once(console))
@@ -127,9 +128,13 @@ def _run_on_ray(config: RunConfig, console: Console, stop: StopSignal) -> None:
             prepared = stack.enter_context(preparing)
         stack.enter_context(cluster_session(config.cluster))
         stop.install()  # once more: ray.init has put a handler of its own there
+        servers = stack.enter_context(watched())
         with run_session(prepared, console) as monitor, stop.deferred():
+            servers.on_loss = monitor.fail
             fit_in_memory(
-                lambda job: fit(job, monitor.handle, stop), monitor.stamp(prepared.job), stop
+                lambda job: fit(job, monitor.handle, stop, servers),
+                monitor.stamp(prepared.job),
+                stop,
             )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from data_shards.storage.store import Store
 from pipeline.config import ClusterConfig
 from pipeline.errors import REFUSALS, PipelineError, ProcessDiedError, RunFailedError
-from pipeline.launch.ray_watch import RayServers, ends_in_time, wait_for
+from pipeline.launch.ray_watch import RayServers, wait_for
 from pipeline.resilience.signals import PAUSE, STOP, ControlActor, Flag, Interruption
 from pipeline.run.events import Emit, Event, GroupFailed
 from pipeline.run.layout import ray_folder
@@ -176,7 +176,7 @@ def _pump(
                     ordered = time.monotonic()
                     orders.give.remote(STOP)
                 if ordered and not final and time.monotonic() > ordered + _DEAF_S:
-                    _stop_if_deaf(orders)
+                    _stop_if_deaf(orders, lost)
                 for event in _answer(events.take.remote(), lost) or ():
                     handle(event)
                 if final:
@@ -209,21 +209,20 @@ def _answer(pending: Any, lost: threading.Event) -> Any:
     return None
 
 
-def _stop_if_deaf(orders: Any) -> None:
+def _stop_if_deaf(orders: Any, lost: threading.Event) -> None:
     """End this process as a second SIGTERM would, if no rank is there that could hear of one.
 
     They may wait for a cluster that is full, or for a node that was lost.
     """
-    import ray
-
-    if ray.get(orders.silence_s.remote()) > _DEAF_S:
+    if (_answer(orders.silence_s.remote(), lost) or 0.0) > _DEAF_S:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def fit(job: WorkerSpec, handle: Emit, stop: Interruption) -> None:
+def fit(job: WorkerSpec, handle: Emit, stop: Interruption, servers: RayServers) -> None:
     """Train `job` on Ray Train workers; `handle` gets the events of rank 0 in this process.
 
-    Once `stop` is requested the workers keep a checkpoint and return.
+    Once `stop` is requested the workers keep a checkpoint and return. `servers` are those of Ray,
+    which somebody looks at meanwhile (`watched`).
 
     Raises:
         PipelineError: a rank refused its input; its message.
@@ -238,9 +237,8 @@ def fit(job: WorkerSpec, handle: Emit, stop: Interruption) -> None:
     options = {"num_cpus": 0, "scheduling_strategy": here}
     events = ray.remote(_EventQueue).options(**options).remote()
     orders = ray.remote(ControlActor).options(**options).remote()
-    servers = RayServers.of_this_process()
     settings = {"job": job, "emit": _EventSender(events), "orders": orders}
-    with ends_in_time(servers), _pump(events, handle, orders, stop, servers.lost):
+    with _pump(events, handle, orders, stop, servers.lost):
         while not _trained(job, settings, servers):
             if stop.stop_requested():
                 return

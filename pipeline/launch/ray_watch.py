@@ -23,6 +23,7 @@ _SILENT_S = 20.0
 Ray's own patience is 60 s, after which it aborts the process."""
 _CONNECT_S = 2.0
 _PAUSE_S = 2.0
+"""Between two looks, and after an error of Ray: as long may a server that is gone seem alive."""
 _END_S = 25.0
 """How long a process whose Ray is lost may take to record that and to end; then Ray would abort."""
 
@@ -33,6 +34,11 @@ class RayServers:
     Args:
         raylet: path of the raylet's socket on this machine.
         gcs: HOST:PORT of the GCS.
+
+    Attributes:
+        lost: one of them has died.
+        died: which one, in words.
+        on_loss: called by `watched` before it ends the process.
     """
 
     def __init__(self, raylet: str, gcs: str) -> None:
@@ -42,9 +48,10 @@ class RayServers:
         host, port = split_address(gcs)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._where["the GCS of the Ray cluster"] = (family, (host, port))
-        self._seen = dict.fromkeys(self._where, time.monotonic())
-        self._next = 0.0
+        self._silent: dict[str, float] = {}
         self.lost = threading.Event()
+        self.on_loss: Callable[[], object] = lambda: None
+        self.died = ""
 
     @classmethod
     def of_this_process(cls) -> "RayServers":
@@ -54,8 +61,8 @@ class RayServers:
         node: Any = worker._global_node
         return cls(node.raylet_socket_name, node.gcs_address)
 
-    def require(self, silent_s: float = _SILENT_S) -> None:
-        """Look at them, at most every few seconds.
+    def require(self, silent_s: float | None = None) -> None:
+        """Look whether they answer.
 
         Args:
             silent_s: a server that has not answered for so long counts as dead.
@@ -63,29 +70,39 @@ class RayServers:
         Raises:
             ProcessDiedError: one of them has died; `lost` is set.
         """
-        if time.monotonic() < self._next:
-            return
+        limit = _SILENT_S if silent_s is None else silent_s
         for name, (family, address) in self._where.items():
             if _answers(family, address):
-                self._seen[name] = time.monotonic()
-            elif time.monotonic() - self._seen[name] > silent_s:
+                self._silent.pop(name, None)
+            # Since the first failure: this process may have stood still since the look before.
+            elif time.monotonic() - self._silent.setdefault(name, time.monotonic()) > limit:
+                self.died = f"{name} has died"
                 self.lost.set()
-                raise ProcessDiedError(f"{name} has died")
-        self._next = time.monotonic() + _PAUSE_S
+        self.require_known()
+
+    def require_known(self) -> None:
+        """As `require`, by what the last look has found.
+
+        Raises:
+            ProcessDiedError: one of them has died.
+        """
+        if self.lost.is_set():
+            raise ProcessDiedError(self.died)
 
     def require_after(self, error: BaseException) -> None:
-        """An error of Ray has come: wait until it is certain that the servers are not the cause.
+        """An error of Ray has come: wait until it is certain that the servers are not its cause.
 
         Raises:
             ProcessDiedError: they are.
         """
         deadline = time.monotonic() + _PAUSE_S
-        while time.monotonic() < deadline:
-            self._next = 0.0
+        while True:
             try:
                 self.require(silent_s=_PAUSE_S)
             except ProcessDiedError as died:
                 raise died from error
+            if time.monotonic() > deadline:
+                return
             time.sleep(_LOOK_S)
 
 
@@ -117,28 +134,43 @@ def wait_for(call: Callable[[], object], servers: RayServers) -> None:
     threading.Thread(target=run, name="ray-train", daemon=True).start()
     while not done.done():
         concurrent.futures.wait([done], timeout=_LOOK_S)
-        servers.require()
+        servers.require_known()
     done.result()
 
 
 @contextlib.contextmanager
-def ends_in_time(servers: RayServers, end_s: float = _END_S) -> Iterator[None]:
-    """Whatever waits for a Ray that is lost ends with this process, after the block and some time.
+def watched(end_s: float = _END_S) -> Iterator[RayServers]:
+    """Look at Ray's servers for the duration of the block, from a thread.
 
-    The clients of Ray have no limits of their own: its shutdown, tasks of evaluations.
+    When one has died, calls by `wait_for` are left alone. Whatever else waits for Ray then (its
+    shutdown, tasks of evaluations: its clients have no limits of their own) ends with this process.
+
+    Args:
+        end_s: how long it may take until then to record the failure and to end by itself.
     """
+    servers = RayServers.of_this_process()
+    done = threading.Event()
+
+    def look() -> None:
+        with contextlib.suppress(ProcessDiedError):
+            while not done.wait(_PAUSE_S):
+                servers.require()
+            return
+        time.sleep(end_s)
+        with contextlib.suppress(Exception):  # all that is left is to end
+            servers.on_loss()
+            time.sleep(_PAUSE_S)
+        _end(servers.died)
+
+    threading.Thread(target=look, name="ray-watch", daemon=True).start()
     try:
-        yield
-    except ProcessDiedError as error:
-        if servers.lost.is_set():
-            timer = threading.Timer(end_s, _end, [str(error)])
-            timer.daemon = True
-            timer.start()
-        raise
+        yield servers
+    finally:
+        done.set()
 
 
 def _end(why: str) -> None:
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"failed: {why}\n")
+        sys.stderr.write(f"failed: {why}; --resume goes on after the newest checkpoint\n")
         sys.stderr.flush()
     os._exit(1)

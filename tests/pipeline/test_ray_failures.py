@@ -3,7 +3,6 @@
 import signal
 import socket
 import threading
-import time
 from unittest import mock
 
 import pytest
@@ -19,7 +18,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError, ProcessDiedError, RunFailedError
-from pipeline.launch import ray_launcher
+from pipeline.launch import ray_launcher, ray_watch
 from pipeline.launch.ray_failures import BudgetedFailures, Failure, GroupKeeper, classify
 from pipeline.launch.ray_launcher import _clear_error
 from pipeline.launch.ray_watch import RayServers, wait_for
@@ -146,21 +145,33 @@ def servers(tmp_path):
 
 @pytest.mark.parametrize("name", ["raylet", "GCS"])
 def test_a_call_is_not_waited_for_when_a_server_has_died(servers, name, monkeypatch):
-    monkeypatch.setattr("pipeline.launch.ray_watch._PAUSE_S", 0.0)
-    monkeypatch.setattr("pipeline.launch.ray_watch._SILENT_S", 0.2)
-    monkeypatch.setattr(RayServers.require, "__defaults__", (0.2,))
-    watched, sockets = servers
-    watched.require()
-    never = threading.Event()
-    threading.Timer(0.1, sockets[name].close).start()
-    with pytest.raises(ProcessDiedError, match=f"{name}.* has died"):
-        wait_for(lambda: never.wait(60), watched)
-    assert watched.lost.is_set()
+    """And what else waits for Ray ends with the process, when the failure has been recorded."""
+    monkeypatch.setattr(ray_watch, "_PAUSE_S", 0.05)
+    monkeypatch.setattr(ray_watch, "_SILENT_S", 0.2)
+    found, sockets = servers
+    monkeypatch.setattr(RayServers, "of_this_process", lambda: found)
+    never, order, ended = threading.Event(), [], threading.Event()
+
+    def end(why):
+        order.append(why)
+        ended.set()
+        never.wait(60)  # as a process that has ended
+
+    monkeypatch.setattr(ray_watch, "_end", end)
+    with ray_watch.watched(end_s=0.1):
+        found.on_loss = lambda: order.append("recorded")
+        threading.Timer(0.1, sockets[name].close).start()
+        with pytest.raises(ProcessDiedError, match=f"{name}.* has died"):
+            wait_for(lambda: never.wait(60), found)
+        assert ended.wait(60)
+    assert order[0] == "recorded"
+    assert "has died" in order[1]
+    never.set()
 
 
 def test_a_call_ends_as_it_ends(servers):
     wait_for(lambda: None, servers[0])
-    with pytest.raises(KeyError), mock.patch.object(time, "sleep"):
+    with pytest.raises(KeyError):
         wait_for(lambda: {}["x"], servers[0])
 
 
@@ -183,7 +194,7 @@ class Controllers:
 
 
 def test_a_controller_that_dies_is_replaced_within_the_budget(servers, monkeypatch, tmp_path):
-    monkeypatch.setattr("pipeline.launch.ray_watch._PAUSE_S", 0.0)
+    monkeypatch.setattr(ray_watch, "_PAUSE_S", 0.0)
     cluster = ClusterConfig(max_failures=1)
     job = mock.Mock(run_url=str(tmp_path), config=mock.Mock(cluster=cluster))
     controllers = Controllers(monkeypatch, [ActorDiedError(), None])
@@ -197,7 +208,7 @@ def test_a_controller_that_dies_is_replaced_within_the_budget(servers, monkeypat
     assert [event.restarts_left for event in controllers.told] == [0, -1]
     controllers.ends = [ActorDiedError()]
     servers[1]["raylet"].close()
-    monkeypatch.setattr("pipeline.launch.ray_watch._PAUSE_S", 0.3)
+    monkeypatch.setattr(ray_watch, "_PAUSE_S", 0.3)
     with pytest.raises(ProcessDiedError, match="raylet of this machine has died"):
         ray_launcher._trained(job, controllers.settings, servers[0])
 
