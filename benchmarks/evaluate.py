@@ -26,7 +26,7 @@ from model.networks.base import CertifiedNetwork
 from model.networks.config import LipNeXtConfig
 from model.networks.registry import build_network, parameter_count
 from pipeline.presets import run_preset
-from pipeline.run.summary import EvaluationSummary
+from pipeline.run.evaluation_summary import EvaluationSummary
 
 _ORDER = 4096
 _PRODUCTS = 4  # Gram matrix and three squarings

@@ -25,8 +25,14 @@ from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import evaluate
+from jobs.evaluation.certify_tasks import (
+    ArtifactTask,
+    exact_program,
+    forget,
+    in_program,
+    shard_tasks,
+)
 from jobs.evaluation.runner import artifact_info
-from jobs.evaluation.tasks import ArtifactTask, exact_program, forget, in_program, shard_tasks
 from jobs.schedule import Scheduler
 from jobs.scheduling.backlog import Backlog
 from jobs.scheduling.claims import Claims

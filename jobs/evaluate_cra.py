@@ -3,8 +3,8 @@
     python -m jobs.evaluate_cra --artifact URL --shards URL [--attack fast]
 
 Writes a certificate that `python -m model.verify` re-derives, its samples, a summary and figures to
-the output URL, and records the result in MLflow. The trainer calls `evaluate` by name, in a thread,
-while training runs on the same Ray.
+the output URL, and records the result in MLflow. The driver of a training calls `evaluate` by
+name, in a thread, while training runs on the same Ray.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from jobs.evaluation.runner import (
     output,
 )
 from model.errors import ModelError
-from pipeline.run.exposure import ExposureError
+from pipeline.run.evaluation_summary import EvaluationSummary, report
 from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
-from pipeline.run.summary import EvaluationSummary, report
+from pipeline.run.open_servers import ExposureError
 from pipeline.tracking.client import EvaluationRecord, RunReference, log_evaluation, ui_command
 
 logger = logging.getLogger(__name__)

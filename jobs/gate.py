@@ -23,10 +23,10 @@ from data_shards.errors import ShardError
 from jobs.evaluation.results import EvaluationError
 from jobs.registry import promotion
 from jobs.registry.promotion_rule import Rule
-from model.certification.intervals import with_interval
+from model.certification.wilson_interval import with_interval
 from model.errors import ModelError
 from pipeline.tracking.client import TrackingConfig, ui_command
-from pipeline.tracking.registry import Registry, RegistryError
+from pipeline.tracking.model_registry import Registry, RegistryError
 
 NOT_PROMOTED = 3
 Name = Annotated[str, tyro.conf.Positional]

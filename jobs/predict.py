@@ -26,20 +26,20 @@ from rich.console import Console
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
+from jobs.evaluation.certify_tasks import ArtifactTask, matrix_tasks
 from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import artifact_info, run_task, task_device
-from jobs.evaluation.tasks import ArtifactTask, matrix_tasks
-from jobs.registry.image_files import Picture, PreparedImage, find_pictures, prepare
+from jobs.prediction.image_files import Picture, PreparedImage, find_pictures, prepare
+from jobs.prediction.serving import SoundPredictor
 from jobs.registry.promotion import rule_of
-from jobs.registry.serving import SoundPredictor
 from model.artifact.artifact import ArtifactInfo
 from model.certification.eps import eps_value
 from model.certification.matrix_bounds import MatrixBound
 from model.errors import ModelError
 from pipeline.run.ray_session import ray_session
 from pipeline.tracking.client import TrackingConfig
-from pipeline.tracking.registry import Registry, RegistryError
+from pipeline.tracking.model_registry import Registry, RegistryError
 
 FIELDS = ("path", "label", "radius", "norm", "eps", "certified", "size", "resize", "error")
 _TASKS_PER_WAVE = 64

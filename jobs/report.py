@@ -25,10 +25,10 @@ from rich.console import Console
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from jobs.evaluation.results import EvaluationError
-from jobs.reporting.data import ComparisonGroup, Report, ReportEntry, collect
 from jobs.reporting.figures import color_of, cost_svg, curves_svg, time_unit
+from jobs.reporting.report_data import ComparisonGroup, Report, ReportEntry, collect
 from jobs.reporting.verify_page import VERIFY_PAGE, locate, page
-from model.certification.intervals import wilson, with_interval
+from model.certification.wilson_interval import wilson, with_interval
 from model.errors import ModelError
 from pipeline.tracking.client import RunReference, TrackingConfig, ui_command
 from pipeline.tracking.reader import Reader, TrackedRun, TrackingError

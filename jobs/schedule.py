@@ -1,7 +1,7 @@
 """Scheduled evaluation: `python -m jobs.schedule --rules SUITE@WHEN ... [--once | --status]`.
 
 Watches the checkpoints of an MLflow store and has each evaluated once by each suite, however many
-schedulers run and however often they are killed (`jobs.scheduling.claims`). A look always considers
+schedulers run and however often they are killed (`jobs.scheduling.claims`). Each poll considers
 every checkpoint, so what came while no scheduler ran is caught up by the next one.
 """
 
@@ -34,8 +34,8 @@ from jobs.scheduling.claims import ClaimPhase, Claims
 from jobs.scheduling.config import ScheduleConfig, arguments, log_folder
 from jobs.scheduling.launchers import Processes, RayJobs, Submitter
 from jobs.scheduling.status_page import page
-from pipeline.run.exposure import ExposureError, require_closed
 from pipeline.run.lease import Lease, LeaseError
+from pipeline.run.open_servers import ExposureError, require_closed
 from pipeline.tracking.checkpoint_query import CheckpointQuery
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.certification.feature_radii import Radii, slope_radii
 from model.certification.matrix_bounds import Matrices
-from model.certification.radii import Radii, slope_radii
 from model.certification.rounding import FLOAT64, PROGRAMS, Program
 from model.errors import ModelError
 from model.networks.base import CertifiedNetwork

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.adam import adam_increment, update_moments
 from optim.collectives import Exchange, Transfer
 from optim.config import OptimConfig
-from optim.euclidean import adam_increment, update_moments
 from optim.failure_sync import Guard
 from optim.manifolds import Manifold
 from optim.orthogonality_audit import Audit

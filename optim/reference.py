@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.adam import euclidean_average, euclidean_step, new_state
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
-from optim.euclidean import euclidean_average, euclidean_step, new_state
 from optim.manifolds import Manifold, manifold_of
 from optim.orthogonality_audit import Audit
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.adam import euclidean_average, euclidean_step, new_state
 from optim.collectives import Exchange
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
-from optim.euclidean import euclidean_average, euclidean_step, new_state
 from optim.failure_sync import Guard
 from optim.manifold_step import ManifoldStep, in_sequence, interleaved
 from optim.manifolds import Manifold

@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.planner.diagnostics import Finding, all_checks, bounded
+from pipeline.planner.environment_checks import Finding, all_checks, bounded
 
 _COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.presets import PRESETS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "model", "optim", "data_shards", "jobs")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -24,6 +26,11 @@ def test_functions_are_short(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= LONGEST_FUNCTION, f"{node.name} has {length} lines"
+
+
+def test_a_search_for_a_preset_ends_at_its_recipe():
+    text = "".join(path.read_text() for path in (ROOT / "pipeline/presets").glob("*.py"))
+    assert not [name for name in PRESETS if f'"{name}"' not in text]
 
 
 @pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md"])

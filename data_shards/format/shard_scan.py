@@ -1,7 +1,7 @@
 """Read one shard from front to end: its digest, its samples, and whatever does not belong there.
 
-Used where shards are not believed. A shard is a tar of pairs KEY.png (or jpg, jpeg, webp), KEY.cls.
-Any other member is named, not read; nothing is extracted and nothing is unpickled.
+Used where the index is not trusted. A shard is a tar of pairs KEY.png (or jpg, jpeg,
+webp), KEY.cls. Any other member is named, not read; nothing is extracted and nothing is unpickled.
 """
 
 import dataclasses

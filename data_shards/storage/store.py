@@ -1,6 +1,6 @@
 """Named byte objects under a URL: local files, memory, S3 and whatever else fsspec reaches.
 
-The only file of the project that imports fsspec.
+The only file of the project that imports fsspec, besides the independent verifier.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """The endless, resumable sequence of training batches of one rank.
 
-Three stages in three threads: bytes are read ahead (`reading.py`), decoded ahead (`assembly.py`, in
+Three stages in three threads: bytes are read ahead (`fetcher.py`), decoded ahead (`batcher.py`, in
 `workers` more threads) and handed out here.
 """
 

@@ -37,9 +37,9 @@ from data_shards.format.tar import add_end, add_member
 from data_shards.sources.base import Source
 from data_shards.sources.convert import UndecodableError, image_extension
 from data_shards.storage.store import Store
-from data_shards.writing.manifest_part import SOURCE_HASH, ManifestPart
 from data_shards.writing.process_pool import Advance, run_tasks
 from data_shards.writing.progress_bar import ProgressBar
+from data_shards.writing.shard_fragment import SOURCE_HASH, ManifestPart
 from data_shards.writing.shard_plan import (
     ShardPlan,
     WriteOptions,

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from data_shards.format.index import Shard, ShardIndex
 from data_shards.streaming.sample_reader import ShardBatch, read_shard
+from jobs.evaluation.certify_tasks import ArtifactTask, ShardTask, in_program
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.results import EvaluationError, ShardRecords
 from jobs.evaluation.suites import ATTACK_SUITES
-from jobs.evaluation.tasks import ArtifactTask, ShardTask, in_program
 from model.certification.eps import eps_value
 from model.certification.rounding import FLOAT32, FLOAT64
-from pipeline.run.summary import AttackScores
+from pipeline.run.evaluation_summary import AttackScores
 
 INSIDE = 1 - 1e-6
 """Share of a radius that is searched: rounding cannot carry a point out of the open ball."""

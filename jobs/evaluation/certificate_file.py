@@ -16,7 +16,7 @@ from model.artifact.artifact import ArtifactInfo, head_rule
 from model.certification.matrix_bounds import MatrixBound
 from model.certify import SLACK_OF_RADII
 from model.networks.base import LipschitzBound
-from pipeline.run.summary import ColumnScores
+from pipeline.run.evaluation_summary import ColumnScores
 
 SCHEMA = "certified-radius/2"
 PERTURBATION = "exact real norm, any real vector"

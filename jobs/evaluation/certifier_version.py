@@ -6,7 +6,7 @@ from pathlib import Path
 
 import model
 
-_JOBS = ("tasks.py", "attack_task.py")
+_JOBS = ("certify_tasks.py", "attack_task.py")
 _VERIFIER = "verif"
 """The verifier changes no number of a certificate."""
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.lib.stride_tricks import sliding_window_view
 
 from model.certification.eps import eps_value
-from pipeline.run.summary import AttackScores, ColumnScores, EvaluationSummary
+from pipeline.run.evaluation_summary import AttackScores, ColumnScores, EvaluationSummary
 
 _STYLE: Mapping[str, dict[str, Any]] = {
     "nominal": {"color": "0.45", "linestyle": "--", "linewidth": 1.5, "zorder": 4},

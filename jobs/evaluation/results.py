@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model.certification.eps import eps_value
-from pipeline.run.summary import ColumnScores
+from pipeline.run.evaluation_summary import ColumnScores
 
 COLUMNS = ("nominal", "sound", "deployed")
 CURVE_EPS = {

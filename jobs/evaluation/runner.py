@@ -19,6 +19,13 @@ from data_shards.storage.store import Store
 from jobs.evaluation.attack_task import attack_tasks, merge_attack
 from jobs.evaluation.certificate_file import certificate, to_json
 from jobs.evaluation.certifier_version import certifier_digest
+from jobs.evaluation.certify_tasks import (
+    ArtifactTask,
+    exact_program,
+    forget,
+    matrix_tasks,
+    shard_tasks,
+)
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
@@ -36,7 +43,6 @@ from jobs.evaluation.results import (
 )
 from jobs.evaluation.stored_result import read_result, require_bound
 from jobs.evaluation.suites import NO_ATTACK
-from jobs.evaluation.tasks import ArtifactTask, exact_program, forget, matrix_tasks, shard_tasks
 from model.artifact.artifact import ArtifactInfo, read_info, read_without_parameters
 from model.certification.eps import check_reach
 from model.certification.matrix_bounds import MatrixBound
@@ -45,6 +51,7 @@ from model.empirical_lipschitz import refute
 from model.errors import ModelError
 from model.networks.base import LipschitzBound
 from pipeline.run.addresses import resolve
+from pipeline.run.evaluation_summary import AttackScores, ColumnScores, EvaluationSummary, LayerRow
 from pipeline.run.layout import (
     BOUNDS_FIGURE,
     CERTIFICATE,
@@ -56,7 +63,6 @@ from pipeline.run.layout import (
     evaluation,
 )
 from pipeline.run.ray_session import ray_session
-from pipeline.run.summary import AttackScores, ColumnScores, EvaluationSummary, LayerRow
 
 DEVICE_KINDS = ("cpu", "cuda")
 Run = Callable[[Sequence[Any]], list[Any]]

@@ -33,8 +33,8 @@ from model.artifact.artifact import ArtifactInfo
 from model.certification.matrix_bounds import MatrixBound
 from model.empirical_lipschitz import refute
 from model.networks.base import CertifiedNetwork
+from pipeline.run.evaluation_summary import EvaluationSummary, LayerRow
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
-from pipeline.run.summary import EvaluationSummary, LayerRow
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from data_shards.storage.store import Store
 from jobs.evaluation.results import EvaluationError
 from jobs.registry.promotion_rule import Bits, Rule
 from model.certification.eps import eps_value
+from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
-from pipeline.run.summary import EvaluationSummary
 
 FILES = (CERTIFICATE, SAMPLES, SUMMARY)
 VERIFY_TIMEOUT_S = 6 * 3600.0

@@ -25,7 +25,7 @@ from jobs.registry.promotion_rule import Comparison, Rule, compare, samples_to_v
 from model.artifact.artifact import WEIGHTS
 from model.verifier import supported
 from pipeline.tracking.client import RunReference
-from pipeline.tracking.registry import Registry, RegistryError, Version
+from pipeline.tracking.model_registry import Registry, RegistryError, Version
 
 CHAMPION, CANDIDATE = "champion", "candidate"
 DECISION = "decision.json"

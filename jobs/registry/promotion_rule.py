@@ -1,4 +1,4 @@
-"""When a model may become champion: pure functions of the certified bits of two models."""
+"""When a model may become champion: pure functions of which samples two models certify."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pydantic
 from scipy.stats import binomtest
 
 from model.certification.eps import eps_value
-from model.certification.intervals import with_interval
+from model.certification.wilson_interval import with_interval
 
 MISSED_FORGERY = 1e-3
 """Largest probability that a forgery which decided the comparison is not met."""

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_runs import Outcome
-from model.certification.intervals import wilson
+from model.certification.wilson_interval import wilson
 
 
 @dataclass(frozen=True)

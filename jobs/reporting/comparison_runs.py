@@ -26,8 +26,8 @@ from jobs.reporting.comparison_config import CompareConfig
 from model.artifact.artifact import ArtifactInfo, parameter_shapes, read_info
 from pipeline.run import layout
 from pipeline.run.addresses import resolve
+from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.lease import read_record
-from pipeline.run.summary import EvaluationSummary
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from jobs.reporting.data import ComparisonGroup, ReportEntry
+from jobs.reporting.report_data import ComparisonGroup, ReportEntry
 from model.certification.eps import eps_value
-from pipeline.run.summary import EvaluationSummary
+from pipeline.run.evaluation_summary import EvaluationSummary
 
 COLORS = (
     "#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b",

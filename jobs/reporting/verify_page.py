@@ -35,8 +35,8 @@ LARGEST_WEIGHTS = 2 << 20
 LARGEST_PAGE = 10 << 20
 """A browser opens a page of this size at once."""
 MATHEMATICS = (
-    "arithmetic.js", "sha256.js", "matrices.js", "head.js", "network.js", "radii.js", "compare.js",
-    "table.js", "check.js", "tamper.js", "worker.js",
+    "arithmetic.js", "sha256.js", "matrices.js", "head.js", "lipnext.js", "radii.js",
+    "tolerances.js", "table.js", "verify.js", "tamper.js", "worker.js",
 )  # fmt: skip
 """What runs in the worker, in this order."""
 

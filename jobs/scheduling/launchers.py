@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jobs.evaluation.executor import job_client
-from pipeline.run.exposure import require_closed
 from pipeline.run.lease import Lease
+from pipeline.run.open_servers import require_closed
 
 logger = logging.getLogger(__name__)
 

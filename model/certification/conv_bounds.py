@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.certification.dot_products import convolve, folded, output_side
 from model.certification.eigen_bounds import proved_norm
 from model.certification.matrix_bounds import MatrixBound, tensor_digest
-from model.certification.products import convolve, folded, output_side
 from model.certification.rounding import SLACK, U64, gamma
 from model.errors import ModelError
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.certification.products import COMPLEX, product
+from model.certification.dot_products import COMPLEX, product
 from model.certification.rounding import SLACK, U64, gamma
 
 

@@ -1,7 +1,8 @@
 """A-priori rounding errors of the programs that evaluate a network (docs/certificate.md, 5).
 
 Every quantity of a bound is non-negative, so evaluating the bound in float64 changes it by a
-relative error of (number of operations) * 2^-53, far below the last factor, 1 + 2^-20.
+relative error of (number of operations) * 2^-53, far below the factor 1 + 2^-20 that ends each
+bound (`margin_error` of the networks).
 """
 
 import dataclasses

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from model.certification.feature_radii import slope_radii
 from model.certification.matrix_bounds import Matrices, MatrixBound, matrix_bound
-from model.certification.radii import slope_radii
 from model.certification.rounding import Program
 from model.errors import ModelError
 from model.networks.centering import Centering

@@ -11,7 +11,7 @@ from model.verifier.artifact import read_artifact
 from model.verifier.certificate import COLUMNS, read_certificate, read_samples
 from model.verifier.families.base import Family
 from model.verifier.files import Body
-from model.verifier.mathematics.bounds import bound_matrices, check_bounds
+from model.verifier.mathematics.certificate_bounds import bound_matrices, check_bounds
 from model.verifier.refusal import Near, RefusalError
 from model.verifier.samples import check_errors, check_samples
 from model.verifier.shards import read_index

@@ -1,4 +1,4 @@
-"""How the verifier says no: errors, and the comparison of what is stated with what is derived."""
+"""Errors of the verifier, and the comparison of what is stated with what is derived."""
 
 import math
 import sys

@@ -2,7 +2,7 @@
 
 Training waits for the copy of the state to the host and for the export of the weights, which is
 collective; one background thread per rank writes. It takes part in no collective and emits nothing:
-what has become of a writing is reported from the training thread, by `poll` and `close`.
+what has become of a writing is reported from the training thread, by `poll`, `wait` and at the end.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from pipeline.run import layout
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import CheckpointFailed, CheckpointSaved, Emit
 from pipeline.run.lease import fence
-from pipeline.run.state import TrainState
+from pipeline.run.rank_state import TrainState
 
 _GIVE_UP_S = 30.0
 """How long a run that has failed still waits for a checkpoint under way."""

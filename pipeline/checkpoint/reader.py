@@ -27,7 +27,7 @@ from pipeline.run.layout import (
     writer_of,
 )
 from pipeline.run.lease import fence
-from pipeline.run.state import TrainState
+from pipeline.run.rank_state import TrainState
 
 
 class UnreadableError(PipelineError):

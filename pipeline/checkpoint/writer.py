@@ -4,9 +4,10 @@ A checkpoint is a folder. Each rank writes one safetensors file with its slices 
 (keys `kind/parameter`, 1-D) and a small report of it; rank 0 waits for all reports and writes
 `commit.json` last: step, data cursor, scalars, newest records, resolved configuration, and for each
 tensor the files and element ranges that hold it, with the sha256 of every file. A folder without
-`commit.json` does not exist for a reader.
+`commit.json` is ignored by readers.
 
-Nothing here is collective, so the writing may happen beside training: ranks meet in the store.
+Nothing here is collective, so the writing may happen beside training: ranks coordinate
+through files in the store.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from optim.zero_layout import Slot
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.layout import COMMIT, rank_file, rank_report
-from pipeline.run.state import TrainState
+from pipeline.run.rank_state import TrainState
 
 SCHEMA_VERSION = 1
 _POLL_S = (0.01, 1.0)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipeline.run.summary import EvaluationSummary
+from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.tracking.client import EvaluationRecord
 
 ENTRY = "jobs.evaluate_cra:evaluate"

@@ -16,6 +16,7 @@ from pipeline.driver.evaluations import Evaluations
 from pipeline.driver.event_log import EventLog
 from pipeline.driver.usage import UsageMetrics
 from pipeline.run import layout
+from pipeline.run.evaluation_summary import local_path
 from pipeline.run.events import (
     CheckpointFailed,
     CheckpointSaved,
@@ -29,8 +30,7 @@ from pipeline.run.events import (
     Started,
     Straggling,
 )
-from pipeline.run.state import WorkerSpec
-from pipeline.run.summary import local_path
+from pipeline.run.rank_state import WorkerSpec
 from pipeline.tracking.outbox import Tracker
 
 _REPROJECTIONS = "orthogonality/reprojections"

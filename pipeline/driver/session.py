@@ -20,8 +20,8 @@ from pipeline.driver.usage import UsageMetrics
 from pipeline.errors import failing
 from pipeline.planner.flops import training_flops
 from pipeline.run import layout
+from pipeline.run.evaluation_summary import EvaluationSummary, local_path, report
 from pipeline.run.ray_job import submission_tags
-from pipeline.run.summary import EvaluationSummary, local_path, report
 from pipeline.tracking.client import ui_command
 from pipeline.tracking.outbox import Tracker
 

@@ -1,4 +1,4 @@
-"""How the ranks of Ray Train find each other: as Ray does it, on one machine over loopback alone.
+"""Rendezvous of the ranks: Ray Train's own, on one machine over loopback alone.
 
 Below Ray's public interface: `_TorchBackend`; `tests/end_to_end/test_digits.py` notices changes.
 """

@@ -16,8 +16,8 @@ from pipeline.launch.ray_watch import RayServers, wait_for
 from pipeline.resilience.signals import PAUSE, STOP, ControlActor, Flag, Interruption
 from pipeline.run.events import Emit, Event, GroupFailed
 from pipeline.run.layout import ray_folder
+from pipeline.run.rank_state import WorkerSpec
 from pipeline.run.ray_session import ray_session
-from pipeline.run.state import WorkerSpec
 from pipeline.run.step_schedule import world_sizes
 from pipeline.training.worker import run_rank
 
@@ -176,7 +176,7 @@ def _pump(
                     ordered = time.monotonic()
                     orders.give.remote(STOP)
                 if ordered and not final and time.monotonic() > ordered + _DEAF_S:
-                    _stop_if_deaf(orders, lost)
+                    _stop_if_no_rank_polls(orders, lost)
                 for event in _answer(events.take.remote(), lost) or ():
                     handle(event)
                 if final:
@@ -209,7 +209,7 @@ def _answer(pending: Any, lost: threading.Event) -> Any:
     return None
 
 
-def _stop_if_deaf(orders: Any, lost: threading.Event) -> None:
+def _stop_if_no_rank_polls(orders: Any, lost: threading.Event) -> None:
     """End this process as a second SIGTERM would, if no rank is there that could hear of one.
 
     They may wait for a cluster that is full, or for a node that was lost.

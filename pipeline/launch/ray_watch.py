@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.errors import ProcessDiedError
-from pipeline.run.exposure import split_address
+from pipeline.run.open_servers import split_address
 
 _LOOK_S = 0.2
 _SILENT_S = 20.0

@@ -135,17 +135,23 @@ _BRONETS = {
 }
 
 
-def _liresnet(data: str) -> RunConfig:
-    return _published(f"{data}-liresnet", _LIRESNETS[data], _STREAMS[data])
+def _liresnet(name: str) -> RunConfig:
+    data = name.removesuffix("-liresnet")
+    return _published(name, _LIRESNETS[data], _STREAMS[data])
 
 
-def _bronet(data: str) -> RunConfig:
-    return _published(f"{data}-bronet", _BRONETS[data], _STREAMS[data], annealing=True)
+def _bronet(name: str) -> RunConfig:
+    data = name.removesuffix("-bronet")
+    return _published(name, _BRONETS[data], _STREAMS[data], annealing=True)
 
+
+# Names are written out, so that a search for one ends here.
+_LIRESNET = ("cifar10-liresnet", "cifar100-liresnet", "tiny-imagenet-liresnet", "imagenet-liresnet")
+_BRONET = ("cifar10-bronet", "cifar100-bronet", "tiny-imagenet-bronet", "imagenet-bronet")
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "digits-liresnet": digits_liresnet,
     "digits-bronet": digits_bronet,
-    **{f"{data}-liresnet": partial(_liresnet, data) for data in _LIRESNETS},
-    **{f"{data}-bronet": partial(_bronet, data) for data in _BRONETS},
+    **{name: partial(_liresnet, name) for name in _LIRESNET},
+    **{name: partial(_bronet, name) for name in _BRONET},
 }

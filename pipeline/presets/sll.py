@@ -109,13 +109,14 @@ def _published(name: str, model: NetworkConfig, *, offset: float, shift: int) ->
     )
 
 
-def _residual(name: str, scaling: Literal["sll", "cpl"], data: str, size: str) -> RunConfig:
+def _residual(name: str) -> RunConfig:
+    data, scaling, size = name.rsplit("-", 2)
     side, classes, shift = _DATA[data]
     convolutions, channels, dense = _SIZES[size]
     model = SllConfig(
         input_shape=(3, side, side),
         num_classes=classes,
-        scaling=scaling,
+        scaling="sll" if scaling == "sll" else "cpl",
         channels=channels,
         conv_layers=convolutions,
         dense_layers=dense,
@@ -123,7 +124,8 @@ def _residual(name: str, scaling: Literal["sll", "cpl"], data: str, size: str) -
     return _published(name, model, offset=1.5 * 2**0.5, shift=shift)
 
 
-def _almost_orthogonal(name: str, data: str, size: str) -> RunConfig:
+def _almost_orthogonal(name: str) -> RunConfig:
+    data, _, size = name.rsplit("-", 2)
     side, classes, shift = _DATA[data]
     model = AolConfig(
         input_shape=(3, side, side), num_classes=classes, kept_channels=_AOL_SIZES[size]
@@ -131,24 +133,24 @@ def _almost_orthogonal(name: str, data: str, size: str) -> RunConfig:
     return _published(name, model, offset=2**0.5, shift=shift)
 
 
-def _all_published() -> dict[str, Callable[[], RunConfig]]:
-    presets: dict[str, Callable[[], RunConfig]] = {}
-    scalings: tuple[Literal["sll", "cpl"], ...] = ("sll", "cpl")
-    for data in _DATA:
-        for scaling in scalings:
-            for size in _SIZES:
-                name = f"{data}-{scaling}-{size}"
-                presets[name] = partial(_residual, name, scaling, data, size)
-    for data in ("cifar10", "cifar100"):
-        for size in _AOL_SIZES:
-            name = f"{data}-aol-{size}"
-            presets[name] = partial(_almost_orthogonal, name, data, size)
-    return presets
-
+# Names are written out, so that a search for one ends here.
+_RESIDUAL = (
+    *("cifar10-sll-S", "cifar10-sll-M", "cifar10-sll-L", "cifar10-sll-XL"),
+    *("cifar10-cpl-S", "cifar10-cpl-M", "cifar10-cpl-L", "cifar10-cpl-XL"),
+    *("cifar100-sll-S", "cifar100-sll-M", "cifar100-sll-L", "cifar100-sll-XL"),
+    *("cifar100-cpl-S", "cifar100-cpl-M", "cifar100-cpl-L", "cifar100-cpl-XL"),
+    *("tiny-imagenet-sll-S", "tiny-imagenet-sll-M", "tiny-imagenet-sll-L", "tiny-imagenet-sll-XL"),
+    *("tiny-imagenet-cpl-S", "tiny-imagenet-cpl-M", "tiny-imagenet-cpl-L", "tiny-imagenet-cpl-XL"),
+)
+_ALMOST_ORTHOGONAL = (
+    *("cifar10-aol-S", "cifar10-aol-M", "cifar10-aol-L"),
+    *("cifar100-aol-S", "cifar100-aol-M", "cifar100-aol-L"),
+)
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "digits-sll": digits_sll,
     "digits-cpl": digits_cpl,
     "digits-aol": digits_aol,
-    **_all_published(),
+    **{name: partial(_residual, name) for name in _RESIDUAL},
+    **{name: partial(_almost_orthogonal, name) for name in _ALMOST_ORTHOGONAL},
 }

@@ -49,15 +49,22 @@ def digits_soc_mlp() -> RunConfig:
     return _digits("digits-soc-mlp", "mlp", 5.0)
 
 
-def _cifar(name: str, *, classes: int, depth: int, head: Head) -> RunConfig:
+def _cifar(name: str) -> RunConfig:
     """The published network with this project's loss and optimizer.
 
     The paper trains 200 epochs of batch 128 by SGD with a cross-entropy that is regularised by the
     certificate (`--loss.kind certificate`).
     """
+    data, *_, blocks = name.split("-")
+    depth = int(blocks)
     return RunConfig(
         preset=name,
-        model=SocConfig(input_shape=(3, 32, 32), num_classes=classes, depth=depth, head=head),
+        model=SocConfig(
+            input_shape=(3, 32, 32),
+            num_classes=int(data.removeprefix("cifar")),
+            depth=depth,
+            head="mlp" if "-mlp-" in name else "unit",
+        ),
         data=DataConfig(stream=StreamConfig(shift_pixels=4, flip=True, workers=4)),
         optim=OptimConfig(lr=1e-3),
         loss=EmmaLoss(eps=36 / 255, eps_start=0.1, eps_end=3.0, eps_ramp=0.5),
@@ -75,19 +82,20 @@ def _cifar(name: str, *, classes: int, depth: int, head: Head) -> RunConfig:
     )
 
 
-def _published() -> dict[str, Callable[[], RunConfig]]:
-    heads: tuple[tuple[str, Head], ...] = (("soc", "unit"), ("soc-mlp", "mlp"))
-    found: dict[str, Callable[[], RunConfig]] = {}
-    for classes in (10, 100):
-        for infix, head in heads:
-            for depth in range(5, 45, 5):
-                name = f"cifar{classes}-{infix}-{depth}"
-                found[name] = partial(_cifar, name, classes=classes, depth=depth, head=head)
-    return found
-
+# Names are written out, so that a search for one ends here.
+_PUBLISHED = (
+    *("cifar10-soc-5", "cifar10-soc-10", "cifar10-soc-15", "cifar10-soc-20"),
+    *("cifar10-soc-25", "cifar10-soc-30", "cifar10-soc-35", "cifar10-soc-40"),
+    *("cifar10-soc-mlp-5", "cifar10-soc-mlp-10", "cifar10-soc-mlp-15", "cifar10-soc-mlp-20"),
+    *("cifar10-soc-mlp-25", "cifar10-soc-mlp-30", "cifar10-soc-mlp-35", "cifar10-soc-mlp-40"),
+    *("cifar100-soc-5", "cifar100-soc-10", "cifar100-soc-15", "cifar100-soc-20"),
+    *("cifar100-soc-25", "cifar100-soc-30", "cifar100-soc-35", "cifar100-soc-40"),
+    *("cifar100-soc-mlp-5", "cifar100-soc-mlp-10", "cifar100-soc-mlp-15", "cifar100-soc-mlp-20"),
+    *("cifar100-soc-mlp-25", "cifar100-soc-mlp-30", "cifar100-soc-mlp-35", "cifar100-soc-mlp-40"),
+)
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "digits-soc": digits_soc,
     "digits-soc-mlp": digits_soc_mlp,
-    **_published(),
+    **{name: partial(_cifar, name) for name in _PUBLISHED},
 }

@@ -1,4 +1,4 @@
-"""What every rank last said of itself, in a place that all ranks can read, and who is behind."""
+"""Last step and phase of every rank, in a key-value store that all ranks read; finds late ranks."""
 
 import contextlib
 import dataclasses

@@ -21,7 +21,7 @@ from pipeline.errors import PipelineError, RunFailedError
 from pipeline.resilience.signals import Interruption
 from pipeline.run import layout
 from pipeline.run.lease import read_record, write_record
-from pipeline.run.state import WorkerSpec
+from pipeline.run.rank_state import WorkerSpec
 
 _TEXTS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """How allocators that have no type of their own say it."""

@@ -19,7 +19,7 @@ from pipeline.run import layout
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import RolledBack
 from pipeline.run.lease import read_record, write_record
-from pipeline.run.state import TrainState
+from pipeline.run.rank_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ LEASES = "lease"
 
 CHECKPOINTS = "checkpoints"
 COMMIT = "commit.json"
-"""Written last: a folder of a writer without it does not exist for a reader."""
+"""Written last: a folder of a writer without it is ignored by readers."""
 DAMAGED_COMMIT = "commit.damaged.json"
 """The commit of a checkpoint that could not be loaded."""
 PINNED = "pinned"

@@ -1,6 +1,6 @@
 """MLflow: what is recorded of runs and evaluations, and the connection to its server.
 
-Every call can be repeated without a trace: runs, models and evaluations are found again by a key in
+Every call is idempotent: runs, models and evaluations are found again by a key in
 their tags, and MLflow keeps one point per (name, step, timestamp, value).
 
 MLflow itself is imported inside functions: a process that never tracks never pays for it.

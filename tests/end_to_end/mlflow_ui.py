@@ -19,9 +19,9 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.mlflow_views import views
 from jobs.report import PAGE
 from jobs.report import main as report
-from jobs.views import views
 from pipeline.tracking.client import TrackingConfig
 from pipeline.tracking.reader import Reader
 from pipeline.tracking.ui_views import save_views

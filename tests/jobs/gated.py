@@ -15,11 +15,11 @@ from data_shards.sources import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import evaluate
+from jobs.prediction.serving import SoundPredictor
 from jobs.registry.promotion_rule import Rule
-from jobs.registry.serving import SoundPredictor
 from model.artifact.artifact import write_artifact
 from model.networks.registry import build_network
-from pipeline.tracking.registry import Registry
+from pipeline.tracking.model_registry import Registry
 from tests.jobs.conftest import NETWORK
 from tests.mlflow_database import empty_database
 

@@ -17,10 +17,10 @@ from jobs.evaluation.attack_task import (
     lies_inside,
     merge_attack,
 )
+from jobs.evaluation.certify_tasks import ArtifactTask, forget, shard_tasks
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.results import EvaluationError, merge
 from jobs.evaluation.suites import ATTACK_SUITES
-from jobs.evaluation.tasks import ArtifactTask, forget, shard_tasks
 from model.artifact.artifact import read_info
 from model.certification.eps import eps_value
 from model.certify import ProvedCertifier

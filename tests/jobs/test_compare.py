@@ -17,7 +17,7 @@ from jobs.reporting import comparison_runs
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_report import comparison_png
 from jobs.reporting.comparison_runs import RunRequest
-from pipeline.run.summary import EvaluationSummary
+from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.tracking.client import connect
 
 pytestmark = pytest.mark.integration

@@ -17,13 +17,13 @@ from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import evaluate, main
 from jobs.evaluation.certifier_version import certifier_digest
+from jobs.evaluation.certify_tasks import ArtifactTask, matrix_tasks, shard_tasks
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import artifact_info, evaluation_keys
 from jobs.evaluation.stored_result import read_result
-from jobs.evaluation.tasks import ArtifactTask, matrix_tasks, shard_tasks
 from model.certify import certify
-from pipeline.run.summary import EvaluationSummary
+from pipeline.run.evaluation_summary import EvaluationSummary
 from tests.fake_ray import gcs
 from tests.jobs.conftest import export
 

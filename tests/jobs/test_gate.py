@@ -14,7 +14,7 @@ from jobs.gate import NOT_PROMOTED, main
 from jobs.registry import promotion
 from model.verifier.families import FAMILIES
 from pipeline.tracking.client import TrackingConfig
-from pipeline.tracking.registry import Registry, RegistryError
+from pipeline.tracking.model_registry import Registry, RegistryError
 from tests.jobs.gated import Gated
 
 pytestmark = pytest.mark.integration
@@ -243,7 +243,7 @@ def test_a_registered_model_predicts_with_its_certified_radius(gated, name, monk
 
 
 def test_a_registered_model_refuses_other_weights(gated, name, tmp_path, monkeypatch):
-    from jobs.registry.serving import CertifiedModel
+    from jobs.prediction.serving import CertifiedModel
 
     with pytest.raises(EvaluationError, match="has digest"):
         CertifiedModel(artifact_url=gated.sharp, artifact_digest="0" * 64, eps="1/255")

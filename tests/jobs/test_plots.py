@@ -13,7 +13,13 @@ import jobs.evaluation.plots
 from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
 from jobs.evaluation.results import CURVE_EPS
 from model.certification.eps import eps_value
-from pipeline.run.summary import AttackScores, ColumnScores, EvaluationSummary, LayerRow, report
+from pipeline.run.evaluation_summary import (
+    AttackScores,
+    ColumnScores,
+    EvaluationSummary,
+    LayerRow,
+    report,
+)
 
 RATIOS = ("36/255", "72/255", "108/255", "255/255")
 RNG = np.random.default_rng(0)

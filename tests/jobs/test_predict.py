@@ -10,8 +10,8 @@ from PIL import Image
 from data_shards.sources.base import encode_png
 from jobs.evaluation.results import EvaluationError
 from jobs.predict import FIELDS, PredictConfig, main, predict
-from jobs.registry.image_files import find_pictures, prepare
-from jobs.registry.serving import SoundPredictor
+from jobs.prediction.image_files import find_pictures, prepare
+from jobs.prediction.serving import SoundPredictor
 from model.certification.matrix_bounds import matrix_bound
 from tests.jobs.conftest import NETWORK
 

@@ -8,8 +8,8 @@ from mlflow import MlflowClient
 from jobs.evaluate_cra import evaluate
 from jobs.report import PAGE, TEXT, cell, duration, main, per_further_point, render
 from jobs.reporting.cost import Cost, passed_epochs
-from jobs.reporting.data import collect
-from model.certification.intervals import wilson
+from jobs.reporting.report_data import collect
+from model.certification.wilson_interval import wilson
 from pipeline.tracking.client import MlflowConnection, TrackingConfig, now_ms
 from pipeline.tracking.reader import Point, Reader, TrackingError
 from tests.jobs.conftest import NETWORK, export

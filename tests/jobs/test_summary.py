@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pipeline.driver.console import RunConsole
 from pipeline.driver.session import _show
-from pipeline.run.summary import report
+from pipeline.run.evaluation_summary import report
 from tests.jobs.test_plots import summary
 
 

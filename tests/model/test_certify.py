@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model.certification.radii import feature_radius
+from model.certification.feature_radii import feature_radius
 from model.certify import STANDARD_EPS, certify, cra
 from model.errors import ModelError
 from model.networks.head import pairwise_distances

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.certification.radii import feature_radius
+from model.certification.feature_radii import feature_radius
 from model.certification.rounding import FLOAT32, FLOAT64, ErrorState
 from model.certify import ProvedCertifier
 from model.errors import ModelError

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from data_shards.storage.store import Store
 from model.artifact.artifact import read_without_parameters, write_artifact
-from model.certification.products import transposed
+from model.certification.dot_products import transposed
 from model.certification.rounding import FLOAT32, FLOAT64, ErrorState
 from model.networks.registry import build_network, parameter_count
 from model.networks.soc.network import SocConfig

@@ -11,7 +11,7 @@ from model.errors import ModelError
 from model.networks.config import LipNeXtConfig
 from model.networks.registry import build_network
 from model.verifier.families.lipnext import LipNeXt
-from model.verifier.mathematics.matrices import bounds_of_matrix
+from model.verifier.mathematics.matrix_bounds import bounds_of_matrix
 
 UP, DOWN = 2.0**126, 2.0**-126
 

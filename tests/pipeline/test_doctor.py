@@ -14,8 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from pipeline import doctor
-from pipeline.planner import diagnostics
-from pipeline.planner.diagnostics import Finding, all_checks, bounded
+from pipeline.planner import environment_checks
+from pipeline.planner.environment_checks import Finding, all_checks, bounded
 from tests.fake_ray import dashboard
 from tests.pipeline.small_runs import small_shards
 
@@ -74,21 +74,23 @@ def test_a_sound_environment_passes_every_check_that_needs_no_gpu(tmp_path):
 
 
 def test_an_old_and_a_missing_package_are_named():
-    old = look(diagnostics.package, Requirement("numpy>=99"))
+    old = look(environment_checks.package, Requirement("numpy>=99"))
     assert old.status == "FAIL"
     assert old.advice == "pip install 'numpy>=99'"
-    missing = look(diagnostics.package, Requirement("no-such-package>=1"))
+    missing = look(environment_checks.package, Requirement("no-such-package>=1"))
     assert (missing.status, missing.value) == ("FAIL", "not installed")
 
 
 def test_an_old_python_is_named(monkeypatch):
-    monkeypatch.setattr(diagnostics.platform, "python_version", lambda: "3.8.1")
-    assert look(diagnostics.python) == Finding("FAIL", "3.8.1", "use Python <3.13,>=3.10")
+    monkeypatch.setattr(environment_checks.platform, "python_version", lambda: "3.8.1")
+    assert look(environment_checks.python) == Finding("FAIL", "3.8.1", "use Python <3.13,>=3.10")
 
 
 def test_a_store_that_cannot_be_written_is_named(tmp_path, dead_port, monkeypatch):
     (tmp_path / "file").write_text("")
-    refused = look(diagnostics.store, str(tmp_path / "file"))  # also for root, whom no mode stops
+    refused = look(
+        environment_checks.store, str(tmp_path / "file")
+    )  # also for root, whom no mode stops
     assert refused.status == "FAIL"
     assert "NotADirectoryError" in refused.value
 
@@ -96,21 +98,21 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path, dead_port, monkeypatc
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{dead_port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    away = look(diagnostics.store, "s3://bucket/runs")
+    away = look(environment_checks.store, "s3://bucket/runs")
     assert away.status == "FAIL"
     assert "s3://bucket/runs" in away.value
 
 
 def test_a_folder_without_the_right_to_write_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    found = look(diagnostics.disk, str(tmp_path / "runs"))
+    found = look(environment_checks.disk, str(tmp_path / "runs"))
     assert (found.status, found.advice) == ("FAIL", "choose another --storage")
     assert str(tmp_path) in found.value
 
 
 def test_a_store_that_lets_two_create_the_same_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(diagnostics.Store, "create", lambda self, name, data: True)
-    found = look(diagnostics.store, str(tmp_path))
+    monkeypatch.setattr(environment_checks.Store, "create", lambda self, name, data: True)
+    found = look(environment_checks.store, str(tmp_path))
     assert found.status == "FAIL"
     assert "an object can be created twice" in found.value
 
@@ -119,40 +121,40 @@ def test_a_full_disk_and_little_shared_memory_are_named(tmp_path, monkeypatch):
     def usage(path):
         return os.terminal_size if path is None else type("U", (), {"free": 5e8, "total": 6.4e7})()
 
-    monkeypatch.setattr(diagnostics.shutil, "disk_usage", usage)
-    full = look(diagnostics.disk, str(tmp_path))
+    monkeypatch.setattr(environment_checks.shutil, "disk_usage", usage)
+    full = look(environment_checks.disk, str(tmp_path))
     assert full.status == "FAIL"
     assert full.value.startswith("0.5 GB free")
-    small = look(diagnostics.shared_memory, str(tmp_path))
+    small = look(environment_checks.shared_memory, str(tmp_path))
     assert small.status == "WARN"
     assert "--shm-size" in small.advice
 
 
 def test_few_open_files_are_named(monkeypatch):
-    monkeypatch.setattr(diagnostics.resource, "getrlimit", lambda which: (1024, 4096))
-    assert look(diagnostics.open_files).status == "WARN"
+    monkeypatch.setattr(environment_checks.resource, "getrlimit", lambda which: (1024, 4096))
+    assert look(environment_checks.open_files).status == "WARN"
 
 
 @pytest.mark.parametrize(("ahead_s", "status"), [(0.0, "OK"), (30.0, "WARN"), (-600.0, "FAIL")])
 def test_a_server_whose_clock_is_off_is_named(ahead_s, status):
     with server(ahead_s=ahead_s) as url:
-        found = look(diagnostics.server_clock, url)
+        found = look(environment_checks.server_clock, url)
     assert found.status == status
     assert abs(float(found.value.split()[0]) - ahead_s) < 3
 
 
 def test_the_clock_of_the_store_is_compared(tmp_path, monkeypatch):
-    assert look(diagnostics.store_clock, str(tmp_path)).status == "OK"
-    monkeypatch.setattr(diagnostics.Store, "modified", lambda self, name: time.time() + 400)
-    found = look(diagnostics.store_clock, str(tmp_path))
+    assert look(environment_checks.store_clock, str(tmp_path)).status == "OK"
+    monkeypatch.setattr(environment_checks.Store, "modified", lambda self, name: time.time() + 400)
+    found = look(environment_checks.store_clock, str(tmp_path))
     assert (found.status, found.advice) == ("FAIL", "synchronise the clocks (NTP, chrony)")
 
 
 def test_dead_servers_are_named(dead_port):
     for check, address in (
-        (diagnostics.ray, f"127.0.0.1:{dead_port}"),
-        (diagnostics.ray, f"http://127.0.0.1:{dead_port}"),
-        (diagnostics.mlflow, f"http://127.0.0.1:{dead_port}"),
+        (environment_checks.ray, f"127.0.0.1:{dead_port}"),
+        (environment_checks.ray, f"http://127.0.0.1:{dead_port}"),
+        (environment_checks.mlflow, f"http://127.0.0.1:{dead_port}"),
     ):
         found = look(check, address)
         assert found.status == "FAIL", address
@@ -161,16 +163,16 @@ def test_dead_servers_are_named(dead_port):
 def test_a_cluster_must_want_a_token_that_we_have(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with server(status=401) as url:
-        found = look(diagnostics.ray, url)
+        found = look(environment_checks.ray, url)
     assert (found.status, found.value) == ("FAIL", "asks for a token")
     assert "RAY_AUTH_TOKEN_PATH" in found.advice
     with server() as url:
-        found = look(diagnostics.ray, url)
+        found = look(environment_checks.ray, url)
     assert (found.status, found.value) == ("FAIL", "open to strangers")
     with dashboard(token="a-token") as port:
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token")
-        assert look(diagnostics.ray, f"http://127.0.0.1:{port}").status == "OK"
+        assert look(environment_checks.ray, f"http://127.0.0.1:{port}").status == "OK"
 
 
 def test_a_check_that_hangs_fails_in_time():
@@ -187,12 +189,12 @@ def test_a_check_that_hangs_fails_in_time():
 
 
 def test_a_broken_collective_is_named(monkeypatch):
-    monkeypatch.setattr(diagnostics, "_SUM", "import sys; sys.exit('no route to host')")
-    found = look(diagnostics.all_reduce, "gloo", 20.0)
+    monkeypatch.setattr(environment_checks, "_SUM", "import sys; sys.exit('no route to host')")
+    found = look(environment_checks.all_reduce, "gloo", 20.0)
     assert found.status == "FAIL"
     assert found.value == "no route to host"
-    monkeypatch.setattr(diagnostics, "_SUM", "import time; time.sleep(60)")
-    assert "no sum within 1 s" in look(diagnostics.all_reduce, "gloo", 1.0).value
+    monkeypatch.setattr(environment_checks, "_SUM", "import time; time.sleep(60)")
+    assert "no sum within 1 s" in look(environment_checks.all_reduce, "gloo", 1.0).value
 
 
 def test_the_entry_prints_rows_and_its_exit_status_tells(monkeypatch, capsys):

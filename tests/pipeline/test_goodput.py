@@ -9,7 +9,7 @@ import torch
 from data_shards.streaming.sampler import Cursor
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.run.events import Metrics
-from pipeline.run.state import TrainState
+from pipeline.run.rank_state import TrainState
 from pipeline.run.step_schedule import make_step_schedule
 from pipeline.training import recorder, trainer
 from pipeline.training.hooks import CheckpointHook

@@ -19,7 +19,7 @@ from pipeline.driver.event_log import EventLog
 from pipeline.driver.monitor import RunMonitor
 from pipeline.resilience.rollback import Gap, past
 from pipeline.run.events import Metrics, RolledBack, Skipped, Started
-from pipeline.run.state import WorkerSpec
+from pipeline.run.rank_state import WorkerSpec
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
     observed_run,

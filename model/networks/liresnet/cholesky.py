@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.certification.dot_products import COMPLEX, product
 from model.certification.eigen_bounds import frobenius, proved_least
 from model.certification.matrix_bounds import MatrixBound, tensor_digest
-from model.certification.products import COMPLEX, product
 from model.certification.rounding import SLACK, U64, ErrorState, Program, gamma
 from model.errors import ModelError
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.certification.products import COMPLEX, product
+from model.certification.dot_products import COMPLEX, product
 from model.certification.rounding import Program, gamma
 
 PHASE_ERROR = 64

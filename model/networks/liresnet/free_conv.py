@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.certification.conv_bounds import kernel_bound, power_pair
+from model.certification.dot_products import convolve, output_side
 from model.certification.matrix_bounds import MatrixBound
-from model.certification.products import convolve, output_side
 from model.certification.rounding import SLACK, ErrorState
 from model.networks.centering import Centering
 from model.networks.init import set_initial

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.certification.dot_products import product
 from model.certification.matrix_bounds import MatrixBound
-from model.certification.products import product
 from model.certification.rounding import FLOAT64, SLACK, ErrorState, Program
 from model.networks.centering import Centering
 from model.networks.init import set_initial

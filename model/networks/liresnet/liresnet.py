@@ -9,8 +9,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.certification.dot_products import output_side
 from model.certification.matrix_bounds import Matrices, MatrixBound
-from model.certification.products import output_side
 from model.certification.rounding import ErrorState, Program
 from model.errors import ModelError
 from model.networks.base import CertifiedNetwork, LipschitzBound

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.certification.products import convolve, transposed
+from model.certification.dot_products import convolve, transposed
 from model.certification.rounding import FLOAT64, SLACK, ErrorState, Program
 from model.errors import ModelError
 from model.networks.init import set_initial
@@ -93,7 +93,7 @@ class RescaledLayer(nn.Module):
         return at_least_float32(x) if self.training else x.double()
 
     def _apply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
-        """V x + b; in evaluation by products, see model.certification.products."""
+        """V x + b; in evaluation by products, see model.certification.dot_products."""
         if not self.kernel:
             return F.linear(x, weight, self.bias)
         if self.training:

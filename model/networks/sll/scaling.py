@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.certification.products import convolve
+from model.certification.dot_products import convolve
 from model.certification.rounding import SLACK, U64, Program, gamma
 
 LARGEST_LOG_Q = 32.0

@@ -10,8 +10,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.certification.dot_products import convolve
 from model.certification.matrix_bounds import Matrices, MatrixBound, matrix_bound
-from model.certification.products import convolve
 from model.certification.rounding import FLOAT64, SLACK, ErrorState, Program
 from model.errors import ModelError
 from model.networks.base import CertifiedNetwork, LipschitzBound

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from model.certification.dot_products import convolve, transposed
 from model.certification.matrix_bounds import MatrixBound, matrix_bound, tensor_digest
 from model.certification.power_iteration import estimated_norm
-from model.certification.products import convolve, transposed
 from model.certification.rounding import SLACK, U64, ErrorState
 from model.networks.init import set_initial
 from model.networks.lipnext.layers import at_least_float32

@@ -21,8 +21,8 @@ from model.verifier.mathematics.arithmetic import (
     norm_of,
 )
 from model.verifier.mathematics.convolution import convolve, space_to_depth
-from model.verifier.mathematics.heads import Head
-from model.verifier.mathematics.matrices import MatrixBounds, schur
+from model.verifier.mathematics.linear_head import Head
+from model.verifier.mathematics.matrix_bounds import MatrixBounds, schur
 from model.verifier.mathematics.scaling import EXACT, Scaling, row_sums
 from model.verifier.settings import SIDE, Config, Setting, Whole
 

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from model.verifier.mathematics.arithmetic import ErrorState, Floats, Program
-from model.verifier.mathematics.heads import Head
-from model.verifier.mathematics.matrices import MatrixBounds, bounds_of_matrix
+from model.verifier.mathematics.linear_head import Head
+from model.verifier.mathematics.matrix_bounds import MatrixBounds, bounds_of_matrix
 from model.verifier.refusal import SAME_BOUND
 from model.verifier.settings import Config, Setting
 

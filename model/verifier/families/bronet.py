@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from model.verifier.families.liresnet import LiResNet
+from model.verifier.families.liresnet_layers import Layer, linear_block, patches, stem_grid
 from model.verifier.mathematics.arithmetic import ErrorState, Floats, gamma, norm_of
 from model.verifier.mathematics.hermitian import adjoint, multiply
 from model.verifier.mathematics.orthogonal_layers import (
@@ -23,7 +24,6 @@ from model.verifier.mathematics.orthogonal_layers import (
     wave_rows,
 )
 from model.verifier.mathematics.orthonormal import Rows
-from model.verifier.residual_plan import Layer, linear_block, patches, stem_grid
 from model.verifier.settings import SIDE, Choice, Config, Flag, Setting, Whole
 
 _TAU = 1e-6

@@ -22,8 +22,8 @@ from model.verifier.mathematics.arithmetic import (
     kappa,
     largest_entry,
 )
-from model.verifier.mathematics.heads import Head
-from model.verifier.mathematics.matrices import MatrixBounds
+from model.verifier.mathematics.linear_head import Head
+from model.verifier.mathematics.matrix_bounds import MatrixBounds
 from model.verifier.settings import SIDE, Config, Setting, Whole
 
 

@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from model.verifier.families.base import Family, Shapes, Tensors
 from model.verifier.mathematics.arithmetic import ErrorState, Floats, Program, gamma, kappa, norm_of
-from model.verifier.mathematics.heads import LinearHead
-from model.verifier.mathematics.matrices import MatrixBounds
+from model.verifier.mathematics.linear_head import LinearHead
+from model.verifier.mathematics.matrix_bounds import MatrixBounds
 from model.verifier.settings import SIDE, Choice, Config, Flag, Number, Setting, Whole
 
 

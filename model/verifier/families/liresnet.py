@@ -12,6 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from model.verifier.families.base import Family, Shapes, Tensors
+from model.verifier.families.liresnet_layers import (
+    Layer,
+    free_bounds,
+    free_kernel,
+    linear_block,
+    patches,
+    stem_grid,
+    stored_shapes,
+)
 from model.verifier.mathematics.arithmetic import (
     ErrorState,
     Floats,
@@ -21,20 +30,11 @@ from model.verifier.mathematics.arithmetic import (
     norm_of,
 )
 from model.verifier.mathematics.convolution import convolve, space_to_depth
-from model.verifier.mathematics.heads import LinearHead
-from model.verifier.mathematics.matrices import MatrixBounds
+from model.verifier.mathematics.linear_head import LinearHead
+from model.verifier.mathematics.matrix_bounds import MatrixBounds
 from model.verifier.mathematics.orthogonal_layers import Orthonormal, bounds_of_rows, dense_rows
 from model.verifier.mathematics.orthonormal import Rows
-from model.verifier.mathematics.pairs import MaxMin
-from model.verifier.residual_plan import (
-    Layer,
-    free_bounds,
-    free_kernel,
-    linear_block,
-    patches,
-    stem_grid,
-    stored_shapes,
-)
+from model.verifier.mathematics.paired_activations import MaxMin
 from model.verifier.settings import SIDE, Config, Setting, Whole
 
 

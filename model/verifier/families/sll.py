@@ -20,8 +20,8 @@ from model.verifier.mathematics.arithmetic import (
     norm_of,
 )
 from model.verifier.mathematics.convolution import convolve, transposed
-from model.verifier.mathematics.heads import LinearHead
-from model.verifier.mathematics.matrices import MatrixBounds, schur
+from model.verifier.mathematics.linear_head import LinearHead
+from model.verifier.mathematics.matrix_bounds import MatrixBounds, schur
 from model.verifier.mathematics.scaling import EXACT, Powers, Scaling, norm_bound, powers, row_sums
 from model.verifier.settings import SIDE, Choice, Config, Setting, Whole
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.verifier.families.base import Family, Shapes, Tensors
+from model.verifier.families.soc_layers import convolutions, is_matrix
 from model.verifier.mathematics.arithmetic import (
     ROUND_UP,
     ErrorState,
@@ -23,13 +24,12 @@ from model.verifier.mathematics.arithmetic import (
     norm_of,
 )
 from model.verifier.mathematics.convolution import convolve, space_to_depth
-from model.verifier.mathematics.heads import LinearHead
-from model.verifier.mathematics.matrices import MatrixBounds, bounds_of_matrix
+from model.verifier.mathematics.linear_head import LinearHead
+from model.verifier.mathematics.matrix_bounds import MatrixBounds, bounds_of_matrix
 from model.verifier.mathematics.mlp_head import MLPHead
-from model.verifier.mathematics.pairs import ACTIVATIONS, POOLS, Pairs
-from model.verifier.series_plan import convolutions, is_matrix
+from model.verifier.mathematics.paired_activations import ACTIVATIONS, POOLS, Pairs
+from model.verifier.mathematics.skew import bounds_of_filter, power_over_factorial, skew
 from model.verifier.settings import SIDE, Choice, Config, Setting, Whole
-from model.verifier.skew import bounds_of_filter, power_over_factorial, skew
 
 
 class Soc(Family):

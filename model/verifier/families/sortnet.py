@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from model.verifier.families.base import Family, Shapes, Tensors
 from model.verifier.mathematics.arithmetic import ErrorState, Floats, Program, kappa, largest_entry
-from model.verifier.mathematics.heads import Head
-from model.verifier.mathematics.matrices import MatrixBounds
+from model.verifier.mathematics.linear_head import Head
+from model.verifier.mathematics.matrix_bounds import MatrixBounds
 from model.verifier.mathematics.tanh_head import TanhHead
 from model.verifier.settings import SIDE, Config, Flag, Number, Setting, Whole
 

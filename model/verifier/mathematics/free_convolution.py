@@ -12,7 +12,7 @@ import numpy as np
 from model.verifier.mathematics.arithmetic import ROUND_UP, Floats, U, gamma
 from model.verifier.mathematics.convolution import convolve
 from model.verifier.mathematics.hermitian import largest_eigenvalues, multiply
-from model.verifier.mathematics.matrices import schur
+from model.verifier.mathematics.matrix_bounds import schur
 
 WHOLE = 2048
 """Operators with at most so many inputs or outputs are bounded as one matrix, too."""

@@ -19,8 +19,8 @@ from model.verifier.mathematics.arithmetic import (
     kappa,
     norm_of,
 )
-from model.verifier.mathematics.heads import Classes, Head, quotient
-from model.verifier.mathematics.matrices import MatrixBounds, frobenius, upper_bound
+from model.verifier.mathematics.linear_head import Classes, Head, quotient
+from model.verifier.mathematics.matrix_bounds import MatrixBounds, frobenius, upper_bound
 
 _WORK = 4e12  # operations that the norms of all pairs may cost
 

@@ -15,7 +15,7 @@ from model.verifier.mathematics.arithmetic import (
     kappa,
 )
 from model.verifier.mathematics.hermitian import Complexes, Matrices, adjoint, multiply
-from model.verifier.mathematics.matrices import MatrixBounds, frobenius
+from model.verifier.mathematics.matrix_bounds import MatrixBounds, frobenius
 from model.verifier.mathematics.orthonormal import Rows, condition, orthonormal, program_error
 
 CHOLESKY, REFLECTION, NECK = 1e-3, 1e-7, 1e-5

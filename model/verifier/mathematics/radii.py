@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from model.verifier.families.base import Family
 from model.verifier.mathematics.arithmetic import GUARD, VERIFIER, Floats, Program
-from model.verifier.mathematics.heads import Classes
+from model.verifier.mathematics.linear_head import Classes
 
 SLACK = 2.0**-26
 """What the producer takes off so that another program's proof is not below its own (section 6)."""

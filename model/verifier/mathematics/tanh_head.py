@@ -21,7 +21,7 @@ from model.verifier.mathematics.arithmetic import (
     kappa,
     largest_entry,
 )
-from model.verifier.mathematics.heads import Classes, Head
+from model.verifier.mathematics.linear_head import Classes, Head
 
 _HALVINGS, _OCTAVES = 48, 24
 

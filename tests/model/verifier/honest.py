@@ -24,7 +24,7 @@ from model.networks.config import NetworkConfig
 from model.networks.registry import build_network
 from model.verifier.families import family_of
 from model.verifier.families.base import Family
-from model.verifier.mathematics.bounds import check_bounds
+from model.verifier.mathematics.certificate_bounds import check_bounds
 from model.verifier.samples import check_batch
 from tests.model.certificate_maker import Case
 

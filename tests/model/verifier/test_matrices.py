@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from model.verifier.mathematics.arithmetic import PROGRAMS, kappa
-from model.verifier.mathematics.matrices import bounds_of_matrix, lower_bound, upper_bound
+from model.verifier.mathematics.matrix_bounds import bounds_of_matrix, lower_bound, upper_bound
 
 
 def orthogonal(rng, order):

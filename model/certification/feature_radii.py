@@ -1,4 +1,4 @@
-"""From margins to the distance that the features can move before one of them is used up."""
+"""From margins to the distance that the features can move before a margin can reach zero."""
 
 from collections.abc import Callable
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from model.verifier.mathematics.arithmetic import Floats, norm_of
 from model.verifier.mathematics.free_convolution import absolute_bound, norm_bound
-from model.verifier.mathematics.matrices import MatrixBounds
+from model.verifier.mathematics.matrix_bounds import MatrixBounds
 from model.verifier.mathematics.orthogonal_layers import CHOLESKY, scaled_rows
 from model.verifier.settings import Config
 

@@ -1,12 +1,12 @@
 """Refuses Ray clusters and MLflow servers that strangers may use.
 
 Who reaches an open Ray runs code as its user (CVE-2023-48022), who reaches an open MLflow server
-changes runs and the alias of a registered model. A cluster is judged by what its servers answer a
-stranger, wherever they listen: other accounts of a machine reach its loopback device, too. An
-MLflow server may serve without credentials on the loopback device alone. Nothing secret is sent to
-a server that has not asked for it.
+changes runs and the alias of a registered model. A cluster is judged by what its servers answer to
+an unauthenticated request, wherever they listen: other accounts of a machine reach its loopback
+device, too. An MLflow server may serve without credentials on the loopback device alone. Nothing
+secret is sent to a server that has not asked for it.
 
-The jobs ask, too.
+Evaluation jobs run the same check.
 """
 
 import contextlib

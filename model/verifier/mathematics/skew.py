@@ -4,7 +4,12 @@ import numpy as np
 
 from model.verifier.mathematics.arithmetic import ROUND_UP, Floats, U
 from model.verifier.mathematics.convolution import transposed
-from model.verifier.mathematics.matrices import MatrixBounds, frobenius, lower_bound, upper_bound
+from model.verifier.mathematics.matrix_bounds import (
+    MatrixBounds,
+    frobenius,
+    lower_bound,
+    upper_bound,
+)
 
 
 def skew(W: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""What a share of a test set says of the shares that other test sets of this size would show."""
+"""The 95 % Wilson interval of an accuracy measured on a test set."""
 
 
 def wilson(count: int, samples: int) -> tuple[float, float]:

@@ -7,8 +7,8 @@ import pytest
 from jobs import schedule
 from jobs.scheduling.launchers import RayJobs
 from pipeline import pretrain
-from pipeline.run import exposure
-from pipeline.run.exposure import (
+from pipeline.run import open_servers
+from pipeline.run.open_servers import (
     TRUST,
     ExposureError,
     TokenError,
@@ -46,8 +46,8 @@ def node(monkeypatch):
         def start(*, agent=TOKEN, client=TOKEN):
             port = stack.enter_context(fake_ray.agent(token=agent))
             client_port = stack.enter_context(fake_ray.client_server(token=client))
-            monkeypatch.setattr(exposure, "_AGENT_PORT", port)
-            monkeypatch.setattr(exposure, "_CLIENT_PORT", client_port)
+            monkeypatch.setattr(open_servers, "_AGENT_PORT", port)
+            monkeypatch.setattr(open_servers, "_CLIENT_PORT", client_port)
             return port, client_port
 
         yield start
@@ -118,15 +118,15 @@ def test_the_other_servers_of_the_cluster_are_asked_too(asked, open_door, node):
 
 def test_a_server_that_serves_a_stranger_never_sees_the_token(monkeypatch):
     seen = []
-    get = exposure._get
-    monkeypatch.setattr(exposure, "_get", lambda *a: seen.append(a) or get(*a))
+    get = open_servers._get
+    monkeypatch.setattr(open_servers, "_get", lambda *a: seen.append(a) or get(*a))
     with fake_ray.dashboard() as port, pytest.raises(ExposureError):
         require_closed(ray=f"http://127.0.0.1:{port}")
     assert [arguments[1:] for arguments in seen] == [()]
 
 
 def test_who_speaks_something_else_serves_no_stranger(monkeypatch):
-    monkeypatch.setattr(exposure, "_ANSWER_S", 1.0)
+    monkeypatch.setattr(open_servers, "_ANSWER_S", 1.0)
     with fake_ray.http_door({}) as port:
         require_closed(ray=f"127.0.0.1:{port}")
     with fake_ray.grpc_door("/other.Service/Method") as port:

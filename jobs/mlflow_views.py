@@ -1,6 +1,6 @@
 """The views of docs/mlflow.md, saved into an experiment: they open by a link.
 
-    python -m jobs.views --tracking.uri sqlite:///runs/mlflow.db --tracking.experiment digits
+    python -m jobs.mlflow_views --tracking.uri sqlite:///runs/mlflow.db --tracking.experiment digits
 
 Columns and axes are the radii at which the experiment was certified and the settings in which its
 runs differ, so it is worth running again when there are new ones: the views are replaced.
@@ -17,7 +17,7 @@ import pydantic
 import tyro
 from rich.console import Console
 
-from jobs.reporting.data import differing_settings
+from jobs.reporting.report_data import differing_settings
 from model.certification.eps import eps_value
 from pipeline.tracking.client import RunReference, TrackingConfig, ui_command
 from pipeline.tracking.reader import Reader, TrackedRun, TrackingError
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(highlight=False, markup=False)
     errors = Console(stderr=True, highlight=False, markup=False)
     try:
-        tracking = tyro.cli(ViewsConfig, args=arguments, prog="jobs.views").tracking
+        tracking = tyro.cli(ViewsConfig, args=arguments, prog="jobs.mlflow_views").tracking
         runs = Reader(tracking).training_runs()
         experiments = sorted({run.experiment for run in runs})
         if len(experiments) != 1:

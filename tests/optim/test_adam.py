@@ -3,8 +3,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from optim.adam import euclidean_step, new_state
 from optim.config import OptimConfig
-from optim.euclidean import euclidean_step, new_state
 
 
 def run_ours(config, steps, lr):

@@ -12,7 +12,7 @@ from model.verifier.families import FAMILIES
 from model.verifier.families.base import Family
 from model.verifier.files import Body
 from model.verifier.mathematics.arithmetic import ROUND_UP
-from model.verifier.mathematics.matrices import MatrixBounds
+from model.verifier.mathematics.matrix_bounds import MatrixBounds
 from model.verifier.refusal import (
     DisagreementError,
     Near,

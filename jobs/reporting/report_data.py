@@ -12,8 +12,8 @@ from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.stored_result import certificate_body, contradiction
 from jobs.reporting.cost import Cost, training_cost
 from model.certification.eps import eps_value
+from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.layout import CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
-from pipeline.run.summary import EvaluationSummary
 from pipeline.tracking.reader import Reader, TrackedModel, TrackedRun
 
 FIGURES = (CRA_FIGURE, RADIUS_FIGURE)

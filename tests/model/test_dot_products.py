@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.certification.products import convolve, product
+from model.certification.dot_products import convolve, product
 from model.certification.rounding import BFLOAT16, FLOAT32, FLOAT64, PROGRAMS, ErrorState, gamma
 from model.networks.registry import build_network
 from tests.model.small_networks import trained_like

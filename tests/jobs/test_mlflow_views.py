@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from jobs.views import certified_radii, main, views
+from jobs.mlflow_views import certified_radii, main, views
 from pipeline.tracking.client import MlflowConnection, TrackingConfig, now_ms
 from pipeline.tracking.reader import Reader, TrackingError
 from pipeline.tracking.ui_views import Section, View, bar, line, save_views

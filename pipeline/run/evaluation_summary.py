@@ -17,7 +17,7 @@ from rich.text import Text
 from typing_extensions import Self
 
 from data_shards.storage.store import Store
-from model.certification.intervals import wilson
+from model.certification.wilson_interval import wilson
 from model.verifier import supported
 from pipeline.run.addresses import moved, roots
 from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE

@@ -29,7 +29,7 @@ from packaging.specifiers import SpecifierSet
 from data_shards.format.index import load_index
 from data_shards.storage.store import Store
 from model.networks.lipnext.ops import c_compiler
-from pipeline.run.exposure import TokenError, mlflow_exposure, ray_exposure
+from pipeline.run.open_servers import TokenError, mlflow_exposure, ray_exposure
 from pipeline.tracking.client import connect
 
 PROJECT = "certified-pretrain"
