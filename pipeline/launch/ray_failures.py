@@ -9,6 +9,7 @@ Below Ray's public interface: `FailurePolicy`, the callbacks of the controller a
 """
 
 import enum
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ DEATHS = (RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutE
 """What Ray says of a process that is gone, or that does not answer."""
 STARTING = (WorkerGroupStartupFailedError,)
 """What it says of ranks of which one has died while they were started."""
+_TRACEBACK = re.compile(r"Traceback \(most recent call last\)")
 _LINE = 300
 """Characters of an error in one line."""
 
@@ -84,8 +86,8 @@ def describe(error: TrainingFailedError) -> str:
 def one_line(error: BaseException) -> str:
     """The line of an error that says most: the first, or the last one of a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    text = lines[-1] if isinstance(error, RayTaskError) else lines[0]
-    return text[:_LINE]
+    traced = isinstance(error, RayTaskError) or any(map(_TRACEBACK.match, lines))
+    return lines[-1 if traced else 0][:_LINE]
 
 
 class BudgetedFailures(FailurePolicy):

@@ -10,6 +10,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from ray.train import ControllerError, FailureConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
     InsufficientClusterResourcesError,
+    UserExceptionWithTraceback,
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
@@ -19,7 +20,13 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError, ProcessDiedError, RunFailedError
 from pipeline.launch import ray_launcher, ray_watch
-from pipeline.launch.ray_failures import BudgetedFailures, Failure, GroupKeeper, classify
+from pipeline.launch.ray_failures import (
+    BudgetedFailures,
+    Failure,
+    GroupKeeper,
+    classify,
+    describe,
+)
 from pipeline.launch.ray_launcher import _clear_error
 from pipeline.launch.ray_watch import RayServers, wait_for
 from pipeline.resilience.oom import TooLargeError
@@ -75,6 +82,16 @@ def test_deaths_in_the_start_and_in_training_share_a_budget():
     assert decisions == [FailureDecision.RETRY] * 2 + [FailureDecision.RAISE]
     assert [event.restarts_left for event in told] == [1, 0, -1]
     assert told[2].error == "the ranks could not all be started: RuntimeError: connection closed"
+
+
+def test_an_error_of_a_rank_is_told_by_its_last_line():
+    crash = UserExceptionWithTraceback(
+        KeyError("x"), "Traceback (most recent call last):\n  File\nKeyError: 'x'\n"
+    )
+    collateral = WorkerGroupError("", {0: crash})
+    assert describe(collateral) == "rank 0: KeyError: 'x'"
+    # Of the dead and those that they took along the dead are named.
+    assert describe(WorkerGroupError("", {0: crash, 1: dead()})).startswith("rank 1: The actor")
 
 
 def test_room_is_waited_for_and_nodes_that_are_taken_have_their_own_budget():
