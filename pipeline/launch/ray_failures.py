@@ -9,7 +9,6 @@ Below Ray's public interface: `FailurePolicy`, the callbacks of the controller a
 """
 
 import enum
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +34,6 @@ DEATHS = (RayActorError, WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutE
 """What Ray says of a process that is gone, or that does not answer."""
 STARTING = (WorkerGroupStartupFailedError,)
 """What it says of ranks of which one has died while they were started."""
-_TRACEBACK = re.compile(r"Traceback \(most recent call last\)")
 _LINE = 300
 """Characters of an error in one line."""
 
@@ -84,10 +82,12 @@ def describe(error: TrainingFailedError) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The line of an error that says most: the first, or the last one of a traceback."""
+    """The line of an error that says most: the first, of a task's traceback the last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    traced = isinstance(error, RayTaskError) or any(map(_TRACEBACK.match, lines))
-    return lines[-1 if traced else 0][:_LINE]
+    if isinstance(error, RayTaskError):
+        return lines[-1][:_LINE]
+    kind = "" if isinstance(error, DEATHS) else f"{type(error).__name__}: "
+    return f"{kind}{lines[0]}"[:_LINE]
 
 
 class BudgetedFailures(FailurePolicy):
