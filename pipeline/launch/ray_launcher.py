@@ -359,9 +359,9 @@ def _use_gpu(cluster: ClusterConfig, workers: int) -> bool:
     return cluster.device != "cpu" and gpus >= workers
 
 
-def _clear_error(error: Exception, cluster: ClusterConfig) -> Exception:
+def _clear_error(error: Any, cluster: ClusterConfig) -> Exception:
     """What ended the run: a rank's refusal, deaths in one line, or the whole story of a crash."""
-    from pipeline.launch.ray_failures import DEATHS, STARTING, describe
+    from pipeline.launch.ray_failures import DEATHS, STARTING, Failure, classify, describe
 
     failures = list(getattr(error, "worker_failures", {}).values())
     for failure in failures:
@@ -371,7 +371,11 @@ def _clear_error(error: Exception, cluster: ClusterConfig) -> Exception:
                 return kind(str(cause))
     failures = failures or [getattr(error, "controller_failure", error)]
     if all(isinstance(failure, DEATHS + STARTING) for failure in failures):
-        return ProcessDiedError(f"{describe(error)}; {_spent(cluster)}")
+        if classify(error) is Failure.PREEMPTED:
+            spent = f"no restart is left of cluster.max_preemptions={cluster.max_preemptions}"
+        else:
+            spent = _spent(cluster)
+        return ProcessDiedError(f"{describe(error)}; {spent}")
     return RuntimeError(str(error))
 
 

@@ -137,6 +137,8 @@ def test_how_a_run_ended_is_said_in_one_line():
         "rank 0: The actor died unexpectedly.; no restart is left of cluster.max_failures=2"
     ]
     assert isinstance(_clear_error(CASES["in the start"][0], cluster), ProcessDiedError)
+    taken = str(_clear_error(CASES["spot in training"][0], cluster))
+    assert "cluster.max_preemptions=-1" in taken
     for error in (PipelineError("no"), RunFailedError("no")):
         found = _clear_error(WorkerGroupError("", {1: error}), cluster)
         assert (type(found), str(found)) == (type(error), "no")
