@@ -11,12 +11,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import tyro
 
 from benchmarks.processes import in_ranks
 from benchmarks.report import Row, write_result
-from model.networks.config import LipNeXtConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from optim.sharded import TENSOR_KINDS
 from optim.zero_layout import Slot, plan_rounds
 from pipeline.config import ClusterConfig, RunConfig, TrainConfig
@@ -48,7 +49,7 @@ def run_of(ranks: int, width: int, depth: int) -> RunConfig:
 def resident(config: RunConfig) -> dict[str, int]:
     """Bytes of this rank above its level before: what is built, and the most on the way there."""
     with join_process_group(config.cluster) as world:
-        tiny = replace(config, model=replace(config.model, width=16, depth=1))
+        tiny = replace(config, model=replace(cast(LipNeXtConfig, config.model), width=16, depth=1))
         build_engine(tiny, world=world, micro_batch=1).initialise(0)  # imports, makes threads
         gc.collect()
         world.barrier()

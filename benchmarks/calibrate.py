@@ -31,7 +31,7 @@ from benchmarks.optimizer_step import Manifold, Problem
 from benchmarks.processes import in_ranks
 from benchmarks.report import hardware
 from data_shards.format.decode import decode_crop
-from model.networks.config import LipNeXtConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network
 from optim.collectives import ProcessGroupExchange
 from pipeline.config import RunConfig

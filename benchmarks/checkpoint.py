@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import tyro
@@ -159,7 +160,7 @@ def main(
     preset = run_preset(_PRESET)
     config = dataclasses.replace(
         preset,
-        model=dataclasses.replace(preset.model, width=width, depth=depth),
+        model=dataclasses.replace(cast(Any, preset.model), width=width, depth=depth),
         cluster=ClusterConfig(launcher="local", device="cpu"),
     )
     with tempfile.TemporaryDirectory(dir=folder) as place:

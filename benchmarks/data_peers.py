@@ -61,7 +61,7 @@ def mosaicml(remote: str, local: str, batch: int) -> Iterator[Any]:
     """Batches of MosaicML Streaming's dataset in torch's loader."""
     from streaming import StreamingDataset
 
-    class Images(StreamingDataset):  # type: ignore[misc]
+    class Images(StreamingDataset):
         def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
             sample = super().__getitem__(index)
             return crop(sample["image"]), sample["label"]

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from benchmarks.timing import interleaved
 from jobs.evaluate_cra import evaluate
 from model.certification.matrix_bounds import matrix_bound
 from model.networks.base import CertifiedNetwork
-from model.networks.config import LipNeXtConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network, parameter_count
 from pipeline.presets import run_preset
 from pipeline.run.evaluation_summary import EvaluationSummary
@@ -79,7 +79,7 @@ def bound_rows(order: int, device: str, rate: float) -> list[Row]:
     product = min(seconds(lambda: double @ double) for _ in range(3))
     bound = min(seconds(lambda: matrix_bound(x, "x")) for _ in range(2))
     measured = 2 * order**3 / product
-    config = run_preset(_LARGE).model
+    config = cast(LipNeXtConfig, run_preset(_LARGE).model)
     matrices = 2 * config.depth + 1
     bounds = matrices * _PRODUCTS * 2 * config.width**3
     tokens = math.prod(config.grid)

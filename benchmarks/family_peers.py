@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 Pass = Callable[[Tensor], Tensor]
 """Input to one number, whose gradients are the work that is measured."""
@@ -89,7 +90,7 @@ def _filter_gradients(**settings: object) -> SimpleNamespace:
     """The gradient of a filter as torch offers it to everyone, in place of cuDNN's own."""
 
     def gradient(x: Tensor, shape: Any, g: Tensor, stride: Any, pad: Any, *_: object) -> Tensor:
-        return torch.nn.grad.conv2d_weight(x, shape, g, stride=stride, padding=pad)
+        return conv2d_weight(x, shape, g, stride=stride, padding=pad)
 
     return SimpleNamespace(convolution_backward_weight=gradient)
 

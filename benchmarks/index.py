@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -46,7 +47,7 @@ def make_set(folder: Path) -> None:
     first = np.concatenate([[True], np.diff(shard) > 0])
     place = np.arange(SAMPLES) - np.maximum.accumulate(np.where(first, np.arange(SAMPLES), 0))
     generator = np.random.Generator(np.random.Philox(0))
-    columns = {
+    columns: dict[str, Any] = {
         "split": ["train"] * SAMPLES,
         "validation": generator.random(SAMPLES) < 0.01,
         "shard": shard,

@@ -39,7 +39,7 @@ from jobs.scheduling.claims import Claims
 from jobs.scheduling.config import ScheduleConfig
 from jobs.scheduling.launchers import Processes
 from model.artifact.artifact import write_artifact
-from model.networks.config import LipNeXtConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network
 from pipeline.run.ray_session import ray_session
 from pipeline.tracking.checkpoint_query import CheckpointQuery

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from benchmarks.optimizer_step import AUDIT, LOOKAHEAD, LR, POLAR, Manifold, Problem, Work
 from benchmarks.report import Row, write_result
 from benchmarks.timing import interleaved
-from model.networks.config import LipNeXtConfig
 from model.networks.lipnext import ops
+from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.lipnext.layers import Block
 from model.networks.registry import build_network
 from pipeline.losses.emma import EmmaLoss

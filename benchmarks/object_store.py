@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -62,8 +63,11 @@ def local_server(latency_s: float, rate: float) -> Iterator[tuple[int, str, str]
         rate: Bytes per second and connection of the proxy.
     """
     command = [sys.executable, "-c", _SERVER, str(latency_s), str(rate)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as process:
+    with subprocess.Popen(
+        command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        if process.stdin is None or process.stdout is None:
+            raise RuntimeError("the proxy was started without pipes")
         address, url = process.stdout.readline().split()
         try:
             yield process.pid, f"http://{address}", url
@@ -80,22 +84,29 @@ def make_set() -> None:
     for number in range(SAMPLES // PER_SHARD):
         file = f"train-{number:05d}.tar"
         store.write(file, data)
-        sizes = {"samples": PER_SHARD, "size": len(data)}
-        shards.append(Shard(number=number, file=file, split="train", sha256="0" * 64, **sizes))
+        shards.append(
+            Shard(
+                number=number,
+                file=file,
+                split="train",
+                sha256="0" * 64,
+                samples=PER_SHARD,
+                size=len(data),
+            )
+        )
     places = np.arange(SAMPLES)
-    rows = rows_to_parquet(
-        {
-            "split": ["train"] * SAMPLES,
-            "validation": [False] * SAMPLES,
-            "shard": places // PER_SHARD,
-            "key": [f"{place:08d}" for place in places],
-            "offset": places % PER_SHARD * (SIZE + 512) + 512,
-            "size": [SIZE] * SAMPLES,
-            "extension": ["jpg"] * SAMPLES,
-            "xxh3_64": [1] * SAMPLES,
-            "label": [0] * SAMPLES,
-        }
-    )
+    columns: dict[str, Any] = {
+        "split": ["train"] * SAMPLES,
+        "validation": [False] * SAMPLES,
+        "shard": places // PER_SHARD,
+        "key": [f"{place:08d}" for place in places],
+        "offset": places % PER_SHARD * (SIZE + 512) + 512,
+        "size": [SIZE] * SAMPLES,
+        "extension": ["jpg"] * SAMPLES,
+        "xxh3_64": [1] * SAMPLES,
+        "label": [0] * SAMPLES,
+    }
+    rows = rows_to_parquet(columns)
     header = Header(
         schema_version=SCHEMA_VERSION,
         name="reading",

@@ -228,7 +228,7 @@ def muon_newton_schulz(problem: Problem, target: str) -> Contestant:
     def step() -> None:
         with torch.no_grad():
             for p in parameters:
-                X = p.grad / torch.linalg.matrix_norm(p.grad)  # type: ignore[operator, arg-type]
+                X = p.grad / torch.linalg.matrix_norm(p.grad)
                 for _ in range(5):
                     A = X @ X.mT
                     X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 
 
 def write_result(

@@ -15,7 +15,7 @@ import tyro
 from benchmarks.calibrate import measure
 from benchmarks.processes import in_ranks
 from benchmarks.report import Row, write_result
-from model.networks.config import LipNeXtConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from optim.config import OptimConfig
 from pipeline.config import ClusterConfig, RunConfig, TrainConfig
 from pipeline.planner.calibration import Measured

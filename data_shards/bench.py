@@ -15,7 +15,8 @@ from rich.table import Table
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
 from data_shards.format.index import ShardIndex, load_index
-from data_shards.streaming.sampler import Cursor
+from data_shards.streaming.sampler import Cursor, EpochOrder
+from data_shards.streaming.shuffle_quality import ShuffleQuality, shuffle_quality
 from data_shards.streaming.stream import SampleStream
 
 _MB = 1e6
@@ -45,6 +46,8 @@ class Figures:
     """Requests to the store that were repeated."""
     damaged: int
     """Samples that were replaced."""
+    shuffle: ShuffleQuality
+    """Of the order, over its first two epochs."""
 
 
 def measure(
@@ -102,11 +105,25 @@ def measure(
             images=images,
             retries=stream.retries,
             damaged=stream.damaged.total(),
+            shuffle=_quality(index, split, stream.cursor, batch),
         )
+
+
+def _quality(index: ShardIndex, split: str, cursor: Cursor, batch: int) -> ShuffleQuality:
+    counts = np.unique(index.rows.shard[index.select(split)], return_counts=True)[1]
+    order = EpochOrder(
+        counts.tolist(),
+        seed=cursor.seed,
+        lanes=cursor.lanes,
+        window=cursor.window,
+        version=cursor.order,
+    )
+    return shuffle_quality(order, batch)
 
 
 def _show(title: str, figures: Figures) -> None:
     table = Table(title=title, show_header=False)
+    shuffle, again = figures.shuffle, figures.shuffle.meeting_again
     for name, value in (
         ("images/s", f"{figures.images_per_s:,.0f}"),
         ("MB/s (encoded)", f"{figures.mb_per_s:.1f}"),
@@ -119,6 +136,14 @@ def _show(title: str, figures: Figures) -> None:
         ("first batch after", f"{figures.first_batch_s:.2f} s"),
         ("steps, images", f"{figures.steps}, {figures.images:,}"),
         ("requests repeated, samples replaced", f"{figures.retries}, {figures.damaged}"),
+        (
+            "shards in a batch (uniform shuffle)",
+            f"{shuffle.shards_per_batch:.1f} ({shuffle.uniform_shards_per_batch:.1f})",
+        ),
+        (
+            "pairs of a batch that meet again",
+            "one batch per epoch" if again is None else f"{again:.2f} x uniform shuffle",
+        ),
     ):
         table.add_row(name, value)
     Console(width=88).print(table)

@@ -13,12 +13,12 @@ GIB = 1 << 30
 class StreamConfig:
     """How samples are ordered, read ahead and augmented."""
 
-    lanes: int = Field(default=8, ge=1)
-    """Places of the shard sequence that are read in turn. A set of less than lanes * window samples
-    uses fewer lanes, so that every lane is at least one window long."""
-    window: int = Field(default=2048, ge=1)
-    """Shuffle window in samples per lane: no sample moves this far or farther. A set of at most one
-    window is shuffled uniformly."""
+    lanes: int = Field(default=128, ge=1)
+    """Places of the shard sequence that are read in turn; a batch draws from about as many shards.
+    A set of at most lanes * window samples, or one that is cached whole when a run begins, is
+    shuffled uniformly instead."""
+    window: int = Field(default=128, ge=1)
+    """Shuffle window in samples per lane: no sample moves this far or farther."""
     read_ahead_bytes: int = Field(default=256 * MIB, ge=1)
     """Bound on encoded and decoded bytes held ahead of the consumer, per rank."""
     workers: int = Field(default=0, ge=0, le=256)
@@ -58,4 +58,5 @@ INDEXED_ONLY = ("lanes", "window", "cache_bytes", "disk_cache", "disk_cache_byte
 """Options that only a set with an index can follow: stock WebDataset streams the others."""
 
 SAME_SAMPLES = ("read_ahead_bytes", "workers", "cache_bytes", "disk_cache", "disk_cache_bytes")
-"""Options that change how samples are read and never which ones: free when a run is resumed."""
+"""Options that change how samples are read: free when a run is resumed, whose cursor states the
+order it began with. Whether a set is cached whole decides that order where a run begins."""

@@ -15,6 +15,7 @@ import xxhash
 
 from data_shards.errors import ShardError
 from data_shards.format.decode import decode_image
+from data_shards.format.foreign_scan import read_adopted
 from data_shards.format.index import Shard, ShardIndex, load_index
 from data_shards.format.shard_scan import HashedFile, StoredSample, read_shard_file
 from data_shards.storage.store import Store
@@ -38,13 +39,12 @@ def verify(
         workers: Processes; 1 = this one.
         progress: Show a bar on standard error.
     """
-    sizes = index.store.sizes()
-    listed = {shard.file for shard in index.shards}
-    for name in sorted(set(sizes) - listed):
-        if name.endswith(".tar"):
-            yield f"{index.store}/{name}: not listed in the index"
-    for name in sorted(listed - set(sizes)):
-        yield f"{index.store}/{name}: listed in the index and absent"
+    sizes, strays = index.files.survey()
+    for name in strays:
+        yield f"{index.store}/{name}: not listed in the index"
+    for shard in sorted(index.shards, key=lambda shard: shard.file):
+        if shard.file not in sizes:
+            yield f"{index.files.describe(shard.file)}: listed in the index and absent"
     keys, counts = np.unique(index.rows.key, return_counts=True)
     for key in keys[counts > 1]:
         yield f"{index.store}: key {key.decode()!r} occurs more than once in the index"
@@ -54,7 +54,7 @@ def verify(
     task = functools.partial(_verify_shard, decode)
     with ProgressBar("verifying", total, shown=progress) as bar:
         for place, problems in run_tasks(task, tasks, workers, bar):
-            name = f"{index.store}/{present[place].file}"
+            name = index.files.describe(present[place].file)
             yield from (f"{name}: {problem}" for problem in problems[:_LISTED])
             if len(problems) > _LISTED:
                 yield f"{name}: and {len(problems) - _LISTED} more"
@@ -66,10 +66,10 @@ def _verify_shard(decode: bool, task: tuple[ShardIndex, Shard, int], advance: Ad
     problems = []
     if size != shard.size:
         problems.append(f"{size} bytes, the index states {shard.size}")
-    file = HashedFile(index.store, shard.file, size)
+    file = HashedFile(*index.files.locate(shard.file), size)
     missing = {key.decode(): row for row, key in enumerate(index.rows.key)}
     try:
-        for found in read_shard_file(file, size, shard.file):
+        for found in _samples(index, shard, file, size):
             if isinstance(found, str):
                 problems.append(found)
                 continue
@@ -91,6 +91,14 @@ def _verify_shard(decode: bool, task: tuple[ShardIndex, Shard, int], advance: Ad
         if others:
             problems.insert(1, f"these are the bytes of {others[0]}: shards were swapped or copied")
     return problems
+
+
+def _samples(
+    index: ShardIndex, shard: Shard, file: HashedFile, size: int
+) -> Iterator[StoredSample | str]:
+    if shard.source is None:
+        return read_shard_file(file, size, shard.file)
+    return read_adopted(index, shard, file, size)
 
 
 def _digest_of_rest(file: HashedFile) -> str:

@@ -42,6 +42,8 @@ class Output:
     """Largest target size of a shard in MiB; small sets have smaller shards."""
     drop_duplicates: bool = False
     """Leave out images whose bytes occurred before (reads the source twice)."""
+    no_leaks: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Refuse a source whose train and test images share bytes (reads it twice)."""
     workers: int | None = None
     """Processes that write; None = one per usable CPU, one for small sets."""
 
@@ -61,7 +63,14 @@ def _write(source: Source, output: Output) -> None:
     workers = output.workers
     if workers is None:
         workers = usable_cpus() if len(source.labels) > _SMALL_SET else 1
-    index = write_shard_set(source, output.out, options=options, workers=workers, progress=True)
+    index = write_shard_set(
+        source,
+        output.out,
+        options=options,
+        no_leaks=output.no_leaks,
+        workers=workers,
+        progress=True,
+    )
     counts = ", ".join(f"{count} {split}" for split, count in index.header.splits.items())
     what = "already there, unchanged" if there else "written"
     sys.stdout.write(

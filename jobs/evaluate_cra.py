@@ -20,7 +20,7 @@ from rich.console import Console
 
 from data_shards.errors import ShardError
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.console import following
+from jobs.evaluation.console import exit_status, following
 from jobs.evaluation.progress import OnProgress
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import (
@@ -136,9 +136,8 @@ def main(
         arguments: the command line.
         before_record: called when the result is written and before MLflow hears of it.
     """
-    console = Console(highlight=False, markup=False)
-    errors = Console(stderr=True, highlight=False, markup=False)
-    try:
+
+    def act(console: Console, errors: Console) -> int:
         config = tyro.cli(EvaluationConfig, args=arguments, prog="jobs.evaluate_cra")
         with following(errors) as on_progress:
             summary = compute(config, on_progress=on_progress)
@@ -149,20 +148,10 @@ def main(
         if run is not None:
             command, path = ui_command(config.tracking.uri, run)
             console.print(f"MLflow: {command}\n  then open {path}", soft_wrap=True)
-    except (
-        EvaluationError,
-        ShardError,
-        ModelError,
-        ExposureError,
-        FileNotFoundError,
-        ConnectionError,
-    ) as error:
-        errors.print(f"error: {error}", soft_wrap=True)
-        return 2
-    except Exception as error:
-        errors.print(f"failed: {type(error).__name__}: {error}", soft_wrap=True)
-        return 1
-    return 0
+        return 0
+
+    package = (EvaluationError, ShardError, ModelError, ExposureError)
+    return exit_status(act, (*package, FileNotFoundError, ConnectionError))
 
 
 if __name__ == "__main__":

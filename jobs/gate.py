@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_shards.errors import ShardError
+from jobs.evaluation.console import exit_status
 from jobs.evaluation.results import EvaluationError
 from jobs.registry import promotion
 from jobs.registry.promotion_rule import Rule
@@ -150,15 +151,10 @@ def main(arguments: list[str] | None = None) -> int:
         "rollback": _rollback,
         "status": _status,
     }
-    errors = Console(stderr=True, highlight=False, markup=False)
-    try:
-        return tyro.extras.subcommand_cli_from_dict(acts, args=arguments, prog="jobs.gate")
-    except (RegistryError, EvaluationError, ShardError, ModelError, FileNotFoundError) as error:
-        errors.print(f"error: {error}", soft_wrap=True)
-        return 2
-    except Exception as error:
-        errors.print(f"failed: {type(error).__name__}: {error}", soft_wrap=True)
-        return 1
+    return exit_status(
+        lambda *_: tyro.extras.subcommand_cli_from_dict(acts, args=arguments, prog="jobs.gate"),
+        (RegistryError, EvaluationError, ShardError, ModelError, FileNotFoundError),
+    )
 
 
 def _share(share: str | None, samples: str | None) -> str:

@@ -17,6 +17,7 @@ import pydantic
 import tyro
 from rich.console import Console
 
+from jobs.evaluation.console import exit_status
 from jobs.reporting.report_data import differing_settings
 from model.certification.eps import eps_value
 from pipeline.tracking.client import RunReference, TrackingConfig, ui_command
@@ -174,25 +175,20 @@ def _what_decides(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns 0, 2 for bad input or 1 for a failure."""
-    console = Console(highlight=False, markup=False)
-    errors = Console(stderr=True, highlight=False, markup=False)
-    try:
-        tracking = tyro.cli(ViewsConfig, args=arguments, prog="jobs.mlflow_views").tracking
-        runs = Reader(tracking).training_runs()
-        experiments = sorted({run.experiment for run in runs})
-        if len(experiments) != 1:
-            raise TrackingError(
-                f"training runs in {len(experiments)} experiments ({', '.join(experiments)}): "
-                "name one with --tracking.experiment"
-            )
-        chosen = TrackingConfig(uri=tracking.uri, experiment=experiments[0])
-        paths = save_views(chosen, views(runs))
-    except TrackingError as error:
-        errors.print(f"error: {error}", soft_wrap=True)
-        return 2
-    except Exception as error:
-        errors.print(f"failed: {type(error).__name__}: {error}", soft_wrap=True)
-        return 1
+    return exit_status(lambda console, _: _save(arguments, console), (TrackingError,))
+
+
+def _save(arguments: list[str] | None, console: Console) -> int:
+    tracking = tyro.cli(ViewsConfig, args=arguments, prog="jobs.mlflow_views").tracking
+    runs = Reader(tracking).training_runs()
+    experiments = sorted({run.experiment for run in runs})
+    if len(experiments) != 1:
+        raise TrackingError(
+            f"training runs in {len(experiments)} experiments ({', '.join(experiments)}): "
+            "name one with --tracking.experiment"
+        )
+    chosen = TrackingConfig(uri=tracking.uri, experiment=experiments[0])
+    paths = save_views(chosen, views(runs))
     address = tracking.uri
     if tracking.uri.startswith("sqlite:"):
         address = "http://127.0.0.1:5000"

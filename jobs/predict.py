@@ -27,6 +27,7 @@ from rich.console import Console
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from jobs.evaluation.certify_tasks import ArtifactTask, matrix_tasks
+from jobs.evaluation.console import exit_status
 from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import artifact_info, run_task, task_device
@@ -253,31 +254,20 @@ def _formatted(file: Any, kind: str) -> Callable[[dict[str, Any]], object]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns 0, 1 if an image failed, 2 for bad input."""
-    errors = Console(stderr=True, highlight=False, markup=False)
-    try:
+
+    def act(_: Console, errors: Console) -> int:
         config = tyro.cli(PredictConfig, args=arguments, prog="jobs.predict")
         with _writer(config) as write:
             count = predict(config, write)
-    except (
-        EvaluationError,
-        RegistryError,
-        ShardError,
-        ModelError,
-        FileNotFoundError,
-        ConnectionError,
-        ValueError,
-    ) as error:
-        errors.print(f"error: {error}", soft_wrap=True)
-        return 2
-    except Exception as error:
-        errors.print(f"failed: {type(error).__name__}: {error}", soft_wrap=True)
-        return 1
-    ignored = f"; {count.others} other files ignored" if count.others else ""
-    errors.print(
-        f"{count.images} images, {count.certified} certified, {count.failed} failed{ignored}",
-        soft_wrap=True,
-    )
-    return 1 if count.failed else 0
+        ignored = f"; {count.others} other files ignored" if count.others else ""
+        errors.print(
+            f"{count.images} images, {count.certified} certified, {count.failed} failed{ignored}",
+            soft_wrap=True,
+        )
+        return 1 if count.failed else 0
+
+    package = (EvaluationError, RegistryError, ShardError, ModelError)
+    return exit_status(act, (*package, FileNotFoundError, ConnectionError, ValueError))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ from rich.console import Console
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
+from jobs.evaluation.console import exit_status
+from jobs.evaluation.plot_style import run_style
 from jobs.evaluation.results import EvaluationError
-from jobs.reporting.figures import color_of, cost_svg, curves_svg, time_unit
+from jobs.reporting.figures import cost_svg, curves_svg, time_unit
 from jobs.reporting.report_data import ComparisonGroup, Report, ReportEntry, collect
 from jobs.reporting.verify_page import VERIFY_PAGE, locate, page
 from model.certification.wilson_interval import wilson, with_interval
@@ -94,7 +96,7 @@ def render(report: Report, *, uri: str, now: datetime | None = None) -> dict[str
         "made": (now or datetime.now(timezone.utc)).strftime("%Y-%m-%d %H:%M UTC"),
         "link": lambda run: _link(uri, run),
         "ui": ui_command(uri, RunReference(report.runs[0].run.experiment_id, ""))[0],
-        "color": color_of,
+        "color": lambda place: run_style(place)["color"],
         "curves": lambda group: _image("svg+xml", curves_svg(group, _places(report, group))),
         "costs": lambda group: _image("svg+xml", cost_svg(group, _places(report, group))),
         "png": lambda data: _image("png", data),
@@ -165,24 +167,23 @@ _FILTERS: Mapping[str, Callable[..., object]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns 0, 2 for bad input or 1 for a failure."""
-    console = Console(highlight=False, markup=False)
-    errors = Console(stderr=True, highlight=False, markup=False)
-    try:
+
+    def act(console: Console, errors: Console) -> int:
         config = tyro.cli(ReportConfig, args=arguments, prog="jobs.report")
         if config.verify:
             console.print(f"page: {_write_verify_page(config)}", soft_wrap=True)
             return 0
-        reader = Reader(config.tracking)
-        report = collect(reader, config.runs)
-        out = Store(config.out)
-        for name, text in render(report, uri=config.tracking.uri).items():
-            out.write(name, text.encode())
-    except (TrackingError, ShardError, EvaluationError, ModelError, FileNotFoundError) as error:
-        errors.print(f"error: {error}", soft_wrap=True)
-        return 2
-    except Exception as error:
-        errors.print(f"failed: {type(error).__name__}: {error}", soft_wrap=True)
-        return 1
+        return _write_report(config, console, errors)
+
+    package = (TrackingError, ShardError, EvaluationError, ModelError)
+    return exit_status(act, (*package, FileNotFoundError))
+
+
+def _write_report(config: ReportConfig, console: Console, errors: Console) -> int:
+    report = collect(Reader(config.tracking), config.runs)
+    out = Store(config.out)
+    for name, text in render(report, uri=config.tracking.uri).items():
+        out.write(name, text.encode())
     counted = sum(len(reported.evaluations) for reported in report.runs)
     console.print(f"{len(report.runs)} runs, {counted} evaluations", soft_wrap=True)
     for left in report.left_out:

@@ -8,8 +8,9 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -198,13 +199,8 @@ def apgd(
         ModelError: see Balls; fewer than one step or run.
     """
     balls = _balls(images, eps, norm, clip, steps, restarts)
-
-    def run(rows: Tensor, restart: int) -> tuple[Tensor, Tensor]:
-        part = balls[rows]
-        start = part.random(generator) if restart else part.images
-        return _ascend(network, part, classes[rows], loss, start, steps)
-
-    return _repeat(network, balls, run, restarts)
+    losses = [lambda _: loss]
+    return _auto_pgd(network, balls, classes, losses, steps, restarts, generator)
 
 
 def apgd_targeted(
@@ -243,15 +239,35 @@ def apgd_targeted(
     balls = _balls(images, eps, norm, clip, steps, restarts)
     with torch.no_grad():
         targets = top_rivals(network(images), classes, rivals)
-    count = targets.shape[1]
+    losses = [partial(_loss_towards, target) for target in targets.mT]
+    return _auto_pgd(network, balls, classes, losses, steps, restarts, generator)
+
+
+def _loss_towards(target: Tensor, rows: Tensor) -> Loss:
+    return targeted_dlr(target[rows])
+
+
+def _auto_pgd(
+    network: nn.Module,
+    balls: Balls,
+    classes: Tensor,
+    losses: Sequence[Callable[[Tensor], Loss]],
+    steps: int,
+    restarts: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Runs on every loss from the images, then again from random points.
+
+    A loss is made from the rows of the samples that a run attacks.
+    """
 
     def run(rows: Tensor, number: int) -> tuple[Tensor, Tensor]:
         part = balls[rows]
-        start = part.random(generator) if number >= count else part.images
-        loss = targeted_dlr(targets[rows, number % count])
+        start = part.random(generator) if number >= len(losses) else part.images
+        loss = losses[number % len(losses)](rows)
         return _ascend(network, part, classes[rows], loss, start, steps)
 
-    return _repeat(network, balls, run, restarts * count)
+    return _repeat(network, balls, run, restarts * len(losses))
 
 
 def pgd(

@@ -1,4 +1,4 @@
-"""Certified radii and certified robust accuracy (docs/certificate.md, sections 1 and 6)."""
+"""Certified radii (docs/certificate.md, sections 1 and 6)."""
 
 import dataclasses
 import functools
@@ -10,12 +10,9 @@ from torch import Tensor
 
 from model.certification.feature_radii import Radii, slope_radii
 from model.certification.matrix_bounds import Matrices
-from model.certification.rounding import FLOAT64, PROGRAMS, Program
+from model.certification.rounding import FLOAT64, Program
 from model.errors import ModelError
 from model.networks.base import CertifiedNetwork
-
-STANDARD_EPS = {"36_255": 36 / 255, "72_255": 72 / 255, "108_255": 108 / 255, "255_255": 1.0}
-"""Radii that are reported, in pixels of [0, 1], by their name in metrics."""
 
 SLACK_OF_RADII = 2.0**-26
 """What a stated radius is below the proved one, so that another program can prove it, too."""
@@ -171,38 +168,6 @@ def image_norms(pixels: Tensor, norm: Literal["l2", "linf"] = "l2") -> Tensor:
         return pixels.flatten(1).amax(1).double() / 255 * (1 + 2.0**-50)
     squares = pixels.flatten(1).long().square().sum(1)
     return squares.double().sqrt() / 255 * (1 + 2.0**-50)
-
-
-def program_of(name: str) -> Program:
-    """Arithmetic by its torch type.
-
-    Raises:
-        ModelError: unknown name.
-    """
-    if name not in PROGRAMS:
-        raise ModelError(f"unknown program {name!r}; known: {', '.join(PROGRAMS)}")
-    return PROGRAMS[name]
-
-
-def cra(radius: Tensor, correct: Tensor, eps: float) -> float:
-    """Certified robust accuracy: share of samples that are correct with radius > eps (strict).
-
-    Args:
-        radius: shape (N,).
-        correct: bool, shape (N,).
-        eps: radius in the norm of the radii, pixels of [0, 1].
-
-    Raises:
-        ModelError: no samples, shapes that differ, or an eps that is not a radius.
-    """
-    if radius.shape != correct.shape or radius.numel() == 0:
-        raise ModelError(
-            f"radius has shape {tuple(radius.shape)} and correct {tuple(correct.shape)}; "
-            "both must have the same positive number of samples"
-        )
-    if not 0 <= eps < math.inf:
-        raise ModelError(f"eps={eps} must be finite and not negative")
-    return float((correct & (radius > eps)).double().mean())
 
 
 @dataclasses.dataclass(frozen=True)

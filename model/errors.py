@@ -1,5 +1,16 @@
-"""The error of this package that a person can act on."""
+"""The error of this package that a person can act on, and what to say of an unknown name."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class ModelError(ValueError):
     """A network setting, an image, a weight or an artifact file that is not valid."""
+
+
+def known_names(name: object, known: Iterable[str]) -> str:
+    """The name that was meant instead of an unknown one, if one is near, and all that there are."""
+    names = list(known)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}known: {', '.join(names)}"

@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from data_shards.config import INDEXED_ONLY, SAME_SAMPLES, StreamConfig
 from data_shards.sources import generated_sources
+from data_shards.storage.store import Store
 from model.certification.eps import check_reach, check_table
 from model.networks.centering import Centering
 from model.networks.config import NetworkConfig
@@ -28,6 +29,8 @@ from pipeline.losses.registry import AnyLoss
 
 SCHEMA_VERSION = 2
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+_ZERO_IS_A_VALUE = ("loss.eps_start",)
+"""Options that 0 does not switch off."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -326,9 +329,19 @@ class RunConfig:
             raise NoEffectError(option, value_of(self, option), default_of(self, option), reason)
 
     def _is_set(self, option: str) -> bool:
-        """Whether an option says something: 0 and an empty value switch it off."""
+        """Whether an option says something: 0 and an empty value switch most of them off."""
         value = value_of(self, option)
-        return bool(value) and value != default_of(self, option)
+        off = not value and option not in _ZERO_IS_A_VALUE
+        return not off and value != default_of(self, option)
+
+    def require_effects(self, *, world_size: int) -> None:
+        """Refuse settings that change nothing on so many ranks.
+
+        Raises:
+            NoEffectError: naming the setting.
+        """
+        if world_size == 1:
+            self._require_idle("cluster.straggler_ratio", "one rank, slower than no other")
 
     def _without_effect(self) -> dict[str, str]:
         """Settings that another part leaves without effect, and how."""
@@ -342,6 +355,11 @@ class RunConfig:
         if self.data.unindexed_samples:
             names = ("data.train_split", *(f"data.stream.{name}" for name in INDEXED_ONLY))
             found |= dict.fromkeys(names, "data.unindexed_samples, for a set without an index")
+        elif Store(self.data.shards or self.storage or ".").local_path():
+            names = ("data.stream.disk_cache", "data.stream.disk_cache_bytes")
+            found |= dict.fromkeys(names, "a shard set on this machine's file systems")
+        if not (self.checkpoint.every_steps or self.resume or self.start_or_resume):
+            found["train.rollbacks"] = "checkpoint.every_steps=0: there is nothing to go back to"
         if self.cluster.launcher == "local":
             names = ("evaluate_tasks", "evaluate_gpus", "evaluate_placement")
             found |= {f"checkpoint.{name}": "cluster.launcher=local" for name in names}

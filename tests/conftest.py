@@ -15,9 +15,14 @@ if not torch.cuda.is_available():
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
+
+def _seed_torch(seed: int) -> None:
+    torch.manual_seed(seed % 2**63)
+
+
 # The same as DeepSpeed's seeder, which pytest-randomly would load: that imports MLflow, and takes
 # longer than all other imports of a test process together.
-pytest_randomly.entrypoint_reseeds = [lambda seed: torch.manual_seed(seed % 2**63)]
+pytest_randomly.entrypoint_reseeds = [_seed_torch]
 
 
 def pytest_collection_modifyitems(items):

@@ -28,7 +28,6 @@ def http_door(paths, *, token="", host="127.0.0.1"):
             status = 404 if answer is _NOT_FOUND else 200
             if token:
                 status = {None: 401, f"Bearer {token}": status}.get(given, 403)
-            self.server.heard.append((self.path, given))
             self.send_response(status)
             self.end_headers()
             if status == 200:
@@ -38,7 +37,6 @@ def http_door(paths, *, token="", host="127.0.0.1"):
             pass
 
     with http.server.ThreadingHTTPServer((host, 0), Handler) as listening:
-        listening.heard = []
         thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
         thread.start()
         try:

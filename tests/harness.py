@@ -5,22 +5,27 @@ most of what they do. They inherit modules and nothing else: environment, random
 folder are those of a process that was started for the test.
 """
 
+import contextlib
+import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import fsspec
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -32,7 +37,7 @@ PRELOADED = ("pytest", "hypothesis", "ray.train", "deepspeed.ops", "mlflow", "pi
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def forking_context() -> BaseContext:
+def forking_context() -> SpawnContext | ForkServerContext:
     """Context of `multiprocessing` whose processes have the heavy libraries imported already.
 
     One server per test process; it ends with it. Where there is a GPU, processes are started anew:
@@ -45,6 +50,50 @@ def forking_context() -> BaseContext:
     with mock.patch.dict(os.environ, _ENVIRONMENT, clear=True):
         forkserver.ensure_running()
     return context
+
+
+def run_command(
+    module: str, *words: str, stdout: str = "", timeout: float = 200.0, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """`python -m module words` with these variables besides those of this process, but forked.
+
+    For modules whose `main` takes the words. It takes the place of `subprocess.run`, which pays
+    for the imports anew, where the test asks nothing of the interpreter itself. With `stdout` the
+    output goes to that file and is not in the answer.
+
+    Raises:
+        subprocess.TimeoutExpired: The command did not end within `timeout` seconds.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        outputs = [stdout or f"{directory}/stdout", f"{directory}/stderr"]
+        process: Any = forking_context().Process(
+            target=_command_main, args=(module, words, {**os.environ, **environment}, outputs)
+        )
+        process.start()
+        process.join(timeout)
+        try:
+            if process.exitcode is None:
+                raise subprocess.TimeoutExpired([module, *words], timeout)
+        finally:
+            process.kill()
+            process.join()
+        texts = ["" if output == stdout else Path(output).read_text() for output in outputs]
+        return subprocess.CompletedProcess([module, *words], process.exitcode, *texts)
+
+
+def _command_main(
+    module: str, words: tuple[str, ...], environment: Mapping[str, str], outputs: list[str]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    with contextlib.ExitStack() as files:
+        for number, output in enumerate(outputs, start=1):
+            os.dup2(files.enter_context(open(output, "wb")).fileno(), number)
+    fsspec.config.set_conf_env(fsspec.config.conf)  # read when the server imported it
+    sys.argv = [module, *words]
+    code = importlib.import_module(module).main(words)
+    sys.stdout.flush()  # an interpreter that cannot do so at its end fails, too
+    sys.exit(code)
 
 
 class RankError(AssertionError):
@@ -63,16 +112,18 @@ def run_ranks(
     `fn` must be importable, its arguments and results picklable. One thread per rank; the process
     group is ready when `fn` is called. Returns the results in the order of the ranks.
 
-    With `fresh` every rank is an interpreter of its own: slow, and no two of them iterate over a
-    set of strings in the same order.
+    With `fresh` every rank but the first is an interpreter of its own: slow, and no two of them
+    iterate over a set of strings in the same order.
 
     Raises:
         RankError: A rank raised, died, or the timeout (seconds) passed.
     """
-    context: Any = multiprocessing.get_context("spawn") if fresh else forking_context()
+    contexts: list[Any] = [forking_context()] * world_size
+    if fresh:
+        contexts[1:] = [multiprocessing.get_context("spawn")] * (world_size - 1)
     with tempfile.TemporaryDirectory() as directory:
         ranks = []
-        for rank in range(world_size):
+        for rank, context in enumerate(contexts):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,

@@ -2,17 +2,20 @@
 
 import os
 import random
+import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from zlib import crc32
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 
-from tests.harness import PRELOADED, RankError, forking_context, run_ranks
+from tests.harness import PRELOADED, RankError, forking_context, run_command, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -84,6 +87,33 @@ def test_fresh_ranks_iterate_in_different_orders():
     first, second = run_ranks(strings_in_a_set, 2, fresh=True)
     assert set(first) == set(second)
     assert first != second
+
+
+def main(words):
+    given = [*words, os.environ["OF_THE_COMMAND"], fsspec.config.conf["file"]["auto_mkdir"]]
+    sys.stdout.write(" ".join(given))
+    sys.stderr.write("told")
+    if words[0] == "raise":
+        raise ValueError("deliberate failure")
+    if words[0] == "hang":
+        time.sleep(1000)
+    return int(words[0])
+
+
+def test_a_command_has_its_words_environment_output_and_code(capfd):
+    run = partial(
+        run_command, "tests.test_harness", OF_THE_COMMAND="set", FSSPEC_FILE_AUTO_MKDIR="x"
+    )
+    done = run("3", "4")
+    assert (done.returncode, done.stdout) == (3, "3 4 set x")
+    assert done.stderr == "told"
+    failed = run("raise")
+    assert failed.returncode == 1
+    assert "ValueError: deliberate failure" in failed.stderr
+    with pytest.raises(subprocess.TimeoutExpired):
+        run("hang", timeout=0.5)
+    assert "OF_THE_COMMAND" not in os.environ
+    assert "".join(capfd.readouterr()) == ""
 
 
 def fail_on_rank_1(rank, world_size):

@@ -1,6 +1,8 @@
 """Rules of this repository that no linter knows."""
 
 import ast
+import functools
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,11 +11,20 @@ from pathlib import Path
 import pytest
 
 from pipeline.presets import PRESETS
+from pipeline.resilience.hang_detector import _WAITING
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "model", "optim", "data_shards", "jobs")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 LONGEST_FUNCTION = 75
+FOLDERS = (*PACKAGES, "tests", "benchmarks", "docs", ".github")
+TEXTS = sorted(
+    path
+    for pattern in ("*.md", "*.toml", "Makefile", *(f"{folder}/**/*" for folder in FOLDERS))
+    for path in ROOT.glob(pattern)
+    if path.name == "Makefile" or path.suffix in (".py", ".md", ".toml", ".yaml", ".yml")
+)
+MADE_BY_TESTS = ("model/artifact.json", "pipeline/new_thing.py", "pipeline.new_thing")
 
 
 def test_every_package_has_sources():
@@ -28,19 +39,78 @@ def test_functions_are_short(path):
             assert length <= LONGEST_FUNCTION, f"{node.name} has {length} lines"
 
 
+def _named_paths(text):
+    """Files and folders of the project, as `optim/sharded.py`; capitals are placeholders."""
+    heads = "|".join((*PACKAGES, "tests", "benchmarks", "docs"))
+    for name in re.findall(rf"(?<![\w.$/{{}}-])/?((?:{heads})/[\w/.-]*\w)", text):
+        if name == name.lower() and name not in MADE_BY_TESTS:
+            yield name
+
+
+def _named_modules(text):
+    """Modules and what they define, as `optim.sharded.in_sequence`.
+
+    `model.x` and `optim.x` are also options and variables: they count where x is in the package.
+    """
+    heads = "|".join((*PACKAGES, "tests", "benchmarks"))
+    for name in re.findall(rf"(?<![\w./-])((?:{heads})(?:\.[a-z]\w*)+)", text):
+        head, second, *_ = name.split(".")
+        inside = any((ROOT / head / file).exists() for file in (second, f"{second}.py"))
+        if (inside or head not in ("model", "optim")) and name not in MADE_BY_TESTS:
+            yield name
+
+
+def _defined(name):
+    """Whether a dotted name is a package, a module, or a word in the module that it begins with."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:count])
+        if path.with_suffix(".py").exists():
+            after = parts[count : count + 1]
+            return all(re.search(rf"\b{word}\b", _text(path.with_suffix(".py"))) for word in after)
+        if path.is_dir():
+            return count == len(parts) or re.search(
+                rf"\b{parts[count]}\b", _text(path / "__init__.py")
+            )
+    return False
+
+
+@functools.cache
+def _text(path):
+    return path.read_text() if path.exists() else ""
+
+
+def test_files_and_modules_that_a_text_names_exist():
+    """In code, comments, manifests and documents; the log of changes names what was there, too."""
+    for path in TEXTS:
+        text = path.read_text()
+        if path.name == "CHANGELOG.md":
+            text = "\n".join(re.findall(r"^\| .* \| (.*) \|$", text, re.MULTILINE))
+            assert len(text) > 1000
+        wrong = [name for name in _named_paths(text) if not (ROOT / name).exists()]
+        wrong += [name for name in _named_modules(text) if not _defined(name)]
+        assert not wrong, path
+
+
+def test_files_named_without_a_folder_exist():
+    known = {path.name for path in TEXTS}
+    for path in TEXTS:
+        if "tests" not in path.relative_to(ROOT).parts and path.name != "CHANGELOG.md":
+            named = set(re.findall(r"(?<![\w./*{}-])([a-z_0-9]+\.py)\b", path.read_text()))
+            assert named <= known, path
+
+
+def test_the_hang_detector_knows_where_a_thread_waits_for_other_ranks():
+    """Else the innermost frame of a rank that waits would be taken for the one that hangs."""
+    for part in _WAITING:
+        _, package, *inside = part.rstrip("/").split("/")
+        folder = importlib.util.find_spec(package).submodule_search_locations[0]
+        assert Path(folder, *inside).exists(), part
+
+
 def test_a_search_for_a_preset_ends_at_its_recipe():
     text = "".join(path.read_text() for path in (ROOT / "pipeline/presets").glob("*.py"))
     assert not [name for name in PRESETS if f'"{name}"' not in text]
-
-
-@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md"])
-def test_paths_named_in_documents_exist(document):
-    named = re.findall(
-        rf"`((?:{'|'.join(PACKAGES)}|tests|docs)/[\w./-]*)`", (ROOT / document).read_text()
-    )
-    assert named
-    for name in named:
-        assert (ROOT / name).exists(), name
 
 
 def test_tests_named_in_the_faults_exist():

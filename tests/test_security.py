@@ -1,9 +1,6 @@
 """Versions with known vulnerabilities, and secrets in what a run leaves behind."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,8 @@ from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.presets import run_preset
 from pipeline.pretrain import parse
+from tests.harness import run_command
+from tests.mlflow_database import empty_database
 from tests.pipeline.small_runs import small_shards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,14 +80,7 @@ def pretrain(folder, *options):
     words = ["digits", "--cluster.launcher", "local", "--storage", str(folder / "runs")]
     small = ["--model.width", "24", "--model.depth", "1", "--train.epochs", "0.2",
              "--train.global-batch", "24", "--name", "run"]  # fmt: skip
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.pretrain", *words, *small, *options],
-        cwd=ROOT,
-        env={**os.environ, **FAKE, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    return run_command("pipeline.pretrain", *words, *small, *options, **FAKE)
 
 
 def leaks(folder, done):
@@ -101,6 +93,8 @@ def leaks(folder, done):
 @pytest.mark.integration
 def test_a_run_leaves_no_secret_in_any_file(tmp_path):
     url = small_shards(tmp_path / "shards")
+    (tmp_path / "runs").mkdir()
+    empty_database(tmp_path / "runs", "digits")
     done = pretrain(tmp_path, "--data.shards", url)
     assert done.returncode == 0, done.stderr
     written = {path.suffix for path in (tmp_path / "runs").rglob("*") if path.is_file()}

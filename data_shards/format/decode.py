@@ -5,9 +5,12 @@ are taken as stored: EXIF orientation is not applied, as everywhere in the field
 RGB, alpha is dropped and CMYK is converted as Pillow does; 16-bit images are refused.
 """
 
+import contextlib
 import io
+import math
 import re
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +25,9 @@ from data_shards.format.crop_box import RATIO, SCALE, Box, random_crop_box
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 MAX_PIXELS = 1 << 25
+MAX_SCANNED = 16 * MAX_PIXELS
+"""Pixels times scans of a JPEG: a decoder goes through all pixels once per scan, in some seconds.
+Usual progressive files have ten scans; a small file may state thousands."""
 _JPEG_COLOURS = {"Gray": "GRAY", "YCbCr": "RGB", "RGB": "RGB"}
 # Pillow's mode -> the modes it goes through. RGBA first: a palette may have transparent entries.
 _CONVERSIONS = {
@@ -37,7 +43,9 @@ _PILLOW_FAILURES = (
 )
 # Of rows that are not decoded, and in files of the official sets, which Pillow accepts too.
 _LEFT_OVER = re.compile("extraneous bytes before marker")
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _MARGIN = 8
+_SCAN = b"\xff\xda"  # never inside coded pixels; a thumbnail has some of its own
 _BASELINE = (0xC0, 0xC1)
 _PNG_DEPTH = 24  # place of the bits per channel in a PNG file
 
@@ -72,8 +80,8 @@ def decode_image(data: bytes, extension: str) -> Tensor:
         channels here: that would multiply l2 distances.
 
     Raises:
-        ShardError: a format outside the list, damaged bytes, 16 bits per channel, or more than
-            `MAX_PIXELS` pixels.
+        ShardError: a format outside the list, damaged bytes, 16 bits per channel, more than
+            `MAX_PIXELS` pixels, or more than `MAX_SCANNED` pixels times scans.
     """
     kind = _format(data, extension)
     header = _jpeg_header(data) if kind == "JPEG" else None
@@ -82,6 +90,21 @@ def decode_image(data: bytes, extension: str) -> Tensor:
     else:
         pixels = _decode_jpeg(data, header, header.height, factor=1)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def probe_shape(data: bytes, extension: str) -> tuple[int, int, int]:
+    """Return the (C, H, W) that `decode_image` would return, from the header of an image alone.
+
+    Raises:
+        ShardError: as in `decode_image`, apart from damage behind the header.
+    """
+    kind = _format(data, extension)
+    header = _jpeg_header(data) if kind == "JPEG" else None
+    if header is not None:
+        return 1 if header.colours == "GRAY" else 3, header.height, header.width
+    with _opened(data, kind) as image:
+        grey = "L" in (image.mode, *_CONVERSIONS[image.mode])
+        return 1 if grey else 3, image.height, image.width
 
 
 def decode_crop(
@@ -97,7 +120,9 @@ def decode_crop(
     """Decode a random part of an image, scaled to one size: `random_crop_box`, then bilinear.
 
     Scaling is antialiased. A JPEG is decoded down to the last row of the part alone, and at 1/2,
-    1/4 or 1/8 of its size where the part still has the pixels asked for.
+    1/4 or 1/8 of its size where the part still has the pixels asked for; edges that fall between
+    reduced pixels are kept as fractions. On photographs that differs from the full route by about
+    one grey level on average (docs/how-it-works.md). Only random crops of training come this way.
 
     Args:
         data: The encoded image.
@@ -124,7 +149,7 @@ def decode_crop(
         pixels = whole[box.top : box.bottom, box.left : box.right]
     else:
         box = random_crop_box(header.height, header.width, words, scale=scale, ratio=ratio)
-        pixels = _decode_jpeg_part(data, header, box, size)
+        pixels = _decode_jpeg_part(data, header, box, size)  # of `size` already, where reduced
     found = pixels.shape[2]
     if found != channels and (found, channels) != (1, 3):
         raise ShardError(f"image of {found} channels where {channels} is asked for")
@@ -155,6 +180,7 @@ def _jpeg_header(data: bytes) -> _Header | None:
     if colours not in _JPEG_COLOURS:
         return None
     _check_size(width, height)
+    _check_scans(data, width * height)
     return _Header(height, width, _JPEG_COLOURS[colours])
 
 
@@ -163,8 +189,21 @@ def _decode_jpeg_part(data: bytes, header: _Header, box: Box, size: tuple[int, i
     factor = next((f for f in (8, 4, 2) if f <= fits), 1)
     # Rows below are never looked at; a margin lets chroma be interpolated as in the whole image.
     pixels = _decode_jpeg(data, header, min(header.height, box.bottom + _MARGIN), factor)
-    top, bottom, left, right = (round(edge / factor) for edge in box)
-    return pixels[top:bottom, left:right]
+    if factor == 1:
+        return pixels[box.top : box.bottom, box.left : box.right]
+    return _scaled(pixels, tuple(edge / factor for edge in box), size)
+
+
+def _scaled(pixels: Pixels, box: tuple[float, ...], size: tuple[int, int]) -> Pixels:
+    """Scale the part between fractional edges (top, bottom, left, right), bilinear, antialiased."""
+    top, bottom, left, right = box
+    rows, columns = pixels.shape[:2]
+    up, first = math.floor(top), math.floor(left)
+    part = pixels[up : math.ceil(bottom), first : math.ceil(right)]
+    image = Image.fromarray(part[:, :, 0] if pixels.shape[2] == 1 else part)
+    edges = (left - first, top - up, min(right, columns) - first, min(bottom, rows) - up)
+    scaled = np.array(image.resize(size[::-1], Image.Resampling.BILINEAR, box=edges))
+    return scaled.reshape(*size, -1)
 
 
 def _decode_jpeg(data: bytes, header: _Header, rows: int, factor: int) -> Pixels:
@@ -206,24 +245,43 @@ def _height_place(data: bytes) -> int | None:
 
 
 def _decode_pillow(data: bytes, kind: str) -> Pixels:
+    with _opened(data, kind) as image:
+        plain: Image.Image = image
+        for mode in _CONVERSIONS[image.mode]:
+            plain = plain.convert(mode)
+        pixels = np.array(plain)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, kind: str) -> Iterator[Image.Image]:
+    """Open an image that can be decoded; what Pillow meets later becomes a ShardError, too."""
     if kind == "PNG" and data[_PNG_DEPTH : _PNG_DEPTH + 1] == b"\x10":
         raise ShardError(f"PNG of {len(data)} bytes has 16 bits per channel, 8 are possible")
     try:
         with Image.open(io.BytesIO(data), formats=[kind]) as image:
             _check_size(*image.size)
+            if kind == "JPEG":
+                _check_scans(data, image.width * image.height)
             if image.mode not in _CONVERSIONS:
                 raise ShardError(f"{kind} colour mode {image.mode} is not greyscale or RGB")
-            plain: Image.Image = image
-            for mode in _CONVERSIONS[image.mode]:
-                plain = plain.convert(mode)
-            pixels = np.array(plain)
+            yield image
     except ShardError:
         raise
     except _PILLOW_FAILURES as error:
-        raise ShardError(f"damaged {kind} of {len(data)} bytes: {error}") from error
-    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+        text = _ADDRESS.sub("", str(error))  # reports are the same every time
+        raise ShardError(f"damaged {kind} of {len(data)} bytes: {text}") from error
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ShardError(f"image of {width} x {height} pixels is over the limit {MAX_PIXELS}")
+
+
+def _check_scans(data: bytes, pixels: int) -> None:
+    scans = data.count(_SCAN)
+    if pixels * scans > MAX_SCANNED:
+        raise ShardError(
+            f"JPEG of {pixels} pixels in {scans} scans: over the limit of {MAX_SCANNED} for both "
+            "multiplied"
+        )

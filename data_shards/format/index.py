@@ -6,9 +6,11 @@ written last: a directory without one is not a shard set.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -20,6 +22,7 @@ from pydantic import ConfigDict, Field
 
 from data_shards.errors import ShardError
 from data_shards.format.decode import EXTENSIONS
+from data_shards.format.shard_files import ShardFiles
 from data_shards.storage.store import Store
 
 _logger = logging.getLogger(__name__)
@@ -59,6 +62,9 @@ class Shard:
     size: int = Field(ge=1)
     """Bytes of the tar file."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    source: str | None = Field(default=None, pattern=r"^[^/].*\.tar$")
+    """Where a shard lies that another program wrote: a name relative to the set, or a URL. Such a
+    shard is read, never written; None = `file`, beside the index."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -111,6 +117,11 @@ class ShardIndex:
     header: Header
     rows: Rows
     digest: str
+
+    @functools.cached_property
+    def files(self) -> ShardFiles:
+        """The shards' files, by the name that the header gives them."""
+        return shard_files(self.store, self.header)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -185,11 +196,16 @@ class ShardIndex:
 
     def describe(self, row: int) -> str:
         """Return where a sample lies, for messages."""
-        file = self.shards[self.rows.shard[row]].file
-        return f"sample {self.rows.key[row].decode()!r} of shard {self.store}/{file}"
+        file = self.files.describe(self.shards[self.rows.shard[row]].file)
+        return f"sample {self.rows.key[row].decode()!r} of shard {file}"
 
 
-def rows_to_parquet(columns: dict[str, list[Any]]) -> bytes:
+def shard_files(store: Store, header: Header) -> ShardFiles:
+    """Return the files of the shards that a header lists."""
+    return ShardFiles(store, {shard.file: shard.source for shard in header.shards})
+
+
+def rows_to_parquet(columns: Mapping[str, Sequence[Any] | npt.NDArray[Any]]) -> bytes:
     """Return the bytes of `index.parquet`.
 
     Args:
@@ -288,6 +304,9 @@ def _canonical(value: Any) -> bytes:
 
 def _header_dict(header: Header) -> dict[str, Any]:
     fields: dict[str, Any] = pydantic.TypeAdapter(Header).dump_python(header, mode="json")
+    for shard in fields["shards"]:
+        if shard["source"] is None:  # as in sets that were written before there was one
+            del shard["source"]
     return fields
 
 
@@ -333,19 +352,19 @@ def _fixed_width(texts: Any) -> npt.NDArray[np.bytes_]:
 
 
 def _check_files(store: Store, header: Header) -> None:
-    sizes = store.sizes()
-    listed = {shard.file for shard in header.shards}
-    if extra := sorted(name for name in sizes if name.endswith(".tar") and name not in listed):
+    files = shard_files(store, header)
+    sizes, extra = files.survey()
+    if extra:
         _logger.warning("%s: %s not listed in the index, not read", store, ", ".join(extra))
     for number, shard in enumerate(header.shards):
+        where = files.describe(shard.file)
         if shard.number != number:
-            raise ShardError(f"{store}/{shard.file} is number {shard.number} at place {number}")
+            raise ShardError(f"{where} is number {shard.number} at place {number}")
         if shard.file not in sizes:
-            raise ShardError(f"shard {store}/{shard.file} is listed in the index and absent")
+            raise ShardError(f"shard {where} is listed in the index and absent")
         if sizes[shard.file] != shard.size:
             raise ShardError(
-                f"shard {store}/{shard.file} has {sizes[shard.file]} bytes, the index states "
-                f"{shard.size}"
+                f"shard {where} has {sizes[shard.file]} bytes, the index states {shard.size}"
             )
 
 

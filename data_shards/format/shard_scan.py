@@ -15,7 +15,7 @@ from data_shards.format.tar import Member, walk
 from data_shards.storage.store import Store
 
 _BLOCK = 8 << 20
-_MAX_IMAGE = 64 << 20
+MAX_IMAGE = 64 << 20
 _MAX_LABEL = 16
 _NAME = re.compile(rf"([A-Za-z0-9_-]+)\.({'|'.join(EXTENSIONS)}|cls)")
 _LABEL = re.compile(rb"[0-9]{1,9}")
@@ -144,7 +144,7 @@ def _problem(member: Member) -> str | None:
     match = _NAME.fullmatch(member.name)
     if match is None:
         return f"{name} is not KEY.cls or KEY with one of {', '.join(EXTENSIONS)}; it was not read"
-    limit = _MAX_LABEL if match[2] == "cls" else _MAX_IMAGE
+    limit = _MAX_LABEL if match[2] == "cls" else MAX_IMAGE
     if member.size > limit:
         return f"{name} has {member.size} bytes, more than {limit}; it was not read"
     return None

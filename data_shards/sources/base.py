@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ TEST, VALIDATION = 200, 201  # purposes of the words that choose the parts
 _HELD_OUT = 0.2
 _MOST_HELD_OUT = 10_000
 _SPLIT_SEED = 0
+
+Pixels = npt.NDArray[np.uint8]
 
 
 def keep(data: bytes, test: bool) -> bytes:
@@ -56,7 +59,9 @@ class Source:
     names: npt.NDArray[np.bytes_] | None = None
     """Name of every image in the archive, for the report."""
     other_files: int = 0
-    """Files of the archive that are no images of the set and were left aside."""
+    """Entries of the archive that are no images of the set and were left aside."""
+    not_taken: tuple[tuple[str, str], ...] = ()
+    """(name, cause) of each of them, where the source tells them apart."""
 
     def encode(self, number: int) -> bytes:
         """Return the bytes that are stored for one image.
@@ -66,9 +71,18 @@ class Source:
         """
         return self.convert(self.load([number])[0], bool(self.test[number]))
 
+    def name_of(self, number: int) -> str:
+        """Return the name of an image in the archive; bytes that are not UTF-8 as surrogates."""
+        return str(number) if self.names is None else os.fsdecode(self.names[number])
+
     def describe(self, number: int) -> str:
-        """Return the name of an image in the archive."""
-        return str(number) if self.names is None else self.names[number].decode()
+        """Return the name of an image in the archive as a text that can be printed."""
+        return printable(self.name_of(number))
+
+
+def printable(name: str) -> str:
+    r"""Return a file name with every byte that is not UTF-8 written as `\xNN`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def encode_png(pixels: npt.NDArray[np.uint8]) -> bytes:
@@ -79,9 +93,14 @@ def encode_png(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 
 def hold_out(
-    labels: npt.NDArray[np.int64], among: npt.NDArray[np.bool_], purpose: int
+    labels: npt.NDArray[np.int64],
+    among: npt.NDArray[np.bool_],
+    purpose: int,
+    *,
+    fraction: float = _HELD_OUT,
+    most: int = _MOST_HELD_OUT,
 ) -> npt.NDArray[np.bool_]:
-    """Flag a fifth of the samples in `among`, rounded up in all and at most 10,000.
+    """Flag a part of the samples in `among`, rounded up in all; by default a fifth, at most 10,000.
 
     Classes get their shares by largest remainder; the members of a class by their random words,
     which depend on the number of a sample alone.
@@ -90,11 +109,13 @@ def hold_out(
         labels: Label of every sample.
         among: The samples to choose from.
         purpose: Separates the choice of `TEST` from that of `VALIDATION`.
+        fraction: Part to flag.
+        most: Largest number to flag.
     """
     counts = np.bincount(labels[among])
-    total = min(int(np.ceil(counts.sum() * _HELD_OUT)), _MOST_HELD_OUT)
+    total = min(int(np.ceil(counts.sum() * fraction)), most)
     # Not total / sum: rounding must not depend on the limit where that does not bind.
-    share = _HELD_OUT if total < _MOST_HELD_OUT else total / counts.sum()
+    share = fraction if total < most else total / counts.sum()
     quotas = np.floor(counts * share).astype(int)
     remainders = counts * share - quotas
     quotas[np.argsort(-remainders, kind="stable")[: total - quotas.sum()]] += 1
@@ -108,6 +129,25 @@ def hold_out(
     return held_out
 
 
+def hold_out_test(
+    labels: npt.NDArray[np.int64], first: npt.NDArray[np.int64], fraction: float
+) -> npt.NDArray[np.bool_]:
+    """Flag the test split of a source that has none; images with the same bytes go together.
+
+    Args:
+        labels: Label of every image.
+        first: Number of the first image with the same bytes, of every image.
+        fraction: Part of the different images to flag.
+
+    Raises:
+        ShardError: not a part of them.
+    """
+    if not 0 < fraction < 1:
+        raise ShardError(f"a part of {fraction} cannot be held out: it must be in (0, 1)")
+    different = first == np.arange(len(labels))
+    return hold_out(labels, different, TEST, fraction=fraction, most=len(labels))[first]
+
+
 def checksum(data: bytes, stated: int, what: str) -> None:
     """Compare the CRC-32 of some bytes.
 
@@ -116,3 +156,24 @@ def checksum(data: bytes, stated: int, what: str) -> None:
     """
     if zlib.crc32(data) != stated:
         raise ShardError(f"{what}: CRC-32 {zlib.crc32(data):08x}, the archive states {stated:08x}")
+
+
+class PackedImages:
+    """All images of a set that fits into memory, (N, H, W) or (N, H, W, 3); pickled without them.
+
+    Args:
+        read: Returns the pixels; picklable.
+    """
+
+    def __init__(self, read: Callable[[], Pixels]) -> None:
+        self._read = read
+        self._pixels: Pixels | None = None
+
+    def __call__(self, numbers: Sequence[int]) -> list[bytes]:
+        """Return some images as PNG."""
+        if self._pixels is None:
+            self._pixels = self._read()
+        return [encode_png(self._pixels[i]) for i in numbers]
+
+    def __reduce__(self) -> tuple[type["PackedImages"], tuple[Any]]:
+        return PackedImages, (self._read,)

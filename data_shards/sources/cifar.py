@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from data_shards.errors import ShardError
 from data_shards.sources.archive import locate, open_file
-from data_shards.sources.base import VALIDATION, Source, hold_out
-from data_shards.sources.in_memory import PackedImages
+from data_shards.sources.base import VALIDATION, PackedImages, Source, hold_out
 from data_shards.storage.store import Store
 
 _SIDE = 32

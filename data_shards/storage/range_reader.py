@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from data_shards.storage.http_objects import check_range, http_chunks
 from data_shards.storage.retry import Describe, RetryBudget, RetryCount
 
 IN_FLIGHT = 32
@@ -108,15 +109,24 @@ def chunks_of(filesystem: Any) -> Chunks:
             raise
         body = response["Body"]
         try:
+            status = response["ResponseMetadata"]["HTTPStatusCode"]
+            length = response.get("ContentLength")
+            check_range(status, response.get("ContentRange", ""), length, start, stop)
             while piece := await body.read(_CHUNK):
                 yield piece
         finally:
             body.close()
 
+    async def from_http(path: str, start: int, stop: int) -> AsyncIterator[bytes]:
+        async for piece in http_chunks(filesystem, path, start, stop):
+            yield piece
+
     async def from_any(path: str, start: int, stop: int) -> AsyncIterator[bytes]:
         yield await filesystem._cat_file(path, start=start, end=stop)
 
-    return from_s3 if hasattr(filesystem, "_call_s3") else from_any
+    if hasattr(filesystem, "_call_s3"):
+        return from_s3
+    return from_http if hasattr(filesystem, "encode_url") else from_any
 
 
 def _status(error: OSError) -> int:

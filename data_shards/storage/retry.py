@@ -28,7 +28,15 @@ _PERMANENT_ERRNO = frozenset(
         errno.ENOTEMPTY, errno.EPERM, errno.EROFS, getattr(errno, "EREMCHG", errno.ENOENT),
     }
 )  # fmt: skip
-_PERMANENT = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError)
+
+
+class RangeRefusedError(OSError):
+    """A server answers a request for a range with other bytes: asking again changes nothing."""
+
+
+_PERMANENT = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError,
+              RangeRefusedError)  # fmt: skip
+_BUSY = (408, 425, 429)  # of the statuses below 500, those that pass by themselves
 
 
 class RetryCount:
@@ -108,6 +116,8 @@ def is_transient(error: BaseException) -> bool:
 
     if isinstance(error, client.SSLError):
         return False
+    if isinstance(error, aiohttp.ClientResponseError):
+        return error.status >= 500 or error.status in _BUSY
     connection = (aiohttp.ClientError, client.HTTPClientError, client.ConnectionError)
     unfinished = (client.IncompleteReadError, ResponseParserError, http.client.IncompleteRead)
     return isinstance(error, (*connection, *unfinished, asyncio.TimeoutError, EOFError))

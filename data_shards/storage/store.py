@@ -3,8 +3,10 @@
 The only file of the project that imports fsspec, besides the independent verifier.
 """
 
+import concurrent.futures
 import contextlib
 import functools
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +19,25 @@ from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
 from data_shards.errors import ShardError
+from data_shards.storage.http_objects import http_size
 from data_shards.storage.range_reader import IN_FLIGHT, chunks_of, read_ranges
 from data_shards.storage.retry import RetryCount, with_retries
+
+_logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _TEMPORARY = ".tmp"
+_HTTP = ("http", "https")
 _IN_PROCESS = ("file", "memory")  # no network: nothing to retry
 _PIECE = 8 << 20  # a whole object is read in ranges of this, side by side
 _KINDS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
           PermissionError, TimeoutError)  # fmt: skip
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
+_HINTS = dict.fromkeys(_EXPIRED, "the credentials of the environment or profile have expired") | {
+    "RequestTimeTooSkewed": "the clock of this machine is wrong: set it",
+    "NoSuchBucket": "there is no such bucket",
+}
 _STALL_S = 10  # not the client's default of 60: a stalled body must not hold all ranks that long
 
 
@@ -67,6 +78,11 @@ class Store:
     def retries(self) -> int:
         """Requests of this object that were repeated after a fault of the store."""
         return self._count.value
+
+    @property
+    def lists(self) -> bool:
+        """Whether the store can say what it holds; HTTP servers need not."""
+        return self._scheme not in _HTTP
 
     def __str__(self) -> str:
         if self._scheme == "file":
@@ -195,21 +211,29 @@ class Store:
         if not filesystem.async_impl:
             return [self._call(functools.partial(filesystem.cat_file, *w)) for w in wanted]
         with self._clear_errors():
-            return cast(
-                list[bytes],
-                sync(
-                    filesystem.loop,
-                    read_ranges,
-                    chunks_of(filesystem),
-                    wanted,
-                    describe=self._describe,
-                    count=self._count,
-                    stall_s=_stall_s(self._scheme),
-                ),
-            )
+            return self._with_new_credentials(lambda: self._read_async(wanted))
+
+    def _read_async(self, wanted: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        filesystem = self._fs()
+        return cast(
+            list[bytes],
+            sync(
+                filesystem.loop,
+                read_ranges,
+                chunks_of(filesystem),
+                wanted,
+                describe=self._describe,
+                count=self._count,
+                stall_s=_stall_s(self._scheme),
+            ),
+        )
 
     def exists(self, name: str = "") -> bool:
         """Tell whether the object (or directory) exists."""
+        if self._scheme in _HTTP:  # the client takes every failure for an absent object
+            with contextlib.suppress(FileNotFoundError):
+                return self.size(name) >= 0
+            return False
         return bool(self._call(lambda: self._fs().exists(self._path(name))))
 
     def size(self, name: str) -> int:
@@ -218,24 +242,50 @@ class Store:
         Raises:
             FileNotFoundError: there is no such object.
         """
+        if self._scheme in _HTTP:
+            filesystem, path = self._fs(), self._path(name)
+            return self._call(lambda: sync(filesystem.loop, http_size, filesystem, path))
         return int(self._call(lambda: self._fs().size(self._path(name))))
+
+    def sizes_of(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the bytes of those objects that exist: one listing per folder.
+
+        An HTTP server need not list anything: there it is one request per object.
+        """
+        if self._scheme in _HTTP:
+            with concurrent.futures.ThreadPoolExecutor(IN_FLIGHT) as executor:
+                sizes = executor.map(self._size_or_none, names)
+                return {n: size for n, size in zip(names, sizes, strict=True) if size is not None}
+        listed: dict[str, int] = {}
+        for folder in {name.rpartition("/")[0] for name in names}:
+            listed |= self.sizes(folder)
+        return {name: listed[name] for name in names if name in listed}
+
+    def _size_or_none(self, name: str) -> int | None:
+        with contextlib.suppress(FileNotFoundError):
+            return self.size(name)
+        return None
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Return name and size in bytes of every object directly under `prefix`: one listing.
 
         A missing prefix is empty. Names are relative to this store. Directories have size 0.
         """
+        return {name: size or 0 for name, size in self.entries(prefix).items()}
+
+    def entries(self, prefix: str = "") -> dict[str, int | None]:
+        """Return what `sizes` returns, with None instead of 0 for a directory."""
         path = self._path(prefix)
         try:
             entries = self._call(lambda: self._fs().ls(path, detail=True))
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        found = {}
+        found: dict[str, int | None] = {}
         for entry in entries:
             name = entry["name"].rstrip("/").rpartition("/")[2]
             is_self = entry["name"].strip("/") == path.strip("/")
             if not is_self and not (name.startswith(".") and name.endswith(_TEMPORARY)):
-                size = 0 if entry["type"] == "directory" else int(entry["size"] or 0)
+                size = None if entry["type"] == "directory" else int(entry["size"] or 0)
                 found[f"{prefix.rstrip('/')}/{name}".lstrip("/")] = size
         return found
 
@@ -279,9 +329,10 @@ class Store:
             ShardError: fsspec does not know the scheme, or its package is not installed.
         """
         if self._pid != os.getpid():
-            self._filesystems.clear()
+            self._filesystems = {}
             self._pid = os.getpid()
-        if streams not in self._filesystems:
+        filesystem = self._filesystems.get(streams)
+        if filesystem is None:
             options = _options(self._scheme, streams=streams)
             try:
                 filesystem, self._root = fsspec.core.url_to_fs(self.url, **options)
@@ -290,13 +341,29 @@ class Store:
             if self._scheme == "s3" and not streams:
                 filesystem.retries = 1  # every repetition is ours, and counted
             self._filesystems[streams] = filesystem
-        return self._filesystems[streams]
+        return filesystem
 
     def _call(self, operation: Callable[[], T]) -> T:
         if self._scheme in _IN_PROCESS:
             return operation()
         with self._clear_errors():
-            return with_retries(operation, self._describe, self._count)
+            return self._with_new_credentials(
+                lambda: with_retries(operation, self._describe, self._count)
+            )
+
+    def _with_new_credentials(self, operation: Callable[[], T]) -> T:
+        """Run an operation; where its credentials have expired, once more with those of now."""
+        try:
+            return operation()
+        except Exception as error:
+            if _code(error) not in _EXPIRED:
+                raise
+            _logger.warning("%s; reading the credentials anew", self._describe(error))
+        for filesystem in self._filesystems.values():
+            type(filesystem).clear_instance_cache()
+        self._filesystems = {}
+        self._count.add()
+        return operation()
 
     @contextlib.contextmanager
     def _clear_errors(self) -> Iterator[None]:
@@ -307,12 +374,16 @@ class Store:
             raise
         except Exception as error:
             kind = next((k for k in _KINDS if isinstance(error, k)), OSError)
+            if _code(error) == "NoSuchBucket":
+                kind = OSError  # an absent object is something to go on with, this is not
             raise kind(self._describe(error)) from None
 
     def _describe(self, error: Exception) -> str:
         """Return what went wrong where, without what the URL hides."""
         parts = urlsplit(self.url)
         text = f"{self}: {type(error).__name__}: {error}"
+        if hint := _HINTS.get(_code(error)):
+            text += f" ({hint})"
         for secret in (parts.netloc.rpartition("@")[0], parts.query, parts.password):
             text = text.replace(secret, "***") if secret else text
         return text
@@ -321,6 +392,15 @@ class Store:
         _check_name(name, self)
         self._fs()
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
+
+
+def _code(error: Exception) -> str:
+    """Return the store's own name of an error, "" if it has none."""
+    for known in (error, error.__cause__):
+        response = getattr(known, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+    return ""
 
 
 def _check_name(name: str, store: Store) -> None:

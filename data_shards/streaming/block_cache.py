@@ -47,7 +47,7 @@ class BlockCache:
     """
 
     def __init__(self, index: ShardIndex, directory: str, max_bytes: int) -> None:
-        self._store = index.store
+        self._files = index.files
         self._sizes = {shard.file: shard.size for shard in index.shards}
         self._numbers = {shard.file: shard.number for shard in index.shards}
         self._root = Path(directory).expanduser()
@@ -85,7 +85,7 @@ class BlockCache:
             opened: dict[_Block, int | None] = {}
             found = [self._read(wanted, opened, stack) for wanted in ranges]
         missing = [i for i, data in enumerate(found) if data is None]
-        direct = self._store.read_ranges([ranges[i] for i in missing])
+        direct = self._files.read_ranges([ranges[i] for i in missing])
         for i, data in zip(missing, direct, strict=True):
             found[i] = data
         return [data for data in found if data is not None]
@@ -159,7 +159,7 @@ class BlockCache:
             if self._path(block).exists():  # its last holder has just finished
                 self._path(block).with_suffix(_PART).unlink(missing_ok=True)
             else:
-                self._keep(block, descriptor, self._store.read_ranges([self._extent(block)])[0])
+                self._keep(block, descriptor, self._files.read_ranges([self._extent(block)])[0])
             return False
 
     def _claim(self, block: _Block, stack: contextlib.ExitStack) -> int | None:

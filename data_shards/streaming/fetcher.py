@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from data_shards.errors import ShardError
 from data_shards.format.index import ShardIndex
 from data_shards.streaming.block_cache import BlockCache
 from data_shards.streaming.sample_reader import Encoded, fetch
-from data_shards.streaming.sampler import Cursor, EpochOrder, Span, rank_spans
+from data_shards.streaming.sampler import Cursor, EpochOrder, Span, begin_order, rank_spans
 
 MAX_BATCHES_AHEAD = 64  # more would only cost start-up time where batches are tiny
 # Encoded images are held three times: being read, waiting, being decoded; `fetch` holds a quarter
@@ -119,25 +119,42 @@ class SplitReader:
         self.index = index
         self.config = config
         self.rows = index.select(split)
-        shard_samples = np.unique(index.rows.shard[self.rows], return_counts=True)[1]
-        self.order = EpochOrder(
-            shard_samples.tolist(), seed=cursor.seed, lanes=config.lanes, window=config.window
-        )
-        self._shares = shares
-        self._cursor = cursor
         shape = index.stored_shape(split)
         self.decoded: DecodedSet | None = None
         decoded_bytes = len(self.rows) * int(np.prod(shape or (0,)))
         if config.crop == "none" and shape is not None and decoded_bytes <= config.cache_bytes:
             self.decoded = DecodedSet(len(self.rows), shape)
+        shard_samples = np.unique(index.rows.shard[self.rows], return_counts=True)[1]
+        self._shares = shares
+        self._cursor = begin_order(
+            cursor,
+            len(self.rows),
+            lanes=config.lanes,
+            window=config.window,
+            cached_whole=self.decoded is not None or self._fits_on_disk(),
+        )
+        self.order = EpochOrder(
+            shard_samples.tolist(),
+            seed=cursor.seed,
+            lanes=self._cursor.lanes,
+            window=self._cursor.window,
+            version=self._cursor.order,
+        )
         self.cache = self._open_cache()
+
+    def _fits_on_disk(self) -> bool:
+        config, index = self.config, self.index
+        if not config.disk_cache or index.files.local:
+            return False
+        shards = np.unique(index.rows.shard[self.rows])
+        return sum(index.shards[shard].size for shard in shards) <= config.disk_cache_bytes
 
     def _open_cache(self) -> BlockCache | None:
         config, index = self.config, self.index
-        if not config.disk_cache or index.store.local_path() is not None:
+        if not config.disk_cache or index.files.local:
             return None
         # Places of the sequence whose samples may be asked for at about the same time.
-        alive = min(len(self.rows), 2 * self.order.lanes * config.window)
+        alive = min(len(self.rows), 2 * self.order.lanes * self.order.window)
         needed = int(alive * float(index.rows.size[self.rows].mean()))
         if config.disk_cache_bytes < needed:
             raise ShardError(
@@ -147,7 +164,7 @@ class SplitReader:
             )
         return BlockCache(index, config.disk_cache, config.disk_cache_bytes)
 
-    def readings(self) -> Iterator[Reading]:
+    def readings(self) -> Generator[Reading, None, None]:
         """Yield readings for ever: of one batch at first, then of twice as many each time.
 
         Raises:

@@ -79,7 +79,7 @@ def fetch(
     gap = MAX_GAP if max_gap is None else max_gap
     ranges = _plan_ranges(index, np.asarray(rows, dtype=np.int64), gap)
     try:
-        blocks = (read_ranges or index.store.read_ranges)(
+        blocks = (read_ranges or index.files.read_ranges)(
             [(r.file, r.start, r.stop) for r in ranges]
         )
     except OSError as error:

@@ -1,11 +1,11 @@
 """The order of samples: pure integer arithmetic on (seed, epoch, position).
 
 Position i of epoch e names one sample. Shards are permuted per epoch and laid end to end, the
-sequence is rotated by a random amount and cut into C lanes; inside a lane samples are shuffled over
-a bounded window (sort by place + window * U). Position i is served by lane i mod C, so lane lengths
-differ by at most one and nothing is dropped. The endless sequence of epochs is cut into global
-batches; rank r of W takes the r-th of W equal parts of each. Nothing here depends on W, except
-which part a rank takes.
+sequence is rotated by a random amount and cut into C lanes, each rotated by an amount of its own;
+inside a lane samples are shuffled over a bounded window (sort by place + window * U). Position i is
+served by lane i mod C, so lane lengths differ by at most one and nothing is dropped. The endless
+sequence of epochs is cut into global batches; rank r of W takes the r-th of W equal parts of each.
+Nothing here depends on W, except which part a rank takes.
 """
 
 import dataclasses
@@ -20,20 +20,29 @@ from data_shards.errors import ShardError
 from data_shards.rng import WORDS_PER_COUNTER, philox_words, unit_interval
 
 # Purposes of random words that share the key (seed, epoch).
-_SHARDS, _ROTATION, _WINDOW, AUGMENT, REPLACE, CROP, RANDAUGMENT = range(7)
-_SCHEMA = 1
+_SHARDS, _ROTATION, _WINDOW, AUGMENT, REPLACE, CROP, RANDAUGMENT, _LANES = range(8)
+_FIRST_ORDER, _ORDER = 1, 2  # the first one had no rotation of lanes
+_SCHEMA = 2
+_FIRST_SCHEMA = 1  # without the order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cursor:
-    """Where the endless sequence of samples goes on: the position of the next sample."""
+    """Where the endless sequence of samples goes on: the position of the next sample.
+
+    `order` (its version), `lanes` and `window` are the order that the sequence began with, 0 before
+    a stream has chosen it. They say how samples are ordered: equal places are equal cursors.
+    """
 
     seed: int
     epoch: int = 0
     position: int = 0
+    order: int = dataclasses.field(default=0, compare=False)
+    lanes: int = dataclasses.field(default=0, compare=False)
+    window: int = dataclasses.field(default=0, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("seed", "epoch", "position"):
+        for name in ("seed", "epoch", "position", "order", "lanes", "window"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
                 raise ShardError(f"cursor {name} {value!r} is not an integer in [0, 2**64)")
@@ -41,7 +50,7 @@ class Cursor:
     def advance(self, count: int, samples: int) -> "Cursor":
         """Return the cursor `count` samples later, for epochs of `samples` samples."""
         epochs, position = divmod(self.position + count, samples)
-        return Cursor(seed=self.seed, epoch=self.epoch + epochs, position=position)
+        return dataclasses.replace(self, epoch=self.epoch + epochs, position=position)
 
     def to_json(self) -> str:
         """Return the cursor as one line of JSON."""
@@ -59,7 +68,10 @@ class Cursor:
             schema = fields.pop("schema")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ShardError(f"not a data cursor: {text[:80]!r}") from error
-        if schema != _SCHEMA or set(fields) != {"seed", "epoch", "position"}:
+        expected = {"seed", "epoch", "position"}
+        if schema != _FIRST_SCHEMA:
+            expected |= {"order", "lanes", "window"}
+        if schema not in (_FIRST_SCHEMA, _SCHEMA) or set(fields) != expected:
             raise ShardError(f"not a data cursor of schema {_SCHEMA}: {text[:200]!r}")
         return cls(**fields)
 
@@ -111,6 +123,36 @@ def rank_spans(
     return spans
 
 
+def begin_order(
+    cursor: Cursor, samples: int, *, lanes: int, window: int, cached_whole: bool
+) -> Cursor:
+    """Return the cursor with the order that its sequence has, chosen now if it begins here.
+
+    A set that is cached whole, or that has no more samples than all windows together, is permuted
+    as a whole: nothing is read twice for it, and no more is held. A cursor of a run under way keeps
+    its order; one of an earlier version does not state it and has that of the options.
+
+    Args:
+        cursor: Where the stream begins.
+        samples: Samples of an epoch.
+        lanes: Option of the stream.
+        window: Option of the stream.
+        cached_whole: All images stay in memory or on the disk once they were read.
+
+    Raises:
+        ShardError: an order that this program does not know.
+    """
+    if cursor.order > _ORDER:
+        raise ShardError(f"the cursor has order {cursor.order}, this program knows up to {_ORDER}")
+    if cursor.order:
+        return cursor
+    if cursor.epoch or cursor.position:
+        return dataclasses.replace(cursor, order=_FIRST_ORDER, lanes=lanes, window=window)
+    if cached_whole or samples <= lanes * window:
+        lanes, window = 1, samples
+    return dataclasses.replace(cursor, order=_ORDER, lanes=lanes, window=window)
+
+
 class EpochOrder:
     """The permutation of every epoch.
 
@@ -119,9 +161,19 @@ class EpochOrder:
         seed: Key of all permutations, in [0, 2**64).
         lanes: Most lanes to use; fewer where a lane would be shorter than the window.
         window: Shuffle window W in samples: inside its lane a sample moves less than W places.
+        version: Of the rules. Since 2 every lane is rotated: otherwise lanes would pass through
+            their shards in step, and far neighbours meet in every epoch.
     """
 
-    def __init__(self, shard_samples: Sequence[int], *, seed: int, lanes: int, window: int) -> None:
+    def __init__(
+        self,
+        shard_samples: Sequence[int],
+        *,
+        seed: int,
+        lanes: int,
+        window: int,
+        version: int = _ORDER,
+    ) -> None:
         self.shard_samples = np.asarray(shard_samples, dtype=np.int64)
         self.samples = int(self.shard_samples.sum())
         if self.samples < 1:
@@ -131,12 +183,13 @@ class EpochOrder:
         self.seed = seed
         self.window = window
         self.lanes = max(1, min(lanes, self.samples // window))
+        self._version = version
         self._recent: dict[int, npt.NDArray[np.int64]] = {}
 
     def sequence(self, epoch: int) -> npt.NDArray[np.int64]:
         """Return all samples before the lanes' shuffle: shards permuted, laid end to end, rotated.
 
-        Lane j is the j-th of `lanes` consecutive pieces.
+        Lane j is the j-th of `lanes` consecutive pieces, each rotated once more.
         """
         starts = np.cumsum(self.shard_samples) - self.shard_samples
         shards = philox_words(self.seed, epoch, purpose=_SHARDS, count=len(starts))[:, 0]
@@ -145,7 +198,14 @@ class EpochOrder:
             for shard in np.argsort(shards, kind="stable")
         ]
         rotation = philox_words(self.seed, epoch, purpose=_ROTATION, count=1)[0, 0]
-        return np.roll(np.concatenate(pieces), int(rotation % np.uint64(self.samples)))
+        whole = np.roll(np.concatenate(pieces), int(rotation % np.uint64(self.samples)))
+        if self._version == _FIRST_ORDER or self.lanes == 1:
+            return whole
+        turns = philox_words(self.seed, epoch, purpose=_LANES, count=self.lanes)[:, 0]
+        lengths = [len(range(lane, self.samples, self.lanes)) for lane in range(self.lanes)]
+        lanes = np.split(whole, np.cumsum(lengths)[:-1])
+        turned = zip(lanes, turns % np.array(lengths, dtype=np.uint64), strict=True)
+        return np.concatenate([np.roll(lane, int(turn)) for lane, turn in turned])
 
     def permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         """Return the sample numbers of one epoch by position; each of [0, samples) once.

@@ -64,7 +64,7 @@ class SampleStream:
         self.damaged: collections.Counter[str] = collections.Counter()
         self.waited_s = 0.0
         self._cursor = cursor
-        self._store = index.store
+        self._files = index.files
         self._corruption_log = corruption_log
         require_crop(index, config, split)
         shares = Shares(self.samples_per_epoch, global_batch, rank, world_size)
@@ -97,7 +97,7 @@ class SampleStream:
     @property
     def retries(self) -> int:
         """Requests to the store that were repeated, those of loading the index included."""
-        return self._store.retries
+        return self._files.retries
 
     def __iter__(self) -> "SampleStream":
         return self

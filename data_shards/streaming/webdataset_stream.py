@@ -2,14 +2,15 @@
 
 What an index gives is lost: samples repeat or stay out, the order depends on the number of ranks, a
 resumed run sees other samples, and damage is found only where a tar or an image cannot be read. No
-URL starts a process and nothing is unpickled: shards are opened through the store, and members
-other than images and labels are not read.
+URL starts a process and nothing is unpickled: shards are opened through the store, WebDataset's own
+openers and decoders are not used, and members other than images and labels are not read.
 """
 
 import collections
+import fnmatch
 import logging
-import os
 import random
+import re
 import tarfile
 import time
 import weakref
@@ -34,13 +35,17 @@ _logger = logging.getLogger(__name__)
 _SHUFFLE_BUFFER = 2000
 _MAX_BATCHES_AHEAD = 64
 _LABEL = "cls"
+_SPLIT = re.compile(r"(?<![a-z])(train|test|val|valid|validation|dev|eval)(?![a-z])")
+_LISTED = 5
+_LONGEST_KIND = 12
 
 
 class UnindexedStream:
     """Batches without end; the interface of `SampleStream` without its promises.
 
     Args:
-        url: Directory of the tars, each sample an image and a `.cls` with its label.
+        url: Directory of the tars, each sample an image and a `.cls` with its label; or with a
+            pattern behind it, as `DIRECTORY/train-*.tar`, where names say more than one split.
         config: Augmentation, memory and damage budget; order and caches do not apply.
         image_shape: (C, H, W) that a network sees.
         num_classes: Labels are below it.
@@ -51,7 +56,8 @@ class UnindexedStream:
         world_size: Number of ranks.
 
     Raises:
-        ShardError: no shards, or a batch that the ranks cannot share.
+        ShardError: no shards, shards of several splits, or a batch that the ranks cannot share.
+            While it streams: damage over the budget, or not one image or label in all shards.
     """
 
     def __init__(
@@ -75,10 +81,7 @@ class UnindexedStream:
         self.damaged: collections.Counter[str] = collections.Counter()
         self.waited_s = 0.0
         self.cursor = cursor
-        self._store = Store(url)
-        shards = [name for name in self._store.ls() if name.endswith(".tar")]
-        if not shards:
-            raise ShardError(f"there are no shards (*.tar) at {self._store}")
+        self._store, shards = _find_shards(url)
         _logger.warning(
             "%s is read without an index: samples repeat and stay out, and a resumed run sees "
             "other ones",
@@ -123,16 +126,45 @@ class UnindexedStream:
         self._close()
 
 
+def _find_shards(url: str) -> tuple[Store, list[str]]:
+    folder, _, last = url.rstrip("/").rpartition("/")
+    given = any(sign in last for sign in "*?[") or last.endswith(".tar")
+    store = Store(folder or "." if given else url)
+    shards = [name for name in store.ls() if name.endswith(".tar")]
+    if given:
+        shards = [name for name in shards if fnmatch.fnmatchcase(name, last)]
+    if not shards:
+        raise ShardError(f"there are no shards ({last if given else '*.tar'}) at {store}")
+    splits = collections.Counter(_split_of(name) for name in shards)
+    if len(splits) > 1:
+        counts = ", ".join(f"{n} {split or 'without one'}" for split, n in sorted(splits.items()))
+        raise ShardError(
+            f"names of shards at {store} say more than one split ({counts}): give a pattern, as "
+            f"{store}/{'train' if splits['train'] else next(iter(splits))}-*.tar"
+        )
+    return store, shards
+
+
+def _split_of(name: str) -> str:
+    """Return "train", "test", "val" and so on as a name says it, or nothing."""
+    found = _SPLIT.search(name.lower())
+    return "val" if found and found[1].startswith("val") else found[1] if found else ""
+
+
 def _samples(
     store: Store, shards: list[str], cursor: Cursor, rank: int
 ) -> Iterator[dict[str, Any]]:
     """Yield samples without end: WebDataset's resampling, tar reader, grouping and shuffle."""
-    os.environ["WDS_SECURE"] = "1"  # read when it is imported
     import webdataset
     from webdataset import tariterators
 
-    webdataset.utils.enforce_security = True
-    wanted = (*(f".{extension}" for extension in codec.EXTENSIONS), f".{_LABEL}")
+    wanted = (*codec.EXTENSIONS, _LABEL)
+    seen: collections.Counter[str] = collections.Counter()
+
+    def is_wanted(name: str) -> bool:
+        kind = name.rpartition("/")[2].lower().rpartition(".")[2]
+        seen[kind if len(kind) < _LONGEST_KIND else "other"] += 1
+        return kind in wanted
 
     def opened(sources: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for source in sources:
@@ -140,12 +172,24 @@ def _samples(
                 yield {**source, "stream": stream}
 
     seeds = (cursor.seed, cursor.epoch, cursor.position)
-    names = webdataset.ResampledShards(
+    resampled = webdataset.ResampledShards(
         shards, seed=hash(seeds), worker_seed=lambda: rank, deterministic=True
     )
-    members = tariterators.tar_file_expander(
-        opened(names), select_files=lambda name: name.lower().endswith(wanted)
-    )
+
+    def names() -> Iterator[dict[str, Any]]:
+        """Every shard once, then shards at random: a set without samples would have no end."""
+        once = sorted(shards)
+        random.Random(hash((*seeds, rank))).shuffle(once)
+        yield from ({"url": name} for name in once)
+        if not any(seen[kind] for kind in wanted):
+            kinds = ", ".join(f"{n} .{kind}" for kind, n in seen.most_common(_LISTED))
+            raise ShardError(
+                f"{store}: none of {len(shards)} shards has an image or a .{_LABEL}; they hold "
+                f"{kinds or 'no files'}"
+            )
+        yield from resampled
+
+    members = tariterators.tar_file_expander(opened(names()), select_files=is_wanted)
     grouped = tariterators.group_by_keys(members)
     generator = random.Random(hash((*seeds, rank)))
     yield from webdataset.shuffle(_SHUFFLE_BUFFER, rng=generator)(grouped)

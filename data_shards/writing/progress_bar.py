@@ -1,7 +1,6 @@
 """A progress bar on standard error: images, images/s, MB/s, time left."""
 
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,7 +11,7 @@ class ProgressBar:
 
     Args:
         label: What is done.
-        total: Images in all.
+        total: Images in all; 0 = not known.
         shown: Draw the bar.
         done: Images that earlier runs did; they do not count as throughput.
     """
@@ -23,24 +22,21 @@ class ProgressBar:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total} images"),
+            TextColumn("{task.completed}{task.fields[of]} images"),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             disable=not shown,
         )
-        self._task = self._progress.add_task(label, total=total, completed=done, rate="")
+        self._task = self._progress.add_task(
+            label, total=total or None, completed=done, rate="", of=f"/{total}" if total else ""
+        )
 
     def __enter__(self) -> "ProgressBar":
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
     def __call__(self, images: int, size: int) -> None:

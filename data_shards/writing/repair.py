@@ -93,6 +93,10 @@ def repair(store: Store, *, workers: int = 1, progress: bool = False) -> Repaire
     """
     notes: list[str] = []
     old = _old(store, notes)
+    if old.header is not None and any(shard.source for shard in old.header.shards):
+        raise ShardError(
+            f"{store} has shards of another program: `python -m data_shards.index` makes its index"
+        )
     sizes = store.sizes()
     tars = [name for name in sizes if name.endswith(".tar")]
     names = sorted((n for n in tars if _FILE.fullmatch(n)), key=lambda n: (n.startswith("test"), n))

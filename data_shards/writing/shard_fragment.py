@@ -17,7 +17,7 @@ SOURCE_HASH = "source_xxh3_64"  # a column beside those of the index: digest of 
 
 
 @dataclasses.dataclass(frozen=True)
-class ManifestPart:
+class ShardFragment:
     """Rows and digest of a written shard."""
 
     rows: pa.Table
@@ -37,7 +37,7 @@ class ManifestPart:
         return bytes(sink.getvalue())
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "ManifestPart":
+    def from_bytes(cls, data: bytes) -> "ShardFragment":
         """Read what `to_bytes` returned.
 
         Raises:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from typing import Literal
 
@@ -76,19 +77,25 @@ def plan_shards(
     Raises:
         ShardError: a split has fewer images than shards.
     """
+    yield from plan_split(source, options, kept, "train")
+    yield from plan_split(source, options, kept, "test")
+
+
+def plan_split(
+    source: Source, options: WriteOptions, kept: npt.NDArray[np.bool_], split: StoredSplit
+) -> Iterator[ShardPlan]:
+    """Yield the shards of one split; arguments and errors as of `plan_shards`."""
     words = philox_words(0, 0, purpose=_SHUFFLE, count=len(source.labels))[:, 0]
-    splits: tuple[StoredSplit, ...] = ("train", "test")
-    for split in splits:
-        members = np.flatnonzero(kept & (source.test == (split == "test")))
-        if len(members) < MIN_SHARDS:
-            raise ShardError(
-                f"split {split!r} of {source.name!r} has {len(members)} samples, fewer than the "
-                f"{MIN_SHARDS} shards of a split"
-            )
-        members = members[np.argsort(words[members], kind="stable")]
-        count = min(len(members), _shard_count(source, options, members))
-        for number, part in enumerate(np.array_split(members, count)):
-            yield ShardPlan(f"{split}-{number:05d}.tar", split, part)
+    members = np.flatnonzero(kept & (source.test == (split == "test")))
+    if len(members) < MIN_SHARDS:
+        raise ShardError(
+            f"split {split!r} of {source.name!r} has {len(members)} samples, fewer than the "
+            f"{MIN_SHARDS} shards of a split"
+        )
+    members = members[np.argsort(words[members], kind="stable")]
+    count = min(len(members), _shard_count(source, options, members))
+    for number, part in enumerate(np.array_split(members, count)):
+        yield ShardPlan(f"{split}-{number:05d}.tar", split, part)
 
 
 def identity(source: Source, options: WriteOptions) -> str:
@@ -137,6 +144,8 @@ def _stored_size(source: Source, probes: npt.NDArray[np.int64]) -> float:
 
 def _size_of(source: Source, number: int, data: bytes) -> int | None:
     try:
-        return len(source.convert(data, bool(source.test[number])))
+        with warnings.catch_warnings():  # what Pillow has to say is told where the image is stored
+            warnings.simplefilter("ignore")
+            return len(source.convert(data, bool(source.test[number])))
     except UndecodableError:
         return None  # counted where the image is left out

@@ -2,13 +2,15 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from data_shards.errors import ShardError
 from data_shards.sources.base import Source
+from data_shards.storage.store import Store
 
 REPORT_FILE = "report.json"
 _LISTED = 1000
@@ -45,6 +47,9 @@ def report(
 ) -> dict[str, Any]:
     """Return the content of `report.json`: counts, and the first 1000 of each kind by name.
 
+    Of the entries of a source that were not taken, those are the first 1000 of each cause. Bytes of
+    a name that are not UTF-8 stand as lone surrogates, as `os.fsdecode` has them.
+
     Args:
         source: The images.
         stored: Number of stored images.
@@ -52,6 +57,7 @@ def report(
         duplicates: Numbers of duplicates and of the first image with the same bytes.
         dropped: The duplicates were left out.
     """
+    found, originals = duplicates
     pairs = zip(*(array[:_LISTED].tolist() for array in duplicates), strict=True)
     listed = sorted(left_out)[:_LISTED]
     return {
@@ -59,24 +65,79 @@ def report(
         "stored": stored,
         "undecodable": {
             "count": len(left_out),
-            "causes": dict(sorted(Counter(cause for _, cause, _ in left_out).items())),
+            "causes": causes_of(cause for _, cause, _ in left_out),
             "first": [
-                {"key": f"{number:08d}", "name": source.describe(number), "cause": cause,
+                {"key": f"{number:08d}", "name": source.name_of(number), "cause": cause,
                  "message": text}
                 for number, cause, text in listed
             ],
         },
         "duplicates": {
             "count": len(duplicates[0]),
+            "between_splits": int((source.test[originals] & ~source.test[found]).sum()),
             "dropped": dropped,
             "first": [
-                {"key": f"{number:08d}", "name": source.describe(number),
-                 "same_as": source.describe(original)}
+                {"key": f"{number:08d}", "name": source.name_of(number),
+                 "same_as": source.name_of(original)}
                 for number, original in pairs
             ],
         },
         "other_files": source.other_files,
+        "not_taken": {
+            "causes": causes_of(cause for _, cause in source.not_taken),
+            "first": [{"name": name, "cause": cause} for name, cause in _some(source.not_taken)],
+        },
     }  # fmt: skip
+
+
+def causes_of(causes: Iterable[str]) -> dict[str, int]:
+    """Return how often each cause occurs, by name."""
+    return dict(sorted(Counter(causes).items()))
+
+
+def _some(not_taken: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    seen: Counter[str] = Counter()
+    listed = []
+    for name, cause in not_taken:
+        seen[cause] += 1
+        if seen[cause] <= _LISTED:
+            listed.append((name, cause))
+    return listed
+
+
+def refuse_leaks(
+    source: Source, duplicates: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+) -> None:
+    """Check that train and test images share no bytes.
+
+    Args:
+        source: The images.
+        duplicates: Numbers of duplicates and of the first image with the same bytes.
+
+    Raises:
+        ShardError: they do; the message names the first two.
+    """
+    found, originals = duplicates
+    between = np.flatnonzero(source.test[originals] & ~source.test[found])
+    if len(between):
+        train, test = (source.describe(int(numbers[between[0]])) for numbers in duplicates)
+        raise ShardError(
+            f"{len(between)} train images have the bytes of test images, the first is {train} "
+            f"with those of {test}: --drop-duplicates leaves them out of train"
+        )
+
+
+def refuse_reported_leaks(store: Store) -> None:
+    """Check that the report of a set that is there counts no such images.
+
+    Raises:
+        ShardError: it does, or it does not say.
+    """
+    duplicates = json.loads(store.read(REPORT_FILE))["duplicates"]
+    if not duplicates["dropped"] and duplicates.get("between_splits", 1):
+        raise ShardError(
+            f"{store}/{REPORT_FILE} does not say that train and test images share no bytes"
+        )
 
 
 def report_to_json(content: dict[str, Any]) -> bytes:
@@ -86,11 +147,18 @@ def report_to_json(content: dict[str, Any]) -> bytes:
 
 def summary(content: dict[str, Any]) -> str:
     """Return one line that counts what was left out and found twice."""
-    causes = content["undecodable"]["causes"]
-    named = f" ({', '.join(f'{n} {cause}' for cause, n in causes.items())})" if causes else ""
-    duplicates = content["duplicates"]
+    undecodable, duplicates = content["undecodable"], content["duplicates"]
     fate = "left out" if duplicates["dropped"] else "kept"
+    between = duplicates.get("between_splits", 0)
+    shared = f", of which {between} between train and test" if between else ""
+    not_taken = content.get("not_taken", {}).get("causes", {})  # sets written before have none
     return (
-        f"{content['undecodable']['count']} undecodable{named}, "
-        f"{duplicates['count']} duplicates {fate}, {content['other_files']} other files"
+        f"{undecodable['count']} undecodable{_in_brackets(undecodable['causes'])}, "
+        f"{duplicates['count']} duplicates {fate}{shared}, "
+        f"{content['other_files']} other files{_in_brackets(not_taken)}"
     )
+
+
+def _in_brackets(causes: dict[str, int]) -> str:
+    named = ", ".join(f"{count} {cause}" for cause, count in causes.items())
+    return f" ({named})" if named else ""

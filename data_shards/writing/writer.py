@@ -11,6 +11,8 @@ import dataclasses
 import functools
 import hashlib
 import io
+import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,7 +41,7 @@ from data_shards.sources.convert import UndecodableError, image_extension
 from data_shards.storage.store import Store
 from data_shards.writing.process_pool import Advance, run_tasks
 from data_shards.writing.progress_bar import ProgressBar
-from data_shards.writing.shard_fragment import SOURCE_HASH, ManifestPart
+from data_shards.writing.shard_fragment import SOURCE_HASH, ShardFragment
 from data_shards.writing.shard_plan import (
     ShardPlan,
     WriteOptions,
@@ -47,7 +49,16 @@ from data_shards.writing.shard_plan import (
     plan_shards,
     progress_key,
 )
-from data_shards.writing.write_report import REPORT_FILE, duplicates_of, report, report_to_json
+from data_shards.writing.write_report import (
+    REPORT_FILE,
+    duplicates_of,
+    refuse_leaks,
+    refuse_reported_leaks,
+    report,
+    report_to_json,
+)
+
+_logger = logging.getLogger(__name__)
 
 PROGRESS = ".progress"
 _AT_ONCE = 64  # images loaded together: enough to overlap requests, some megabytes
@@ -62,6 +73,7 @@ def write_shard_set(
     *,
     samples_per_shard: int | None = None,
     options: WriteOptions | None = None,
+    no_leaks: bool = False,
     workers: int = 1,
     progress: bool = False,
 ) -> ShardIndex:
@@ -72,6 +84,7 @@ def write_shard_set(
         out_url: Directory of the set.
         samples_per_shard: Short for options with this field.
         options: How to cut the set; None = defaults.
+        no_leaks: Refuse a source whose train and test images share bytes (reads it twice).
         workers: Processes; 1 = this one.
         progress: Show a bar on standard error.
 
@@ -85,7 +98,7 @@ def write_shard_set(
     """
     store = Store(out_url)
     options = options or WriteOptions(samples_per_shard=samples_per_shard)
-    run = _Run(source, store, options, workers, progress)
+    run = _Run(source, store, options, workers, progress, no_leaks)
     if not store.exists(HEADER_FILE):
         try:
             run.write()
@@ -94,6 +107,8 @@ def write_shard_set(
             if not store.exists(HEADER_FILE):
                 raise
     run.refuse_other_set()
+    if no_leaks:
+        refuse_reported_leaks(store)
     # Another process that writes the same set may be at work in there; what it leaves is harmless.
     with contextlib.suppress(OSError):
         store.remove(PROGRESS, recursive=True)
@@ -109,6 +124,7 @@ class _Run:
     options: WriteOptions
     workers: int
     shown: bool
+    no_leaks: bool
 
     @functools.cached_property
     def identity(self) -> str:
@@ -131,6 +147,8 @@ class _Run:
         self._refuse_other_progress()
         kept = np.ones(len(self.source.labels), dtype=bool)
         duplicates = (np.zeros(0, dtype=np.int64),) * 2
+        if self.no_leaks and not self.options.drop_duplicates:
+            refuse_leaks(self.source, self._find_duplicates())
         if self.options.drop_duplicates:
             duplicates = self._find_duplicates()
             kept[duplicates[0]] = False
@@ -161,19 +179,19 @@ class _Run:
                 f"is {strays[0]}. Choose another URL or remove them first"
             )
 
-    def _write_shards(self, plans: Sequence[ShardPlan]) -> list[ManifestPart]:
+    def _write_shards(self, plans: Sequence[ShardPlan]) -> list[ShardFragment]:
         """Write the shards that are missing; return the fragments of all, in order."""
         found = self._fragments(plans)
         missing = [plan for plan in plans if plan.file not in found]
         done = sum(len(plan.members) for plan in plans if plan.file in found)
         total = sum(len(plan.members) for plan in plans)
-        task = functools.partial(_write_shard, self.source, self.store, self.folder)
+        task = functools.partial(write_shard, self.source, self.store, self.folder)
         with ProgressBar(f"writing {self.source.name}", total, shown=self.shown, done=done) as bar:
             for place, data in run_tasks(task, missing, self.workers, bar):
-                found[missing[place].file] = ManifestPart.from_bytes(data)
+                found[missing[place].file] = ShardFragment.from_bytes(data)
         return [found[plan.file] for plan in plans]
 
-    def _fragments(self, plans: Sequence[ShardPlan]) -> dict[str, ManifestPart]:
+    def _fragments(self, plans: Sequence[ShardPlan]) -> dict[str, ShardFragment]:
         """Return what earlier runs finished: fragments whose shard is there."""
         names = set(self.store.ls(self.folder))
         sizes = self.store.sizes()
@@ -185,7 +203,7 @@ class _Run:
             # Another process that writes the same set may have finished and tidied up, and not
             # every store writes an object in one go: a fragment that is not there is made again.
             with contextlib.suppress(FileNotFoundError, ShardError):
-                fragment = ManifestPart.from_bytes(self.store.read(name))
+                fragment = ShardFragment.from_bytes(self.store.read(name))
                 if sizes.get(plan.file) == fragment.size:
                     found[plan.file] = fragment
         return found
@@ -203,7 +221,7 @@ class _Run:
     def _finish(
         self,
         plans: Sequence[ShardPlan],
-        fragments: Sequence[ManifestPart],
+        fragments: Sequence[ShardFragment],
         duplicates: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
     ) -> None:
         tables, shards = [], []
@@ -211,11 +229,16 @@ class _Run:
             count = len(fragment.rows)
             shard_column = pa.array(np.full(count, number, dtype=np.int32))
             tables.append(fragment.rows.append_column("shard", shard_column))
-            sizes: dict[str, int] = {"samples": count, "size": fragment.size}
             shards.append(
-                Shard(number=number, file=plan.file, split=plan.split, sha256=fragment.sha256,
-                      **sizes)
-            )  # fmt: skip
+                Shard(
+                    number=number,
+                    file=plan.file,
+                    split=plan.split,
+                    sha256=fragment.sha256,
+                    samples=count,
+                    size=fragment.size,
+                )
+            )
         table = pa.concat_tables(tables)
         rows = rows_to_parquet({name: table[name] for name in table.column_names})
         source = self.source
@@ -245,7 +268,7 @@ class _Run:
         self.store.write(HEADER_FILE, header_to_json(header))
 
 
-def _write_shard(
+def write_shard(
     source: Source, store: Store, folder: str, plan: ShardPlan, advance: Advance
 ) -> bytes:
     """Build one tar, write it and its fragment; return the fragment."""
@@ -254,10 +277,14 @@ def _write_shard(
     left_out: list[tuple[int, str, str]] = []
     for numbers in _batches(plan.members):
         for number, data in zip(numbers, source.load(numbers), strict=True):
-            try:
-                rows.append(_add_sample(tar, source, plan.split, number, data))
-            except UndecodableError as error:
-                left_out.append((number, error.cause, str(error)))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    rows.append(_add_sample(tar, source, plan.split, number, data))
+                except UndecodableError as error:
+                    left_out.append((number, error.cause, str(error)))
+            for warning in caught:  # of Pillow, which does not know the name
+                _logger.warning("%s: %s", source.describe(number), warning.message)
             advance(1, len(data))
         _check_left_out(source, plan, left_out, final=False)
     _check_left_out(source, plan, left_out, final=not rows)
@@ -267,7 +294,7 @@ def _write_shard(
     kinds = {"label": pa.int32(), "xxh3_64": pa.uint64(), SOURCE_HASH: pa.uint64()}
     arrays = {name: pa.array(values, kinds.get(name)) for name, values in columns.items()}
     digest = hashlib.sha256(body).hexdigest()
-    fragment = ManifestPart(pa.table(arrays), len(body), digest, left_out).to_bytes()
+    fragment = ShardFragment(pa.table(arrays), len(body), digest, left_out).to_bytes()
     store.write(plan.file, body)
     store.write(f"{folder}/{plan.file}.parquet", fragment)
     return fragment

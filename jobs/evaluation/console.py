@@ -1,10 +1,10 @@
-"""What a person sees of an evaluation on the terminal."""
+"""What a person sees of a job on the terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -13,6 +13,26 @@ from rich.progress import Progress as Bar
 from jobs.evaluation.progress import EvaluationProgress, OnProgress
 
 _LINE_EVERY_S = 30.0
+
+
+def exit_status(
+    act: Callable[[Console, Console], int], refused: tuple[type[Exception], ...]
+) -> int:
+    """Do what a command asks for; returns its exit status, 2 for bad input or 1 for a failure.
+
+    Args:
+        act: of the consoles of standard output and standard error.
+        refused: errors of bad input; they and all others are said in one line.
+    """
+    errors = Console(stderr=True, highlight=False, markup=False)
+    try:
+        return act(Console(highlight=False, markup=False), errors)
+    except refused as error:
+        errors.print(f"error: {error}", soft_wrap=True)
+        return 2
+    except Exception as error:
+        errors.print(f"failed: {type(error).__name__}: {error}", soft_wrap=True)
+        return 1
 
 
 @contextlib.contextmanager

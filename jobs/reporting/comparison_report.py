@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from jobs.evaluation import plot_style
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_runs import Outcome
 from model.certification.wilson_interval import wilson
@@ -148,36 +145,29 @@ def comparison_png(group: Sequence[System]) -> bytes:
     Returns:
         PNG bytes, 1680 x 770 pixels.
     """
-    figure = Figure(figsize=(12, 5.5), dpi=140, layout="constrained")
+    figure = plot_style.new_figure(12, 5.5)
     curves, cost = figure.subplots(1, 2, width_ratios=(2.2, 1))
-    colours = colormaps["tab10" if len(group) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
-    end = 0.0
-    for system, colour in zip(group, colours * 2, strict=False):
-        grids = [run.summary.columns["sound"].curve for run in system.finals]
+    styles = [plot_style.run_style(place) for place in range(len(group))]
+    sound = [[run.summary.columns["sound"].curve for run in system.finals] for system in group]
+    for system, style, grids in zip(group, styles, sound, strict=True):
         eps = np.array([at for at, _ in grids[0]])
         values = 100 * np.array([[value for _, value in grid] for grid in grids])
-        mean = values.mean(0)
-        curves.plot(eps, mean, color=colour, label=system.preset)
-        curves.fill_between(eps, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
-        end = max(end, float(eps[mean > 0].max(initial=0.0)))
+        curves.plot(eps, values.mean(0), linewidth=1.6, label=system.preset, **style)
+        spread = values.min(0), values.max(0)
+        curves.fill_between(eps, *spread, color=style["color"], alpha=0.15, linewidth=0)
     first = group[0].finals[0].summary
-    curves.set_xlim(0, 1.05 * end or 1.0)
-    curves.set_ylim(0, 101)
-    curves.set_xlabel(f"eps ({first.norm}, pixels in [0, 1])")
-    curves.set_ylabel("certified robust accuracy, column sound (%)")
-    curves.set_title(f"{first.samples} samples of {first.dataset}")
-    curves.grid(alpha=0.3)
-    curves.legend(fontsize=8)
+    limit = plot_style.largest_eps(group[0].eps, [grid for grids in sound for grid in grids])
+    what = "certified robust accuracy, column sound (%)"
+    plot_style.accuracy_axes(curves, first.norm, limit, top=101.0, what=what)
     places = np.arange(len(group))
     seconds = [statistics.fmean(run.seconds for run in system.finals) for system in group]
-    cost.barh(places, seconds, color=list(colours[: len(group)]), alpha=0.5)
+    cost.barh(places, seconds, color=[style["color"] for style in styles], alpha=0.5)
     for place, system in zip(places, group, strict=True):
         run = system.finals[0]
         text = f" {run.parameters / 1e3:,.0f} k parameters, {run.steps:,} steps"
-        cost.annotate(text, (0, place), va="center", fontsize=8)
-    cost.set_yticks(places, [system.preset for system in group], fontsize=8)
+        cost.annotate(text, (0, place), va="center", fontsize=plot_style.SMALL)
+    cost.set_yticks(places, [system.preset for system in group], fontsize=plot_style.SMALL)
     cost.invert_yaxis()
     cost.set_xlabel("seconds of training, mean over the seeds")
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    plot_style.finish(figure, f"{first.samples} samples of {first.dataset}")
+    return plot_style.png(figure)

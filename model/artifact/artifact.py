@@ -19,6 +19,7 @@ from torch import Tensor
 from model.artifact.safetensors_io import (
     TensorRange,
     TensorSpec,
+    difference,
     read_header,
     tensor_of,
     write_safetensors,
@@ -258,13 +259,8 @@ def _load(network: CertifiedNetwork, stream: IO[bytes]) -> str:
     parameters = _stored_tensors(network)
     stored = {name: (r.shape, r.dtype) for name, r in ranges.items()}
     expected = {name: (tuple(p.shape), torch.float32) for name, p in parameters.items()}
-    if stored != expected:
-        wrong = sorted(name for name in stored | expected if stored.get(name) != expected.get(name))
-        first = wrong[0]
-        raise ModelError(
-            f"{WEIGHTS}: {len(wrong)} tensors differ from the network, first {first}: "
-            f"stored {stored.get(first)}, expected {expected.get(first)}"
-        )
+    if wrong := difference(stored, expected):
+        raise ModelError(f"{WEIGHTS} does not fit the network: {wrong}")
     for name, r in ranges.items():
         parameters[name].copy_(_stored_value(name, hashing.read(r.stop - r.start), r))
     if hashing.read(1):

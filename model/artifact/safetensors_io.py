@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -197,3 +197,15 @@ def _exactly(stream: IO[bytes], count: int) -> bytes:
     if len(data) != count:
         raise ModelError(f"the safetensors file ends after {len(data)} of {count} bytes")
     return data
+
+
+def difference(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """How many tensors differ, and how the first one does; empty where none does."""
+    names = sorted(n for n in {*stored, *expected} if stored.get(n) != expected.get(n))
+    if not names:
+        return ""
+    first = names[0]
+    return (
+        f"{len(names)} tensors differ, first {first}: "
+        f"stored {stored.get(first)}, expected {expected.get(first)}"
+    )

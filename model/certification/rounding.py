@@ -163,3 +163,16 @@ class ErrorState:
         self.norm = upper * self.norm + bias
         self.note(size)
         self.note(self.computed)
+
+    def finish(self, error: Tensor, underflow: Tensor) -> Tensor:
+        """The error of a margin with what flushed operations may add, (B,).
+
+        Infinite where the sizes come near overflow, or where underflow may say more than a logit.
+
+        Args:
+            error: what rounding does to a margin, (B,).
+            underflow: bound of what is lost below the smallest normal number, (B,).
+        """
+        hopeless = (underflow > 1) | (self.peak > self.program.limit)
+        total = ((error + underflow) * (1 + 2.0**-20)).nan_to_num(nan=math.inf, posinf=math.inf)
+        return torch.where(hopeless, math.inf, total)

@@ -1,19 +1,22 @@
 """What every certified network offers to training and to certification."""
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.certification.feature_radii import slope_radii
 from model.certification.matrix_bounds import Matrices, MatrixBound, matrix_bound
 from model.certification.rounding import Program
 from model.errors import ModelError
 from model.networks.centering import Centering
-from model.networks.init import initial_value
+from model.networks.config import NetworkConfig
+from model.networks.init import initial_kind, initial_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +28,31 @@ class LipschitzBound:
     parts: Mapping[str, float]
     """Bound of each layer by name; layers that are 1-Lipschitz by construction are left out."""
 
+    @classmethod
+    def product(
+        cls, parts: Mapping[str, float], factors: Iterable[float] | None = None
+    ) -> "LipschitzBound":
+        """The product of the parts, rounded up; infinite where it is not computed accurately.
+
+        Args:
+            parts: see the attribute.
+            factors: what the parts are products of, if they are not single norms.
+        """
+        norms = list(parts.values() if factors is None else factors)
+        largest = math.prod(max(1.0, norm) for norm in norms)
+        smallest = math.prod(min(1.0, norm) for norm in norms)
+        # A product that passes through subnormal numbers is not accurate.
+        accurate = largest <= 2.0**500 and smallest >= 2.0**-500
+        return cls(math.prod(parts.values()) * (1 + 2.0**-40) if accurate else math.inf, parts)
+
 
 class CertifiedNetwork(nn.Module, ABC):
     """A classifier whose logit differences have known Lipschitz constants.
 
     The difference of logits i and j is Lipschitz with `lipschitz_upper_bound().value *
     factors[i, j]` on all of R^n, where `factors` comes from `logits_and_margin_factors`.
-    Every parameter carries `initial` (see model.networks.init) and, if constrained, its manifold.
+    Every parameter carries the kind of its initial value (model.networks.init) and, if constrained,
+    its manifold. Most families have a `head`, of which the logits and their factors come.
 
     Attributes:
         norm: norm on images, `l2` or `linf`.
@@ -45,6 +66,10 @@ class CertifiedNetwork(nn.Module, ABC):
     num_classes: int
     checkpoint_blocks: bool = False
 
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.input_shape, self.num_classes = config.input_shape, config.num_classes
+
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
         """What the head sees, shape (B, F); Lipschitz in the pixels with the stated constant.
@@ -56,7 +81,6 @@ class CertifiedNetwork(nn.Module, ABC):
             ModelError: images of another shape or of an integer type.
         """
 
-    @abstractmethod
     def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and the nominal Lipschitz constants of their differences in the pixels.
 
@@ -73,6 +97,8 @@ class CertifiedNetwork(nn.Module, ABC):
         Raises:
             ModelError: see `features`.
         """
+        head: Any = self.get_submodule("head")
+        return head(self.features(images))
 
     def logits_and_rates(self, images: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Logits, and how fast the margins of the labels can fall: what training looks at.
@@ -126,13 +152,14 @@ class CertifiedNetwork(nn.Module, ABC):
         """How margins become radii, by name; for linear heads their kind, `unit` or `linear`."""
         return str(self.get_submodule("head").kind)
 
-    @abstractmethod
     def margin_factor_bounds(self) -> Tensor:
         """Proved upper bounds of the exact margin factors, float64 (K, K), diagonal 0.
 
         Raises:
             ModelError: the head has a row that cannot be normalised.
         """
+        head: Any = self.get_submodule("head")
+        return head.factor_bounds()
 
     def slope_bounds(self, slopes: Tensor, norms: Tensor, *, matrices: Matrices) -> Tensor:
         """Proved upper bounds of the exact slopes in the features at some images.
@@ -210,6 +237,12 @@ class CertifiedNetwork(nn.Module, ABC):
         names = self.bounded_matrices
         return {name: self.bound_matrix(name, self.get_parameter(name)) for name in names}
 
+    def run_block(self, block: nn.Module, x: Tensor, *arguments: Any) -> Any:
+        """Output of a block, which is recomputed in the backward pass with `checkpoint_blocks`."""
+        if self.checkpoint_blocks:
+            return checkpoint(block, x, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return block(x, *arguments)
+
     def begin_step(self, *, step: int, progress: float, seed: int) -> None:
         """Get ready for a training step; all ranks call it with the same values.
 
@@ -254,7 +287,7 @@ class CertifiedNetwork(nn.Module, ABC):
     def initialise(self, seed: int) -> None:
         """Set every parameter to its initial value, made in float64 and then rounded."""
         for name, p in self.named_parameters():
-            p.copy_(initial_value(p.initial, p.shape, seed=seed, name=name))  # type: ignore[attr-defined]
+            p.copy_(initial_value(initial_kind(p), p.shape, seed=seed, name=name))
 
     def check_images(self, images: Tensor) -> None:
         """Refuse images of a wrong shape or type.
@@ -272,3 +305,23 @@ class CertifiedNetwork(nn.Module, ABC):
                 f"images of type {images.dtype}; the network takes floating point pixels in "
                 "[0, 1]: divide 8-bit values by 255 first"
             )
+
+
+class LipschitzByConstruction(CertifiedNetwork):
+    """A network whose features are 1-Lipschitz for any finite weights: no norm enters the bound."""
+
+    @property
+    def bounded_matrices(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def lipschitz_upper_bound(self, matrices: Matrices | None = None) -> LipschitzBound:
+        """Exactly 1, a theorem for all finite weights.
+
+        Raises:
+            ModelError: a stored value is not finite. On the meta device there are none.
+        """
+        for name, stored in self.state_dict().items():
+            if not stored.is_meta and not bool(stored.isfinite().all()):
+                raise ModelError(f"{name} holds values that are not finite")
+        return LipschitzBound(1.0, {})

@@ -153,6 +153,11 @@ def initial_value(kind: str, shape: Sequence[int], *, seed: int, name: str) -> T
 
 
 def set_initial(parameter: nn.Parameter, kind: str) -> nn.Parameter:
-    """Tag a parameter with the kind of its initial value, as `parameter.initial`."""
+    """Tag a parameter with the kind of its initial value; see `initial_kind`."""
     parameter.initial = kind  # type: ignore[attr-defined]
     return parameter
+
+
+def initial_kind(parameter: Tensor) -> str:
+    """Kind of the initial value of a parameter that `set_initial` has tagged."""
+    return str(parameter.initial)  # type: ignore[attr-defined]

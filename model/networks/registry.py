@@ -4,17 +4,17 @@ A new family is one file (or a folder) with a configuration and a network, and o
 `FAMILIES`: training, certification, the planner and the command line ask these two for everything.
 """
 
-import difflib
 from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import BeforeValidator, SerializeAsAny, TypeAdapter
 
-from model.errors import ModelError
+from model.errors import ModelError, known_names
 from model.networks.base import CertifiedNetwork
-from model.networks.config import LipNeXtConfig, NetworkConfig
+from model.networks.config import NetworkConfig
 from model.networks.linf.groupsort import GroupSort, GroupSortConfig
 from model.networks.linf.sortnet import SortNet, SortNetConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.lipnext.network import LipNeXt
 from model.networks.liresnet.bronet import BRONet, BRONetConfig
 from model.networks.liresnet.liresnet import LiResNet, LiResNetConfig
@@ -50,9 +50,7 @@ def family(kind: object) -> Family:
         ModelError: there is none.
     """
     if kind not in FAMILIES:
-        near = difflib.get_close_matches(str(kind), FAMILIES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ModelError(f"no network family {kind!r}; {hint}known: {', '.join(FAMILIES)}")
+        raise ModelError(f"no network family {kind!r}; {known_names(kind, FAMILIES)}")
     return FAMILIES[str(kind)]
 
 

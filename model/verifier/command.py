@@ -13,9 +13,8 @@ from model.verifier.families.base import Family
 from model.verifier.files import Body
 from model.verifier.mathematics.certificate_bounds import bound_matrices, check_bounds
 from model.verifier.refusal import Near, RefusalError
-from model.verifier.samples import check_errors, check_samples
+from model.verifier.samples import check_errors, check_samples, check_table
 from model.verifier.shards import read_index
-from model.verifier.table import check_table
 
 
 def verify(

@@ -1,14 +1,25 @@
 """The samples: forward passes, and what every column says of them (section 8.5)."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import numpy.typing as npt
 
-from model.verifier.certificate import COLUMNS
+from model.verifier.certificate import COLUMNS, radii_of_table
 from model.verifier.families.base import Family
 from model.verifier.files import Body, Table
 from model.verifier.mathematics.arithmetic import PROGRAMS, Floats
 from model.verifier.mathematics.radii import Judged, image_norms, judge, nominal
-from model.verifier.refusal import DisagreementError, UnusableError, Within, agree, differ, shown
+from model.verifier.refusal import (
+    DisagreementError,
+    Near,
+    UnusableError,
+    Within,
+    agree,
+    differ,
+    shown,
+)
 from model.verifier.shards import Images, load_images
 
 SAME_SAMPLE = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 0.5}
@@ -148,3 +159,37 @@ def check_errors(body: Body, largest: Largest, complete: bool) -> None:
             limit = high * (1 + SAME_ERROR) if complete else np.inf
             due = Within(low * (1 - SAME_ERROR), float(limit))
             agree(body["columns"][name].get(field, "nothing"), due, f"columns.{name}.{field}")
+
+
+def check_table(body: Body, samples: Table, bound: Near) -> None:
+    """Compare every number of `columns` that follows from samples.parquet, exactly."""
+    ratios = radii_of_table(body)
+    for name in COLUMNS:
+        place = f"columns.{name}"
+        column = body["columns"][name]
+        program = PROGRAMS[column["program"]]
+        radius, count = samples[f"{name}_radius"], len(samples["key"])
+        if not (radius >= 0).all():
+            row = int(np.flatnonzero(~(radius >= 0))[0])
+            raise DisagreementError(f"samples.parquet row {row} {name}_radius is {radius[row]}")
+        correct = samples[f"{name}_prediction"] == samples["label"]
+        certified = {
+            eps: int(count_greater(radius[correct], ratio)) for eps, ratio in ratios.items()
+        }
+        derived = {
+            "program": program.name,
+            "unit_roundoff": program.stored,
+            "lipschitz": 1.0 if name == "nominal" else bound,
+            "clean": int(correct.sum()) / count,
+            "certified": certified,
+            "cra": {eps: number / count for eps, number in certified.items()},
+            "mean_radius": Near(math.fsum(radius[correct]) / count, 0.0),
+            "vacuous": not (radius > 0).any(),
+        }
+        agree({key: column[key] for key in column if key not in ERRORS}, derived, place)
+
+
+def count_greater(radius: npt.NDArray[np.float64], ratio: Fraction) -> int:
+    """How many radii are greater than an exact ratio."""
+    nearest = float(ratio)
+    return int((radius > nearest if Fraction(nearest) <= ratio else radius >= nearest).sum())

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
-from model.artifact.safetensors_io import read_header, tensor_of
+from model.artifact.safetensors_io import difference, read_header, tensor_of
 from optim.sharded import ShardedManifoldAdam
 from pipeline.checkpoint.writer import SCHEMA_VERSION, Partitioned, held, slices
 from pipeline.errors import PipelineError
@@ -134,13 +134,8 @@ def load_checkpoint(folder: Store, *, world: DistributedContext, engine: Partiti
             _check_tensors(folder, record["file"], commit["tensors"])
         expected = {key: list(slot.shape) for key, slot, _ in slices(engine.optimizer, world.rank)}
         stored = {key: entry["shape"] for key, entry in commit["tensors"].items()}
-        if stored != expected:
-            names = sorted(k for k in stored | expected if stored.get(k) != expected.get(k))
-            first = names[0]
-            raise PipelineError(
-                f"checkpoint {folder.url} does not fit the network: {len(names)} tensors differ, "
-                f"first {first}: stored {stored.get(first)}, expected {expected.get(first)}"
-            )
+        if wrong := difference(stored, expected):
+            raise PipelineError(f"checkpoint {folder.url} does not fit the network: {wrong}")
     except (FileNotFoundError, ValueError, KeyError, TypeError) as failure:
         error = f"{type(failure).__name__}: {failure}"
     except Exception as failure:  # whatever a client of a store raises

@@ -56,6 +56,7 @@ class PreparedRun:
         run_key: by which MLflow knows the run, also where its spool is lost.
         spool: local folder of the metrics spool.
         changed: settings of a continued run that are not those it had before.
+        notice: what a person should know of the settings and cannot see; mostly empty.
     """
 
     job: WorkerSpec
@@ -65,6 +66,7 @@ class PreparedRun:
     run_key: str
     spool: Path
     changed: dict[str, str]
+    notice: str = ""
 
     def accept(self) -> None:
         """Keep changed settings as those of the run; once its ranks have loaded a checkpoint."""
@@ -98,6 +100,7 @@ def prepare(
 
     Raises:
         PipelineError, ShardError: the run is impossible; nothing was started.
+        NoEffectError: a setting changes nothing on so many ranks.
         LeaseError: another process trains it, or the store cannot keep others from doing so.
         ExposureError: its Ray cluster or MLflow server stands open.
     """
@@ -137,9 +140,12 @@ def _prepare(
     samples = open_samples(
         shards.url, config.data, config.model, certify=config.checkpoint.evaluate
     )
-    make_step_schedule(
+    schedule = make_step_schedule(
         config.train, config.checkpoint, samples=samples.per_epoch, world_size=world_size
     )
+    config.require_effects(world_size=world_size)
+    stop, end = config.train.stop_after, schedule.total_steps
+    notice = f"train.stop_after={stop} is never reached: the run ends after step {end}"
     if config.cluster.launcher == "ray":
         world_sizes(config.cluster, config.train)
     if config.cluster.device == "cuda" and no_gpu:
@@ -173,6 +179,7 @@ def _prepare(
         spool=(run.local_path() or Path.home() / ".cache/certified-pretrain" / name)
         / layout.TRACKING,
         changed=changed,
+        notice=notice if stop > end else "",
     )
 
 

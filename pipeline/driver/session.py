@@ -18,7 +18,7 @@ from pipeline.driver.preflight import PreparedRun
 from pipeline.driver.system_metrics import SystemMetrics
 from pipeline.driver.usage import UsageMetrics
 from pipeline.errors import failing
-from pipeline.planner.flops import training_flops
+from pipeline.planner.meta_step import training_flops
 from pipeline.run import layout
 from pipeline.run.evaluation_summary import EvaluationSummary, local_path, report
 from pipeline.run.ray_job import submission_tags
@@ -75,6 +75,8 @@ def run_session(prepared: PreparedRun, console: Console) -> Iterator[RunMonitor]
             f"checkpoint.keep_best={config.checkpoint.keep_best} chooses none, and the newest is "
             f"certified once, on {config.data.test_split}"
         )
+    if prepared.notice:
+        display.message(prepared.notice)
     if prepared.changed:
         display.message("changed: " + "; ".join(f"{k}: {v}" for k, v in prepared.changed.items()))
         event_log.note("Changed", settings=prepared.changed)

@@ -4,12 +4,12 @@ A new loss is one file with a subclass of `pipeline.losses.base.Loss`, and one l
 """
 
 import dataclasses
-import difflib
 from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny, TypeAdapter
 
+from model.errors import known_names
 from pipeline.errors import PipelineError
 from pipeline.losses.base import Loss
 from pipeline.losses.certificate import CertificateLoss
@@ -36,9 +36,7 @@ def loss_class(kind: object) -> type[Loss]:
         PipelineError: there is none.
     """
     if kind not in LOSSES:
-        near = difflib.get_close_matches(str(kind), LOSSES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise PipelineError(f"--loss.kind {kind}: no such loss; {hint}known: {', '.join(LOSSES)}")
+        raise PipelineError(f"--loss.kind {kind}: no such loss; {known_names(kind, LOSSES)}")
     return LOSSES[str(kind)]
 
 

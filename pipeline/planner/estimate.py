@@ -9,9 +9,8 @@ from optim.manifolds import manifold_of
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.planner import memory as budget
-from pipeline.planner.flops import training_flops
 from pipeline.planner.memory import Component, Setting, Traffic, Weights
-from pipeline.planner.meta_step import Rehearsal, rehearse
+from pipeline.planner.meta_step import Rehearsal, rehearse, training_flops
 from pipeline.planner.step_time import MANIFOLD_PRODUCTS, Device, StepTime, step_time
 from pipeline.run.step_schedule import StepSchedule, make_step_schedule
 from pipeline.training.device_peak import DTYPES

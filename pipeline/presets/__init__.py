@@ -1,10 +1,10 @@
 """Named runs as functions; the command line changes values, never structure."""
 
-import difflib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from model.errors import known_names
 from pipeline.config import RunConfig, replaced
 from pipeline.errors import NoEffectError, PipelineError
 from pipeline.losses.registry import LOSSES, another_loss, option_names, require_options
@@ -26,9 +26,7 @@ def run_preset(name: str) -> RunConfig:
         PipelineError: no preset has this name.
     """
     if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise PipelineError(f"unknown preset {name!r}{hint}; presets: {', '.join(PRESETS)}")
+        raise PipelineError(f"unknown preset {name!r}; {known_names(name, PRESETS)}")
     return PRESETS[name]()
 
 

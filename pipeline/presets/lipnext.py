@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from data_shards.config import StreamConfig
-from model.networks.config import LipNeXtConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from optim.config import OptimConfig
 from pipeline.config import (
     CheckpointConfig,

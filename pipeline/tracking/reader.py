@@ -37,7 +37,6 @@ class TrackedRun:
         experiment_id: id of it.
         status: RUNNING, FINISHED, FAILED or KILLED.
         start_ms: when it began, milliseconds since the epoch.
-        end_ms: when it ended; None while it runs.
         params: settings by dotted name, as text.
         metrics: the last value of every metric.
         tags: tags by name.
@@ -49,7 +48,6 @@ class TrackedRun:
     experiment_id: str
     status: str
     start_ms: int
-    end_ms: int | None
     params: Mapping[str, str]
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
@@ -190,7 +188,6 @@ class Reader:
                 experiment_id=run.info.experiment_id,
                 status=run.info.status,
                 start_ms=run.info.start_time,
-                end_ms=run.info.end_time,
                 params=dict(run.data.params),
                 metrics=dict(run.data.metrics),
                 tags=dict(run.data.tags),

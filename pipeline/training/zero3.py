@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.networks.init import initial_value
+from model.networks.init import initial_kind, initial_value
 from model.networks.registry import AnyNetwork, build_network
 from optim.collectives import ProcessGroupExchange
 from optim.config import OptimConfig
@@ -200,7 +200,7 @@ class Zero3:
         self._device = world.device
         self._network = network
         self._seed = train.seed
-        self._initial = {name: p.initial for name, p in named}
+        self._initial = {name: initial_kind(p) for name, p in named}
         # The schedule multiplies these; DeepSpeed has no scheduler here that could disagree.
         self._base_lr = [group["lr"] for group in self.optimizer.param_groups]
         exchange = ProcessGroupExchange(named[0][1].ds_process_group)

@@ -25,7 +25,7 @@ class Twice(nn.Module):
 def build():
     import model
 
-    twice = model.Twice()
+    twice = vars(model)["Twice"]()
     return lambda x: twice(x).sum()
 
 

@@ -37,6 +37,12 @@ def copy_of(tmp_path):
 
 
 @pytest.fixture
+def folder(synthetic_set, copy_of):
+    """A small shard set, to be damaged."""
+    return copy_of(synthetic_set)
+
+
+@pytest.fixture
 def memory_store():
     store = Store(f"memory://test-{uuid.uuid4().hex}")
     yield store

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -10,6 +11,18 @@ import xxhash
 
 from data_shards.format.index import header_to_json, load_header, rows_to_parquet
 from data_shards.storage.store import Store
+
+FILE = "train-00001.tar"
+
+
+class Bomb:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def read_members(path: Path) -> list[tuple[tarfile.TarInfo, bytes]]:

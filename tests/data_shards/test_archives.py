@@ -9,6 +9,7 @@ import struct
 import tarfile
 import uuid
 import zipfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -232,10 +233,11 @@ def test_tiny_imagenet_damaged(tmp_path):
     path = tmp_path / "tiny-imagenet-200.zip"
     data = path.read_bytes()
     source = tiny_imagenet(str(path))
-    start = data.find(b"\xff\xd8\xff", int(source.load.members.offset[30]))
+    load: Any = source.load
+    start = data.find(b"\xff\xd8\xff", int(load.members.offset[30]))
     path.write_bytes(data[: start + 40] + b"\0\1\2\3" + data[start + 44 :])
-    stored = np.flatnonzero(~source.load.deflated & (source.load.members.offset <= start))
-    hit = stored[np.argmax(source.load.members.offset[stored])]
+    stored = np.flatnonzero(~load.deflated & (load.members.offset <= start))
+    hit = stored[np.argmax(load.members.offset[stored])]
     with pytest.raises(ShardError, match=r"at offset \d+: (CRC-32|Error)"):
         source.encode(int(hit))
     path.write_bytes(data[:5000])

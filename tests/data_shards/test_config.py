@@ -14,4 +14,4 @@ def test_numbers_outside_their_limits_are_refused(fields):
 
 def test_unknown_option_is_refused():
     with pytest.raises(ValidationError, match="lane"):
-        StreamConfig(lane=3)
+        StreamConfig(**{"lane": 3})

@@ -70,13 +70,14 @@ def test_every_image_comes_at_network_size_and_differently_each_epoch(folder):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_crops_depend_on_seed_epoch_and_position_alone(folder, workers):
-    expected = pixels(take(folder))
+    whole = take(folder)
+    expected = pixels(whole)
     config = dataclasses.replace(CROP, workers=workers, read_ahead_bytes=60_000)
     assert torch.equal(pixels(take(folder, config=config)), expected)
     halves = [take(folder, config=config, rank=rank, world_size=2) for rank in (0, 1)]
     joined = [torch.cat([a.images, b.images]) for a, b in zip(*halves, strict=True)]
     assert torch.equal(torch.cat(joined), expected)
-    resumed = take(folder, 5, cursor=Cursor(seed=3).advance(7 * 16, 96))
+    resumed = take(folder, 5, cursor=whole[6].cursor_after)
     assert torch.equal(pixels(resumed), expected[7 * 16 :])
     other = take(folder, cursor=Cursor(seed=4))
     assert not torch.equal(pixels(other), expected)
@@ -132,3 +133,20 @@ def test_randaugment_changes_what_was_shifted_and_mirrored(folder):
     words = position_words(3, [Span(0, 0, 48)], purpose=RANDAUGMENT)
     for image, row, expected in zip(plain, words, found, strict=True):
         assert torch.equal(randaugment(image, row), expected)
+
+
+def test_certification_never_reduces(synthetic_set, monkeypatch):
+    """Every JPEG of the test split is decoded whole and at its own size."""
+    index, factors = load_index(str(synthetic_set)), []
+    plain = decode._decode_jpeg
+
+    def watched(data, header, rows, factor):
+        factors.append((factor, rows == header.height))
+        return plain(data, header, rows, factor)
+
+    monkeypatch.setattr(decode, "_decode_jpeg", watched)
+    monkeypatch.setattr(decode, "decode_crop", None)
+    for shard in index.shards_of("test"):
+        for _ in read_shard(index, shard, 8):
+            pass
+    assert factors == [(1, True)] * index.header.splits["test"]

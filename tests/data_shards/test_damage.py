@@ -28,6 +28,8 @@ from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream
 from data_shards.writing.writer import write_shard_set
 from tests.data_shards.shard_damage import (
+    FILE,
+    Bomb,
     add_huge_member,
     member,
     read_members,
@@ -36,23 +38,7 @@ from tests.data_shards.shard_damage import (
 )
 from tests.data_shards.test_index import rewrite_rows
 
-FILE = "train-00001.tar"
 STEPS = 12  # two epochs of 96
-
-
-class Bomb:
-    """Unpickled, it makes a directory."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.fixture
-def folder(synthetic_set, copy_of):
-    return copy_of(synthetic_set)
 
 
 def stream(url, **fields):

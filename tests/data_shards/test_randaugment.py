@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -71,9 +73,13 @@ def test_the_words_decide_alone():
 
 def test_every_operation_is_drawn_in_both_directions(monkeypatch):
     seen = set()
+
+    def spied(name, image, strength, direction):
+        seen.add((name, direction))
+        return image
+
     for name in REFERENCE:
-        spied = lambda image, strength, direction, name=name: seen.add((name, direction)) or image  # noqa: E731
-        monkeypatch.setitem(module._OPERATIONS, name, spied)
+        monkeypatch.setitem(module._OPERATIONS, name, functools.partial(spied, name))
     for words in drawn(300):
         randaugment(torch.from_numpy(PIXELS).permute(2, 0, 1), words)
     assert seen == {(name, direction) for name in REFERENCE for direction in (1, -1)}

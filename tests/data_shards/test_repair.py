@@ -12,19 +12,13 @@ from data_shards.verify import verify
 from data_shards.writing.repair import repair
 from data_shards.writing.writer import write_shard_set
 from tests.data_shards.shard_damage import (
+    FILE,
     add_huge_member,
     member,
     read_members,
     reindex,
     write_members,
 )
-
-FILE = "train-00001.tar"
-
-
-@pytest.fixture
-def folder(synthetic_set, copy_of):
-    return copy_of(synthetic_set)
 
 
 def lose_rows(folder):

@@ -70,7 +70,7 @@ def test_every_byte_arrives_in_bad_weather(name, proxy, s3_set, small_rows, monk
     proxy.weather = WEATHERS[name]
     index = load_index(s3_set)
     assert index.digest == small_rows[0]
-    for rows in np.array_split(np.arange(120), 6):
+    for rows in np.array_split(np.arange(60), 3):
         encoded = fetch(index, rows, max_gap=0)
         assert {row: bytes(encoded[row]) for row in rows} == {r: small_rows[1][r] for r in rows}
     faults = sum(

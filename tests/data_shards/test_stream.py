@@ -94,6 +94,18 @@ def test_resume_anywhere_is_exact(small, stop, cache, batch):
     assert same(resumed, whole[stop + 1 :])
 
 
+@pytest.mark.parametrize(("began", "goes_on"), [(1 << 20, 0), (0, 1 << 20)])
+def test_a_run_goes_on_in_the_order_it_began_with(small, began, goes_on):
+    """What is cached whole is shuffled as a whole; the cache may change when a run is resumed."""
+    configs = [StreamConfig(cache_bytes=c, lanes=2, window=8) for c in (began, goes_on)]
+    whole = take(small, 9, configs[0])
+    assert not same(take(small, 9, configs[1]), whole)
+    cursor = Cursor.from_json(whole[3].cursor_after.to_json())
+    assert same(take(small, 5, configs[1], cursor=cursor), whole[4:])
+    of_lanes = Cursor(seed=3, order=2, lanes=2, window=8)
+    assert same(take(small, 9, configs[0], cursor=of_lanes), whole) == (began == 0)
+
+
 def test_cursor_counts_what_was_handed_out(small):
     with SampleStream(
         small, StreamConfig(), split="train", global_batch=10, cursor=START

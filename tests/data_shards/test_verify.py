@@ -1,4 +1,3 @@
-import os
 import pickle
 import resource
 import tarfile
@@ -17,6 +16,8 @@ from data_shards.verify import main as verify_main
 from data_shards.verify import verify
 from data_shards.writing.writer import write_shard_set
 from tests.data_shards.shard_damage import (
+    FILE,
+    Bomb,
     add_huge_member,
     member,
     read_members,
@@ -24,26 +25,9 @@ from tests.data_shards.shard_damage import (
     write_members,
 )
 
-FILE = "train-00001.tar"
-
 
 def problems_of(folder, **options):
     return list(verify(load_index(str(folder), check_files=False), **options))
-
-
-@pytest.fixture
-def folder(synthetic_set, copy_of):
-    return copy_of(synthetic_set)
-
-
-class Bomb:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_an_intact_set(synthetic_set, capsys):
@@ -247,7 +231,7 @@ def test_a_member_that_declares_ten_gigabytes(folder):
 
 
 def test_an_image_over_the_limit_is_not_read(folder, monkeypatch):
-    monkeypatch.setattr(shard_scan, "_MAX_IMAGE", 2000)
+    monkeypatch.setattr(shard_scan, "MAX_IMAGE", 2000)
     members = read_members(folder / FILE)
     write_members(folder / FILE, [member("big.png", bytes(3000)), *members])
     reindex(folder, FILE)

@@ -9,20 +9,12 @@ from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.webdataset_stream import UnindexedStream
-from tests.data_shards.shard_damage import member, read_members, write_members
+from tests.data_shards.shard_damage import Bomb, member, read_members, write_members
 
 pytestmark = [
     # webdataset leaves shards to the collector.
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
 ]
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.fixture
@@ -116,3 +108,34 @@ def test_no_shards(tmp_path):
         stream(tmp_path)
     with pytest.raises(ShardError, match="not divisible by the world size 3"):
         stream(tmp_path, world_size=3)
+
+
+def test_shards_of_several_splits_need_a_pattern(synthetic_set, copy_of):
+    folder = copy_of(synthetic_set)
+    with pytest.raises(ShardError, match=r"more than one split \(\d+ test, \d+ train\).*/train-\*"):
+        take(folder)
+    labels = {int(label) for batch in take(folder / "train-*.tar", 3)[0] for label in batch.labels}
+    assert labels <= {0, 1, 2, 3}
+    with pytest.raises(ShardError, match=r"no shards \(fit-\*\.tar\)"):
+        take(folder / "fit-*.tar")
+    (folder / "imagenet-validation-000.tar").write_bytes(b"")
+    for shard in folder.glob("test-*.tar"):
+        shard.unlink()
+    with pytest.raises(ShardError, match=r"\(\d+ train, 1 val\)"):
+        take(folder)
+
+
+def test_a_set_without_one_sample_ends(folder):
+    for shard in folder.glob("*.tar"):
+        write_members(shard, [member("a.txt", b"x"), member("a.json", b"{}")])
+    with pytest.raises(ShardError, match=r"none of 5 shards has an image .* 5 \.txt, 5 \.json"):
+        take(folder)
+
+
+def test_the_settings_of_webdataset_in_this_process_stay(folder, monkeypatch):
+    monkeypatch.delenv("WDS_SECURE", raising=False)
+    take(folder, 1)
+    import webdataset
+
+    assert "WDS_SECURE" not in os.environ
+    assert not webdataset.utils.enforce_security

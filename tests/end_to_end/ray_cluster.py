@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import Request, urlopen
 
+import psutil
+
+from tests.strangers import process_tree
+
 ROOT = Path(__file__).resolve().parents[2]
 MAKE = "make cluster"
 _START_S = 300
@@ -108,14 +112,16 @@ class Cluster:
         raise TimeoutError((self.folder / f"node-{len(self.nodes) - 1}.log").read_text())
 
     def end(self):
-        """End every process of the cluster."""
-        for stop in (signal.SIGTERM, signal.SIGKILL):
-            for node in reversed(self.nodes):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(node.pid, stop)
-            for node in self.nodes:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    node.wait(30)
+        """End every process of the cluster; Ray itself takes half a minute for some."""
+        processes = [process for node in self.nodes for process in process_tree(node.pid)]
+        for node in reversed(self.nodes):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGTERM)
+        for process in psutil.wait_procs(processes, timeout=3)[1]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        for node in self.nodes:
+            node.wait(30)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from data_shards.streaming.sample_reader import read_shard
 from model.artifact.artifact import read_artifact
 from model.attacks import apgd, margins
 from model.certify import certify
+from model.networks.lipnext.layers import Block
 from tests.end_to_end.conftest import ROOT
 from tests.strangers import off_loopback
 
@@ -128,8 +129,9 @@ def trained(run):
     return artifact.network.double(), images, torch.cat([b.labels for b in batches])
 
 
-def test_network_is_1_lipschitz_within_its_residuals(digits_run):
+def test_network_is_1_lipschitz_within_its_residuals(digits_run, monkeypatch):
     network, images, _ = trained(digits_run)
+    images = images[:90]
     bound = network.lipschitz_upper_bound().value
     assert 1.0 <= bound < 1 + 1e-4
     first = network.tokens(images).flatten(1)
@@ -137,10 +139,11 @@ def test_network_is_1_lipschitz_within_its_residuals(digits_run):
     moved = (first - second).norm(dim=1)
     distance = (images - images.flip(0)).flatten(1).norm(dim=1)
     assert (moved <= distance * bound + 1e-12).all()
-    jacobian = torch.autograd.functional.jacobian(
-        lambda x: network.tokens(x).flatten(), images[:1]
-    ).flatten(1)
-    values = torch.linalg.svdvals(jacobian.reshape(jacobian.shape[0], -1))
+    monkeypatch.setattr(Block, "plain", True)  # with the operators that autograd knows
+    pixels = torch.eye(images[0].numel(), dtype=images.dtype).view(-1, *images[0].shape)
+    point = images[:1].expand_as(pixels).contiguous()
+    columns = torch.func.jvp(network.tokens, (point,), (pixels,))[1]
+    values = torch.linalg.svdvals(columns.detach().flatten(1))
     # Gradient-norm preserving up to the pool: every singular value is 1 within the residuals.
     assert values.max() <= bound
     assert values.min() >= 2 - bound
@@ -156,26 +159,28 @@ def two_threads():
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(
-    ("samples", "restarts"), [(50, 1), pytest.param(200, 5, marks=pytest.mark.slow)]
+    ("samples", "steps", "restarts"),
+    [(30, 20, 1), pytest.param(200, 100, 5, marks=pytest.mark.slow)],
 )
-def test_no_attack_inside_the_certified_radius_succeeds(digits_run, samples, restarts):
+def test_no_attack_inside_the_certified_radius_succeeds(digits_run, samples, steps, restarts):
     network, images, labels = trained(digits_run)
     images, labels = images[:samples], labels[:samples]
     with torch.no_grad():
-        certificates = certify(*network.logits_and_margin_factors(images), labels, lipschitz=1.0)
+        logits, factors = network.logits_and_margin_factors(images)
+        certificates = certify(logits, factors, labels, lipschitz=1.0)
     inside = apgd(
         network,
         images,
         certificates.prediction,
         certificates.radius * (1 - 1e-6),
         loss=margins,
-        steps=100,
+        steps=steps,
         restarts=restarts,
         generator=torch.Generator().manual_seed(0),
     )
     assert (network(inside).argmax(1) == certificates.prediction).all()
     # The attack is not blind: beyond the certified radius it does succeed.
     beyond = apgd(
-        network, images[:50], certificates.prediction[:50], certificates.radius[:50] * 2 + 0.1
+        network, images, certificates.prediction, certificates.radius * 2 + 0.1, steps=steps
     )
-    assert (network(beyond).argmax(1) != certificates.prediction[:50]).float().mean() > 0.3
+    assert (network(beyond).argmax(1) != certificates.prediction).float().mean() > 0.3

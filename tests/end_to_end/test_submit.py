@@ -12,7 +12,7 @@ from tests.strangers import answers, drive, listening, machine_addresses, off_lo
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-SHORT = "--train.epochs 1 --train.warmup-epochs 0.2"
+SHORT = "--train.epochs 1 --train.warmup-epochs 0.2 --model.width 24 --model.depth 1"
 
 
 def example():

@@ -4,7 +4,7 @@ from data_shards.sources import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from model.artifact.artifact import write_artifact
-from model.networks.config import LipNeXtConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network
 from pipeline.run.ray_session import ray_session
 
@@ -50,17 +50,21 @@ def artifact(tmp_path_factory, shards):
     return export(tmp_path_factory.mktemp("artifact"), shards_url=shards, step=7)
 
 
-@pytest.fixture
-def fields(artifact, tmp_path):
-    """Config fields of a local evaluation with its own output."""
+def plain_fields(artifact, out):
     return {
         "artifact": artifact,
         "launcher": "local",
         "batch_size": 3,
         "eps": ("1/255", "36/255"),
-        "out": str(tmp_path / "out"),
+        "out": str(out),
         "record": False,
     }
+
+
+@pytest.fixture
+def fields(artifact, tmp_path):
+    """Config fields of a local evaluation with its own output."""
+    return plain_fields(artifact, tmp_path / "out")
 
 
 @pytest.fixture(scope="module")

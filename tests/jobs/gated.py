@@ -29,6 +29,9 @@ _FAVOURED = 0.6  # share of the samples that are of class 0
 class Gated:
     """Args: folder: place of everything."""
 
+    of_sharp: str
+    of_steady: str
+
     def __init__(self, folder):
         self.folder = folder
         self.tracking = empty_database(folder, "gated")

@@ -9,7 +9,7 @@ from matplotlib._pylab_helpers import Gcf
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
-import jobs.evaluation.plots
+from jobs.evaluation import plot_style
 from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
 from jobs.evaluation.results import CURVE_EPS
 from model.certification.eps import eps_value
@@ -108,13 +108,16 @@ def with_little():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Figures instead of their PNG bytes, drawn."""
+    """The figures behind the PNG bytes, drawn."""
+    figures = []
 
     def draw(figure):
         FigureCanvasAgg(figure).draw()
-        return figure
+        figures.append(figure)
+        return b""
 
-    monkeypatch.setattr(jobs.evaluation.plots, "_png", draw)
+    monkeypatch.setattr(plot_style, "png", draw)
+    return figures
 
 
 def words(figure):
@@ -141,7 +144,6 @@ def legend_of(figure):
 HISTOGRAM = {"radius": RADIUS, "correct": CORRECT}
 
 
-@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize(
     "draw",
     [
@@ -156,8 +158,9 @@ HISTOGRAM = {"radius": RADIUS, "correct": CORRECT}
         lambda: bounds_png(summary(depth=200)),
     ],
 )
-def test_no_two_texts_overlap_and_all_lie_in_the_figure(draw):
-    figure = draw()
+def test_no_two_texts_overlap_and_all_lie_in_the_figure(drawn, draw):
+    draw()
+    (figure,) = drawn
     seen = words(figure)
     assert len(seen) > 10
     for (one, box), (other, second) in itertools.combinations(seen, 2):
@@ -169,10 +172,10 @@ def test_no_two_texts_overlap_and_all_lie_in_the_figure(draw):
         assert box.y1 <= figure.bbox.y1, text
 
 
-@pytest.mark.usefixtures("drawn")
-def test_columns_and_attack_are_named_and_the_band_lies_between_them():
+def test_columns_and_attack_are_named_and_the_band_lies_between_them(drawn):
     result = summary()
-    figure = cra_png(result)
+    cra_png(result)
+    (figure,) = drawn
     assert legend_of(figure) == [
         "cra_nominal (float32)",
         "cra_sound (float64)",
@@ -195,9 +198,10 @@ def test_columns_and_attack_are_named_and_the_band_lies_between_them():
         assert f"{100 * result.attack.accuracy[ratio]:.1f} %" in texts
 
 
-@pytest.mark.usefixtures("drawn")
-def test_a_vacuous_column_is_a_word_and_no_curve():
-    with_curve, without = cra_png(summary()), cra_png(summary(vacuous=True))
+def test_a_vacuous_column_is_a_word_and_no_curve(drawn):
+    cra_png(summary())
+    cra_png(summary(vacuous=True))
+    with_curve, without = drawn
     assert "cra_deployed (float32): vacuous" in legend_of(without)
 
     def points(figure):
@@ -206,11 +210,11 @@ def test_a_vacuous_column_is_a_word_and_no_curve():
     assert points(with_curve) - points(without) == len(CURVE_EPS["l2"])
 
 
-@pytest.mark.usefixtures("drawn")
-def test_the_histogram_counts_every_sample_once():
+def test_the_histogram_counts_every_sample_once(drawn):
     radius = RADIUS.copy()
     radius[5] = np.inf
-    figure = radius_histogram_png(summary(), radius=radius, correct=CORRECT)
+    radius_histogram_png(summary(), radius=radius, correct=CORRECT)
+    (figure,) = drawn
     assert legend_of(figure) == [
         f"correct prediction: {CORRECT.sum()}",
         f"wrong prediction: {(~CORRECT).sum()}",
@@ -221,11 +225,11 @@ def test_the_histogram_counts_every_sample_once():
     assert heights == 359
 
 
-@pytest.mark.usefixtures("drawn")
-def test_bounds_are_drawn_at_their_values_in_the_order_of_the_layers():
+def test_bounds_are_drawn_at_their_values_in_the_order_of_the_layers(drawn):
     result = summary(depth=2)
     rows = (*result.layers[:-1], LayerRow("head", 0.25, 0.25))
-    figure = bounds_png(dataclasses.replace(result, layers=rows))
+    bounds_png(dataclasses.replace(result, layers=rows))
+    (figure,) = drawn
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [row.name for row in rows]
     assert axes.yaxis_inverted()

@@ -37,7 +37,7 @@ class Schedulers:
         self.command += ["--lease-s", "8", "--poll-s", "1", "--parallel", "2", "--attempts", "99"]
         self.log = (store.folder / "schedulers.log").open("ab")
         self.environment = {**os.environ, "XDG_CACHE_HOME": str(store.folder / "cache")}
-        self.processes = [None, None]
+        self.processes: list[subprocess.Popen | None] = [None, None]
         self.mark = store.folder.name
 
     def keep_two(self):

@@ -23,7 +23,7 @@ from data_shards.sources.base import Source, encode_png
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from model.artifact.artifact import write_artifact
-from model.networks.config import LipNeXtConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from model.verifier.certificate import COLUMNS, SCHEMA
 from model.verifier.families.lipnext import LipNeXt
 from model.verifier.mathematics.arithmetic import PROGRAMS

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from model.networks.base import CertifiedNetwork
-from model.networks.config import LipNeXtConfig, NetworkConfig
-from model.networks.init import initial_value
+from model.networks.config import NetworkConfig
+from model.networks.init import initial_kind, initial_value
+from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network
 
 
@@ -22,17 +23,19 @@ def tiny_config(**changes) -> LipNeXtConfig:
     return LipNeXtConfig(**settings)
 
 
-def trained_like(config: NetworkConfig, seed: int = 0) -> CertifiedNetwork:
-    """Calibrated float64 network, orthogonal to rounding, whose biases are not zero."""
-    network = build_network(config).double().eval()
+def trained_like(
+    config: NetworkConfig, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> CertifiedNetwork:
+    """Calibrated network, orthogonal to rounding, whose biases are not zero."""
+    network = build_network(config).to(dtype).eval()
     network.initialise(seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in network.parameters():
-            if p.initial == "zeros":
+            if initial_kind(p) == "zeros":
                 p.normal_(std=0.1, generator=generator)
     shape = (32, *config.input_shape)
-    network.calibrate([torch.rand(shape, generator=generator, dtype=torch.float64)])
+    network.calibrate([torch.rand(shape, generator=generator, dtype=dtype)])
     return network
 
 
@@ -41,9 +44,9 @@ def filled(module: nn.Module, generator: torch.Generator, dtype=torch.float64) -
     module = module.to(dtype)
     with torch.no_grad():
         for name, p in module.named_parameters():
-            p.copy_(initial_value(p.initial, p.shape, seed=1, name=name))
-            if p.initial == "zeros":
+            p.copy_(initial_value(initial_kind(p), p.shape, seed=1, name=name))
+            if initial_kind(p) == "zeros":
                 p.normal_(std=0.1, generator=generator)
-            elif p.initial.startswith("residual"):
+            elif initial_kind(p).startswith("residual"):
                 p[:, :-1] *= 40
     return module

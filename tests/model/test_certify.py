@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model.certification.feature_radii import feature_radius
-from model.certify import STANDARD_EPS, certify, cra
+from model.certify import certify
 from model.errors import ModelError
 from model.networks.head import pairwise_distances
 
@@ -91,15 +91,6 @@ def test_slopes_of_each_image_and_curvature_enter_the_certificate():
         certify(logits, slopes, labels, lipschitz=1.0, curvature=slopes)
 
 
-def test_cra_is_strict_and_needs_correctness():
-    radius = torch.tensor([0.5, 0.6, 0.9, 0.0])
-    correct = torch.tensor([True, True, False, True])
-    assert cra(radius, correct, 0.5) == 0.25
-    assert cra(radius, correct, 0.0) == 0.5
-    assert STANDARD_EPS["36_255"] == 36 / 255
-    assert STANDARD_EPS["255_255"] == 1.0
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -123,10 +114,3 @@ def test_certify_refuses(changes, message):
     }
     with pytest.raises(ModelError, match=message):
         certify(**settings)
-
-
-def test_cra_refuses_nothing_and_nonsense():
-    with pytest.raises(ModelError, match="positive number of samples"):
-        cra(torch.zeros(0), torch.zeros(0, dtype=torch.bool), 0.1)
-    with pytest.raises(ModelError, match="eps=-1"):
-        cra(torch.zeros(1), torch.zeros(1, dtype=torch.bool), -1.0)

@@ -37,7 +37,8 @@ def points(generator):
 def test_values_and_gradients_are_the_formulas_for_every_tile(reduction, points, monkeypatch, tile):
     monkeypatch.setitem(module._TILE_ELEMENTS, "cpu", tile)
     weights = torch.linspace(-1, 2, 77, dtype=torch.float64).view(7, 11)
-    found, expected = distance(*points, reduction), brute(*points, reduction)
+    x, w = points
+    found, expected = distance(x, w, reduction), brute(x, w, reduction)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     mine = torch.autograd.grad((found * weights).sum(), points)
     theirs = torch.autograd.grad((expected * weights).sum(), points)
@@ -59,9 +60,10 @@ def test_groups_see_their_subsets_only(reduction, points, generator):
 
 
 def test_the_power_mean_approaches_the_maximum_from_above(points):
-    exact = distance(*points, RankedSum((1.0,)))
+    x, w = points
+    exact = distance(x, w, RankedSum((1.0,)))
     for p in (8.0, 100.0, 1000.0):
-        mean = distance(*points, PowerMean(p))
+        mean = distance(x, w, PowerMean(p))
         assert (mean >= exact * (1 - 1e-12)).all()
         assert (mean <= exact * 24 ** (1 / p) * (1 + 1e-12)).all()
 

@@ -13,6 +13,7 @@ import torch
 from model.attacks import apgd, margins
 from model.certification.rounding import FLOAT32, FLOAT64
 from model.certify import ProvedCertifier, certify
+from model.networks.init import initial_kind
 from tests.model.small_networks import tiny_config, trained_like
 
 # One token of as many channels as there are pixels: margins are piecewise linear in the pixels,
@@ -26,7 +27,7 @@ def stored(config, *, scale=1.0, dtype=torch.float32, seed=0):
     network = trained_like(config, seed)
     with torch.no_grad():
         for p in network.parameters():
-            p.mul_(scale if p.initial in {"haar", "identity"} else 1.0)
+            p.mul_(scale if initial_kind(p) in {"haar", "identity"} else 1.0)
             p.copy_(p.to(dtype).double())
     return network
 
@@ -138,7 +139,7 @@ def broken_by_neighbours(network, images, certificates, generator, tries=100):
 
 
 @pytest.mark.parametrize("program", [FLOAT32, FLOAT64], ids=lambda program: program.name)
-@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("size", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_near_ties(generator, program, size):
     """The weights are orthogonal to rounding: what breaks here is the arithmetic alone."""
     config = tiny_config(input_shape=(1, size, size), patch=size, width=size**2, depth=4)

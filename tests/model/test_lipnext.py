@@ -5,8 +5,8 @@ import torch
 from pydantic import ValidationError
 
 from model.errors import ModelError
-from model.networks.config import LipNeXtConfig
-from model.networks.init import initial_value
+from model.networks.init import initial_kind, initial_value
+from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network, parameter_count
 from optim.manifolds import ORTHOGONAL, manifold_of
 from pipeline.presets import run_preset
@@ -90,7 +90,7 @@ def test_initial_values_depend_on_seed_and_name_alone():
     network.initialise(7)
     torch.manual_seed(123)
     for name, p in reversed(list(network.named_parameters())):
-        assert torch.equal(p, initial_value(p.initial, p.shape, seed=7, name=name))
+        assert torch.equal(p, initial_value(initial_kind(p), p.shape, seed=7, name=name))
     assert not torch.equal(network.blocks[0].R, network.blocks[1].R)
     assert not torch.equal(network.blocks[0].R, network.blocks[0].M)
     other = initial_value("haar", (16, 16), seed=8, name="blocks.0.R")

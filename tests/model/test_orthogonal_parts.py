@@ -1,6 +1,7 @@
 """Matrices made orthonormal, reflections, convolution norms: each against its definition."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,8 @@ def circulant(kernel, side):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_reflecting_convolution_is_the_explicit_reflection(generator, training):
-    layer = filled(ReflectionConvolution(3, rank=2, depth=4, shape=(4, 4), grow=True), generator)
+    layer: Any = ReflectionConvolution(3, rank=2, depth=4, shape=(4, 4), grow=True)
+    filled(layer, generator)
     layer.share = 1e-15
     kernel = (layer.identity(layer.weight) + layer.stored(layer.weight)).view(3, 2, 3, 3)
     V = circulant(kernel.detach(), 6)
@@ -208,7 +210,7 @@ def test_rounding_of_computed_rows_is_below_its_bound(layer, generator):
 
 
 def test_a_singular_matrix_says_nothing_in_float32(generator):
-    layer = DenseReflection(8, 8, rank=3, depth=2)
+    layer: Any = DenseReflection(8, 8, rank=3, depth=2)
     with torch.no_grad():
         layer.weight.zero_()
     bound = layer.bound("weight", layer.weight)
@@ -226,7 +228,7 @@ def test_eigenvalues_are_proved_whatever_the_library_returns(generator, monkeypa
     least = torch.linalg.eigvalsh(gram)[:, 0]
 
     def wrong(matrices):
-        return torch.return_types.linalg_cholesky_ex(
+        return vars(torch.return_types)["linalg_cholesky_ex"](
             (torch.eye(4).double().expand_as(matrices), torch.zeros(2, dtype=torch.int32))
         )
 
@@ -316,9 +318,8 @@ def test_linear_residual_has_the_norm_of_its_kernel(generator):
 
 
 def test_estimate_follows_seed_and_step_and_has_the_gradient_of_the_norm(generator):
-    layer = filled(
-        RegularisedConvolution(2, 3, kernel=3, stride=2, padding=1, shape=(6, 6)), generator
-    ).train()
+    layer: Any = RegularisedConvolution(2, 3, kernel=3, stride=2, padding=1, shape=(6, 6))
+    filled(layer, generator).train()
     x = random(generator, 1, 2, 6, 6)
     estimates = []
     for seed in (1, 1, 2):

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from model.certification.rounding import BFLOAT16, FLOAT32, FLOAT64, ErrorState
 from model.errors import ModelError
-from model.networks.init import initial_value
+from model.networks.init import initial_kind, initial_value
 from model.networks.registry import build_network, parameter_count
 from model.networks.sll.aol import AolConfig
 from model.networks.sll.layers import AlmostOrthogonal, Residual, max_min
@@ -100,7 +100,7 @@ def test_aol_layer_never_expands_and_keeps_orthonormal_columns(kernel):
     for seed in range(10):
         for name, p in layer.named_parameters():
             with torch.no_grad():
-                p.copy_(initial_value(p.initial, p.shape, seed=seed, name=name))
+                p.copy_(initial_value(initial_kind(p), p.shape, seed=seed, name=name))
         x = torch.zeros(shape, dtype=torch.float64)
         jacobian = torch.autograd.functional.jacobian(layer, x).reshape(-1, x.numel())
         eye = torch.eye(x.numel(), dtype=torch.float64)

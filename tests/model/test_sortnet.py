@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from model.certification.rounding import BFLOAT16, FLOAT32, FLOAT64
 from model.certify import ProvedCertifier, certify, image_norms
 from model.empirical_lipschitz import observed_lipschitz, refute
 from model.errors import ModelError
+from model.networks.config import NetworkConfig
 from model.networks.linf.distance import Subsets
 from model.networks.linf.groupsort import GroupSortConfig, bounded_rows, group_sort, row_distances
 from model.networks.linf.sortnet import SampledCentering, SortNetConfig
@@ -18,7 +20,7 @@ from model.networks.registry import build_network, parameter_count
 from pipeline.presets import run_preset
 from tests.model.small_networks import trained_like
 
-SMALL = {"input_shape": (2, 3, 3), "num_classes": 4}
+SMALL: dict[str, Any] = {"input_shape": (2, 3, 3), "num_classes": 4}
 SORTNET = SortNetConfig(**SMALL, width=20, depth=3, keep=0.6, top=5, group=4, input_scale=2.5)
 DISTANCE = dataclasses.replace(SORTNET, keep=1.0)
 MLP = dataclasses.replace(SORTNET, hidden=14)
@@ -26,7 +28,7 @@ WINDOWS = dataclasses.replace(SORTNET, hidden=6, window=2, window_stride=1)
 GROUPSORT = GroupSortConfig(**SMALL, width=12, depth=3, sorted_channels=4)
 
 
-NETWORKS = {
+NETWORKS: dict[str, NetworkConfig] = {
     "sortnet": SORTNET,
     "linfdist": DISTANCE,
     "groupsort": GROUPSORT,
@@ -35,7 +37,7 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(params=NETWORKS.values(), ids=NETWORKS)
+@pytest.fixture(params=list(NETWORKS.values()), ids=list(NETWORKS))
 def network(request, generator):
     """float64, with a head of another scale than at the start."""
     found = trained_like(request.param)

@@ -8,7 +8,7 @@ import torch
 from model.certification.rounding import FLOAT32, FLOAT64
 from model.certify import ProvedCertifier, image_norms
 from model.errors import ModelError
-from model.networks.config import LipNeXtConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network
 from model.verifier.families.lipnext import LipNeXt
 from model.verifier.mathematics.matrix_bounds import bounds_of_matrix

@@ -30,8 +30,7 @@ class Toy(CertifiedNetwork):
     norm = "l2"
 
     def __init__(self, config: ToyConfig) -> None:
-        super().__init__()
-        self.input_shape, self.num_classes = config.input_shape, config.num_classes
+        super().__init__(config)
         self.gain = config.gain
         self.pixels = torch.Size(config.input_shape).numel()
         self.w = set_initial(nn.Parameter(torch.empty(self.pixels)), "normal")
@@ -52,9 +51,6 @@ class Toy(CertifiedNetwork):
 
     def lipschitz_upper_bound(self, matrices: Matrices | None = None) -> LipschitzBound:
         return LipschitzBound(self.gain, {})
-
-    def margin_factor_bounds(self) -> Tensor:
-        return self.head.factor_bounds()
 
     def margin_error(
         self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float

@@ -52,7 +52,7 @@ def test_equals_torch(rule, weight_decay):
     settings = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
     if rule == "nadam":
         settings["decoupled_weight_decay"] = True
-    kind = {"nadam": torch.optim.NAdam, "adamw": torch.optim.AdamW}[rule]
+    kind = torch.optim.NAdam if rule == "nadam" else torch.optim.AdamW
     config = OptimConfig(
         betas=(0.8, 0.95), eps=1e-6, weight_decay=weight_decay, euclidean=rule, lookahead_steps=0
     )

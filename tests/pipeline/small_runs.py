@@ -6,6 +6,7 @@ import gc
 import os
 import warnings
 from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from data_shards.sources import digits
 from data_shards.write import write_shard_set
-from model.networks.config import LipNeXtConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
 from pipeline.config import ClusterConfig, RunConfig, TrainConfig
@@ -182,7 +183,8 @@ def observed_run(
             super().__init__(**parts)
             engines.append(self)
             self._optimizer_step = self.optimizer.step
-            self.optimizer.step = self.observed_optimizer_step
+            optimizer: Any = self.optimizer
+            optimizer.step = self.observed_optimizer_step
 
         def step(self, *arguments, **options):
             outcome.before = local_state(self)

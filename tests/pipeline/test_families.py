@@ -26,7 +26,7 @@ from tests.model.toy_network import Toy, ToyConfig
 from tests.pipeline.small_runs import Undisturbed, batches, rank_world, small_run, small_shards
 
 BATCH = 24
-STEPS = 3
+STEPS = 2
 SEED = 3
 DIGITS = [name for name in PRESETS if name.startswith("digits")]
 
@@ -51,7 +51,7 @@ def generic_values():
 
 
 def train_partitioned(rank, world_size, names):
-    """This rank's slices of the masters after three steps, by preset."""
+    """This rank's slices of the masters after two steps, by preset."""
     results = {}
     with rank_world(rank, world_size) as world, generic_values():
         for name in names:

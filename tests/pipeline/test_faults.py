@@ -6,8 +6,6 @@ import os
 import resource
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
@@ -33,7 +31,7 @@ from pipeline.tracking.client import MlflowConnection, RunReference, TrackingCon
 from pipeline.tracking.outbox import Tracker, _Spool
 from pipeline.training.trainer import Trainer
 from pipeline.training.zero3 import Zero3
-from tests.harness import run_ranks
+from tests.harness import run_command, run_ranks
 from tests.mlflow_database import empty_database
 from tests.pipeline.small_runs import (
     observed_run,
@@ -188,11 +186,11 @@ def test_records_outlive_a_full_disk(tmp_path, monkeypatch):
 
 @pytest.mark.integration
 def test_output_that_cannot_be_written_ends_no_run(tmp_path):
+    empty_database(tmp_path, "digits")
     flags = "--cluster.launcher local --cluster.device cpu --checkpoint.no-evaluate --name run"
-    command = [sys.executable, "-m", "pipeline.pretrain", "digits", *flags.split()]
-    command += ["--train.stop-after", "3", "--storage", str(tmp_path)]
-    with open("/dev/full", "w") as nowhere:
-        done = subprocess.run(command, stdout=nowhere, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    flags += " --model.width 24 --model.depth 1"
+    words = ["digits", *flags.split(), "--train.stop-after", "3", "--storage", str(tmp_path)]
+    done = run_command("pipeline.pretrain", *words, stdout="/dev/full")
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run/tracking/spool.jsonl").read_text().splitlines()
     steps = [row["step"] for row in map(json.loads, lines) if "train/loss" in row.get("values", {})]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,9 @@ from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.run.events import Metrics
 from pipeline.run.rank_state import TrainState
 from pipeline.run.step_schedule import make_step_schedule
-from pipeline.training import recorder, trainer
+from pipeline.training import recorder, trainer, worker
 from pipeline.training.hooks import CheckpointHook
 from pipeline.training.objective import STATISTICS
-from pipeline.training.schedules import StepContext
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import rank_world, small_run
 
@@ -76,25 +76,18 @@ def train(rank, world_size):
     events = []
     with rank_world(rank, world_size) as world:
         size = plan.rank_batch
-        clock = recorder.time = trainer.time = Clock()
+        clock: Any = Clock()
+        recorder.time = trainer.time = clock
         saver = SimpleNamespace(save=lambda state: clock.pass_by(SAVE_S), poll=lambda: None)
         engine, stream = Engine(size, clock), Stream(rank, size, clock)
         hooks = CheckpointHook(saver)
-        training = trainer.Trainer(
-            plan=plan,
-            context_at=lambda step: StepContext(step, step / plan.total_steps, 1.0, 0.1),
+        training = worker._trainer(
+            config,
+            plan,
+            world=world,
             engine=engine,
             stream=stream,
             progress=TrainState(0, Cursor(seed=0)),
-            recorder=recorder.Recorder(
-                world=world,
-                statistics=engine.statistics,
-                stream=stream,
-                hooks=hooks,
-                global_batch=config.train.global_batch,
-                peak_lr=config.optim.lr,
-                emit=events.append,
-            ),
             rollbacks=SimpleNamespace(too_many=lambda skipped: False),
             hooks=hooks,
             emit=events.append,

@@ -39,8 +39,9 @@ def _texts(tree):
     """String constants that are no docstrings, nor parts of other strings."""
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        text = isinstance(node, ast.Constant) and isinstance(node.value, str)
-        if text and id(node) not in docstrings:
+        if not isinstance(node, ast.Constant) or id(node) in docstrings:
+            continue
+        if isinstance(node.value, str):
             yield node.lineno, node.value
 
 
@@ -48,7 +49,7 @@ def _spelled(tree):
     """Where a module spells a path of a run's folder by itself."""
     files = {
         value for value in vars(layout).values() if isinstance(value, str) and "." in value
-    } - {layout.__name__, layout.__file__, layout.__doc__, layout.__cached__}
+    } - {layout.__name__, layout.__file__, layout.__doc__, vars(layout)["__cached__"]}
     folders = {layout.CHECKPOINTS, layout.ARTIFACTS, layout.TRACKING, "hangs", "damaged", "profile"}
     for line, text in _texts(tree):
         words = text.split("/")

@@ -16,7 +16,7 @@ from pipeline.driver.evaluations import Evaluations, Splits
 from pipeline.driver.event_log import EventLog
 from pipeline.driver.monitor import RunMonitor
 from pipeline.driver.usage import UsageMetrics
-from pipeline.planner.flops import training_flops
+from pipeline.planner.meta_step import training_flops
 from pipeline.presets import run_preset
 from pipeline.run.events import (
     CheckpointFailed,
@@ -177,7 +177,12 @@ def test_evaluations_run_in_order_beside_training(monkeypatch):
 
 def test_without_ray_evaluations_wait_for_the_end_of_training(monkeypatch):
     begun = threading.Event()
-    queue = evaluations(monkeypatch, lambda settings, **_: begun.set() or 1, beside_training=False)
+
+    def evaluate(settings, **_):
+        begun.set()
+        return 1
+
+    queue = evaluations(monkeypatch, evaluate, beside_training=False)
     queue.submit("a", 1)
     assert not begun.wait(0.2)
     assert queue.results() == [1]
@@ -295,8 +300,8 @@ def test_what_an_earlier_execution_kept_is_recorded_and_certified_once(tmp_path,
 
 
 def test_what_a_store_refuses_keeps_no_event_waiting(tmp_path):
-    recorder, console = Recorder(), Console(file=io.StringIO())
-    usage, run = usage_of(recorder), Store(tmp_path)
+    recorder, text = Recorder(), io.StringIO()
+    usage, run, console = usage_of(recorder), Store(tmp_path), Console(file=text)
     refuse = mock.Mock(side_effect=OSError("no [room]"))
     event_log = EventLog(tmp_path, run)
     monitor = RunMonitor(
@@ -304,4 +309,4 @@ def test_what_a_store_refuses_keeps_no_event_waiting(tmp_path):
     )
     monitor.handle(Started({}, 0, 40))
     monitor.wait()
-    assert "changed settings are not kept: no [room]" in console.file.getvalue()
+    assert "changed settings are not kept: no [room]" in text.getvalue()

@@ -1,21 +1,20 @@
 """Training from a real S3-compatible server behind a proxy that fails in every way it can."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from data_shards.sources import digits
+from data_shards.storage import retry
 from data_shards.writing.writer import write_shard_set
+from pipeline.pretrain import main
 from tests.faulty_proxy import FAULTS, FaultyProxy, Weather
+from tests.harness import run_command
+from tests.mlflow_database import empty_database
 from tests.object_store import BUCKET, KEY, SECRET, s3_clients, s3_environment, s3_server, upload
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     ("cluster.launcher", "local"),
     ("train.epochs", "1"),
@@ -32,23 +31,18 @@ SETTINGS = (
 def pretrain(storage, shards, environment, *options):
     """Run the entry as a person would; returns its output and the metrics by step."""
     settings = [part for name, value in SETTINGS for part in (f"--{name}", value)]
-    command = [sys.executable, "-m", "pipeline.pretrain", "digits", *settings]
-    done = subprocess.run(
-        [*command, "--data.shards", shards, "--storage", str(storage), "--name", "run", *options],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stdout
+    settings += ["--data.shards", shards, "--storage", str(storage), "--name", "run", *options]
+    storage.mkdir(exist_ok=True)
+    empty_database(storage, "digits")
+    done = run_command("pipeline.pretrain", "digits", *settings, timeout=250, **environment)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
     spool = (storage / "run/tracking/spool.jsonl").read_text().splitlines()
     metrics: dict[int, dict[str, float]] = {}
     for record in map(json.loads, spool):
         if record["kind"] == "metrics":
             metrics.setdefault(record["step"], {}).update(record["values"])
-    return done.stdout, metrics
+    return output, metrics
 
 
 def series(metrics, name):
@@ -104,19 +98,13 @@ def test_the_same_losses_in_bad_weather(name, folder, undisturbed, tmp_path):
         assert not any(secret.encode() in text for text in texts)
 
 
-def test_a_wrong_endpoint_is_refused_in_one_line(tmp_path):
-    environment = s3_environment("http://127.0.0.1:9")  # nobody listens
-    code = (
-        "import sys\nfrom data_shards.storage import retry\nretry.PATIENCE_S = 1\n"
-        "from pipeline.pretrain import main\nsys.exit(main(sys.argv[1:]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "digits", "--cluster.launcher", "local",
-         "--storage", str(tmp_path), "--data.shards", f"s3://{BUCKET}/set"],
-        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stdout.startswith("refused: ")
-    assert done.stdout.count("\n") == 1
-    assert "cannot read the index of a shard set: s3://bucket/set" in done.stdout
-    assert SECRET not in done.stdout + done.stderr
+def test_a_wrong_endpoint_is_refused_in_one_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(retry, "PATIENCE_S", 1)
+    options = ["--cluster.launcher", "local", "--storage", str(tmp_path)]
+    with s3_clients("http://127.0.0.1:9"):  # nobody listens
+        assert main(["digits", *options, "--data.shards", f"s3://{BUCKET}/set"]) == 2
+    out, err = capfd.readouterr()
+    assert out.startswith("refused: ")
+    assert out.count("\n") == 1
+    assert "cannot read the index of a shard set: s3://bucket/set" in out
+    assert SECRET not in out + err

@@ -119,7 +119,12 @@ def test_the_other_servers_of_the_cluster_are_asked_too(asked, open_door, node):
 def test_a_server_that_serves_a_stranger_never_sees_the_token(monkeypatch):
     seen = []
     get = open_servers._get
-    monkeypatch.setattr(open_servers, "_get", lambda *a: seen.append(a) or get(*a))
+
+    def spied(*arguments):
+        seen.append(arguments)
+        return get(*arguments)
+
+    monkeypatch.setattr(open_servers, "_get", spied)
     with fake_ray.dashboard() as port, pytest.raises(ExposureError):
         require_closed(ray=f"http://127.0.0.1:{port}")
     assert [arguments[1:] for arguments in seen] == [()]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_every_loss_is_chosen_on_the_command_line_and_round_trips(kind):
 
 def test_another_loss_keeps_what_both_have_and_takes_options_of_its_own():
     config = parse(["digits", "--loss.kind=offset", "--loss.offset=0.5"])
-    before = run_preset("digits").loss
+    before: Any = run_preset("digits").loss
     assert config.loss == OffsetLoss(eps=before.eps, scale=before.scale, offset=0.5)
     planned = parse_plan(["digits", "--loss.kind", "mixture", "--loss.ce_from", "0.5"]).run.loss
     assert planned == MixtureLoss(
@@ -103,6 +104,15 @@ IDLE = [
     ("digits", "--data.unindexed-samples 99", "data.stream.disk_cache", "folder"),
     ("digits", "", "data.stream.disk_cache_bytes", "99"),
     ("digits", "--data.stream.crop random-resized", "data.stream.cache_bytes", "99"),
+    ("digits", "", "data.stream.disk_cache", "folder"),
+    (
+        "digits",
+        "--storage s3://b --data.shards set",
+        "data.stream.disk_cache",
+        "folder",
+    ),
+    ("digits", "--checkpoint.every-steps 0", "train.rollbacks", "1"),
+    ("digits", "--loss.eps-ramp 0", "loss.eps_start", "0"),
     ("digits", "", "accept_changes", ""),
     ("digits", "--resume --name a", "start_or_resume", ""),
 ]
@@ -141,6 +151,29 @@ def test_what_a_preset_says_steps_back_where_a_flag_leaves_it_without_effect():
     # The same settings in a program are refused: there nothing says what was meant.
     with pytest.raises(NoEffectError, match=r"cluster\.workers=8"):
         dataclasses.replace(preset, cluster=dataclasses.replace(preset.cluster, launcher="local"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--data.stream.disk-cache folder --storage s3://bucket/runs",
+        "--data.stream.disk-cache folder --data.shards s3://bucket/set",
+        "--checkpoint.every-steps 0 --train.rollbacks 1 --resume",
+        "--loss.eps-ramp 0.1 --loss.eps-start 0",
+    ],
+)
+def test_the_same_options_are_accepted_where_they_have_one(words):
+    parse(["digits", *words.split()])
+
+
+def test_the_ratio_that_names_a_straggler_is_refused_on_one_rank():
+    small_run().require_effects(world_size=1)
+    config = dataclasses.replace(
+        small_run(), cluster=dataclasses.replace(small_run().cluster, straggler_ratio=2.0)
+    )
+    config.require_effects(world_size=2)
+    with pytest.raises(NoEffectError, match=r"cluster.straggler_ratio=2.0 .* one rank"):
+        config.require_effects(world_size=1)
 
 
 def test_both_values_that_say_nothing_are_accepted():

@@ -3,11 +3,12 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from model.networks.config import LipNeXtConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from optim.config import OptimConfig
 from pipeline.config import TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
@@ -15,8 +16,7 @@ from pipeline.plan import main, parse, sweep
 from pipeline.planner import memory as budget
 from pipeline.planner.calibration import Measured
 from pipeline.planner.estimate import estimate, memory, setting_of, weights_of
-from pipeline.planner.flops import training_flops
-from pipeline.planner.meta_step import LiveBytes, rehearse
+from pipeline.planner.meta_step import LiveBytes, rehearse, training_flops
 from pipeline.planner.step_time import StepTime, device_of
 from pipeline.training.schedules import StepContext
 from tests.harness import run_ranks
@@ -62,7 +62,8 @@ def observe(rank, world_size, train):
     with rank_world(rank, world_size) as world, Observed() as held:
         engine = build_engine(config, world=world, micro_batch=MICRO)
         engine.initialise(0)
-        step = engine.optimizer.step
+        optimizer: Any = engine.optimizer
+        step = optimizer.step
 
         def observed_step():
             peaks["forward and backward"] = max(peaks["forward and backward"], held.peak)
@@ -71,7 +72,7 @@ def observe(rank, world_size, train):
             peaks["optimizer step"] = max(peaks["optimizer step"], held.peak)
             held.peak = held.live
 
-        engine.optimizer.step = observed_step
+        optimizer.step = observed_step
         for number in range(STEPS):
             held.peak = held.live
             held.moved, engine.optimizer.exchange.bytes_sent = {}, 0

@@ -1,5 +1,7 @@
 """Memory of the manifold step against the storages of real steps."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -32,7 +34,8 @@ def observed(rank, world_size, matrices, increment):
     """Most bytes that a step of the matrices holds beyond its state and its gradient."""
     exchange = ProcessGroupExchange() if world_size > 1 else LocalExchange()
     emulation = Emulation(problem(matrices, increment), exchange)
-    optimizer, peaks = emulation.optimizer, []
+    optimizer: Any = emulation.optimizer
+    peaks = []
     step = optimizer.step
 
     def observed_step():
@@ -84,5 +87,6 @@ def observe_cases(rank, world_size):
 
 @pytest.mark.distributed
 def test_rounds_that_overlap_are_held_at_once(monkeypatch):
-    for case, *measured in zip(CASES, *run_ranks(observe_cases, 2), strict=True):
-        assert planned(2, *case, monkeypatch) == pytest.approx(max(measured), rel=0.1), case
+    for (matrices, increment), *measured in zip(CASES, *run_ranks(observe_cases, 2), strict=True):
+        expected = pytest.approx(max(measured), rel=0.1)
+        assert planned(2, matrices, increment, monkeypatch) == expected, (matrices, increment)

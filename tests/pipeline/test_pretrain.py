@@ -1,6 +1,7 @@
 """The entry: what is impossible is refused with one message before a worker starts."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ import pipeline.training.zero3
 from data_shards.sources import digits, synthetic
 from data_shards.write import write_shard_set
 from pipeline.config import changes, decides_result
+from pipeline.errors import NoEffectError
 from pipeline.pretrain import main, parse
 from pipeline.run.addresses import resolve
 from tests.data_shards.test_index import rewrite_header
@@ -38,6 +40,7 @@ def refusal(capsys, tmp_path, shards):
 
     def run(*overrides, preset="digits", storage=tmp_path / "runs", data=shards):
         arguments = [preset, "--storage", str(storage), "--data.shards", str(data), *overrides]
+        code: object
         try:
             code = main(arguments)
         except SystemExit as exit_:  # the parser's own refusals
@@ -256,12 +259,24 @@ def test_raw_images_need_a_crop_and_certify_on_the_test_split(refusal, tmp_path,
     assert prepare(parse([*base, *crop]), world_size=2).samples.per_epoch == 1437
 
 
+def test_a_stop_beyond_the_end_is_said_and_a_ratio_of_one_rank_refused(tmp_path, shards):
+    base = ["digits", "--storage", str(tmp_path), "--data.shards", str(shards)]
+    assert prepare(parse([*base, "--train.stop-after", "3"]), world_size=2).notice == ""
+    late = [*base, "--name", "late", "--train.epochs", "1", "--train.stop-after", "999"]
+    last = math.ceil(prepare(parse(late), world_size=2).samples.per_epoch / 64)
+    notice = prepare(parse([*late, "--resume"]), world_size=2).notice
+    assert notice == f"train.stop_after=999 is never reached: the run ends after step {last}"
+    with pytest.raises(NoEffectError, match=r"cluster.straggler_ratio=2.0 .* one rank"):
+        prepare(parse([*base, "--cluster.straggler-ratio", "2"]), world_size=1)
+
+
 def test_how_samples_are_read_may_change_on_resume():
-    base = parse(["digits"])
-    other = parse(["digits", "--data.stream.workers", "3", "--data.stream.disk-cache", "x"])
+    remote = ["digits", "--data.shards", "s3://bucket/set"]
+    base = parse(remote)
+    other = parse([*remote, "--data.stream.workers", "3", "--data.stream.disk-cache", "x"])
     assert set(changes(base, other)) == {"data.stream.workers", "data.stream.disk_cache"}
     assert not any(map(decides_result, changes(base, other)))
-    assert any(map(decides_result, changes(base, parse(["digits", "--data.stream.flip"]))))
+    assert any(map(decides_result, changes(base, parse([*remote, "--data.stream.flip"]))))
 
 
 def test_generated_shards_are_written_on_first_use(tmp_path):

@@ -1,7 +1,10 @@
 """The rank that computes more slowly than the others: measured without waiting, and named."""
 
 import dataclasses
+import functools
+import operator
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +65,7 @@ def test_a_rank_is_named_once_after_several_slow_records():
     """A record every 10 s, and eight in a second: named after 5 records and 30 s."""
     for every_s, last, first in ((10.0, 12, 4), (0.125, 1200, 240)):
         clock = [0.0]
-        ranks = StragglerDetector(1.5, lambda clock=clock: clock[0])
+        ranks = StragglerDetector(1.5, functools.partial(operator.getitem, clock, 0))
         named = []
         for record in range(2 * last):
             clock[0] = record * every_s
@@ -83,11 +86,17 @@ def slow_run(rank, world_size, folder, shards):
             if rank == 1:
                 stem = next(m for m in self._network.modules() if m in pace._leaves(self._network))
                 forward = stem.forward
-                stem.forward = lambda *a, **k: time.sleep(0.1) or forward(*a, **k)
+
+                def slow(*arguments, **options):
+                    time.sleep(0.1)
+                    return forward(*arguments, **options)
+
+                stem.forward = slow
 
     config = small_run()
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1.2))
-    small_runs.Zero3, pace._SECONDS = Slow, 0.0
+    module: Any = small_runs
+    module.Zero3, pace._SECONDS = Slow, 0.0
     with rank_world(rank, world_size):
         return observed_run(WorkerSpec(config, folder, shards, {}))
 

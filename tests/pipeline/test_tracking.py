@@ -15,6 +15,8 @@ from pipeline.tracking.client import (
     ui_command,
 )
 from pipeline.tracking.outbox import Tracker
+from tests.harness import forking_context
+from tests.mlflow_database import empty_database
 from tests.strangers import listening, off_loopback
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,8 +26,10 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """One sqlite store for the file: creating the schema takes seconds."""
-    return tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    """One sqlite store for the file."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    empty_database(folder, "")
+    return folder / "mlflow.db"
 
 
 @pytest.fixture
@@ -314,26 +318,27 @@ def test_misuse_is_refused(config, tmp_path):
         tracker.log_metrics(0, {"a": 1.0})
 
 
+def track(uri, spool):
+    tracker = Tracker(TrackingConfig(uri=uri), spool, run_name="x", wait_seconds=60)
+    sys.exit(not (tracker.run and tracker.close()))
+
+
 def test_processes_may_create_the_schema_together(tmp_path):
-    code = (
-        "import sys; from pipeline.tracking.outbox import Tracker;"
-        "from pipeline.tracking.client import TrackingConfig;"
-        "from pathlib import Path;"
-        "t = Tracker(TrackingConfig(uri=sys.argv[1]), Path(sys.argv[2]), run_name='x',"
-        "wait_seconds=60); ok = t.run is not None; sys.exit(not (t.close() and ok))"
-    )
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, uri, str(tmp_path / name)])
-        for name in ("a", "b")
-    ]
-    assert [process.wait(120) for process in processes] == [0, 0]
+    context = forking_context()
+    processes = [context.Process(target=track, args=(uri, tmp_path / name)) for name in ("a", "b")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def test_ui_command(config, tmp_path):
     run = log_evaluation(config, evaluation())
     command, path = ui_command(config.uri, run)
-    assert f"mlflow ui --backend-store-uri {config.uri}" in command
+    assert f"mlflow ui --backend-store-uri {config.uri} --host 127.0.0.1" in command
+    assert "--host 127.0.0.1 --port 5000" in (ROOT / "Makefile").read_text()
     assert path == (
         f"/#/experiments/{run.experiment_id}/runs/{run.run_id}?workflowType=machine_learning"
     )
@@ -341,10 +346,9 @@ def test_ui_command(config, tmp_path):
     assert f"http://host:5000{path}" in command
 
 
+@pytest.mark.slow
 def test_the_ui_listens_on_loopback_whatever_mlflow_was_told(config, tmp_path):
     command, _ = ui_command(config.uri, log_evaluation(config, evaluation()))
-    recipe = (ROOT / "Makefile").read_text()
-    assert "--host 127.0.0.1 --port 5000" in recipe
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with (tmp_path / "ui.log").open("wb") as log:

@@ -1,15 +1,17 @@
 import math
 import threading
+from typing import cast
 
 import pytest
 import torch
 
 from model.networks.linf.groupsort import GroupSortConfig
+from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network
 from pipeline.config import ClusterConfig, RunConfig
 from pipeline.driver.system_metrics import SystemMetrics
 from pipeline.driver.usage import UsageMetrics
-from pipeline.planner.flops import training_flops
+from pipeline.planner.meta_step import training_flops
 from pipeline.presets import run_preset
 from pipeline.run.events import Metrics, Started
 from pipeline.training import device_peak
@@ -53,13 +55,14 @@ def metrics(images_per_s=100.0, step=1, productive_s=0.0):
 def test_flops_of_the_billion_network_are_those_that_the_paper_implies():
     """2,399 images/s on 8 devices with 196 tokens are 379 TFLOP/s per device, folded."""
     run = run_preset("imagenet-L32W4096")
-    per_image = training_flops(run) * 196 / math.prod(run.model.grid)
+    network = cast(LipNeXtConfig, run.model)
+    per_image = training_flops(run) * 196 / math.prod(network.grid)
     assert per_image * 2399 / 8 / 1e12 == pytest.approx(379, rel=0.01)
 
 
 def test_flops_follow_a_hand_count():
     run = run_preset("digits")
-    network = run.model
+    network = cast(LipNeXtConfig, run.model)
     tokens, width = math.prod(network.grid), network.width
     products = 6 * 2 * tokens * width**2 * network.depth
     stem, head = 4 * tokens * network.stem_channels * width, 6 * width * 10

@@ -1,7 +1,5 @@
 """What the networks that are Lipschitz in l-infinity share."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -39,6 +37,4 @@ def proved_error(state: ErrorState, error: Tensor, operations: int, growth: floa
     """
     program = state.program
     underflow = 2 * operations * program.tiny * growth * state.peak.clamp(min=1)
-    hopeless = (underflow > 1) | (state.peak > program.limit)
-    total = ((error + underflow) * (1 + 2.0**-20)).nan_to_num(nan=math.inf, posinf=math.inf)
-    return torch.where(hopeless, math.inf, total)
+    return state.finish(error, underflow)

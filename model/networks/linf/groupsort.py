@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.certification.matrix_bounds import Matrices
 from model.certification.rounding import SLACK, U64, ErrorState, Program, gamma
 from model.errors import ModelError
-from model.networks.base import CertifiedNetwork, LipschitzBound
+from model.networks.base import LipschitzByConstruction
 from model.networks.config import STRICT, NetworkConfig
 from model.networks.init import set_initial
 from model.networks.linf.common import centred_pixels, largest_entry, proved_error
@@ -92,15 +91,16 @@ def row_distances(rows: Tensor) -> Tensor:
     return torch.cdist(rows, rows, p=1)
 
 
-class GroupSort(CertifiedNetwork):
-    """Row-bounded matrices with GroupSort between them."""
+class GroupSort(LipschitzByConstruction):
+    """Row-bounded matrices with GroupSort between them.
+
+    1-Lipschitz for any weights: rows are divided by their l1 norm where it exceeds 1.
+    """
 
     norm = "linf"
 
     def __init__(self, config: GroupSortConfig) -> None:
-        super().__init__()
-        self.input_shape = config.input_shape
-        self.num_classes = config.num_classes
+        super().__init__(config)
         self.sorted_channels = config.sorted_channels
         sizes = [math.prod(config.input_shape)] + [config.width] * (config.depth - 1)
         self.blocks = nn.ModuleList(
@@ -113,30 +113,14 @@ class GroupSort(CertifiedNetwork):
         self.check_images(images)
         x = centred_pixels(images, 1.0).flatten(1)
         for block in self.blocks:
-            if self.checkpoint_blocks:
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x)
+            x = self.run_block(block, x)
             x = group_sort(x, self.sorted_channels)
         return x
-
-    def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See CertifiedNetwork; the factor of a pair is the l1 distance of its rows."""
-        return cast(tuple[Tensor, Tensor], self.head(self.features(images)))
 
     @property
     def head_rule(self) -> str:
         """See CertifiedNetwork."""
         return "l1_rows"
-
-    @property
-    def bounded_matrices(self) -> tuple[str, ...]:
-        """None: the constant holds for any weights."""
-        return ()
-
-    def lipschitz_upper_bound(self, matrices: Matrices | None = None) -> LipschitzBound:
-        """1 for any weights: rows are divided by their l1 norm where it exceeds 1."""
-        return LipschitzBound(1.0, {})
 
     @torch.no_grad()
     def margin_factor_bounds(self) -> Tensor:

@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.certification.matrix_bounds import Matrices
 from model.certification.rounding import FLOAT64, ErrorState, Program
 from model.errors import ModelError
-from model.networks.base import CertifiedNetwork, LipschitzBound
+from model.networks.base import LipschitzBound, LipschitzByConstruction
 from model.networks.centering import Centering
 from model.networks.config import STRICT, NetworkConfig
 from model.networks.init import set_initial
@@ -227,15 +226,13 @@ class ScaledHead(nn.Module):
         return 2 * state.error
 
 
-class SortNet(CertifiedNetwork):
+class SortNet(LipschitzByConstruction):
     """Layers of sorted distances; a logit falls with the distance to the row of its class."""
 
     norm = "linf"
 
     def __init__(self, config: SortNetConfig) -> None:
-        super().__init__()
-        self.input_shape = config.input_shape
-        self.num_classes = config.num_classes
+        super().__init__(config)
         self.config = config
         sizes = config.sizes()
         self.blocks = nn.ModuleList()
@@ -297,10 +294,7 @@ class SortNet(CertifiedNetwork):
             kept = self._kept(i, len(x), x.device)
             sampled = seen is not None or kept is not None
             arguments = (trained, Subsets(self._group, seen, kept) if sampled else None)
-            if self.checkpoint_blocks:
-                x = checkpoint(block, x, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, *arguments)
+            x = self.run_block(block, x, *arguments)
             seen = kept
         return x.unflatten(0, (len(images), -1)).flatten(1)
 
@@ -353,13 +347,9 @@ class SortNet(CertifiedNetwork):
         """See CertifiedNetwork."""
         return self.head.rule
 
-    @property
-    def bounded_matrices(self) -> tuple[str, ...]:
-        """None: the constant holds for any weights."""
-        return ()
-
     def lipschitz_upper_bound(self, matrices: Matrices | None = None) -> LipschitzBound:
         """The scale of the pixels: every layer is 1-Lipschitz in l-infinity for any weights."""
+        super().lipschitz_upper_bound(matrices)
         return LipschitzBound(self.config.input_scale, {"pixels": self.config.input_scale})
 
     def margin_factor_bounds(self) -> Tensor:

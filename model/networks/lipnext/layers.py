@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.networks.config import LipNeXtConfig
 from model.networks.init import set_initial
+from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.lipnext.ops import ROLLS, fold_, shift_, unfold
 from optim.manifolds import ORTHOGONAL, declare
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from model.certification.matrix_bounds import Matrices
 from model.certification.rounding import SLACK, ErrorState, Program, gamma
 from model.networks.base import CertifiedNetwork, LipschitzBound
-from model.networks.config import LipNeXtConfig
 from model.networks.head import Head
+from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.lipnext.layers import Block, Stem, l2_pool
 
 
@@ -21,9 +21,7 @@ class LipNeXt(CertifiedNetwork):
     norm = "l2"
 
     def __init__(self, config: LipNeXtConfig) -> None:
-        super().__init__()
-        self.input_shape = config.input_shape
-        self.num_classes = config.num_classes
+        super().__init__(config)
         self.pool_tau = config.pool_tau
         self.stem = Stem(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -41,10 +39,6 @@ class LipNeXt(CertifiedNetwork):
         """See CertifiedNetwork."""
         return l2_pool(self.tokens(images), self.pool_tau)
 
-    def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See CertifiedNetwork."""
-        return self.head(self.features(images))
-
     @property
     def bounded_matrices(self) -> tuple[str, ...]:
         """See CertifiedNetwork."""
@@ -61,12 +55,7 @@ class LipNeXt(CertifiedNetwork):
         for i in range(len(self.blocks)):
             r, m = known[f"blocks.{i}.R"].upper, known[f"blocks.{i}.M"].upper
             parts[f"blocks.{i}"] = r * r * m
-        factors = self._factors(known)
-        smallest = math.prod(min(1.0, factor) for factor in factors)
-        # A product that passes through subnormal numbers is not accurate.
-        accurate = _amplification(factors) <= 2.0**500 and smallest >= 2.0**-500
-        value = math.prod(parts.values()) * (1 + 2.0**-40) if accurate else math.inf
-        return LipschitzBound(value, parts)
+        return LipschitzBound.product(parts, self._factors(known))
 
     def _factors(self, known: Matrices) -> list[float]:
         """Norms of all products of the forward pass, in order."""
@@ -75,10 +64,6 @@ class LipNeXt(CertifiedNetwork):
             r, m = known[f"blocks.{i}.R"].upper, known[f"blocks.{i}.M"].upper
             factors += [r, r, m]
         return factors
-
-    def margin_factor_bounds(self) -> Tensor:
-        """See CertifiedNetwork."""
-        return self.head.factor_bounds()
 
     @torch.no_grad()
     def margin_error(
@@ -102,9 +87,7 @@ class LipNeXt(CertifiedNetwork):
         growth = _amplification(self._factors(matrices)) * max(1.0, largest_factor)
         size = 2 * state.peak.clamp(min=1) / self.pool_tau
         underflow = operations * program.tiny * growth * size
-        hopeless = (underflow > 1) | (state.peak > program.limit)
-        error = ((error + underflow) * (1 + 2.0**-20)).nan_to_num(nan=math.inf, posinf=math.inf)
-        return torch.where(hopeless, math.inf, error)
+        return state.finish(error, underflow)
 
 
 def _amplification(factors: list[float]) -> float:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.certification.dot_products import output_side
 from model.certification.matrix_bounds import Matrices, MatrixBound
@@ -113,8 +112,7 @@ class LiResNet(CertifiedNetwork):
     norm = "l2"
 
     def __init__(self, config: LiResNetConfig) -> None:
-        super().__init__()
-        self.input_shape, self.num_classes = config.input_shape, config.num_classes
+        super().__init__(config)
         channels, height, width = config.input_shape
         self.stem = RegularisedConvolution(
             channels,
@@ -165,7 +163,7 @@ class LiResNet(CertifiedNetwork):
         x = images.to(torch.promote_types(images.dtype, wide)) - 0.5
         lipschitz = x.new_ones(())
         for block in (self.stem, *self.blocks):
-            y = self._block(block, x)
+            y = block(x) if block is self.stem else self.run_block(block, x)
             if isinstance(y, tuple):  # its norm is free, and comes with it
                 y, lipschitz = y[0], lipschitz * y[1]
             x = self.activation(y)
@@ -176,11 +174,6 @@ class LiResNet(CertifiedNetwork):
         for layer in self.dense:
             x = self.activation(layer(x))
         return x, lipschitz
-
-    def _block(self, block: nn.Module, x: Tensor) -> Any:
-        if self.checkpoint_blocks and block is not self.stem:
-            return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-        return block(x)
 
     def begin_step(self, *, step: int, progress: float, seed: int) -> None:
         """See CertifiedNetwork: where the estimates of the norms begin."""
@@ -231,16 +224,7 @@ class LiResNet(CertifiedNetwork):
         for name, layer in self._regularised():
             _check_stored_norm(name, float(layer.norm), known[f"{name}.weight"].lower)
         parts = {name: known[f"{name}.weight"].upper for name, _ in self._regularised()}
-        largest = math.prod(max(1.0, part) for part in parts.values())
-        smallest = math.prod(min(1.0, part) for part in parts.values())
-        # A product that passes through subnormal numbers is not accurate.
-        accurate = largest <= 2.0**500 and smallest >= 2.0**-500
-        value = math.prod(parts.values()) * (1 + 2.0**-40) if accurate else math.inf
-        return LipschitzBound(value, parts)
-
-    def margin_factor_bounds(self) -> Tensor:
-        """See CertifiedNetwork."""
-        return self.head.factor_bounds()
+        return LipschitzBound.product(parts)
 
     @torch.no_grad()
     def margin_error(
@@ -267,9 +251,7 @@ class LiResNet(CertifiedNetwork):
         size = 4 * condition / SMALLEST * stored * state.peak.clamp(min=1)
         state.note(torch.full_like(state.peak, stored))
         underflow = 1024.0 * values**2 * program.tiny * growth * size
-        hopeless = (underflow > 1) | (state.peak > program.limit)
-        error = ((error + underflow) * (1 + 2.0**-20)).nan_to_num(nan=math.inf, posinf=math.inf)
-        return torch.where(hopeless, math.inf, error)
+        return state.finish(error, underflow)
 
 
 def _check_stored_norm(name: str, stored: float, observed: float) -> None:

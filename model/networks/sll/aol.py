@@ -7,15 +7,14 @@ from typing import Literal, cast
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.certification.matrix_bounds import Matrices
 from model.certification.rounding import ErrorState, Program, up
 from model.errors import ModelError
-from model.networks.base import CertifiedNetwork, LipschitzBound
+from model.networks.base import LipschitzByConstruction
 from model.networks.config import STRICT, NetworkConfig
 from model.networks.lipnext.layers import space_to_depth
-from model.networks.sll.layers import AlmostOrthogonal, finish, max_min, require_finite
+from model.networks.sll.layers import AlmostOrthogonal, finish, max_min
 
 _FACTOR = math.sqrt(2)
 
@@ -78,15 +77,13 @@ class AolConfig(NetworkConfig):
         return self.positions * self.kept_channels
 
 
-class Aol(CertifiedNetwork):
+class Aol(LipschitzByConstruction):
     """Every layer is 1-Lipschitz for any weights; two logits differ by sqrt(2) as much at most."""
 
     norm = "l2"
 
     def __init__(self, config: AolConfig) -> None:
-        super().__init__()
-        self.input_shape = config.input_shape
-        self.num_classes = config.num_classes
+        super().__init__(config)
         self.patch, self.kept = config.patch, config.kept_channels
         self.convolutions = config.conv_layers + 2
         self.blocks = nn.ModuleList([*_convolutions(config), *_dense(config)])
@@ -99,10 +96,7 @@ class Aol(CertifiedNetwork):
         x = space_to_depth(x, self.patch).permute(0, 3, 1, 2)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            if self.checkpoint_blocks:
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x)
+            x = self.run_block(block, x)
             if i == self.convolutions - 1:
                 x = x[:, : self.kept].flatten(1)
             elif i < last:
@@ -124,16 +118,6 @@ class Aol(CertifiedNetwork):
     def head_rule(self) -> str:
         """The logits are values of the last layer."""
         return "coordinates"
-
-    @property
-    def bounded_matrices(self) -> tuple[str, ...]:
-        """None: no norm enters the bound."""
-        return ()
-
-    def lipschitz_upper_bound(self, matrices: Matrices | None = None) -> LipschitzBound:
-        """Exactly 1, a theorem for all finite weights."""
-        require_finite(self)
-        return LipschitzBound(1.0, {})
 
     def margin_factor_bounds(self) -> Tensor:
         """See CertifiedNetwork."""

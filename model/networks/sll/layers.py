@@ -119,8 +119,17 @@ class RescaledLayer(nn.Module):
     def _rescale(self, program: Program) -> Rescaled:
         raise NotImplementedError
 
+    @torch.no_grad()
     def carry(self, state: ErrorState) -> None:
         """Bounds of the output from those of the input, in place (docs/families.md)."""
+        known = self.rescaled(state.program)
+        if not math.isfinite(known.error):
+            state.error = torch.full_like(state.error, math.inf)
+            return
+        self._carry(state, known, known.bias * math.sqrt(self.positions))
+
+    def _carry(self, state: ErrorState, known: Rescaled, bias: float) -> None:
+        """See carry; `bias` is the norm of the scaled bias over all positions."""
         raise NotImplementedError
 
 
@@ -195,15 +204,9 @@ class Residual(RescaledLayer):
         t = norm_bound(v).expand(len(v)) if self.scaling == "cpl" else row_sums(v, log_q)
         return _rescaled(v, t, self.bias.double() * inverse(t).sqrt(), error, program)
 
-    @torch.no_grad()
-    def carry(self, state: ErrorState) -> None:
-        """See docs/families.md; everything is measured after scaling by T^-1/2."""
-        program, known = state.program, self.rescaled(state.program)
-        if not math.isfinite(known.error):
-            state.error = torch.full_like(state.error, math.inf)
-            return
-        bias = known.bias * math.sqrt(self.positions)
-        size = state.computed
+    def _carry(self, state: ErrorState, known: Rescaled, bias: float) -> None:
+        """Everything is measured after scaling by T^-1/2."""
+        program, size = state.program, state.computed
         # V x + b, then relu: exact, so the size is that of the exact value and its error.
         product = known.absolute * size + bias
         error = program.product(self._inner(), roundings=2) * product
@@ -257,14 +260,9 @@ class AlmostOrthogonal(RescaledLayer):
 
         return _rescaled(v, t, self.bias.double(), error, program)
 
-    @torch.no_grad()
-    def carry(self, state: ErrorState) -> None:
+    def _carry(self, state: ErrorState, known: Rescaled, bias: float) -> None:
         """A product with a matrix of norm <= 1 whose entries err relatively."""
-        program, known = state.program, self.rescaled(state.program)
-        if not math.isfinite(known.error):
-            state.error = torch.full_like(state.error, math.inf)
-            return
-        bias = known.bias * math.sqrt(self.positions)
+        program = state.program
         # The root of 1 / T, the products with V and the stored copy of the result.
         entry = combined(known.error, *[program.wide] * 3, program.activation, program.weight)
         size = state.computed
@@ -277,17 +275,6 @@ class AlmostOrthogonal(RescaledLayer):
         )
         state.error = state.error + entry * known.absolute * size
         state.note(state.computed * known.root)
-
-
-def require_finite(network: nn.Module) -> None:
-    """Refuse stored weights that are not numbers; on the meta device there are none.
-
-    Raises:
-        ModelError: naming the parameter.
-    """
-    for name, p in network.named_parameters():
-        if not p.is_meta and not bool(p.isfinite().all()):
-            raise ModelError(f"{name} holds values that are not finite")
 
 
 def finish(
@@ -309,9 +296,7 @@ def finish(
         root = max(root, block.rescaled(program).root)
     size = root**2 * max(1.0, largest_factor) * state.peak.clamp(min=1)
     underflow = operations * program.tiny * size
-    hopeless = (underflow > 1) | (state.peak > program.limit)
-    error = ((error + underflow) * (1 + 2.0**-20)).nan_to_num(nan=math.inf, posinf=math.inf)
-    return torch.where(hopeless, math.inf, error)
+    return state.finish(error, underflow)
 
 
 def max_min(x: Tensor) -> Tensor:

@@ -8,16 +8,15 @@ import torch
 import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.certification.matrix_bounds import Matrices
 from model.certification.rounding import ErrorState, Program
 from model.errors import ModelError
-from model.networks.base import CertifiedNetwork, LipschitzBound
+from model.networks.base import LipschitzByConstruction
 from model.networks.config import STRICT, NetworkConfig
 from model.networks.head import Head
 from model.networks.lipnext.layers import at_least_float32
-from model.networks.sll.layers import Residual, Scaling, finish, require_finite
+from model.networks.sll.layers import Residual, Scaling, finish
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -68,15 +67,13 @@ class SllConfig(NetworkConfig):
         return self.channels * math.prod(self.input_shape[1:]) // self.pool**2
 
 
-class Sll(CertifiedNetwork):
+class Sll(LipschitzByConstruction):
     """Every layer is 1-Lipschitz for any weights, so the features are."""
 
     norm = "l2"
 
     def __init__(self, config: SllConfig) -> None:
-        super().__init__()
-        self.input_shape = config.input_shape
-        self.num_classes = config.num_classes
+        super().__init__(config)
         self.channels, self.pool = config.channels, config.pool
         self.convolutions = config.conv_layers
         convolutions = (
@@ -108,34 +105,13 @@ class Sll(CertifiedNetwork):
 
     def _run(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
         for block in blocks:
-            if self.checkpoint_blocks:
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x)
+            x = self.run_block(block, x)
         return x
 
     def _pooled(self, x: Tensor) -> Tensor:
         """Sums over squares divided by their side, an operator of norm 1, flattened."""
         wide = at_least_float32(x)
         return (F.avg_pool2d(wide, self.pool) * self.pool).to(x.dtype).flatten(1)
-
-    def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See CertifiedNetwork."""
-        return self.head(self.features(images))
-
-    @property
-    def bounded_matrices(self) -> tuple[str, ...]:
-        """None: no norm enters the bound."""
-        return ()
-
-    def lipschitz_upper_bound(self, matrices: Matrices | None = None) -> LipschitzBound:
-        """Exactly 1, a theorem for all finite weights."""
-        require_finite(self)
-        return LipschitzBound(1.0, {})
-
-    def margin_factor_bounds(self) -> Tensor:
-        """See CertifiedNetwork."""
-        return self.head.factor_bounds()
 
     @torch.no_grad()
     def margin_error(

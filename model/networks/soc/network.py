@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.certification.dot_products import convolve
 from model.certification.matrix_bounds import Matrices, MatrixBound, matrix_bound
@@ -134,8 +133,7 @@ class LipConvnet(CertifiedNetwork):
     norm = "l2"
 
     def __init__(self, config: SocConfig) -> None:
-        super().__init__()
-        self.input_shape, self.num_classes = config.input_shape, config.num_classes
+        super().__init__(config)
         layers = list(_layers(config))
         self.blocks = nn.ModuleList(_block(layer, config) for layer in layers)
         height, width = (side >> config.stages for side in config.input_shape[1:])
@@ -153,15 +151,8 @@ class LipConvnet(CertifiedNetwork):
         # 0.5 is subtracted in the wider type.
         x = images.to(torch.promote_types(images.dtype, weight.dtype)) - 0.5
         for block in self.blocks:
-            if self.checkpoint_blocks:
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x)
+            x = self.run_block(block, x)
         return x.flatten(1)
-
-    def logits_and_margin_factors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See CertifiedNetwork; an `mlp` head states what holds on all of R^n."""
-        return self.head(self.features(images))
 
     def logits_and_rates(self, images: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See CertifiedNetwork; the features are taken as 1-Lipschitz."""
@@ -208,22 +199,13 @@ class LipConvnet(CertifiedNetwork):
         """
         known = self.matrix_bounds() if matrices is None else matrices
         parts = {f"blocks.{i}": self._part(i, known) for i in range(len(self.blocks))}
-        largest = math.prod(max(1.0, part) for part in parts.values())
-        smallest = math.prod(min(1.0, part) for part in parts.values())
-        # A product that passes through subnormal numbers is not accurate.
-        accurate = largest <= 2.0**500 and smallest >= 2.0**-500
-        value = math.prod(parts.values()) * (1 + 2.0**-40) if accurate else math.inf
-        return LipschitzBound(value, parts)
+        return LipschitzBound.product(parts)
 
     def _convolution(self, i: int) -> SkewConvolution | Rotation:
         return cast(SkewConvolution | Rotation, cast(SkewBlock, self.blocks[i]).convolution)
 
     def _part(self, i: int, known: Matrices) -> float:
         return self._convolution(i).norm(known[f"blocks.{i}.convolution.weight"])
-
-    def margin_factor_bounds(self) -> Tensor:
-        """See CertifiedNetwork."""
-        return self.head.factor_bounds()
 
     def slope_bounds(self, slopes: Tensor, norms: Tensor, *, matrices: Matrices) -> Tensor:
         """See CertifiedNetwork."""
@@ -249,9 +231,7 @@ class LipConvnet(CertifiedNetwork):
         else:
             error = self.head.margin_error(state, largest_factor)
         underflow = self._underflow(state, matrices) * max(1.0, largest_factor)
-        hopeless = (underflow > 1) | (state.peak > program.limit)
-        error = ((error + underflow) * (1 + 2.0**-20)).nan_to_num(nan=math.inf, posinf=math.inf)
-        return torch.where(hopeless, math.inf, error)
+        return state.finish(error, underflow)
 
     def _carried(self, norms: Tensor, program: Program, matrices: Matrices) -> ErrorState:
         """Bounds of the features."""

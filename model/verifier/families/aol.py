@@ -74,23 +74,9 @@ class Aol(Family):
             shapes |= {f"blocks.{i}.weight": size, f"blocks.{i}.bias": size[:1]}
         return shapes
 
-    def parts(self) -> dict[str, float]:
-        """None: the constant is 1 for any weights."""
-        return {}
-
-    @property
-    def bound(self) -> float:
-        """See Family."""
-        return 1.0
-
-    def _kernel(self, i: int) -> Floats:
-        """V of a layer; a matrix is a filter of one tap."""
-        weight = self.wide(f"blocks.{i}.weight")
-        return weight if weight.ndim == 4 else weight[:, :, None, None]
-
     def _scaling(self, i: int, program: Program) -> Scaling:
         if (i, program.name) not in self._scalings:
-            kernel = self._kernel(i).swapaxes(0, 1)
+            kernel = self.filter(i).swapaxes(0, 1)
             self._scalings[i, program.name] = row_sums(kernel, program)
         return self._scalings[i, program.name]
 
@@ -103,7 +89,7 @@ class Aol(Family):
         return state
 
     def _layer(self, state: ErrorState, i: int) -> None:
-        program, kernel = state.program, self._kernel(i)
+        program, kernel = state.program, self.filter(i)
         scaling = self._scaling(i, program)
         a = schur(np.abs(kernel).sum(axis=(2, 3)) * np.sqrt(scaling.inverse))
         positions = self.positions if i < self.convolutions else 1
@@ -137,7 +123,7 @@ class Aol(Family):
         for i, root in enumerate(self._roots):
             bias = self.wide(f"blocks.{i}.bias")
             if i < self.convolutions:
-                kernel = self._kernel(i) * root[:, None, None]
+                kernel = self.filter(i) * root[:, None, None]
                 x = convolve(x, kernel, padding=kernel.shape[-1] // 2) + bias[:, None, None]
             else:
                 x = x @ (self.wide(f"blocks.{i}.weight") * root).T + bias

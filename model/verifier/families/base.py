@@ -1,5 +1,6 @@
 """What a family of networks states so that the verifier can prove its radii."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -54,14 +55,14 @@ class Family(ABC):
         """The numbers of one of `layers`."""
         return bounds_of_matrix(tensor)
 
-    @abstractmethod
     def parts(self) -> dict[str, float]:
-        """Constants of the parts of the network."""
+        """Constants of the parts of the network that are not 1 for any weights."""
+        return {}
 
     @property
-    @abstractmethod
     def bound(self) -> float:
         """L: Lipschitz constant of the features in the pixels; infinite if nothing is proved."""
+        return math.prod(self.parts().values()) * (1 + 2.0**-40) if self.parts() else 1.0
 
     @abstractmethod
     def features(self, images: npt.NDArray[np.uint8]) -> Floats:
@@ -88,6 +89,11 @@ class Family(ABC):
     def wide(self, name: str) -> Floats:
         """A tensor in float64; the conversion is exact."""
         return self.tensors[name].astype(np.float64)
+
+    def filter(self, i: int) -> Floats:
+        """Weight of block i in float64; a matrix is a filter of one tap."""
+        weight = self.wide(f"blocks.{i}.weight")
+        return weight if weight.ndim == 4 else weight[:, :, None, None]
 
     def evaluate(self, images: npt.NDArray[np.uint8]) -> tuple[Floats, Any]:
         """Logits (B, K), and what the head knows of every image."""

@@ -62,15 +62,6 @@ class GroupSort(Family):
         classes = config["num_classes"]
         return {**shapes, "head.weight": (classes, inputs), "head.bias": (classes,)}
 
-    def parts(self) -> dict[str, float]:
-        """None: the constant is 1."""
-        return {}
-
-    @property
-    def bound(self) -> float:
-        """See Family."""
-        return 1.0
-
     def carry(self, norms: Floats, program: Program) -> ErrorState:
         """Every layer is 1-Lipschitz: what comes in passes, and its own rounding is added."""
         state = ErrorState.of_images(norms, 0.5, program)

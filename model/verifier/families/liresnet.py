@@ -150,11 +150,6 @@ class LiResNet(Family):
         return {name: self.matrices[f"{name}.weight"].upper for name in free}
 
     @property
-    def bound(self) -> float:
-        """See Family."""
-        return math.prod(self.parts().values()) * (1 + 2.0**-40)
-
-    @property
     def nominal_bound(self) -> float:
         """The stored estimates of the free norms."""
         return math.prod(float(self.tensors[f"{name}.norm"]) for name in self.parts())

@@ -77,20 +77,6 @@ class Sll(Family):
         classes = config["num_classes"]
         return {**shapes, "head.weight": (classes, features), "head.bias": (classes,)}
 
-    def parts(self) -> dict[str, float]:
-        """None: the constant is 1 for any weights."""
-        return {}
-
-    @property
-    def bound(self) -> float:
-        """See Family."""
-        return 1.0
-
-    def _kernel(self, i: int) -> Floats:
-        """V of a layer; a matrix is a filter of one tap."""
-        weight = self.wide(f"blocks.{i}.weight")
-        return weight if weight.ndim == 4 else weight[:, :, None, None]
-
     def _scaling(self, i: int, program: Program) -> Scaling:
         if (i, program.name) not in self._scalings:
             self._scalings[i, program.name] = self._new_scaling(i, program)
@@ -100,11 +86,11 @@ class Sll(Family):
         if self.config["scaling"] == "cpl":
             if i not in self._powers:
                 squarings = 3 if i < self.config["conv_layers"] else 6
-                self._powers[i] = powers(self._kernel(i), squarings)
+                self._powers[i] = powers(self.filter(i), squarings)
             return norm_bound(self._powers[i], len(self.tensors[f"blocks.{i}.weight"]), program)
         name = f"blocks.{i}.log_q"
         log_q = self.wide(name) if name in self.tensors else None
-        return row_sums(self._kernel(i), program, log_q)
+        return row_sums(self.filter(i), program, log_q)
 
     # Rounding
 
@@ -125,7 +111,7 @@ class Sll(Family):
         state.see(state.size)
 
     def _layer(self, state: ErrorState, i: int) -> None:
-        program, kernel, scaling = state.program, self._kernel(i), self._scaling(i, state.program)
+        program, kernel, scaling = state.program, self.filter(i), self._scaling(i, state.program)
         root = np.sqrt(scaling.inverse)
         scaled = (np.abs(kernel).sum(axis=(2, 3)).T * root).T
         a = schur(scaled)
@@ -166,7 +152,7 @@ class Sll(Family):
         more = self.config["channels"] - x.shape[1]
         x = np.pad(x, ((0, 0), (0, more), (0, 0), (0, 0)))
         for i in range(self.config["conv_layers"]):
-            kernel, bias = self._kernel(i), self.wide(f"blocks.{i}.bias")[:, None, None]
+            kernel, bias = self.filter(i), self.wide(f"blocks.{i}.bias")[:, None, None]
             z = np.maximum(convolve(x, kernel, padding=1) + bias, 0)
             z = self._inverses[i][:, None, None] * z
             x = x - 2 * convolve(z, transposed(kernel), padding=1)

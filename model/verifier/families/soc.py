@@ -120,11 +120,6 @@ class Soc(Family):
             return self._matrix(i).upper
         return 1 + power_over_factorial(self._nu(i), self.config["terms"])
 
-    @property
-    def bound(self) -> float:
-        """See Family."""
-        return math.prod(self.parts().values()) * (1 + 2.0**-40)
-
     def _matrix(self, i: int) -> MatrixBounds:
         return self.matrices[f"blocks.{i}.convolution.weight"]
 

@@ -17,7 +17,8 @@ REGIMES = (
 
 
 def parsed(**settings: Any) -> NetworkConfig:
-    return TypeAdapter(family(settings["kind"]).config).validate_python(settings)
+    config: Any = family(settings["kind"]).config
+    return TypeAdapter(config).validate_python(settings)
 
 
 def lipnext(pick: random.Random) -> dict[str, Any]:

@@ -17,21 +17,16 @@ from model.verifier.families import FAMILIES
 from model.verifier.refusal import DisagreementError, RefusalError
 from model.verify import main
 from tests.model.certificate_maker import CONFIRMED
+from tests.model.small_networks import trained_like
 from tests.model.test_conformance import NETWORKS
 from tests.model.verifier.honest import check, on_disk, stated
 from tests.model.verifier.networks import draw, parsed
 
+pytestmark = pytest.mark.integration
+
 
 def network_of(config, seed=0):
-    network = build_network(config).float().eval()
-    network.initialise(seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in network.parameters():
-            if p.initial == "zeros":
-                p.normal_(std=0.1, generator=generator)
-    network.calibrate([torch.rand(8, *config.input_shape, generator=generator)])
-    return network.eval().requires_grad_(False)
+    return trained_like(config, seed, torch.float32).requires_grad_(False)
 
 
 @pytest.mark.parametrize("deployed", ["float32", "bfloat16"])

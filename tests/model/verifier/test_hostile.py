@@ -3,6 +3,7 @@
 import hashlib
 import io
 import shutil
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -51,7 +52,7 @@ def test_hostile_values_in_other_descriptions_are_refused_or_unused(case, capsys
     stored, certificate = case.json(name), case.body()
     unused = {"context", "orthogonality_residuals", "largest_residual", "weights_bytes"}
     unused |= {"class_names", "generator", "splits", "train_shape", "name"}
-    nested = [("network", key) for key in stored.get("network", {})]
+    nested: list[tuple[Any, ...]] = [("network", key) for key in stored.get("network", {})]
     if "shards" in stored:
         nested += [("shards", -1), ("shards", -1, "file"), ("shards", -1, "sha256")]
     for path in [(key,) for key in stored if key not in unused] + nested:

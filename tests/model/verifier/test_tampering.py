@@ -16,6 +16,8 @@ from tests.model.certificate_maker import CONFIRMED, DISAGREES, UNUSABLE, Case
 from tests.model.verifier.honest import on_disk
 from tests.model.verifier.networks import parsed
 
+pytestmark = pytest.mark.integration
+
 SMALL = {"input_shape": [3, 8, 8], "num_classes": 3}
 NETWORKS = {
     "lipnext": {"kind": "lipnext", "patch": 2, "width": 16, "depth": 2, "alpha": 0.125},
