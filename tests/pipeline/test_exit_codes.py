@@ -1,8 +1,5 @@
 """Exit codes: 2 says that nothing was trained, 1 that a run which had begun has failed."""
 
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,7 +10,7 @@ from pipeline import pretrain
 from pipeline.errors import PipelineError, ProcessDiedError, RunFailedError, failing
 from pipeline.run.events import Started
 from pipeline.run.rank_state import WorkerSpec
-from tests.harness import run_ranks
+from tests.harness import run_command, run_ranks
 from tests.pipeline.small_runs import Undisturbed, rank_world, small_run, small_shards
 
 
@@ -39,17 +36,15 @@ def test_codes_of_the_entry(monkeypatch, capsys, error, code, word):
     assert word in capsys.readouterr().out
 
 
-ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("--cluster.launcher", "local", "--train.global-batch", "48", "--train.epochs", "1")
 FLAGS += ("--train.warmup-epochs", "0", "--model.width", "24", "--model.depth", "1")
 FLAGS += ("--checkpoint.no-evaluate", "--cluster.device", "cpu")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_loss_that_is_not_finite_fails_a_run_and_refuses_none(tmp_path):
-    command = [sys.executable, "-m", "pipeline.pretrain", "digits", *FLAGS]
-    command += ["--train.max-skipped", "0", "--optim.lr", "1e30", "--storage", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    flags = [*FLAGS, "--train.max-skipped", "0", "--optim.lr", "1e30", "--storage", str(tmp_path)]
+    done = run_command("pipeline.pretrain", "digits", *flags)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "failed: step" in done.stdout
     assert "refused" not in done.stdout
