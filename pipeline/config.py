@@ -202,7 +202,8 @@ class ClusterConfig:
     """Elastic on Ray: as many ranks as the cluster has room for, from this number to `workers`, of
     those that divide the batch; ranks come and go with nodes. 0: always `workers`."""
     max_failures: int = Field(default=0, ge=-1)
-    """Worker-group restarts from the newest checkpoint; -1 is unlimited."""
+    """Restarts from the newest checkpoint after ranks, also while they start, or Ray Train's
+    controller have died; -1 is unlimited."""
     max_preemptions: int = Field(default=-1, ge=-1)
     """The same after nodes that were taken away with notice, counted on its own."""
     collective_timeout_s: int = Field(default=600, ge=1)

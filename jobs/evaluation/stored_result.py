@@ -63,7 +63,7 @@ def read_result(out: Store) -> StoredResult:
     try:
         data = evaluation_files(out)
         body = certificate_body(data[CERTIFICATE])
-        summary = EvaluationSummary.from_json(data[SUMMARY])
+        summary = EvaluationSummary.from_json(data[SUMMARY]).found_at(out.url)
         if body["samples_sha256"] != hashlib.sha256(data[SAMPLES]).hexdigest():
             raise EvaluationError(f"{SAMPLES} is not the one of {CERTIFICATE}")
         table = read_table(data[SAMPLES], SAMPLES)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,11 @@ class CertificateBundle:
             raise EvaluationError(f"no finished evaluation at {store}: {error}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise EvaluationError(f"{store} cannot be read: {error!r}") from error
-        return cls.of_files(files, store)
+        return cls.of_files(files, store).found_at(store.url)
+
+    def found_at(self, url: str) -> CertificateBundle:
+        """The same where the evaluation lies now: artifact and shard set were moved with it."""
+        return replace(self, summary=self.summary.found_at(url))
 
     @property
     def digest(self) -> str:

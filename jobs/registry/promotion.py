@@ -373,13 +373,12 @@ def _evidence_of(registry: Registry, evaluation: str) -> CertificateBundle:
     if not re.fullmatch("[0-9a-f]{32}", evaluation):
         return CertificateBundle.read(evaluation)
     recorded = registry.recorded_evaluation(evaluation)
-    place = registry.require_address(str(recorded.summary.get("out_url")))
+    place = registry.require_address(registry.located(str(recorded.summary.get("out_url"))))
     evidence = CertificateBundle.read(place)
     stated = recorded.params.get("certificate_digest")
     if evidence.digest != stated:
         raise EvaluationError(
-            f"run {evaluation} recorded certificate {stated}; at {recorded.summary['out_url']} "
-            f"lies {evidence.digest}"
+            f"run {evaluation} recorded certificate {stated}; at {place} lies {evidence.digest}"
         )
     return evidence
 
@@ -388,6 +387,7 @@ def _packaged(registry: Registry, version: Version) -> CertificateBundle:
     """The evidence with which a version was registered."""
     stated = version.tags.get("certificate_digest", "")
     evidence = CertificateBundle.of_files(registry.evidence(version, stated), version)
+    evidence = evidence.found_at(registry.located(evidence.summary.out_url))
     for address in (evidence.summary.artifact_url, evidence.summary.shards_url):
         registry.require_address(address)
     _require_digests(version, evidence)

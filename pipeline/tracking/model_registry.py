@@ -30,6 +30,7 @@ from pipeline.tracking.client import (
     read_file,
 )
 from pipeline.tracking.reader import pages
+from pipeline.tracking.relocation import follow
 from untrusted.json_input import parse_object
 from untrusted.limits import require
 
@@ -95,6 +96,10 @@ class Registry(MlflowConnection):
             return self._config.require_address(address)
         except AddressError as error:
             raise RegistryError(str(error)) from error
+
+    def located(self, address: str) -> str:
+        """Where something lies that a recorded file names, also after the store was moved."""
+        return follow(self._config.uri, address)
 
     # Registered models
 

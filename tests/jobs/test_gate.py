@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,7 +13,8 @@ from jobs.evaluation.results import EvaluationError
 from jobs.gate import NOT_PROMOTED, main
 from jobs.registry import promotion
 from model.verifier.families import FAMILIES
-from pipeline.tracking.model_registry import RegistryError
+from pipeline.tracking.client import TrackingConfig
+from pipeline.tracking.model_registry import Registry, RegistryError
 from tests.jobs.gated import Gated
 
 pytestmark = pytest.mark.integration
@@ -136,6 +138,20 @@ def test_rolling_back_to_what_was_never_champion_is_refused(gated, name):
     with pytest.raises(RegistryError, match="version 2 never was champion"):
         promotion.rollback(gated.registry, name, to=2)
     assert champion(gated, name) == 1
+
+
+def test_a_copied_storage_is_judged_where_it_lies(gated, name, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(gated.folder, copy)
+    before = {path: path.read_bytes() for path in gated.folder.rglob("*") if path.is_file()}
+    registry = Registry(TrackingConfig(uri=f"sqlite:///{copy}/mlflow.db", experiment="gated"))
+    digest = json.loads(Store(gated.of_steady).read("certificate.json"))["digest"]
+    promotion.register(registry, name, registry.evaluation_with(digest))
+    assert promotion.promote(registry, name).promoted
+    tags = registry.aliased(name, "champion").tags
+    assert tags["artifact_url"] == (copy / "steady").as_uri()
+    now = {path: path.read_bytes() for path in gated.folder.rglob("*") if path.is_file()}
+    assert now == before
 
 
 def test_a_forged_metric_changes_nothing(gated, name):
