@@ -9,7 +9,6 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from data_shards.config import StreamConfig
@@ -18,6 +17,7 @@ from data_shards.format.index import ShardIndex, load_index
 from data_shards.streaming.sampler import ORDER, Cursor, EpochOrder
 from data_shards.streaming.shuffle_quality import ShuffleQuality, shuffle_quality
 from data_shards.streaming.stream import SampleStream
+from untrusted.terminal import PlainConsole
 
 _MB = 1e6
 _DEFAULT = StreamConfig()
@@ -146,7 +146,7 @@ def _show(title: str, figures: Figures) -> None:
         ),
     ):
         table.add_row(name, value)
-    Console(width=88).print(table)
+    PlainConsole(width=88).print(table)
 
 
 def _run(

@@ -4,7 +4,6 @@ The shards stay as they are and where they are. A run that was stopped goes on w
 same command is given again.
 """
 
-import json
 import sys
 from typing import Annotated
 
@@ -80,7 +79,7 @@ def _run(
     sys.stdout.write(
         f"{store}: {what}: {counts} samples in {len(found.index.shards)} shards, digest "
         f"{found.index.digest}\n{store}/{REPORT_FILE}: "
-        f"{summary(json.loads(store.read(REPORT_FILE)))}\n"
+        f"{summary(store.read_object(REPORT_FILE))}\n"
     )
 
 

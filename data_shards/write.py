@@ -6,7 +6,6 @@ same command is given again.
 
 import dataclasses
 import inspect
-import json
 import sys
 import typing
 from collections.abc import Callable
@@ -77,7 +76,7 @@ def _write(source: Source, output: Output) -> None:
         f"{store}: {what}: {counts} samples in {len(index.shards)} shards, digest {index.digest}\n"
     )
     if store.exists(REPORT_FILE):
-        report = json.loads(store.read(REPORT_FILE))
+        report = store.read_object(REPORT_FILE)
         sys.stdout.write(f"{store}/{REPORT_FILE}: {summary(report)}\n")
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import tyro
 from pydantic import ValidationError
-from rich.console import Console
 
 from jobs.evaluation.results import EvaluationError
 from jobs.reporting.comparison_config import CompareConfig, parse_change
 from jobs.reporting.comparison_report import System, by_norm, comparison_png, markdown
 from jobs.reporting.comparison_runs import Outcome, RunRequest, Runs
 from pipeline.tracking.client import log_comparison, ui_command
+from untrusted.terminal import PlainConsole
 
 TABLE = "compare.md"
 _TUNING = {"data.train-split": "fit", "data.test-split": "validation"}
@@ -169,17 +169,17 @@ def write(config: CompareConfig, systems: Sequence[System]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the entry; returns the exit code."""
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
         config = tyro.cli(CompareConfig, args=arguments, prog="jobs.compare")
         page = write(config, compare(config))
     except ValidationError as error:
         messages = "; ".join(part["msg"] for part in error.errors())
-        Console(stderr=True).print(f"refused: {messages}", markup=False, soft_wrap=True)
+        PlainConsole(stderr=True).print(f"refused: {messages}", soft_wrap=True)
         return 2
     except EvaluationError as error:
-        Console(stderr=True).print(str(error), markup=False, soft_wrap=True)
+        PlainConsole(stderr=True).print(str(error), soft_wrap=True)
         return 1
     console.print(page, soft_wrap=True)
     return 0

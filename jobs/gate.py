@@ -28,6 +28,7 @@ from model.certification.wilson_interval import with_interval
 from model.errors import ModelError
 from pipeline.tracking.client import TrackingConfig, ui_command
 from pipeline.tracking.model_registry import Registry, RegistryError
+from untrusted.terminal import PlainConsole
 
 NOT_PROMOTED = 3
 Name = Annotated[str, tyro.conf.Positional]
@@ -165,7 +166,7 @@ def _share(share: str | None, samples: str | None) -> str:
 
 
 def _console() -> Console:
-    return Console(highlight=False, markup=False)
+    return PlainConsole()
 
 
 def _say(text: str) -> None:

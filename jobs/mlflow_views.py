@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pydantic
 import tyro
@@ -187,7 +187,7 @@ def _save(arguments: list[str] | None, console: Console) -> int:
             f"training runs in {len(experiments)} experiments ({', '.join(experiments)}): "
             "name one with --tracking.experiment"
         )
-    chosen = TrackingConfig(uri=tracking.uri, experiment=experiments[0])
+    chosen = replace(tracking, experiment=experiments[0])
     paths = save_views(chosen, views(runs))
     address = tracking.uri
     if tracking.uri.startswith("sqlite:"):

@@ -41,6 +41,7 @@ from model.errors import ModelError
 from pipeline.run.ray_session import ray_session
 from pipeline.tracking.client import TrackingConfig
 from pipeline.tracking.model_registry import Registry, RegistryError
+from untrusted.limits import UntrustedError
 
 FIELDS = ("path", "label", "radius", "norm", "eps", "certified", "size", "resize", "error")
 _TASKS_PER_WAVE = 64
@@ -184,6 +185,7 @@ def _resolve(config: PredictConfig) -> tuple[str, str | None, str]:
         url, digest = version.tags.get("artifact_url", ""), version.tags.get("artifact_digest", "")
         if not url or not digest:
             raise RegistryError(f"{version} names no model artifact: the gate did not register it")
+        registry.require_address(url)
         eps = eps or rule_of(registry, version.name).eps
     eps = eps or "36/255"
     eps_value(eps)
@@ -193,8 +195,9 @@ def _resolve(config: PredictConfig) -> tuple[str, str | None, str]:
 def _open(picture: Picture, shape: Any, resize: bool) -> PreparedImage | str:
     """The image, or what is wrong with it."""
     try:
-        return prepare(Store(picture.folder).read(picture.name), shape, resize=resize)
-    except (ShardError, EvaluationError, OSError) as error:
+        data = Store(picture.folder).read(picture.name, limit="image_bytes")
+        return prepare(data, shape, resize=resize)
+    except (ShardError, EvaluationError, UntrustedError, OSError) as error:
         return str(error)
 
 

@@ -34,6 +34,7 @@ from model.certification.wilson_interval import wilson, with_interval
 from model.errors import ModelError
 from pipeline.tracking.client import RunReference, TrackingConfig, ui_command
 from pipeline.tracking.reader import Reader, TrackedRun, TrackingError
+from untrusted.text import code, markdown, shown
 
 PAGE, TEXT = "report.html", "report.md"
 _NONE = "–"
@@ -82,14 +83,6 @@ def render(report: Report, *, uri: str, now: datetime | None = None) -> dict[str
         uri: of the MLflow store, for links to the UI.
         now: time of the report; default: the present.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jobs.reporting"),
-        autoescape=jinja2.select_autoescape(["html.j2"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(_FILTERS)
     values: dict[str, Any] = {
         "report": report,
         "places": {reported.run.run_id: at for at, reported in enumerate(report.runs)},
@@ -104,8 +97,24 @@ def render(report: Report, *, uri: str, now: datetime | None = None) -> dict[str
         "measured": any(reported.cost.mfu for reported in report.runs),
         "priced": any(reported.cost.total for reported in report.runs),
     }
-    names = (PAGE, TEXT)
-    return {name: environment.get_template(f"{name}.j2").render(values) for name in names}
+    environments = {
+        PAGE: _environment(autoescape=True, finalize=shown),
+        # Jinja escapes HTML alone; here every value of an expression passes through `markdown`.
+        TEXT: _environment(autoescape=False, finalize=markdown),
+    }
+    return {name: e.get_template(f"{name}.j2").render(values) for name, e in environments.items()}
+
+
+def _environment(**options: Any) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jobs.reporting"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        **options,
+    )
+    environment.filters.update(_FILTERS)
+    return environment
 
 
 def per_point(entry: ReportEntry, ratio: str) -> float | None:
@@ -146,11 +155,6 @@ def number(value: float | None) -> str:
     return _NONE if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def cell(text: object) -> str:
-    """Return a text that can stand in a cell of a Markdown table."""
-    return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
-
-
 _FILTERS: Mapping[str, Callable[..., object]] = {
     "duration": duration,
     "percent": percent,
@@ -159,7 +163,7 @@ _FILTERS: Mapping[str, Callable[..., object]] = {
     "share": with_interval,
     "per_point": per_point,
     "per_further_point": per_further_point,
-    "cell": cell,
+    "code": code,
     "quoted": shlex.quote,
     "when": lambda ms: datetime.fromtimestamp(ms / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M"),
 }

@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from types import FrameType
 from typing import Any
@@ -37,6 +37,8 @@ from jobs.scheduling.status_page import page
 from pipeline.run.lease import Lease, LeaseError
 from pipeline.run.open_servers import ExposureError, require_closed
 from pipeline.tracking.checkpoint_query import CheckpointQuery
+from untrusted.json_input import parse_object
+from untrusted.terminal import PlainConsole
 
 logger = logging.getLogger(__name__)
 
@@ -226,8 +228,12 @@ def _due_now(when: str, config: ScheduleConfig, claims: Claims) -> bool:
         return True
     if not claims.store.exists(_mark(when)):
         return _INTERVAL.fullmatch(when) is not None
-    mark: Mapping[str, Any] = json.loads(claims.store.read(_mark(when)))
-    last = datetime.fromtimestamp(mark["at"], timezone.utc)
+    try:
+        mark = claims.store.read_object(_mark(when))
+        last = datetime.fromtimestamp(mark["at"], timezone.utc)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        logger.warning("%s/%s: %s; the rule is applied now", claims.store, _mark(when), error)
+        return True
     due = trigger(when, config).get_next_fire_time(last, last)
     return due is not None and due <= datetime.now(timezone.utc)
 
@@ -249,7 +255,7 @@ def _run(config: ScheduleConfig, console: Console) -> int:
     claims.require_exclusive()
     submitter: Submitter = Processes(log_folder())
     if config.address:
-        submitter = RayJobs(config.address, json.loads(config.runtime_env))
+        submitter = RayJobs(config.address, parse_object(config.runtime_env, "runtime_env"))
     scheduler = Scheduler(config, claims, backlog, submitter)
     try:
         if config.once:
@@ -266,7 +272,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the scheduler; returns 0, 1 after a failed evaluation, 2 for bad input, 130 or 143."""
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logger.setLevel(logging.INFO)
     logging.getLogger("apscheduler").setLevel(logging.ERROR)

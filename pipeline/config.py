@@ -26,8 +26,13 @@ from optim.manifolds import manifold_of
 from pipeline.errors import NoEffectError, PipelineError
 from pipeline.losses.emma import EmmaLoss
 from pipeline.losses.registry import AnyLoss
+from untrusted.json_input import parse_object
+from untrusted.text import unprintable
 
 SCHEMA_VERSION = 2
+RESERVED_NAMES = ("data", "claims", "mlartifacts", "mlflow.db", "mlflow.db.lock")
+"""What lies beside the runs in their storage."""
+_LONGEST_NAME = 255
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _ZERO_IS_A_VALUE = ("loss.eps_start",)
 """Options that 0 does not switch off."""
@@ -287,8 +292,7 @@ class RunConfig:
                     f"{name} holds credentials, which would be saved with the configuration: "
                     "give them in the environment or in the store's own settings"
                 )
-        if "/" in self.name or self.name in (".", ".."):
-            raise PipelineError(f"name={self.name!r} must be the name of one folder, without /")
+        _check_name(self.name)
         if self.start_or_resume and not self.name:
             raise PipelineError("start_or_resume needs --name: else no run is the same one again")
         if self.wait_for_lease and not (self.name or self.resume):
@@ -388,13 +392,14 @@ class RunConfig:
         return json.dumps({"schema_version": SCHEMA_VERSION, **body}, indent=1, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str | bytes) -> Self:
         """Inverse of to_json.
 
         Raises:
             PipelineError: another schema version, or a field that does not validate.
+            UntrustedError: no JSON object.
         """
-        body: dict[str, Any] = json.loads(text)
+        body = parse_object(text, "the configuration of the run")
         version = body.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise PipelineError(
@@ -404,6 +409,21 @@ class RunConfig:
             return TypeAdapter(cls).validate_python(body)
         except ValidationError as error:
             raise PipelineError(f"configuration does not validate: {error}") from error
+
+
+def _check_name(name: str) -> None:
+    """Refuse what is no name of one folder, or would deceive who reads it."""
+    if "/" in name or name in (".", ".."):
+        raise PipelineError(f"name={name!r} must be the name of one folder, without /")
+    if name in RESERVED_NAMES:
+        raise PipelineError(f"name={name!r} is taken: the storage keeps something else there")
+    if found := unprintable(name):
+        raise PipelineError(f"name={name!a} holds {found[0]!a}, which no terminal shows")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise PipelineError(
+            f"name={name[:40]!r}... has {len(name.encode())} bytes; file systems take "
+            f"{_LONGEST_NAME}"
+        )
 
 
 def has_matrices(model: NetworkConfig) -> bool:

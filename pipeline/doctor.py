@@ -11,10 +11,11 @@ import sys
 from collections.abc import Sequence
 
 import tyro
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.planner.environment_checks import Finding, all_checks, bounded
+from untrusted.terminal import PlainConsole
 
 _COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
 
@@ -48,10 +49,10 @@ def examine(
         timeout_s=timeout_s,
     )
     found = {name: bounded(check, timeout_s) for name, check in checks}
-    console = Console(highlight=False)
+    console = PlainConsole()
     if json:
         rows = [{"check": name, **dataclasses.asdict(row)} for name, row in found.items()]
-        console.print(json_format.dumps(rows, indent=1), soft_wrap=True, markup=False)
+        console.print(json_format.dumps(rows, indent=1), soft_wrap=True)
     else:
         console.print(_table(found))
     return int(any(row.status == "FAIL" for row in found.values()))
@@ -60,8 +61,7 @@ def examine(
 def _table(found: dict[str, Finding]) -> Table:
     table = Table("check", "", "value", "what to do")
     for name, row in found.items():
-        status = f"[{_COLOURS[row.status]}]{row.status}[/]"
-        table.add_row(name, status, row.value.replace("[", r"\["), row.advice.replace("[", r"\["))
+        table.add_row(name, Text(row.status, _COLOURS[row.status]), row.value, row.advice)
     return table
 
 

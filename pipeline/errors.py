@@ -3,6 +3,7 @@
 from data_shards.errors import ShardError
 from model.errors import ModelError
 from optim.errors import OptimizerError
+from untrusted.limits import UntrustedError
 
 
 class PipelineError(ValueError):
@@ -33,5 +34,13 @@ class TokenError(ExposureError):
     """A cluster asks for a token that this process does not have."""
 
 
-REFUSALS = (PipelineError, NoEffectError, ShardError, ModelError, OptimizerError, ExposureError)
+REFUSALS = (
+    PipelineError,
+    NoEffectError,
+    ShardError,
+    ModelError,
+    OptimizerError,
+    ExposureError,
+    UntrustedError,
+)
 """The error of this kind of every package."""

@@ -25,6 +25,7 @@ from pipeline.planner.estimate import Estimate, estimate, trials
 from pipeline.planner.step_time import DEVICES, Device, device_of
 from pipeline.planner.verification import GFLOPS, Verification, verification
 from pipeline.presets import CHOICES, parse_with_preset
+from untrusted.terminal import PlainConsole
 
 _DEFAULT_DEVICE = "H100"
 _GB = 1e9
@@ -408,20 +409,18 @@ def _show(request: Request, console: Console) -> int:
             console.print(table)
     if found.fits:
         return 0
-    error = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    error = PlainConsole(stderr=True, soft_wrap=True)
     error.print(f"refused: {refusal(found, request)}")
     return 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the entry; returns the exit code."""
-    console = Console(highlight=False, markup=False)
+    console = PlainConsole()
     try:
         return _show(parse(sys.argv[1:] if arguments is None else arguments), console)
     except (*REFUSALS, ValidationError) as error:
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
-            f"refused: {error}"
-        )
+        PlainConsole(stderr=True, soft_wrap=True).print(f"refused: {error}")
         return 2
 
 

@@ -65,8 +65,8 @@ def _main(arguments: Sequence[str], console: Console, stop: StopSignal) -> int:
         config = parse(arguments)
         _run(config, console, stop)
     except (*REFUSALS, ValidationError) as error:
-        console.print("[bold red]refused:[/bold red]", end=" ")
-        console.print(_one_message(error), highlight=False, markup=False, soft_wrap=True)
+        console.print("refused:", style="bold red", end=" ")
+        console.print(_one_message(error), soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         console.print("interrupted")
@@ -140,7 +140,7 @@ def _once(console: Console) -> Callable[[str], None]:
 
     def show(held: str) -> None:
         if not told.is_set():
-            console.print(f"{held}: waiting", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{held}: waiting", soft_wrap=True)
             told.set()
 
     return show

@@ -1,6 +1,7 @@
 """Rules of this repository that no linter knows."""
 
 import ast
+import dataclasses
 import functools
 import importlib.util
 import re
@@ -12,9 +13,10 @@ import pytest
 
 from pipeline.presets import PRESETS
 from pipeline.resilience.hang_detector import _WAITING
+from untrusted.limits import PREFIX, Limits
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("pipeline", "model", "optim", "data_shards", "jobs")
+PACKAGES = ("pipeline", "model", "optim", "data_shards", "jobs", "untrusted")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 LONGEST_FUNCTION = 75
 FOLDERS = (*PACKAGES, "tests", "benchmarks", "docs", ".github")
@@ -113,11 +115,36 @@ def test_a_search_for_a_preset_ends_at_its_recipe():
     assert not [name for name in PRESETS if f'"{name}"' not in text]
 
 
-def test_tests_named_in_the_faults_exist():
-    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/faults.md").read_text())
-    assert len(named) > 50
+@pytest.mark.parametrize("document", ["docs/faults.md", "SECURITY.md"])
+def test_tests_named_in_the_faults_exist(document):
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / document).read_text())
+    assert len(named) > 30
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text() if test else (ROOT / file).exists(), test
+
+
+def test_every_limit_stands_in_the_security_document():
+    text = (ROOT / "SECURITY.md").read_text()
+    for field in dataclasses.fields(Limits):
+        assert f"`{PREFIX}{field.name.upper()}`" in text
+
+
+OWN_JSON = (
+    "untrusted/json_input.py",
+    "model/verifier/files.py",  # shares no code with what it verifies
+    "pipeline/training/worker.py",  # what this process has just written
+    "pipeline/resilience/heartbeat.py",  # between the ranks of one run
+)
+"""Where JSON is parsed; everything else goes through the first."""
+
+
+def test_json_from_outside_is_parsed_in_one_place():
+    found = {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if re.search(r"\bjson\.loads?\(", path.read_text())
+    }
+    assert found == set(OWN_JSON)
 
 
 def test_modules_named_in_the_readme_run():

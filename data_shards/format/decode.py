@@ -22,12 +22,13 @@ from torch import Tensor
 
 from data_shards.errors import ShardError
 from data_shards.format.crop_box import RATIO, SCALE, Box, random_crop_box
+from untrusted.limits import UntrustedError, require
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-MAX_PIXELS = 1 << 25
-MAX_SCANNED = 16 * MAX_PIXELS
+MAX_SCANNED = 1 << 29
 """Pixels times scans of a JPEG: a decoder goes through all pixels once per scan, in some seconds.
 Usual progressive files have ten scans; a small file may state thousands."""
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which would warn below that of `_check_size`
 _JPEG_COLOURS = {"Gray": "GRAY", "YCbCr": "RGB", "RGB": "RGB"}
 # Pillow's mode -> the modes it goes through. RGBA first: a palette may have transparent entries.
 _CONVERSIONS = {
@@ -38,8 +39,6 @@ _PILLOW_FAILURES = (
     OSError,
     ValueError,
     SyntaxError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
 # Of rows that are not decoded, and in files of the official sets, which Pillow accepts too.
 _LEFT_OVER = re.compile("extraneous bytes before marker")
@@ -80,8 +79,8 @@ def decode_image(data: bytes, extension: str) -> Tensor:
         channels here: that would multiply l2 distances.
 
     Raises:
-        ShardError: a format outside the list, damaged bytes, 16 bits per channel, more than
-            `MAX_PIXELS` pixels, or more than `MAX_SCANNED` pixels times scans.
+        ShardError: a format outside the list, damaged bytes, 16 bits per channel, more pixels than
+            the limit, or more than `MAX_SCANNED` pixels times scans.
     """
     kind = _format(data, extension)
     header = _jpeg_header(data) if kind == "JPEG" else None
@@ -274,8 +273,10 @@ def _opened(data: bytes, kind: str) -> Iterator[Image.Image]:
 
 
 def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ShardError(f"image of {width} x {height} pixels is over the limit {MAX_PIXELS}")
+    try:
+        require(width * height, "image_pixels", f"image of {width} x {height} has")
+    except UntrustedError as error:
+        raise ShardError(str(error)) from error
 
 
 def _check_scans(data: bytes, pixels: int) -> None:

@@ -7,7 +7,6 @@ and nothing is unpickled.
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections import Counter
@@ -19,6 +18,7 @@ from data_shards.format.decode import EXTENSIONS
 from data_shards.format.index import Shard, ShardIndex
 from data_shards.format.shard_scan import MAX_IMAGE, HashedFile, StoredSample
 from data_shards.format.tar import Member, walk
+from untrusted.json_input import parse_json
 
 _MAX_LABEL = 1 << 20  # bytes of a member with a label
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
@@ -213,10 +213,10 @@ def _label(key: str, parts: dict[str, tuple[Member, bytes]], layout: Layout) -> 
 
 def _field(body: bytes, field: str) -> str:
     try:
-        value = json.loads(body)
+        value = parse_json(body, ".json")
         for name in field.split("."):
             value = value[name]
-    except (ValueError, RecursionError):
+    except ValueError:
         raise _UnusableError(".json cannot be read") from None
     except (KeyError, TypeError, IndexError):
         raise _UnusableError(f"no field {field} in .json") from None

@@ -23,7 +23,10 @@ from pydantic import ConfigDict, Field
 from data_shards.errors import ShardError
 from data_shards.format.decode import EXTENSIONS
 from data_shards.format.shard_files import ShardFiles
+from data_shards.format.tar import BLOCK
 from data_shards.storage.store import Store
+from untrusted.limits import UntrustedError, limits, require_name
+from untrusted.parquet import open_parquet, read_column, require_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -46,6 +49,8 @@ _COLUMNS = {
     "xxh3_64": pa.uint64(),
     "label": pa.int32(),
 }
+_ROWS_PER_GROUP = 1 << 15  # with keys as long as they may be, half of the limit of a row group
+_SMALLEST_SAMPLE = 2 * BLOCK  # its header and its body in a tar
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: multiplication spreads the bits
 _STRICT = ConfigDict(extra="forbid")
 
@@ -214,7 +219,7 @@ def rows_to_parquet(columns: Mapping[str, Sequence[Any] | npt.NDArray[Any]]) -> 
     """
     table = pa.table({name: pa.array(columns[name], kind) for name, kind in _COLUMNS.items()})
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", row_group_size=_ROWS_PER_GROUP)
     return bytes(sink.getvalue())
 
 
@@ -231,14 +236,16 @@ def load_header(store: Store) -> Header:
         ShardError: no shard set there, or a header that is malformed or was changed.
     """
     try:
-        fields = json.loads(store.read(HEADER_FILE))
+        fields = store.read_object(HEADER_FILE)
         stated = fields.pop("digest")
         version = fields["schema_version"]
     except FileNotFoundError as error:
         raise ShardError(f"no shard set at {store}: there is no {HEADER_FILE}") from error
     except OSError as error:
         raise ShardError(f"cannot read the index of a shard set: {error}") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except UntrustedError as error:
+        raise ShardError(f"not a shard set header: {error}") from error
+    except KeyError as error:
         raise ShardError(f"{store}/{HEADER_FILE} is not a shard set header: {error!r}") from error
     if version != SCHEMA_VERSION:
         raise ShardError(
@@ -247,6 +254,10 @@ def load_header(store: Store) -> Header:
         )
     try:
         header = pydantic.TypeAdapter(Header).validate_python(fields)
+        for name in (header.name, *header.class_names):
+            require_name(name, f"{store}/{HEADER_FILE}")
+    except UntrustedError as error:
+        raise ShardError(str(error)) from error
     except pydantic.ValidationError as error:
         raise ShardError(f"{store}/{HEADER_FILE} is not a shard set header: {error}") from error
     if header.digest() != stated:
@@ -283,9 +294,13 @@ def load_index(url: str | Store, *, check_files: bool = True) -> ShardIndex:
     try:
         if check_files:
             _check_files(store, header)
+        samples = sum(shard.samples for shard in header.shards)
+        require_rows(store.size(ROWS_FILE), samples, f"{store}/{ROWS_FILE}")
         data = store.read(ROWS_FILE)
     except FileNotFoundError as error:
         raise ShardError(f"shard set {store} has no {ROWS_FILE}") from error
+    except UntrustedError as error:
+        raise ShardError(str(error)) from error
     except OSError as error:
         raise ShardError(f"cannot read the index of a shard set: {error}") from error
     found = hashlib.sha256(data).hexdigest()
@@ -293,7 +308,10 @@ def load_index(url: str | Store, *, check_files: bool = True) -> ShardIndex:
         raise ShardError(
             f"{store}/{ROWS_FILE} has sha256 {found}, the header states {header.rows_sha256}"
         )
-    rows, splits = _read_rows(store, data)
+    try:
+        rows, splits = _read_rows(store, data, samples)
+    except UntrustedError as error:
+        raise ShardError(str(error)) from error
     _check_rows(store, header, rows, splits)
     return ShardIndex(store, header, rows, header.digest())
 
@@ -310,22 +328,23 @@ def _header_dict(header: Header) -> dict[str, Any]:
     return fields
 
 
-def _read_rows(store: Store, data: bytes) -> tuple[Rows, npt.NDArray[np.bytes_]]:
-    # Not `read_table` of a Python file: its background clean-up can abort the interpreter's exit
-    # (apache/arrow 34314, 33975).
-    file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+def _read_rows(store: Store, data: bytes, samples: int) -> tuple[Rows, npt.NDArray[np.bytes_]]:
+    place = f"{store}/{ROWS_FILE}"
+    file = open_parquet(data, place)
     missing = set(_COLUMNS) - set(file.schema_arrow.names)
     if missing:
         raise ShardError(f"{store}/{ROWS_FILE} lacks the columns {', '.join(sorted(missing))}")
-    if not file.metadata.num_rows:
-        raise ShardError(f"{store}/{ROWS_FILE} has no rows")
+    if file.metadata.num_rows != samples or not samples:
+        raise ShardError(
+            f"{place} has {file.metadata.num_rows} rows, the header states {samples} samples"
+        )
 
     def read(name: str) -> npt.NDArray[Any]:  # one by one: Arrow's copy is gone before the next
-        column = file.read(columns=[name], use_threads=False).column(0)
+        column = read_column(file, name, place)
         if column.null_count:
-            raise ShardError(f"{store}/{ROWS_FILE} has {column.null_count} empty cells in {name}")
-        if pa.types.is_string(column.type):
-            return _fixed_width(column.combine_chunks())
+            raise ShardError(f"{place} has {column.null_count} empty cells in {name}")
+        if pa.types.is_dictionary(column.type):
+            return np.concatenate([_fixed_width(chunk) for chunk in column.chunks])
         return np.array(column.to_numpy())  # a copy: the pool below can let go of its own
 
     columns = {field.name: read(field.name) for field in dataclasses.fields(Rows)}
@@ -334,8 +353,9 @@ def _read_rows(store: Store, data: bytes) -> tuple[Rows, npt.NDArray[np.bytes_]]
     return Rows(**columns), splits
 
 
-def _fixed_width(texts: Any) -> npt.NDArray[np.bytes_]:
-    """Return an Arrow string array as NumPy bytes; a Python object per key would cost ten times."""
+def _fixed_width(column: Any) -> npt.NDArray[np.bytes_]:
+    """Return a dictionary of texts as NumPy bytes; a Python object per key would cost ten times."""
+    texts = column.dictionary
     first, count = texts.offset, len(texts)
     ends = np.frombuffer(texts.buffers()[1], dtype=np.int32)[first : first + count + 1]
     data = np.frombuffer(texts.buffers()[2] or b"", dtype=np.uint8)
@@ -348,7 +368,7 @@ def _fixed_width(texts: Any) -> npt.NDArray[np.bytes_]:
         # Byte j of the data goes to its text's place plus its distance from the text's beginning.
         shift = np.repeat(np.arange(count, dtype=np.int64) * width - ends[:-1], lengths)
         whole[np.arange(ends[0], ends[-1]) + shift] = data[ends[0] : ends[-1]]
-    return whole.view(f"S{width}")
+    return whole.view(f"S{width}")[column.indices.to_numpy()]
 
 
 def _check_files(store: Store, header: Header) -> None:
@@ -360,6 +380,10 @@ def _check_files(store: Store, header: Header) -> None:
         where = files.describe(shard.file)
         if shard.number != number:
             raise ShardError(f"{where} is number {shard.number} at place {number}")
+        if shard.samples * _SMALLEST_SAMPLE > shard.size:
+            raise ShardError(
+                f"shard {where} of {shard.size} bytes cannot hold {shard.samples} samples"
+            )
         if shard.file not in sizes:
             raise ShardError(f"shard {where} is listed in the index and absent")
         if sizes[shard.file] != shard.size:
@@ -381,7 +405,7 @@ def _check_rows(store: Store, header: Header, rows: Rows, splits: npt.NDArray[np
                 f"shard {store}/{shard.file} has {count} rows in {ROWS_FILE}, the header states "
                 f"{shard.samples} samples"
             )
-    limits = np.array([shard.size for shard in header.shards])[rows.shard]
+    shard_sizes = np.array([shard.size for shard in header.shards])[rows.shard]
     shard_splits = np.array([shard.split for shard in header.shards], dtype=np.bytes_)
     allowed = np.array(EXTENSIONS, dtype=np.bytes_)
     ends = np.zeros(len(rows), dtype=np.int64)  # of the sample before, in the same shard
@@ -389,8 +413,10 @@ def _check_rows(store: Store, header: Header, rows: Rows, splits: npt.NDArray[np
     checks = (
         ("label", rows.label, (rows.label < 0) | (rows.label >= header.num_classes),
          f"in [0, {header.num_classes})"),
-        ("size", rows.size, (rows.size < 0) | (rows.offset + rows.size > limits),
+        ("size", rows.size, (rows.size < 0) | (rows.offset + rows.size > shard_sizes),
          "inside its shard"),
+        ("size", rows.size, rows.size > limits().image_bytes,
+         f"within the {limits().image_bytes} bytes that an image may have"),
         ("offset", rows.offset, rows.offset < ends, "behind the sample before it"),
         ("extension", rows.extension, ~np.isin(rows.extension, allowed),
          f"one of {', '.join(EXTENSIONS)}"),

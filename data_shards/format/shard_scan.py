@@ -13,9 +13,10 @@ from data_shards.errors import ShardError
 from data_shards.format.decode import EXTENSIONS
 from data_shards.format.tar import Member, walk
 from data_shards.storage.store import Store
+from untrusted.limits import limits
 
 _BLOCK = 8 << 20
-MAX_IMAGE = 64 << 20
+MAX_IMAGE = limits().image_bytes
 _MAX_LABEL = 16
 _NAME = re.compile(rf"([A-Za-z0-9_-]+)\.({'|'.join(EXTENSIONS)}|cls)")
 _LABEL = re.compile(rb"[0-9]{1,9}")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from data_shards.errors import ShardError
+from untrusted.limits import UntrustedError, require_name
 
 BLOCK = tarfile.BLOCKSIZE
 _MAX_EXTENDED = 1 << 20  # bytes of an extended header
@@ -75,6 +76,10 @@ def walk(file: Seekable, start: int, stop: int, where: str) -> Iterator[Member]:
         is_extension = header.type in (_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK)
         size = header.size if is_extension else int(extended.get("size", header.size))
         name = extended.get("path", header.name)
+        try:
+            require_name(name, f"{where}: member at offset {offset}")
+        except UntrustedError as error:
+            raise ShardError(str(error)) from error
         if size < 0 or body + size > stop:
             raise ShardError(
                 f"{where}: member {name!r} at offset {offset} declares {size} bytes, "

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from data_shards.errors import ShardError
-from data_shards.format.decode import MAX_PIXELS, decode_image
+from data_shards.format.decode import decode_image
 from data_shards.sources.base import encode_png
+from untrusted.limits import limits
 
 _SHORT_SIDE = 256 / 224  # of the size that is cut out
 _SIGNATURES = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"))
@@ -136,7 +137,7 @@ def _centre(pixels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
     height, width, _ = pixels.shape
     short = round(size * _SHORT_SIDE)
     long = int(short * max(height, width) / min(height, width))
-    if short * long > MAX_PIXELS:
+    if short * long > limits().image_pixels:
         raise UndecodableError(f"image of {width} x {height} pixels is too long to resize", "shape")
     width, height = (short, long) if width <= height else (long, short)
     image = Image.fromarray(_plain(pixels)).resize((width, height), Image.Resampling.BILINEAR)

@@ -15,6 +15,7 @@ from data_shards.sources.base import VALIDATION, Source, hold_out, hold_out_test
 from data_shards.sources.convert import Recipe
 from data_shards.sources.folder_tree import EXTENSIONS, FolderTree, Listing, NotTaken
 from data_shards.storage.store import Store
+from untrusted.limits import UntrustedError, require
 
 _TRAIN = "train"
 _TEST = ("val", "test")
@@ -60,6 +61,11 @@ def imagefolder(
         for place, listing in zip(places, listings, strict=True)
         for file, size in sorted(listing.files.items())
     ]
+    try:
+        for file, size, _ in images:
+            require(size, "image_bytes", f"{store}/{file} has")
+    except UntrustedError as error:
+        raise ShardError(str(error)) from error
     files = tuple(file for file, _, _ in images)
     sizes = np.array([size for _, size, _ in images], dtype=np.int64)
     labels = np.array([place.label for _, _, place in images], dtype=np.int64)

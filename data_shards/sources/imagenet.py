@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 from rich.progress import Progress
 
 from data_shards.errors import ShardError
@@ -21,6 +20,7 @@ from data_shards.sources.base import VALIDATION, Source, hold_out
 from data_shards.sources.convert import Recipe
 from data_shards.sources.imagenet_devkit import DEVKIT, Devkit, read_devkit
 from data_shards.storage.store import Store
+from untrusted.terminal import PlainConsole
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VAL = "ILSVRC2012_img_val.tar"
@@ -108,7 +108,7 @@ def imagenet_set(
         ShardError: see `imagenet`.
     """
     recipe = Recipe(channels=3, size=test_size, long_side=long_side, quality=jpeg_quality)
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=PlainConsole(stderr=True)) as progress:
         task = progress.add_task("reading the headers of the archives", total=None)
         found = imagenet(source, recipe, advance=lambda n: progress.update(task, advance=n))
         progress.update(task, total=1, completed=1)

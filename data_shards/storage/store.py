@@ -22,6 +22,8 @@ from data_shards.errors import ShardError
 from data_shards.storage.http_objects import http_size
 from data_shards.storage.range_reader import IN_FLIGHT, chunks_of, read_ranges
 from data_shards.storage.retry import RetryCount, with_retries
+from untrusted.json_input import parse_object
+from untrusted.limits import require
 
 _logger = logging.getLogger(__name__)
 
@@ -123,18 +125,36 @@ class Store:
         if self.local_path() is not None:
             _sync_directory(Path(self._path(name)).parent)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, limit: str = "") -> bytes:
         """Return a whole object.
+
+        Args:
+            name: Of the object.
+            limit: Field of `untrusted.limits.Limits` to which its size is held before it is read.
 
         Raises:
             FileNotFoundError: there is no such object.
             OSError: it cannot be read.
+            UntrustedError: it is larger than the limit.
         """
-        if self._scheme in _IN_PROCESS:
+        in_process = self._scheme in _IN_PROCESS
+        size = self.size(name) if limit or not in_process else 0
+        if limit:
+            require(size, limit, f"{self}/{name} has")
+        if in_process:
             return cast(bytes, self._fs().cat_file(self._path(name)))
-        size = self.size(name)
         starts = range(0, size, _PIECE)
         return b"".join(self.read_ranges([(name, s, min(s + _PIECE, size)) for s in starts]))
+
+    def read_object(self, name: str) -> dict[str, Any]:
+        """Return the JSON object that an object of the store holds.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            OSError: it cannot be read.
+            UntrustedError: too large, too deep, or no JSON object.
+        """
+        return parse_object(self.read(name, limit="json_bytes"), f"{self}/{name}")
 
     def write(self, name: str, data: bytes) -> None:
         """Replace one object.

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from data_shards.errors import ShardError
 from data_shards.rng import WORDS_PER_COUNTER, philox_words, unit_interval
+from untrusted.json_input import parse_object
 
 # Purposes of random words that share the key (seed, epoch).
 _SHARDS, _ROTATION, _WINDOW, AUGMENT, REPLACE, CROP, RANDAUGMENT, _LANES = range(8)
@@ -64,9 +65,9 @@ class Cursor:
             ShardError: not a cursor, or one of another schema.
         """
         try:
-            fields = json.loads(text)
+            fields = parse_object(text, "a data cursor")
             schema = fields.pop("schema")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError) as error:
             raise ShardError(f"not a data cursor: {text[:80]!r}") from error
         expected = {"seed", "epoch", "position"}
         if schema != _FIRST_SCHEMA:

@@ -2,8 +2,9 @@
 
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from untrusted.terminal import PlainConsole
 
 
 class ProgressBar:
@@ -20,12 +21,12 @@ class ProgressBar:
         self._images = self._bytes = 0
         self._start = time.monotonic()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.completed}{task.fields[of]} images"),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=PlainConsole(stderr=True),
             disable=not shown,
         )
         self._task = self._progress.add_task(

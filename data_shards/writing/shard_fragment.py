@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_shards.errors import ShardError
+from untrusted.json_input import parse_object
 
 _KEY = b"shard"
 SOURCE_HASH = "source_xxh3_64"  # a column beside those of the index: digest of the archive's bytes
@@ -46,7 +47,9 @@ class ShardFragment:
         try:
             file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
             table = file.read(use_threads=False)
-            fields: dict[str, Any] = json.loads(table.schema.metadata[_KEY])
+            fields: dict[str, Any] = parse_object(
+                table.schema.metadata[_KEY], "a record of a shard"
+            )
             left_out = [(int(n), str(cause), str(text)) for n, cause, text in fields["left_out"]]
             return cls(table, int(fields["size"]), str(fields["sha256"]), left_out)
         except (pa.ArrowException, ValueError, KeyError, TypeError) as error:

@@ -133,7 +133,7 @@ def refuse_reported_leaks(store: Store) -> None:
     Raises:
         ShardError: it does, or it does not say.
     """
-    duplicates = json.loads(store.read(REPORT_FILE))["duplicates"]
+    duplicates = store.read_object(REPORT_FILE)["duplicates"]
     if not duplicates["dropped"] and duplicates.get("between_splits", 1):
         raise ShardError(
             f"{store}/{REPORT_FILE} does not say that train and test images share no bytes"

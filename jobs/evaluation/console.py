@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from jobs.evaluation.progress import EvaluationProgress, OnProgress
+from untrusted.terminal import PlainConsole
 
 _LINE_EVERY_S = 30.0
 
@@ -24,9 +25,9 @@ def exit_status(
         act: of the consoles of standard output and standard error.
         refused: errors of bad input; they and all others are said in one line.
     """
-    errors = Console(stderr=True, highlight=False, markup=False)
+    errors = PlainConsole(stderr=True)
     try:
-        return act(Console(highlight=False, markup=False), errors)
+        return act(PlainConsole(), errors)
     except refused as error:
         errors.print(f"error: {error}", soft_wrap=True)
         return 2
@@ -42,7 +43,7 @@ def following(console: Console) -> Iterator[OnProgress]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     last = time.monotonic()
     with Bar(*columns, console=console, transient=True) as bar:

@@ -247,8 +247,8 @@ def _finished(
 def _stored_key(out: Store) -> str | None:
     """Key of a finished evaluation, None if its summary is of another version of this program."""
     try:
-        return str(json.loads(out.read(SUMMARY))["eval_key"])
-    except (KeyError, TypeError, ValueError):
+        return str(out.read_object(SUMMARY)["eval_key"])
+    except (KeyError, ValueError):
         return None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_shards.storage.store import Store
 from jobs.evaluation.certificate_file import column_body
@@ -35,6 +33,8 @@ from model.empirical_lipschitz import refute
 from model.networks.base import CertifiedNetwork
 from pipeline.run.evaluation_summary import EvaluationSummary, LayerRow
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
+from untrusted.json_input import parse_object
+from untrusted.parquet import read_table, require_rows
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,31 @@ def read_result(out: Store) -> StoredResult:
         EvaluationError: a file is missing or damaged, or one contradicts another.
     """
     try:
-        data = {name: out.read(name) for name in (CERTIFICATE, SAMPLES, SUMMARY)}
+        data = evaluation_files(out)
         body = certificate_body(data[CERTIFICATE])
         summary = EvaluationSummary.from_json(data[SUMMARY])
         if body["samples_sha256"] != hashlib.sha256(data[SAMPLES]).hexdigest():
             raise EvaluationError(f"{SAMPLES} is not the one of {CERTIFICATE}")
-        table = pq.read_table(io.BytesIO(data[SAMPLES]))
+        table = read_table(data[SAMPLES], SAMPLES)
         result = _derived(summary, body, table)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise EvaluationError(f"no finished evaluation at {out}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as error:
         raise EvaluationError(f"the evaluation at {out} cannot be used: {error}") from error
     return result
+
+
+def evaluation_files(folder: Store) -> dict[str, bytes]:
+    """The files of an evaluation by name, none of them larger than it may be.
+
+    Raises:
+        FileNotFoundError: one is missing.
+        ValueError, KeyError, TypeError: too large, or no certificate at all.
+    """
+    files = {name: folder.read(name, limit="json_bytes") for name in (CERTIFICATE, SUMMARY)}
+    rows = parse_object(files[CERTIFICATE], CERTIFICATE)["shards"]["samples"]
+    require_rows(folder.size(SAMPLES), rows, f"{folder}/{SAMPLES}")
+    return {**files, SAMPLES: folder.read(SAMPLES)}
 
 
 def certificate_body(data: bytes) -> dict[str, Any]:
@@ -82,7 +95,7 @@ def certificate_body(data: bytes) -> dict[str, Any]:
         EvaluationError: another digest.
         ValueError, KeyError, TypeError, AttributeError: no certificate at all.
     """
-    body: dict[str, Any] = json.loads(data)
+    body = parse_object(data, CERTIFICATE)
     content = {key: value for key, value in body.items() if key != "digest"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()

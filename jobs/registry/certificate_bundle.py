@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_shards.storage.store import Store
 from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.stored_result import evaluation_files
 from jobs.registry.promotion_rule import Bits, Rule
 from model.certification.eps import eps_value
 from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
+from untrusted.json_input import parse_object
+from untrusted.parquet import read_table
 
 FILES = (CERTIFICATE, SAMPLES, SUMMARY)
 VERIFY_TIMEOUT_S = 6 * 3600.0
@@ -57,7 +59,7 @@ class CertificateBundle:
             if name not in files:
                 raise EvaluationError(f"{place} has no {name}")
         try:
-            body = json.loads(files[CERTIFICATE])
+            body = parse_object(files[CERTIFICATE], CERTIFICATE)
             stated = body.pop("digest")
             text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
             summary = EvaluationSummary.from_json(files[SUMMARY])
@@ -85,9 +87,12 @@ class CertificateBundle:
         """
         store = Store(url.removesuffix(f"/{CERTIFICATE}"))
         try:
-            return cls.of_files({name: store.read(name) for name in FILES}, store)
+            files = evaluation_files(store)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise EvaluationError(f"no finished evaluation at {store}: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(f"{store} cannot be read: {error!r}") from error
+        return cls.of_files(files, store)
 
     @property
     def digest(self) -> str:
@@ -167,4 +172,4 @@ class CertificateBundle:
 
     @cached_property
     def _table(self) -> pa.Table:
-        return pq.read_table(pa.BufferReader(self.files[SAMPLES]), use_threads=False)
+        return read_table(self.files[SAMPLES], SAMPLES)

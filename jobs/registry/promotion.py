@@ -271,7 +271,7 @@ def rollback(registry: Registry, name: str, *, to: int | None = None, reason: st
     if "gate.promotion_run" not in target.tags:
         raise RegistryError(f"{target} never was champion: `promote` judges it")
     _packaged(registry, target)
-    _require_artifact(target)
+    _require_artifact(registry, target)
     body = {"from": present.number if present else None, "to": to, "reason": reason}
     with registry.gate_run(f"gate-rollback-{name}", _tags("rollback", name)) as run:
         registry.fill_run(run.run_id, params=body, metrics={}, files=_decision_file(body))
@@ -373,7 +373,8 @@ def _evidence_of(registry: Registry, evaluation: str) -> CertificateBundle:
     if not re.fullmatch("[0-9a-f]{32}", evaluation):
         return CertificateBundle.read(evaluation)
     recorded = registry.recorded_evaluation(evaluation)
-    evidence = CertificateBundle.read(str(recorded.summary.get("out_url")))
+    place = registry.require_address(str(recorded.summary.get("out_url")))
+    evidence = CertificateBundle.read(place)
     stated = recorded.params.get("certificate_digest")
     if evidence.digest != stated:
         raise EvaluationError(
@@ -387,6 +388,8 @@ def _packaged(registry: Registry, version: Version) -> CertificateBundle:
     """The evidence with which a version was registered."""
     stated = version.tags.get("certificate_digest", "")
     evidence = CertificateBundle.of_files(registry.evidence(version, stated), version)
+    for address in (evidence.summary.artifact_url, evidence.summary.shards_url):
+        registry.require_address(address)
     _require_digests(version, evidence)
     if evidence.digest != stated:
         raise EvaluationError(f"{version} was registered with certificate {stated}, not this one")
@@ -410,9 +413,9 @@ def _require_digests(version: Version, evidence: CertificateBundle) -> None:
         )
 
 
-def _require_artifact(version: Version) -> None:
+def _require_artifact(registry: Registry, version: Version) -> None:
     """The artifact of a version is where it was, and is what it was."""
-    url = version.tags["artifact_url"]
+    url = registry.require_address(version.tags["artifact_url"])
     found = artifact_info(url).digest
     if found != version.tags["artifact_digest"]:
         raise EvaluationError(f"the artifact of {version} at {url} has digest {found} now")

@@ -13,6 +13,8 @@ from jobs.evaluation import plot_style
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_runs import Outcome
 from model.certification.wilson_interval import wilson
+from untrusted.text import code as code_span
+from untrusted.text import markdown as markdown_text
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,15 @@ def markdown(config: CompareConfig, systems: Sequence[System], *, date: str, cod
     """The comparison as a Markdown page, one table per norm."""
     first = systems[0].finals[0].summary
     lines = [
-        f"# Comparison on {first.dataset}, {date}",
+        f"# Comparison on {markdown_text(first.dataset)}, {date}",
         "",
-        f"Code {code}. Budget: {_budget(config)}. Seeds {', '.join(map(str, config.seeds))}; "
+        f"Code {markdown_text(code)}. Budget: {_budget(config)}. "
+        f"Seeds {', '.join(map(str, config.seeds))}; "
         f"{config.workers} ranks of {config.threads} threads, {config.parallel} runs at a time. "
-        f"Column `sound` on {first.samples} samples of split `{first.split}`: mean ± sample "
-        "standard deviation over the seeds, in per cent, ordered by the mean over the radii; in "
-        f"brackets the 95 % Wilson interval of the mean as a share of {first.samples} samples. "
+        f"Column `sound` on {first.samples} samples of split {code_span(first.split)}: mean ± "
+        "sample standard deviation over the seeds, in per cent, ordered by the mean over the "
+        f"radii; in brackets the 95 % Wilson interval of the mean as a share of {first.samples} "
+        "samples. "
         "Seconds are those of the training loop, without start-up and certification.",
     ]
     if config.trials:
@@ -118,7 +122,7 @@ def _table(group: Sequence[System]) -> list[str]:
         rate = run.steps * run.setting("train.global_batch") / run.seconds
         tuned = ", ".join(f"{name} {value:.4g}" for name, value in system.changes.items())
         row = [
-            f"`{system.preset}`",
+            code_span(system.preset),
             _spread(system.clean(), samples),
             *cells,
             f"{run.parameters:,}",

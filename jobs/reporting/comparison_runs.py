@@ -90,8 +90,7 @@ class Outcome:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The resolved configuration, nested."""
-        settings: dict[str, Any] = json.loads((self.folder / layout.CONFIG).read_text())
-        return settings
+        return Store(self.folder).read_object(layout.CONFIG)
 
     def setting(self, name: str) -> Any:
         """A value of the resolved configuration by its dotted name; None if there is none."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import math
 from dataclasses import dataclass
@@ -20,14 +19,16 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_shards.format.index import ShardIndex, load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import decode, fetch
 from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.stored_result import evaluation_files
 from model.artifact.artifact import WEIGHTS, ArtifactInfo, read_info
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
+from untrusted.parquet import read_table
+from untrusted.text import shown
 
 VERIFY_PAGE = "verify.html"
 LARGEST_WEIGHTS = 2 << 20
@@ -93,7 +94,7 @@ def page(located: Located, samples: int | None = None) -> str:
     certificate = _read_certificate(located.evaluation)
     weights = located.artifact.read(WEIGHTS)
     _belong("weights_sha256", certificate["model"]["weights_sha256"], weights, located.artifact)
-    table = located.evaluation.read(SAMPLES)
+    table = _table(located.evaluation)
     _belong("samples_sha256", certificate["samples_sha256"], table, located.evaluation)
     rows = _rows(table, located.evaluation)
     index = load_index(located.shards)
@@ -144,10 +145,9 @@ def _evaluation_of(url: str) -> Store:
 def _summary_of(evaluation: Store) -> dict[str, Any]:
     """summary.json, which only says where things lie; empty where it cannot be read."""
     try:
-        body = json.loads(evaluation.read(SUMMARY))
+        return evaluation.read_object(SUMMARY)
     except (FileNotFoundError, ValueError):
         return {}
-    return body if isinstance(body, dict) else {}
 
 
 def _named(summary: dict[str, Any], field: str, evaluation: Store, option: str) -> str:
@@ -159,7 +159,7 @@ def _named(summary: dict[str, Any], field: str, evaluation: Store, option: str) 
 def _read_certificate(evaluation: Store) -> dict[str, Any]:
     """certificate.json, of which this module and the frame of the page use a few fields."""
     try:
-        body: dict[str, Any] = json.loads(evaluation.read(CERTIFICATE))
+        body = evaluation.read_object(CERTIFICATE)
         model, shards = body["model"], body["shards"]
         used: tuple[Any, ...] = (
             body["digest"],
@@ -192,6 +192,13 @@ def _check_network(located: Located, info: ArtifactInfo) -> None:
             f"{located.artifact}/{WEIGHTS} has {size:,} bytes; a page carries up to "
             f"{LARGEST_WEIGHTS:,}: use python -m model.verify"
         )
+
+
+def _table(evaluation: Store) -> bytes:
+    try:
+        return evaluation_files(evaluation)[SAMPLES]
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{evaluation} cannot be used: {error}") from error
 
 
 def _belong(field: str, stated: str, data: bytes, place: Store) -> None:
@@ -235,7 +242,7 @@ def _pixels(index: ShardIndex, rows: npt.NDArray[np.int64]) -> bytes:
 def _rows(data: bytes, evaluation: Store) -> dict[str, list[Any]]:
     """samples.parquet by column; infinite numbers as null, as in certificate.json."""
     try:
-        columns = pq.read_table(io.BytesIO(data)).to_pydict()
+        columns = read_table(data, SAMPLES).to_pydict()
         rows = {
             name: [None if value == math.inf else value for value in values]
             for name, values in columns.items()
@@ -255,6 +262,7 @@ def _render(data: dict[str, Any], certificate: dict[str, Any], carried: int) -> 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jobs.reporting"),
         autoescape=True,
+        finalize=shown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

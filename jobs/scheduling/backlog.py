@@ -18,10 +18,11 @@ from jobs.scheduling.claims import ClaimPhase, Claims, State
 from jobs.scheduling.config import ScheduleConfig
 from model.errors import ModelError
 from pipeline.run.lease import Lease
+from pipeline.tracking.addresses import AddressError
 from pipeline.tracking.checkpoint_query import Checkpoint, CheckpointQuery
 
 _KEY_CHARACTERS = 16
-_UNREADABLE = (EvaluationError, ShardError, ModelError, OSError)
+_UNREADABLE = (EvaluationError, ShardError, ModelError, AddressError, OSError)
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Backlog:
         config = self._config.evaluation(suite, checkpoint)
         try:
             if name not in self._keys:
+                self._config.tracking.require_address(checkpoint.artifact_url)
                 self._keys[name] = evaluation_keys(config, view.load)
         except _UNREADABLE as error:
             return BacklogEntry(

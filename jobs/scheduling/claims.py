@@ -9,13 +9,15 @@ its lease holds the exit code. A holder that was away for longer than its lease 
 from __future__ import annotations
 
 import functools
-import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from data_shards.storage.store import Store
 from pipeline.run.lease import Lease, LeaseFolder
+
+logger = logging.getLogger(__name__)
 
 LOST_CODE = 75
 """Exit code of a process whose claim was taken over."""
@@ -97,5 +99,10 @@ class Claims(LeaseFolder):
 
     def _code(self, claim: Lease) -> int:
         if claim not in self._ended:  # it never changes
-            self._ended[claim] = int(json.loads(self.store.read(f"{claim.name}.end"))["code"])
+            try:
+                code = int(self.store.read_object(f"{claim.name}.end")["code"])
+            except (ValueError, KeyError, TypeError) as error:
+                logger.warning("%s/%s.end counts as a failure: %s", self.store, claim.name, error)
+                code = 1
+            self._ended[claim] = code
         return self._ended[claim]

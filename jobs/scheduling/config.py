@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +14,7 @@ from jobs.evaluation.config import EvaluationConfig, suite_config
 from jobs.evaluation.suites import EVALUATION_SUITES
 from pipeline.tracking.checkpoint_query import Checkpoint
 from pipeline.tracking.client import TrackingConfig
+from untrusted.json_input import parse_object
 
 _STRICT = pydantic.ConfigDict(extra="forbid")
 _Seconds = Annotated[float, pydantic.Field(gt=0)]
@@ -95,8 +95,7 @@ class ScheduleConfig:
                 "an MLflow server needs --claims URL, a folder that all schedulers share, "
                 "e.g. s3://bucket/claims"
             )
-        if not isinstance(json.loads(self.runtime_env), dict):
-            raise ValueError("runtime_env must be a JSON object")
+        parse_object(self.runtime_env, "runtime_env")
         return self
 
     @property
@@ -119,7 +118,7 @@ class ScheduleConfig:
             split=checkpoint.split,
             eps=checkpoint.eps,
             shards=self.shards,
-            tracking=TrackingConfig(uri=self.tracking.uri, experiment=checkpoint.experiment),
+            tracking=dataclasses.replace(self.tracking, experiment=checkpoint.experiment),
             **dataclasses.asdict(self.tasks),
         )
 
@@ -148,6 +147,8 @@ def _changed(config: EvaluationConfig) -> dict[str, Any]:
         value, usual = getattr(config, field.name), getattr(default, field.name)
         if field.name == "tracking":
             found |= {"tracking.uri": value.uri, "tracking.experiment": value.experiment}
+            if value.addresses:
+                found["tracking.addresses"] = value.addresses
         elif value != usual:
             found[field.name] = value
     return found

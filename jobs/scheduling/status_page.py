@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 
@@ -47,11 +46,11 @@ def _line(entry: BacklogEntry, claims: Claims) -> str:
     words = [f"{entry.suite} of {entry.checkpoint.run_name} step {entry.checkpoint.step}"]
     if entry.attempted and entry.claim:
         words.append(f"claim {entry.claim.name}")
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
             words.append(f"by {claims.read(entry.claim)['by']}")
     if entry.note:
         words.append(entry.note)
     if entry.config and entry.phase is ClaimPhase.RUNNING:
-        with contextlib.suppress(FileNotFoundError):
-            words.append(str(EvaluationProgress(**json.loads(output(entry.config).read(PROGRESS)))))
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+            words.append(str(EvaluationProgress(**output(entry.config).read_object(PROGRESS))))
     return "; ".join(words)

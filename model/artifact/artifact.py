@@ -7,6 +7,7 @@ artifact.json         ArtifactInfo; written last, so an artifact without it is i
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import IO, Any, Literal
@@ -27,8 +28,11 @@ from model.artifact.safetensors_io import (
 from model.errors import ModelError
 from model.networks.base import CertifiedNetwork
 from model.networks.config import NetworkConfig
+from model.networks.parameter_limit import parameter_limit
 from model.networks.registry import AnyNetwork, build_network
 from optim.manifolds import manifold_of
+from untrusted.json_input import read_object
+from untrusted.limits import UntrustedError
 
 SCHEMA_VERSION = 2
 WEIGHTS = "weights.safetensors"
@@ -159,25 +163,40 @@ def read_info(open_binary: OpenBinary) -> ArtifactInfo:
         ModelError: another schema version, a field that does not validate, a digest that does not
             fit, or units in which a radius would not be a distance between stored images.
     """
-    with open_binary(DESCRIPTION, "rb") as stream:
-        text = stream.read()
     try:
-        body = json.loads(text)
+        with open_binary(DESCRIPTION, "rb") as stream:
+            body = read_object(stream, DESCRIPTION)
         version = body.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ModelError(
                 f"{DESCRIPTION} has schema_version={version}; this code reads {SCHEMA_VERSION}"
             )
         info = TypeAdapter(ArtifactInfo).validate_python(body)
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except ValidationError as error:
         raise ModelError(f"{DESCRIPTION} is damaged: {error}") from error
+    except UntrustedError as error:
+        raise ModelError(str(error)) from error
     digest = _model_digest(info.network, info.weights_sha256)
     if digest != info.digest:
         raise ModelError(
             f"{DESCRIPTION} states digest {info.digest}, but its network and weights have {digest}"
         )
+    _check_size(open_binary, info)
     _check_units(info)
     return info
+
+
+def _check_size(open_binary: OpenBinary, info: ArtifactInfo) -> None:
+    """Build nothing that the weights cannot fill: a configuration of few bytes may ask for all."""
+    with open_binary(WEIGHTS, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+    if size != info.weights_bytes:
+        raise ModelError(f"{WEIGHTS} has {size} bytes, {DESCRIPTION} says {info.weights_bytes}")
+    try:
+        with parameter_limit(size // torch.float32.itemsize):
+            _on_meta(info.network)
+    except RuntimeError as error:  # sizes that no tensor can have
+        raise ModelError(f"{DESCRIPTION}: no network can be built: {error}") from error
 
 
 def _check_units(info: ArtifactInfo) -> None:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from model.errors import ModelError
+from untrusted.json_input import parse_object
+from untrusted.limits import UntrustedError, require, require_name
 
 _DTYPES = {
     "F64": torch.float64,
@@ -29,7 +31,6 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_LARGEST_HEADER = 100_000_000  # the limit of the stock reader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,20 +133,14 @@ def read_header(stream: IO[bytes]) -> tuple[dict[str, TensorRange], dict[str, st
         ModelError: not a safetensors file, or ranges that leave gaps or do not fit the shapes.
     """
     length = int.from_bytes(_exactly(stream, 8), "little")
-    if length > _LARGEST_HEADER:
-        raise ModelError(f"safetensors header of {length} bytes; the limit is {_LARGEST_HEADER}")
     try:
-        header = json.loads(_exactly(stream, length))
+        require(length, "json_bytes", "the safetensors header has")
+        header = parse_object(_exactly(stream, length), "the safetensors header")
         metadata = header.pop("__metadata__", {})
-        ranges = {
-            name: TensorRange(
-                tuple(entry["shape"]),
-                _DTYPES[entry["dtype"]],
-                *(8 + length + int(offset) for offset in entry["data_offsets"]),
-            )
-            for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        ranges = {name: _range(name, entry, 8 + length) for name, entry in header.items()}
+    except UntrustedError as error:
+        raise ModelError(str(error)) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"the safetensors header is damaged: {error!r}") from error
     ranges = dict(sorted(ranges.items(), key=lambda item: (item[1].start, item[1].stop)))
     due = 8 + length
@@ -157,6 +152,16 @@ def read_header(stream: IO[bytes]) -> tuple[dict[str, TensorRange], dict[str, st
             )
         due = r.stop
     return ranges, metadata
+
+
+def _range(name: str, entry: Any, start: int) -> TensorRange:
+    require_name(name, "the safetensors header")
+    numbers = [*entry["shape"], *entry["data_offsets"]]
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+        raise ValueError(f"{name}: shape and data_offsets have to be whole numbers")
+    first, last = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    return TensorRange(shape, _DTYPES[entry["dtype"]], start + first, start + last)
 
 
 def tensor_of(data: bytes | bytearray, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

@@ -2,21 +2,19 @@
 
 import contextlib
 import hashlib
-import json
-import math
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 
 from data_shards.storage.store import Store
-from data_shards.streaming.sampler import Cursor
 from model.artifact.safetensors_io import difference, read_header, tensor_of
 from optim.sharded import ShardedManifoldAdam
-from pipeline.checkpoint.writer import SCHEMA_VERSION, Partitioned, held, slices
+from pipeline.checkpoint.commit import Commit, CommittedFile, CommittedTensor, read_commit
+from pipeline.checkpoint.writer import Partitioned, held, slices
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
-from pipeline.run.events import Metrics
 from pipeline.run.layout import (
     CHECKPOINTS,
     COMMIT,
@@ -28,6 +26,9 @@ from pipeline.run.layout import (
 )
 from pipeline.run.lease import fence
 from pipeline.run.rank_state import TrainState
+from untrusted.limits import UntrustedError
+
+logger = logging.getLogger(__name__)
 
 
 class UnreadableError(PipelineError):
@@ -35,7 +36,8 @@ class UnreadableError(PipelineError):
 
 
 _BLOCK = 1 << 24
-_RECORDS = TypeAdapter(list[Metrics])
+_strays: set[tuple[Store, str]] = set()
+"""What this process has named already."""
 
 
 def committed(run: Store) -> dict[int, Store]:
@@ -59,6 +61,19 @@ def committed(run: Store) -> dict[int, Store]:
                 found[step] = written
                 break
     return found
+
+
+def name_strays(run: Store) -> None:
+    """Say once per process what lies among the checkpoints and is none by its name.
+
+    Args:
+        run: folder of the run.
+    """
+    found = {(run, name) for name in run.ls(CHECKPOINTS) if step_of(name) is None} - _strays
+    if found:
+        _strays.update(found)
+        names = ", ".join(repr(name) for _, name in sorted(found, key=lambda stray: stray[1]))
+        logger.warning("%s: ignored, no names of checkpoints: %s", run, names)
 
 
 def load_newest(
@@ -99,7 +114,11 @@ def load_newest(
 def _put_aside(folder: Store) -> None:
     """Steps behind it will be written anew, so it must not count as the newest any more."""
     with contextlib.suppress(OSError):  # then it is passed over once more next time
-        folder.write(DAMAGED_COMMIT, folder.read(COMMIT))
+        try:
+            data = folder.read(COMMIT, limit="json_bytes")
+        except UntrustedError as error:  # too large to be moved
+            data = str(error).encode()
+        folder.write(DAMAGED_COMMIT, data)
         folder.remove(COMMIT)
 
 
@@ -122,20 +141,14 @@ def load_checkpoint(folder: Store, *, world: DistributedContext, engine: Partiti
             every rank before any state is touched.
         UnreadableError: the store does not answer; the same.
     """
-    error, unread, commit = None, None, {}
-    records: list[Metrics] = []
+    error, unread, commit = None, None, None
     try:
-        commit = _read_commit(folder)
-        _check_parts(folder, commit)
-        records = _RECORDS.validate_python(commit.get("records", []))
+        commit = read_commit(folder)
+        _check_fit(commit, folder, engine.optimizer, world.rank)
         # Each file is hashed once, by one rank.
-        for record in commit["files"][world.rank :: world.size]:
+        for record in commit.files[world.rank :: world.size]:
             _check_file(folder, record)
-            _check_tensors(folder, record["file"], commit["tensors"])
-        expected = {key: list(slot.shape) for key, slot, _ in slices(engine.optimizer, world.rank)}
-        stored = {key: entry["shape"] for key, entry in commit["tensors"].items()}
-        if wrong := difference(stored, expected):
-            raise PipelineError(f"checkpoint {folder.url} does not fit the network: {wrong}")
+            _check_tensors(folder, record.file, commit.tensors)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as failure:
         error = f"{type(failure).__name__}: {failure}"
     except Exception as failure:  # whatever a client of a store raises
@@ -143,82 +156,72 @@ def load_checkpoint(folder: Store, *, world: DistributedContext, engine: Partiti
     # First whether all could read: a store that is away must not make a checkpoint a damaged one.
     world.agree(unread, UnreadableError)
     world.agree(error)
+    if commit is None:
+        raise AssertionError("unreachable: one of the errors above was raised")
     # All checks lie behind: a refusal after this would leave state half old, half new.
     _fill(folder, commit, engine.optimizer, world.rank)
-    engine.optimizer.load_scalar_state(commit["scalars"])
+    engine.optimizer.load_scalar_state(commit.scalars)
     # Masters were filled behind ZeRO's back: its working weights have to follow.
     for partition in engine.optimizer.partitions:
         partition.publish()
-    return TrainState(commit["step"], Cursor(**commit["cursor"]), tuple(records))
+    return TrainState(commit.step, commit.next_sample, tuple(commit.records))
 
 
-def _read_commit(folder: Store) -> dict[str, Any]:
-    try:
-        commit: dict[str, Any] = json.loads(folder.read(COMMIT))
-    except ValueError as error:
-        raise PipelineError(f"checkpoint file {folder.url}/{COMMIT} is damaged: {error}") from error
-    version = commit.get("schema_version") if isinstance(commit, dict) else None
-    if version != SCHEMA_VERSION:
-        raise PipelineError(f"{folder.url}/{COMMIT} has schema_version={version}, not 1")
-    return commit
+def _check_fit(commit: Commit, folder: Store, optimizer: ShardedManifoldAdam, rank: int) -> None:
+    """The checkpoint holds the tensors and scalars of this network and optimizer."""
+    expected = {key: list(slot.shape) for key, slot, _ in slices(optimizer, rank)}
+    stored = {key: tensor.shape for key, tensor in commit.tensors.items()}
+    if wrong := difference(stored, expected):
+        raise PipelineError(f"checkpoint {folder.url} does not fit the network: {wrong}")
+    if lacking := sorted(optimizer.scalar_state().keys() - commit.scalars.keys()):
+        raise PipelineError(f"checkpoint {folder.url} lacks the scalars {', '.join(lacking)}")
 
 
-def _check_file(folder: Store, record: dict[str, Any]) -> None:
-    name = record["file"]
+def _check_file(folder: Store, record: CommittedFile) -> None:
+    name = record.file
     if not folder.exists(name):
         raise PipelineError(f"checkpoint file {folder.url}/{name} is missing")
     size = folder.size(name)
-    if size != record["size"]:
+    if size != record.size:
         raise PipelineError(
-            f"checkpoint file {folder.url}/{name} has {size} bytes, committed were {record['size']}"
+            f"checkpoint file {folder.url}/{name} has {size} bytes, committed were {record.size}"
         )
     digest = hashlib.sha256()
     for start in range(0, size, _BLOCK):  # not a stream: ranges wait for a store that is away
         digest.update(folder.read_range(name, start, min(start + _BLOCK, size)))
-    if digest.hexdigest() != record["sha256"]:
+    if digest.hexdigest() != record.sha256:
         raise PipelineError(
             f"checkpoint file {folder.url}/{name} has sha256 {digest.hexdigest()}, "
-            f"committed was {record['sha256']}"
+            f"committed was {record.sha256}"
         )
 
 
-def _check_parts(folder: Store, commit: dict[str, Any]) -> None:
-    """Every element of every tensor is in exactly one part, of a file with a digest."""
-    files = {record["file"] for record in commit["files"]}
-    for key, entry in commit["tensors"].items():
-        end = 0
-        for name, first, last in entry["parts"]:
-            if name not in files:
-                raise PipelineError(f"{folder.url}/{COMMIT}: {key} is in {name!r}, not its file")
-            if first != min(end, math.prod(entry["shape"])) or last < first:
-                raise PipelineError(
-                    f"{folder.url}/{COMMIT}: {key} has elements up to {end}, then from {first} to "
-                    f"{last}"
-                )
-            end = last
-        if end != math.prod(entry["shape"]):
-            raise PipelineError(f"{folder.url}/{COMMIT}: {key} has {end} elements of its shape")
-
-
-def _check_tensors(folder: Store, name: str, tensors: dict[str, Any]) -> None:
-    """A file holds the parts that the commit places there, each of its length."""
+def _check_tensors(folder: Store, name: str, tensors: Mapping[str, CommittedTensor]) -> None:
+    """A file holds the parts that the commit places there, each of its length, in float32."""
     with folder.open(name, "rb") as stream:
         header, _ = read_header(stream)
     for key, entry in tensors.items():
-        for file, first, last in entry["parts"]:
-            if file == name and first < last and header[key].shape != (last - first,):
+        for file, first, last in entry.parts:
+            if file != name or first == last:
+                continue
+            if header[key].shape != (last - first,):
                 raise PipelineError(
                     f"checkpoint file {folder.url}/{name} has {key} of shape {header[key].shape}, "
                     f"committed were {last - first} elements"
                 )
+            if header[key].dtype != torch.float32:
+                raise PipelineError(
+                    f"checkpoint file {folder.url}/{name} has {key} of {header[key].dtype}; the "
+                    "state of an optimizer is float32"
+                )
 
 
-def _fill(folder: Store, commit: dict[str, Any], optimizer: ShardedManifoldAdam, rank: int) -> None:
+def _fill(folder: Store, commit: Commit, optimizer: ShardedManifoldAdam, rank: int) -> None:
     """Copy the intersection of every stored range with this rank's ranges."""
     headers: dict[str, Any] = {}
     for key, slot, target in slices(optimizer, rank):
         start, stop = held(slot, rank)
-        for name, first, last in commit["tensors"][key]["parts"]:
+        for name, first, last in commit.tensors[key].parts:
             low, high = max(start, first), min(stop, last)
             if low >= high:
                 continue

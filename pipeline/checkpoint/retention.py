@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
 from data_shards.storage.store import Store
-from pipeline.checkpoint.reader import committed
+from pipeline.checkpoint.reader import committed, name_strays
 from pipeline.config import CheckpointConfig
 from pipeline.run import layout
 
@@ -76,6 +76,7 @@ def retain(
     Returns:
         Steps of the committed checkpoints that were removed.
     """
+    name_strays(run)
     folders = committed(run)
     candidates = []
     for step, folder in folders.items():

@@ -25,12 +25,12 @@ from data_shards.storage.store import Store
 from model.artifact.safetensors_io import TensorSpec, write_safetensors
 from optim.sharded import ShardedManifoldAdam
 from optim.zero_layout import Slot
+from pipeline.checkpoint.commit import SCHEMA_VERSION, commit_bytes
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.layout import COMMIT, rank_file, rank_report
 from pipeline.run.rank_state import TrainState
 
-SCHEMA_VERSION = 1
 _POLL_S = (0.01, 1.0)
 """Shortest and longest pause between two looks for the other ranks' reports."""
 
@@ -189,7 +189,7 @@ def commit(
             raise PipelineError(f"{folder}: rank {rank}: {report['error']}")
         reports.append({key: report[key] for key in ("file", "sha256", "size")})
     body = {**snapshot.header, "files": reports}
-    if not folder.create(COMMIT, json.dumps(body, indent=1, sort_keys=True).encode()):
+    if not folder.create(COMMIT, commit_bytes(body)):
         raise PipelineError(f"{folder} was committed by another process")
     with contextlib.suppress(OSError):  # the checkpoint exists; what is left over costs little
         for stray in set(folder.ls()) - {COMMIT, *(report["file"] for report in reports)}:
@@ -203,9 +203,9 @@ def _await_report(
     pause, longest = _POLL_S
     while True:
         if folder.exists(name):
-            report: dict[str, Any] = json.loads(folder.read(name))
+            report = folder.read_object(name)
             # Else it is of an execution that died here; its writer comes again with ours.
-            if report["attempt"] == attempt:
+            if report.get("attempt") == attempt:
                 return report
         if time.monotonic() > deadline or (given_up is not None and given_up.is_set()):
             return None

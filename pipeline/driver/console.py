@@ -9,8 +9,10 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from pipeline.run.events import Metrics, Started
+from untrusted.terminal import PlainConsole
 
 _PLAIN_INTERVAL_S = 5.0
 _SMOOTHING = 0.05
@@ -39,7 +41,7 @@ class _Lenient:
 @contextlib.contextmanager
 def lenient_console() -> Iterator[Console]:
     """Standard output that ends no run: a log on a full disk, a pipe whose reader has gone."""
-    yield Console(file=_Lenient(sys.stdout))  # type: ignore[arg-type]
+    yield PlainConsole(file=_Lenient(sys.stdout))
     try:
         sys.stdout.flush()
     except OSError:  # else the interpreter tries once more, and turns its exit status into 120
@@ -67,7 +69,7 @@ class RunConsole:
         self._bar = Progress(
             TextColumn("[bold]step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
@@ -77,7 +79,7 @@ class RunConsole:
     def started(self, event: Started) -> None:
         """Print the facts of the run and begin the progress line."""
         for name, value in event.facts.items():
-            self.console.print(f"[dim]{name}:[/dim] {value}", highlight=False)
+            self.console.print(Text.assemble((f"{name}:", "dim"), f" {value}"))
         self._total = event.total_steps
         self._peak = " of measured" if event.measured_flops else ""
         if self.console.is_terminal:
@@ -102,7 +104,6 @@ class RunConsole:
             left = self._seconds_left(event.step, now)
             self.console.print(
                 f"step {event.step}/{self._total}  {self._summary(event)}  left {left}",
-                highlight=False,
                 soft_wrap=True,
             )
 
@@ -129,9 +130,15 @@ class RunConsole:
         text = "" if mfu is None else f"  MFU {mfu:.1%}{self._peak}"
         return text if goodput is None else f"{text}  goodput {goodput:.1%}"
 
-    def message(self, text: str) -> None:
-        """Print one line above the progress line."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+    def message(self, text: str, label: str = "", style: str = "") -> None:
+        """Print one line above the progress line.
+
+        Args:
+            text: the line, as it is.
+            label: what stands before it.
+            style: of the label.
+        """
+        self.console.print(Text.assemble((label, style), text), soft_wrap=True)
 
     def close(self) -> None:
         """End the progress line."""

@@ -7,8 +7,6 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 
-from rich.markup import escape
-
 from data_shards.storage.store import Store
 from model.artifact.artifact import read_info
 from pipeline.driver.console import RunConsole
@@ -107,32 +105,35 @@ class RunMonitor:
             case CheckpointSaved():
                 self._keep(event)
             case CheckpointFailed():
-                reason = escape(event.error)
-                self._display.message(f"[red]not kept[/red] step {event.step}: {reason}")
+                self._display.message(f" step {event.step}: {event.error}", "not kept", "red")
                 self._tracker.log_metrics(event.step, {"checkpoint/failed": 1.0})
             case Straggling():
                 self._display.message(
-                    f"[yellow]slow[/yellow] rank {event.rank} ({escape(event.host)}): its forward "
-                    f"pass takes {event.ratio:.1f} times the median, at step {event.step}"
+                    f" rank {event.rank} ({event.host}): its forward pass takes "
+                    f"{event.ratio:.1f} times the median, at step {event.step}",
+                    "slow",
+                    "yellow",
                 )
                 self._tracker.set_tags({"straggler": f"rank {event.rank}, {event.host}"})
             case Hung():
                 self._hangs += 1
                 self._display.message(
-                    f"[red]hung[/red] in step {event.step}: {escape(event.report)}; stacks: "
-                    f"{escape(local_path(event.url))}"
+                    f" in step {event.step}: {event.report}; stacks: {local_path(event.url)}",
+                    "hung",
+                    "red",
                 )
                 self._tracker.log_metrics(event.step, {"faults/hangs": float(self._hangs)})
             case Skipped():
                 self._display.message(
-                    f"[yellow]skipped[/yellow] step {event.step}: a loss or gradient is not finite"
+                    f" step {event.step}: a loss or gradient is not finite", "skipped", "yellow"
                 )
             case RolledBack():
                 self._usage.back_to(event.step)
                 self._display.message(
-                    f"[yellow]rolled back[/yellow] from step {event.given_up} to {event.step}: "
-                    f"{event.samples} samples are left out, epoch and position {event.first} to "
-                    f"{event.next}"
+                    f" from step {event.given_up} to {event.step}: {event.samples} samples are "
+                    f"left out, epoch and position {event.first} to {event.next}",
+                    "rolled back",
+                    "yellow",
                 )
                 counts = {
                     "train/rollbacks": float(event.rollbacks),
@@ -155,8 +156,10 @@ class RunMonitor:
             }
             self._event_log.note("Reprojected", **found)
             self._display.message(
-                f"[yellow]re-projected[/yellow] step {event.step}: {found['matrices']} matrices "
-                f"were off the manifold, residual up to {found['residual']:.1e}"
+                f" step {event.step}: {found['matrices']} matrices were off the manifold, residual "
+                f"up to {found['residual']:.1e}",
+                "re-projected",
+                "yellow",
             )
         self._reprojections = count
 
@@ -179,9 +182,11 @@ class RunMonitor:
 
     def _keep(self, event: CheckpointSaved) -> None:
         self._display.message(
-            f"[green]kept[/green] step {event.step}: {escape(local_path(event.checkpoint_url))}, "
+            f" step {event.step}: {local_path(event.checkpoint_url)}, "
             f"artifact {event.digest[:12]}, orthogonality residual <= {event.residual:.1e}; "
-            f"training waited {event.stall_s:.2f} s"
+            f"training waited {event.stall_s:.2f} s",
+            "kept",
+            "green",
         )
         times = {"checkpoint/stall_s": event.stall_s, "checkpoint/write_s": event.seconds}
         self._tracker.log_metrics(event.step, times)
@@ -207,7 +212,7 @@ class RunMonitor:
         try:
             yield
         except Exception as error:  # whatever a client of a store raises
-            self._display.message(f"[red]{what}[/red]: {escape(str(error))}")
+            self._display.message(f": {error}", what, "red")
 
     def _catch_up(self, until: int) -> None:
         """Record and certify artifacts up to a step of which no event has come."""

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from data_shards.sources import SOURCES
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
-from pipeline.checkpoint.reader import committed
+from pipeline.checkpoint.reader import committed, name_strays
 from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.errors import PipelineError
 from pipeline.run import layout
@@ -29,9 +29,11 @@ from pipeline.run.rank_state import WorkerSpec
 from pipeline.run.ray_job import is_ray_job, uploaded_code
 from pipeline.run.ray_session import cluster_address
 from pipeline.run.step_schedule import make_step_schedule, world_sizes
+from pipeline.tracking.addresses import listed_addresses
 from pipeline.tracking.client import TrackingConfig
 from pipeline.training.data import Samples, open_samples
 from pipeline.training.zero3 import require_precision
+from untrusted.limits import UntrustedError
 
 _SQLITE = "sqlite:///"
 
@@ -187,7 +189,11 @@ def _tracking(config: RunConfig, storage: Store, samples: Samples) -> TrackingCo
         folder.mkdir(parents=True, exist_ok=True)
     uri = config.mlflow or f"{_SQLITE}{folder / 'mlflow.db'}"
     try:
-        tracking = TrackingConfig(uri=uri, experiment=config.experiment or samples.name)
+        tracking = TrackingConfig(
+            uri=uri,
+            experiment=config.experiment or samples.name,
+            addresses=(storage.url, *listed_addresses()),
+        )
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise PipelineError(f"mlflow: {reason}") from None
@@ -278,7 +284,8 @@ def _require_run(config: RunConfig, run: Store) -> None:
 def _continue(config: RunConfig, run: Store) -> dict[str, str]:
     """Check that an existing run may be continued with this config; what differs from before."""
     _require_run(config, run)
-    changed = changes(RunConfig.from_json(run.read(layout.CONFIG).decode()), config)
+    name_strays(run)
+    changed = changes(_stored_config(run), config)
     refused = [f"{name}: {values}" for name, values in changed.items() if decides_result(name)]
     if refused and not config.accept_changes:
         raise PipelineError(
@@ -289,6 +296,15 @@ def _continue(config: RunConfig, run: Store) -> dict[str, str]:
     if config.resume and not committed(run):
         raise PipelineError(f"--resume: {run.url} has no committed checkpoint")
     return changed
+
+
+def _stored_config(run: Store) -> RunConfig:
+    try:
+        return RunConfig.from_json(run.read(layout.CONFIG, limit="json_bytes"))
+    except (PipelineError, UntrustedError) as error:
+        raise PipelineError(
+            f"{run}/{layout.CONFIG} cannot be used: {error}; restore it, or give another --name"
+        ) from error
 
 
 def code_version() -> dict[str, str]:

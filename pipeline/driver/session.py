@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from model.networks.registry import FAMILIES
 from pipeline.checkpoint.retention import retain
@@ -161,9 +160,9 @@ def _show(
     if summaries:
         report(display.console, summaries)
     artifacts = f"{local_path(prepared.job.run_url)}/{layout.ARTIFACTS}"
-    display.message(f"artifacts:   {escape(artifacts)}")
+    display.message(f"artifacts:   {artifacts}")
     if tracker.run is not None:
         command, path = ui_command(prepared.tracking.uri, tracker.run)
         display.message(
-            f"MLflow UI:   {escape(command)}\n             then open http://127.0.0.1:5000{path}"
+            f"MLflow UI:   {command}\n             then open http://127.0.0.1:5000{path}"
         )

@@ -11,9 +11,12 @@ import contextlib
 import dataclasses
 import gc
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field, TypeAdapter
 
 from data_shards.storage.store import Store
 from pipeline.config import TrainConfig
@@ -22,6 +25,9 @@ from pipeline.resilience.signals import Interruption
 from pipeline.run import layout
 from pipeline.run.rank_state import WorkerSpec
 
+logger = logging.getLogger(__name__)
+
+_SIZES = TypeAdapter(list[Annotated[int, Field(ge=1)]])
 _TEXTS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """How allocators that have no type of their own say it."""
 
@@ -45,7 +51,11 @@ def too_large(run: Store) -> list[int]:
     """
     if not run.exists(layout.OUT_OF_MEMORY):
         return []
-    return [int(size) for size in json.loads(run.read(layout.OUT_OF_MEMORY))["too_large"]]
+    try:
+        return _SIZES.validate_python(run.read_object(layout.OUT_OF_MEMORY).get("too_large"))
+    except ValueError as error:  # what does not fit is found once more
+        logger.warning("%s/%s is not used: %s", run, layout.OUT_OF_MEMORY, error)
+        return []
 
 
 def fitting(train: TrainConfig, sizes: Sequence[int], world_size: int) -> TrainConfig:

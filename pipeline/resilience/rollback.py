@@ -10,6 +10,8 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
+from pydantic import TypeAdapter
+
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from pipeline.checkpoint.reader import load_newest
@@ -38,14 +40,24 @@ class Gap:
         return epochs * per_epoch + self.end.position - self.begin.position
 
 
+_GAPS = TypeAdapter(list[Gap])
+
+
 def read_gaps(run: Store) -> list[Gap]:
-    """The gaps of a run, in the order in which they were made."""
+    """The gaps of a run, in the order in which they were made.
+
+    Raises:
+        PipelineError: the file that lists them is damaged.
+    """
     if not run.exists(layout.ROLLBACKS):
         return []
-    return [
-        Gap(row["step"], row["given_up"], Cursor(**row["begin"]), Cursor(**row["end"]))
-        for row in json.loads(run.read(layout.ROLLBACKS))["gaps"]
-    ]
+    try:
+        return _GAPS.validate_python(run.read_object(layout.ROLLBACKS).get("gaps"))
+    except ValueError as error:
+        raise PipelineError(
+            f"{run}/{layout.ROLLBACKS} cannot be used, so samples that were left out would come "
+            f"again: {error}"
+        ) from error
 
 
 def past(cursor: Cursor, gaps: Sequence[Gap]) -> Cursor:

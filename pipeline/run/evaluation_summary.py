@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from pydantic import TypeAdapter, ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +18,9 @@ from rich.text import Text
 from data_shards.storage.store import Store
 from model.certification.wilson_interval import wilson
 from model.verifier import supported
-from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE
+from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
+from untrusted.json_input import parse_object
+from untrusted.limits import UntrustedError
 
 
 @dataclass(frozen=True)
@@ -152,17 +155,18 @@ class EvaluationSummary:
 
     @classmethod
     def from_json(cls, data: bytes) -> "EvaluationSummary":
-        """Read the bytes of ``summary.json``."""
-        fields = json.loads(data)
-        for column in fields["columns"].values():
-            column["curve"] = tuple((eps, value) for eps, value in column["curve"])
-        fields["columns"] = {name: ColumnScores(**c) for name, c in fields["columns"].items()}
-        fields["per_class"] = tuple(fields["per_class"])
-        fields["layers"] = tuple(LayerRow(**row) for row in fields["layers"])
-        if fields["attack"] is not None:
-            fields["attack"]["methods"] = tuple(fields["attack"]["methods"])
-            fields["attack"] = AttackScores(**fields["attack"])
-        return cls(**fields)
+        """Read the bytes of ``summary.json``.
+
+        Raises:
+            UntrustedError: too large, no JSON object, or not the fields of a summary.
+        """
+        body = json.dumps(parse_object(data, SUMMARY))
+        try:
+            return TypeAdapter(cls).validate_json(body, strict=True)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(map(str, problem["loc"]))
+            raise UntrustedError(f"{SUMMARY} is damaged: {field}: {problem['msg']}") from error
 
 
 def metric_suffix(ratio: str) -> str:
@@ -182,8 +186,7 @@ def report(console: Console, summaries: Sequence[EvaluationSummary]) -> None:
     last = summaries[-1]
     console.print(_table(summaries))
     for line in _lines(last):
-        # Names and paths come from outside: no markup, no wrapping of what is to be copied.
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)  # no wrapping of what is to be copied
 
 
 def _table(summaries: Sequence[EvaluationSummary]) -> Table:

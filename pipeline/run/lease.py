@@ -40,6 +40,8 @@ from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from pipeline.errors import PipelineError
 from pipeline.run.layout import LEASES
+from untrusted.json_input import parse_object
+from untrusted.limits import UntrustedError
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +124,7 @@ class Process:
     def parse(cls, data: bytes) -> Self | None:
         """Inverse of `dump`; None for anything else."""
         try:
-            return cls(**json.loads(data))
+            return cls(**parse_object(data, "a sign of life"))
         except (ValueError, TypeError):
             return None
 
@@ -207,8 +209,7 @@ class LeaseFolder:
 
     def read(self, lease: Lease) -> dict[str, Any]:
         """Return what the process that took a lease wrote down."""
-        body: dict[str, Any] = json.loads(self.store.read(f"{lease.name}.claim"))
-        return body
+        return self.store.read_object(f"{lease.name}.claim")
 
     def beat(self, lease: Lease, holder: Process | None = None) -> None:
         """Show that a holder is alive.
@@ -246,8 +247,8 @@ class LeaseFolder:
     def holder(self, lease: Lease) -> Process | None:
         """The process that has shown the last sign of life, as far as it is known."""
         try:
-            return Process.parse(self.store.read(f"{lease.name}.beat"))
-        except FileNotFoundError:
+            return Process.parse(self.store.read(f"{lease.name}.beat", limit="json_bytes"))
+        except (FileNotFoundError, UntrustedError):
             return None
 
     def age(self, name: str, now: Callable[[], float]) -> float:

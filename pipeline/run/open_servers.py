@@ -12,7 +12,6 @@ Evaluation jobs run the same check.
 import contextlib
 import dataclasses
 import ipaddress
-import json
 import os
 import socket
 import ssl
@@ -26,6 +25,8 @@ from urllib.parse import urlsplit
 import psutil
 
 from pipeline.errors import ExposureError, TokenError
+from untrusted.json_input import parse_object
+from untrusted.limits import limits
 
 TRUST = "CERTIFIED_PRETRAIN_TRUST_NETWORK"
 """Environment variable: 1 says that whoever reaches these servers may use them."""
@@ -135,7 +136,7 @@ def _nodes_of_dashboard(url: str, headers: Mapping[str, str]) -> list[_Node]:
     if status in _REFUSED:
         raise TokenError(_no_token(url))
     try:
-        found = json.loads(body)["data"]["result"]["result"]
+        found = parse_object(body, url)["data"]["result"]["result"]
         return [_Node(n["node_ip"], _AGENT_PORT, bool(n["is_head_node"])) for n in found]
     except (ValueError, LookupError, TypeError):  # no dashboard of Ray
         return []
@@ -300,7 +301,7 @@ def _get(url: str, headers: Mapping[str, str] | None = None) -> tuple[int, bytes
     except urllib.error.HTTPError as error:
         answer = error
     with answer:
-        return answer.status, answer.read()
+        return answer.status, answer.read(limits().json_bytes)  # a stranger may send for ever
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -1,11 +1,10 @@
 """What a Ray job knows of its submission: for the tags of the run and for its code version."""
 
 import getpass
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from untrusted.json_input import parse_object
 
 _VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _PACKAGE = "_ray_pkg_"
@@ -38,7 +37,7 @@ def uploaded_code(root: Path) -> str | None:
 
 
 def _metadata() -> dict[str, str]:
-    body: Mapping[str, Any] = json.loads(os.environ.get(_VARIABLE, "{}"))
+    body = parse_object(os.environ.get(_VARIABLE, "{}"), _VARIABLE)
     return {str(name): str(value) for name, value in (body.get("metadata") or {}).items()}
 
 

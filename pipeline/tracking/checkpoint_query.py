@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.tracking.client import connect
+
+logger = logging.getLogger(__name__)
 
 _RATIO = re.compile(r"\d+/\d+")
 _PAGE = 1000
@@ -58,6 +61,7 @@ class CheckpointQuery:
         self._client = connect(uri)
         self._experiments = tuple(experiments)
         self._models = tuple(models)
+        self._passed_over: set[str] = set()
         self._names: dict[str, str] = {}
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -72,11 +76,19 @@ class CheckpointQuery:
                 model = self._client.get_logged_model(_model_id(version))
                 found[model.model_id] = model
         runs = self._runs({model.experiment_id for model in found.values()})
-        models = [m for m in found.values() if m.tags.get("artifact_url")]
-        return sorted(
-            (self._checkpoint(model, runs) for model in models),
-            key=lambda c: (c.created_s, c.run_name, c.step),
-        )
+        checkpoints = []
+        for model in found.values():
+            if model.tags.get("artifact_url"):
+                try:
+                    checkpoints.append(self._checkpoint(model, runs))
+                except (ValueError, TypeError) as error:  # one record must not hide all others
+                    self._pass_over(model.model_id, error)
+        return sorted(checkpoints, key=lambda c: (c.created_s, c.run_name, c.step))
+
+    def _pass_over(self, record: str, error: Exception) -> None:
+        if record not in self._passed_over:
+            self._passed_over.add(record)
+            logger.warning("MLflow record %r is passed over: %s", record, error)
 
     def recorded(self, run_ids: Iterable[str]) -> set[tuple[str, str]]:
         """Return (eval_key, training run) of the evaluations that are recorded completely.
@@ -92,7 +104,8 @@ class CheckpointQuery:
                 f"and tags.train_run_id = '{run_id}'"
             )
             for run in self._search_runs(ids, condition):
-                found.add((run.data.tags["eval_key"], run_id))
+                if key := run.data.tags.get("eval_key"):
+                    found.add((key, run_id))
         return found
 
     def _checkpoint(self, model: Any, runs: dict[str, Any]) -> Checkpoint:

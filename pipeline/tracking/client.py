@@ -24,6 +24,15 @@ from typing import Any, NamedTuple
 
 import pydantic
 
+from pipeline.tracking.addresses import (
+    bound_answers,
+    listed_addresses,
+    require_address,
+    require_answer,
+    require_location,
+)
+from untrusted.limits import require
+
 logger = logging.getLogger(__name__)
 
 METRICS_PER_CALL = 1000
@@ -36,6 +45,7 @@ _ENVIRONMENT = {  # defaults; what the user has set wins
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",  # a server would choose where to we send requests
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
@@ -52,6 +62,17 @@ class TrackingConfig:
     """MLflow store: sqlite:///path/mlflow.db (embedded) or the http(s) address of a server."""
     experiment: str = "certified-pretrain"
     """MLflow experiment; one per dataset."""
+    addresses: tuple[str, ...] = field(default_factory=listed_addresses)
+    """URL prefixes under which an MLflow server may name artifacts and files of runs; what it keeps
+    itself needs none. Default: those of CERTIFIED_PRETRAIN_ADDRESSES, separated by blanks."""
+
+    def require_address(self, address: str) -> str:
+        """Return an address that the store names, if it may be opened.
+
+        Raises:
+            AddressError: the store is a server, and the address lies under no listed prefix.
+        """
+        return require_address(self.uri, self.addresses, address)
 
     @pydantic.field_validator("uri")
     @classmethod
@@ -144,6 +165,7 @@ class MlflowConnection:
     """Synchronous MLflow calls by explicit ids, each safe to repeat."""
 
     def __init__(self, config: TrackingConfig) -> None:
+        self._config = config
         self._client = connect(config.uri)
         self._experiment_id = self._find_or_create_experiment(config)
 
@@ -157,9 +179,9 @@ class MlflowConnection:
         timestamp_ms: int,
     ) -> RunReference:
         """Create a training run, or open it again by its id or key."""
-        run = self._client.get_run(run_id) if run_id else self._find_run(run_key=run_key)
+        run = self._run(run_id) if run_id else self._find_run(run_key=run_key)
         if run is None:
-            run = self._client.create_run(
+            run = self._create_run(
                 self._experiment_id,
                 start_time=timestamp_ms,
                 run_name=run_name,
@@ -198,7 +220,7 @@ class MlflowConnection:
         from mlflow.models.utils import get_external_mlflow_model_spec
         from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 
-        run = self._client.get_run(run_id)
+        run = self._run(run_id)
         known = {"artifact_digest": digest}
         if run.data.tags.get("stage") == "train":
             known["source_run"] = run_id  # two training runs may end in the same weights
@@ -223,9 +245,10 @@ class MlflowConnection:
             params={"step": str(step), **flatten_params(params)},
             model_type="certified-classifier",
         )
+        require_answer(model.model_id, None, "the model that it created", self._config.uri)
         with tempfile.TemporaryDirectory() as folder:  # lets the model registry accept it
             get_external_mlflow_model_spec(model).save(str(Path(folder, "MLmodel")))
-            self._client.log_model_artifacts(model.model_id, folder)
+            self._files(model.artifact_location).log_artifacts(folder)
         self._client.finalize_logged_model(model.model_id, "READY")
         self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
         return str(model.model_id)
@@ -239,7 +262,7 @@ class MlflowConnection:
         run = self._find_run(eval_key=record.eval_key, train_run_id=record.train_run_id or "")
         if run is None:
             origin = train_run.info.run_name if train_run else record.artifact_digest[:8]
-            run = self._client.create_run(
+            run = self._create_run(
                 train_run.info.experiment_id if train_run else self._experiment_id,
                 start_time=record.timestamp_ms,
                 run_name=f"cra-{origin}-step{record.step}",
@@ -297,7 +320,7 @@ class MlflowConnection:
     ) -> RunReference:
         """Record scalars and small files as one run."""
         started = now_ms()
-        run = self._client.create_run(
+        run = self._create_run(
             self._experiment_id, start_time=started, run_name=name, tags={"stage": "compare"}
         )
         run_id = run.info.run_id
@@ -311,7 +334,7 @@ class MlflowConnection:
         with tempfile.TemporaryDirectory() as folder:
             for file, data in files.items():
                 Path(folder, file).write_bytes(data)
-            self._client.log_artifacts(run_id, folder)
+            self._files(self._run(run_id).info.artifact_uri).log_artifacts(folder)
 
     def tag_run(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run."""
@@ -319,8 +342,14 @@ class MlflowConnection:
             self._client.set_tag(run_id, key, value)
 
     def finish_run(self, run_id: str, status: str, timestamp_ms: int) -> None:
-        """Set the final status of a run."""
+        """Set the final status of a run.
+
+        Raises:
+            AnswerError: the run does not have it afterwards.
+        """
         self._client.set_terminated(run_id, status, timestamp_ms)
+        found = self._run(run_id).info.status
+        require_answer(found, status, f"the status of run {run_id}", self._config.uri)
 
     def _log_params(self, run_id: str, params: Mapping[str, str], known: Mapping[str, str]) -> None:
         """Log new parameters; MLflow's are immutable, so a changed one is reported and kept."""
@@ -334,6 +363,24 @@ class MlflowConnection:
         new = [Param(name, value) for name, value in params.items() if name not in known]
         for chunk in _chunks(new, PARAMS_PER_CALL):
             self._client.log_batch(run_id, params=chunk)
+
+    def _create_run(self, experiment_id: str, **fields: Any) -> Any:
+        run = self._client.create_run(experiment_id, **fields)
+        require_answer(run.info.run_id, None, "the run that it created", self._config.uri)
+        return run
+
+    def _run(self, run_id: str) -> Any:
+        run = self._client.get_run(run_id)
+        require_answer(run.info.run_id, run_id, "a run", self._config.uri)
+        return run
+
+    def _files(self, location: str) -> Any:
+        """The files at an address that the store has named; this very address is opened.
+
+        Raises:
+            AddressError: it may not be opened.
+        """
+        return open_files(self._config, location)
 
     def _find_run(self, **tags: str) -> Any:
         condition = " and ".join(f"tags.{tag} = '{value}'" for tag, value in tags.items())
@@ -349,7 +396,7 @@ class MlflowConnection:
             [self._experiment_id], filter_string=f"tags.artifact_digest = '{artifact_digest}'"
         )
         sources = {model.source_run_id for model in models if model.source_run_id}
-        runs = [self._client.get_run(source) for source in sources]
+        runs = [self._run(source) for source in sources]
         training = [run.info.run_id for run in runs if run.data.tags.get("stage") == "train"]
         return training[0] if len(training) == 1 else None
 
@@ -357,7 +404,7 @@ class MlflowConnection:
         from mlflow.exceptions import MlflowException
 
         try:
-            return self._client.get_run(run_id) if run_id else None
+            return self._run(run_id) if run_id else None
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
@@ -372,10 +419,13 @@ class MlflowConnection:
             location = Path(config.uri.removeprefix("sqlite:///")).parent.as_uri() + "/mlartifacts"
         for attempt in (1, 2):
             experiment = self._client.get_experiment_by_name(config.experiment)
+            what = f"experiment {config.experiment!r}"
             if experiment is not None:
-                return str(experiment.experiment_id)
+                require_answer(experiment.name, config.experiment, what, config.uri)
+                return require_answer(experiment.experiment_id, None, what, config.uri)
             try:
-                return str(self._client.create_experiment(config.experiment, location))
+                made = self._client.create_experiment(config.experiment, location)
+                return require_answer(made, None, what, config.uri)
             except MlflowException as error:  # somebody else created it in between
                 if attempt == 2 or error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -391,12 +441,41 @@ def connect(uri: str) -> Any:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if not uri.startswith("sqlite:"):
+        bound_answers()
         return MlflowClient(uri)
     database = Path(uri.removeprefix("sqlite:///"))
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_name(database.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return MlflowClient(uri)
+
+
+def open_files(config: TrackingConfig, location: str) -> Any:
+    """The files that lie at an address which the store has named.
+
+    The address that was checked is the one that is opened: a server that is asked twice may answer
+    twice.
+
+    Raises:
+        AddressError: it may not be opened.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    require_location(config.uri, config.addresses, location)
+    return get_artifact_repository(location, tracking_uri=config.uri)
+
+
+def read_file(files: Any, name: str) -> bytes:
+    """One file of `open_files`.
+
+    Raises:
+        UntrustedError: it is over the limit of an answer.
+        Exception: what the artifact store raises when it cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(files.download_artifacts(name, folder))
+        require(path.stat().st_size, "answer_bytes", f"{name} has")
+        return path.read_bytes()
 
 
 def flatten_params(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,6 +1,7 @@
 """MLflow's model registry: versions with their evidence, aliases, and what makes them loadable.
 
 A registered version is the LoggedModel of a checkpoint, to which `package` adds a loader (models
+from untrusted.json_input import parse_object
 from code, nothing pickled) and the certificate on which decisions rest. The weights stay where they
 are: the loader gets their address and digest.
 """
@@ -8,7 +9,6 @@ are: the loader gets their address and digest.
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +20,18 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.run.layout import SUMMARY
+from pipeline.tracking.addresses import AddressError
 from pipeline.tracking.client import (
     MlflowConnection,
     RunReference,
     TrackingConfig,
     flatten_params,
     now_ms,
+    read_file,
 )
 from pipeline.tracking.reader import pages
+from untrusted.json_input import parse_object
+from untrusted.limits import require
 
 _EVIDENCE = "evidence"
 _PAGE = 1000
@@ -80,7 +84,17 @@ class Registry(MlflowConnection):
 
     def __init__(self, config: TrackingConfig) -> None:
         super().__init__(config)
-        self._uri = config.uri
+
+    def require_address(self, address: str) -> str:
+        """Return an address that a version or an evaluation names, if it may be opened.
+
+        Raises:
+            RegistryError: see `TrackingConfig.require_address`.
+        """
+        try:
+            return self._config.require_address(address)
+        except AddressError as error:
+            raise RegistryError(str(error)) from error
 
     # Registered models
 
@@ -147,7 +161,7 @@ class Registry(MlflowConnection):
     ) -> Version:
         """Register a LoggedModel as the next version, with a link to a run."""
         source = f"models:/{model_id}"
-        if self._uri.startswith("sqlite:"):  # would look for it in the global active store
+        if self._config.uri.startswith("sqlite:"):  # would look for it in the global active store
             source = self._client.get_logged_model(model_id).artifact_location
         made = self._client.create_model_version(
             name, source, run_id=run_id, tags={**tags, "model_id": model_id}, model_id=model_id
@@ -196,7 +210,8 @@ class Registry(MlflowConnection):
             place.mkdir(parents=True)
             for name, data in evidence.items():
                 (place / name).write_bytes(data)
-            self._client.log_model_artifacts(model_id, str(folder))
+            location = self._client.get_logged_model(model_id).artifact_location
+            self._files(location).log_artifacts(str(folder))
         external = "mlflow.model.isExternal"
         if external in self._client.get_logged_model(model_id).tags:  # it can be loaded now
             self._client.delete_logged_model_tag(model_id, external)
@@ -215,9 +230,13 @@ class Registry(MlflowConnection):
         location = self._client.get_logged_model(model_id).artifact_location
         try:
             with tempfile.TemporaryDirectory() as folder:
-                place = self._download(f"{location}/{_EVIDENCE}/{key}", folder)
-                return {path.name: path.read_bytes() for path in sorted(place.iterdir())}
-        except (MlflowException, OSError) as error:
+                files = self._files(location)
+                place = Path(files.download_artifacts(f"{_EVIDENCE}/{key}", folder))
+                found = sorted(place.iterdir())
+                for path in found:
+                    require(path.stat().st_size, "answer_bytes", f"{path.name} has")
+                return {path.name: path.read_bytes() for path in found}
+        except (MlflowException, OSError, ValueError) as error:
             raise RegistryError(f"the evidence of {version} cannot be read: {error}") from error
 
     # Runs
@@ -234,9 +253,8 @@ class Registry(MlflowConnection):
         if run is None or run.data.tags.get("stage") != "cra-eval":
             raise RegistryError(f"run {run_id} is no evaluation in this MLflow store")
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                place = self._download(f"{run.info.artifact_uri}/{SUMMARY}", folder)
-                summary = json.loads(place.read_bytes())
+            data = read_file(self._files(run.info.artifact_uri), SUMMARY)
+            summary = parse_object(data, SUMMARY)
         except (MlflowException, OSError, ValueError) as error:
             raise RegistryError(f"run {run_id} has no readable {SUMMARY}: {error}") from error
         return RecordedEvaluation(run_id, run.data.tags, run.data.params, summary)
@@ -263,7 +281,7 @@ class Registry(MlflowConnection):
     def gate_run(self, run_name: str, tags: Mapping[str, str]) -> Iterator[RunReference]:
         """The run that records one act of the gate; it ends as FAILED if the act raises."""
         tags = {**tags, "stage": "gate"}
-        run = self._client.create_run(self._experiment_id, run_name=run_name, tags=tags)
+        run = self._create_run(self._experiment_id, run_name=run_name, tags=tags)
         status = "FAILED"
         try:
             yield RunReference(run.info.experiment_id, run.info.run_id)
@@ -282,15 +300,7 @@ class Registry(MlflowConnection):
         """Record parameters, metrics and files of a run."""
         self._log_params(run_id, flatten_params(params), known={})
         self.log_metrics(run_id, [{"values": metrics, "timestamp_ms": now_ms(), "step": 0}])
-        with tempfile.TemporaryDirectory() as folder:
-            for name, data in files.items():
-                Path(folder, name).write_bytes(data)
-            self._client.log_artifacts(run_id, folder)
-
-    def _download(self, location: str, folder: str) -> Path:
-        from mlflow.artifacts import download_artifacts
-
-        return Path(download_artifacts(location, dst_path=folder, tracking_uri=self._uri))
+        self._log_files(run_id, files)
 
     @staticmethod
     def _found(ask: Callable[[], Any]) -> Any:

@@ -15,11 +15,13 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from pipeline.run.append_log import AppendLog
 from pipeline.run.layout import SPOOL
@@ -32,9 +34,23 @@ from pipeline.tracking.client import (
     flatten_params,
     now_ms,
 )
+from untrusted.json_input import parse_object
+from untrusted.limits import UntrustedError, require
+from untrusted.text import printable
 
 logger = logging.getLogger(__name__)
 
+_FIELDS = {
+    "start": {"run_key", "run_id", "run_name", "params", "tags", "timestamp_ms"},
+    "metrics": {"step", "values", "timestamp_ms"},
+    "checkpoint": {"step", "artifact_url", "digest", "params"},
+    "evaluation": {"record"},
+    "tags": {"tags"},
+    "finish": {"status", "timestamp_ms"},
+}
+"""What a record of each kind has."""
+_LONGEST_REASON = 2000
+"""Characters of what a server answers that reach the log."""
 _METRIC_NAME = re.compile(r"[\w\-. :/]{1,250}")
 
 
@@ -78,15 +94,15 @@ class Tracker:
         self._failures = 0
         self._deadline: float | None = None
         self._thread = threading.Thread(target=self._ship, name="mlflow-shipper", daemon=True)
-        offset = self._append(
-            "start",
-            run_key=self._spool.run_key,
-            run_id=run_id,
-            run_name=run_name,
-            params=flatten_params(params or {}),
-            tags=dict(tags or {}),
-            timestamp_ms=now_ms(),
-        )
+        self._start: dict[str, Any] = {
+            "run_key": self._spool.run_key,
+            "run_id": run_id,
+            "run_name": run_name,
+            "params": flatten_params(params or {}),
+            "tags": dict(tags or {}),
+            "timestamp_ms": now_ms(),
+        }
+        offset = self._append("start", **self._start)
         self._thread.start()
         self._wait_for(offset, wait_seconds)
 
@@ -219,7 +235,8 @@ class Tracker:
                 failures = self._failures + 1
                 pause = min(2.0 ** min(self._failures, 10), 30.0)
                 if failures == 1:
-                    logger.warning("MLflow %s: %s; will retry", self._config.uri, error)
+                    said = printable(str(error))[:_LONGEST_REASON]
+                    logger.warning("MLflow %s: %s; will retry", self._config.uri, said)
             with self._condition:
                 self._spool.flush()
                 self._failures = failures
@@ -237,7 +254,7 @@ class Tracker:
             for is_metrics, group in groupby(rows, key=lambda item: item[0]["kind"] == "metrics"):
                 items = list(group)
                 if is_metrics:
-                    server.log_metrics(self._run_id(), [row for row, _ in items])
+                    server.log_metrics(self._run_id(server), [row for row, _ in items])
                     self._spool.acknowledge(items[-1][1])
                     continue
                 for row, end in items:
@@ -245,29 +262,57 @@ class Tracker:
                     self._spool.acknowledge(end)
 
     def _ship_row(self, server: MlflowConnection, row: dict[str, Any]) -> None:
+        row = dict(row)
         kind = row.pop("kind")
         if kind == "start":
             known = self._spool.run
             row["run_id"] = row["run_id"] or (known.run_id if known else None)
             self._spool.run = server.start_run(**row)
         elif kind == "checkpoint":
-            self._spool.models[row["digest"]] = server.find_or_create_model(self._run_id(), **row)
+            self._spool.models[row["digest"]] = server.find_or_create_model(
+                self._run_id(server), **row
+            )
         elif kind == "evaluation":
             record = row["record"]
             record["artifacts"] = {
                 name: base64.b64decode(text) for name, text in record["artifacts"].items()
             }
-            record["train_run_id"] = self._run_id()
+            record["train_run_id"] = self._run_id(server)
             server.log_evaluation(EvaluationRecord(**record))
         elif kind == "tags":
-            server.tag_run(self._run_id(), row["tags"])
-        else:
-            server.finish_run(self._run_id(), **row)
+            server.tag_run(self._run_id(server), row["tags"])
+        elif kind == "finish":
+            server.finish_run(self._run_id(server), **row)
 
-    def _run_id(self) -> str:
-        if self._spool.run is None:
-            raise RuntimeError(f"{self._spool.path} does not begin with a start record")
+    def _run_id(self, server: MlflowConnection) -> str:
+        if (
+            self._spool.run is None
+        ):  # its first line is damaged: by its key it is found all the same
+            self._spool.run = server.start_run(**self._start)
         return self._spool.run.run_id
+
+
+@dataclass(frozen=True)
+class _State:
+    """What one server has acknowledged."""
+
+    acknowledged: int = 0
+    run: RunReference | None = None
+    models: dict[str, str] = field(default_factory=dict)
+
+
+_STATE = TypeAdapter(_State)
+_DAMAGED: dict[str, Any] = {"kind": "damaged", "values": {}}
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    """The record of a line; `_DAMAGED`, which nobody ships, for anything else."""
+    try:
+        row = parse_object(line, SPOOL)
+    except UntrustedError:
+        return _DAMAGED
+    fields = _FIELDS.get(str(row.get("kind")))
+    return row if fields and fields <= row.keys() else _DAMAGED
 
 
 class _Spool:
@@ -277,12 +322,13 @@ class _Spool:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / SPOOL
         self._lines = AppendLog(self.path)
+        self._name_damage()
         self._state = folder / f"server-{sha256(server.encode()).hexdigest()[:12]}.json"
         self.run_key = self._first_run_key() or run_key or uuid.uuid4().hex
         state = self._read_state()
-        self.acknowledged: int = state.get("acknowledged", 0)
-        self.run = RunReference(*state["run"]) if state.get("run") else None
-        self.models: dict[str, str] = state.get("models", {})
+        self.acknowledged = state.acknowledged
+        self.run = state.run
+        self.models = state.models
 
     @property
     def end(self) -> int:
@@ -290,7 +336,9 @@ class _Spool:
         return self._lines.end
 
     def append(self, row: dict[str, Any]) -> int:
-        return self._lines.append(json.dumps(row).encode() + b"\n")
+        line = json.dumps(row).encode()
+        require(len(line), "json_bytes", f"a record for {self.path} has")  # else it is never read
+        return self._lines.append(line + b"\n")
 
     def flush(self) -> None:
         self._lines.flush()
@@ -303,7 +351,7 @@ class _Spool:
             for line in islice(file, limit):
                 if line.endswith(b"\n"):  # else it is being written
                     end += len(line)
-                    rows.append((json.loads(line), end))
+                    rows.append((_row(line), end))
         return rows
 
     def last_value(self, name: str, until: int | None) -> float | None:
@@ -312,32 +360,33 @@ class _Spool:
         with self.path.open("rb") as file:
             for line in file:
                 if quoted in line and line.endswith(b"\n"):
-                    row = json.loads(line)
+                    row = _row(line)
                     if until is None or row.get("step", 0) <= until:
                         found = row.get("values", {}).get(name, found)
         return found
 
     def recorded(self) -> set[tuple[int, int]]:
         with self.path.open("rb") as file:
-            rows = [json.loads(line) for line in file if line.endswith(b"\n")]
+            rows = [_row(line) for line in file if line.endswith(b"\n")]
         return {(row["step"], row["timestamp_ms"]) for row in rows if row["kind"] == "metrics"}
 
     def evaluations(self) -> set[str]:
         """Keys of all evaluations."""
         with self.path.open("rb") as file:
             lines = [line for line in file if line.startswith(b'{"kind": "evaluation"')]
-        return {json.loads(line)["record"]["eval_key"] for line in lines if line.endswith(b"\n")}
+        rows = [_row(line) for line in lines if line.endswith(b"\n")]
+        return {row["record"]["eval_key"] for row in rows if row is not _DAMAGED}
 
-    def _read_state(self) -> dict[str, Any]:
+    def _read_state(self) -> _State:
         """What the server has; nothing if a machine that went down has left a state beyond reason.
 
         All lines are then shipped once more, which leaves no trace.
         """
         try:
-            state: dict[str, Any] = json.loads(self._state.read_text())
+            state = _STATE.validate_python(parse_object(self._state.read_bytes(), self._state))
         except (FileNotFoundError, ValueError):
-            return {}
-        return state if state.get("acknowledged", 0) <= self.end else {}
+            return _State()
+        return state if state.acknowledged <= self.end else _State()
 
     def acknowledge(self, end: int) -> None:
         state = {"acknowledged": end, "run": self.run, "models": self.models}
@@ -348,5 +397,17 @@ class _Spool:
 
     def _first_run_key(self) -> str | None:
         with self.path.open("rb") as file:
-            line = file.readline()
-        return json.loads(line)["run_key"] if line else None
+            keys = (_row(line).get("run_key") for line in file)
+            return next((str(key) for key in keys if key), None)
+
+    def _name_damage(self) -> None:
+        """Say how many lines are passed over, so that nobody looks for their records in vain."""
+        with self.path.open("rb") as file:
+            damaged = [number for number, line in enumerate(file, 1) if _row(line) is _DAMAGED]
+        if damaged:
+            logger.warning(
+                "%s: %d damaged lines are not recorded, first line %d",
+                self.path,
+                len(damaged),
+                damaged[0],
+            )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.tracking.client import TrackingConfig, connect
+from pipeline.tracking.client import TrackingConfig, connect, open_files, read_file
 
 _RUNS_PER_PAGE = 1000
 _MODELS_PER_PAGE = 50  # what every MLflow store allows
@@ -91,6 +90,7 @@ class Reader:
             database = Path(config.uri.removeprefix("sqlite:///"))
             if not database.is_file():  # else connecting would make an empty one
                 raise TrackingError(f"there is no MLflow store {database}: give --tracking.uri")
+        self._config = config
         self._client = connect(config.uri)
         names = {e.experiment_id: str(e.name) for e in pages(self._client.search_experiments)}
         self.experiments: dict[str, str] = {
@@ -161,16 +161,20 @@ class Reader:
 
     def file_names(self, run_id: str) -> set[str]:
         """Return the names of the files logged with a run."""
-        return {file.path for file in self._client.list_artifacts(run_id) if not file.is_dir}
+        return {file.path for file in self._files(run_id).list_artifacts() if not file.is_dir}
 
     def read_file(self, run_id: str, name: str) -> bytes:
         """Return a file logged with a run.
 
         Raises:
+            UntrustedError: it is over the limit of an answer.
+            AddressError: it lies where nothing of this server may be opened.
             Exception: what the artifact store raises when it cannot be read.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            return Path(self._client.download_artifacts(run_id, name, folder)).read_bytes()
+        return read_file(self._files(run_id), name)
+
+    def _files(self, run_id: str) -> Any:
+        return open_files(self._config, self._client.get_run(run_id).info.artifact_uri)
 
     def _runs(self, condition: str) -> list[TrackedRun]:
         found = pages(

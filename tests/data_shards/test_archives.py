@@ -357,3 +357,13 @@ def test_image_folder_of_another_layout(tmp_path):
     shutil.rmtree(tmp_path / "val")
     with pytest.raises(ShardError, match=r"no folders train/ and val/ or test/"):
         imagefolder(str(tmp_path), recipe)
+
+
+def test_an_image_file_over_its_limit_is_refused_before_it_is_read(tmp_path):
+    for part in ("train", "val"):
+        folder = tmp_path / part / "a"
+        folder.mkdir(parents=True)
+        with (folder / "x.png").open("wb") as file:
+            file.truncate(20 << 30)  # sparse: 20 GiB of nothing
+    with pytest.raises(ShardError, match=r"train/a/x\.png has 21,474,836,480 bytes, the limit is"):
+        imagefolder(str(tmp_path), Recipe(channels=1, size=8, uniform=True))

@@ -8,7 +8,6 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from data_shards.errors import ShardError
-from data_shards.format import decode
 from data_shards.format.crop_box import random_crop_box
 from data_shards.format.decode import decode_crop, decode_image
 
@@ -240,8 +239,8 @@ def test_damage_down_to_the_last_row_of_a_crop_is_found():
 
 @pytest.mark.parametrize(("kind", "extension"), [("png", "png"), ("jpeg", "jpg")])
 def test_size_limit(kind, extension, monkeypatch):
-    monkeypatch.setattr(decode, "MAX_PIXELS", 40)
-    with pytest.raises(ShardError, match=r"8 x 6 pixels is over the limit 40"):
+    monkeypatch.setenv("CERTIFIED_PRETRAIN_LIMIT_IMAGE_PIXELS", "40")
+    with pytest.raises(ShardError, match=r"8 x 6 has 48 pixels, the limit is 40"):
         decode_image(encoded(COLOUR, kind), extension)
 
 

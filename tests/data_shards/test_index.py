@@ -93,6 +93,7 @@ def test_changed_header(digits_set, copy_of):
         ({"schema_version": 9}, "schema version 9, this program reads 2"),
         ({"shards": []}, "is empty"),
         ({"surprise": 1}, "not a shard set header"),
+        ({"name": "x" * 1025}, "has a name of 1,025 bytes, the limit is 1,024"),
         ({"num_classes": 5}, r"sample '\d+' of shard .*/train-\d+\.tar has label [5-9], which is "
                              r"not in \[0, 5\)"),
         ({"splits": {"train": 1}}, "the header states {'train': 1}"),
@@ -142,4 +143,52 @@ def test_wrong_rows(digits_set, copy_of, columns, message):
     path = copy_of(digits_set)
     rewrite_rows(path, **columns)
     with pytest.raises(ShardError, match=message):
+        load_index(str(path))
+
+
+def test_a_key_of_megabytes_is_refused_before_the_columns_are_made(digits_set, copy_of):
+    path = copy_of(digits_set)
+    rewrite_rows(path, key=first("a" * (20 << 20)))
+    with pytest.raises(ShardError, match=r"index\.parquet has in key a text of 20,971,520 bytes"):
+        load_index(str(path))
+
+
+def test_a_key_may_have_a_thousand_bytes(digits_set, copy_of):
+    path = copy_of(digits_set)
+    rewrite_rows(path, key=first("a" * 1024))
+    assert load_index(str(path)).rows.key[0] == b"a" * 1024
+
+
+def test_more_rows_than_the_header_states_are_not_read(digits_set, copy_of):
+    """Repeated values take no room in a file: rows are counted before they are."""
+    path = copy_of(digits_set)
+    table = pq.ParquetFile(path / "index.parquet").read()
+    many = pa.concat_tables([table.slice(0, 1)] * 10_000).combine_chunks()
+    pq.write_table(many, path / "index.parquet")
+    digest = hashlib.sha256((path / "index.parquet").read_bytes()).hexdigest()
+    rewrite_header(path, rows_sha256=digest)
+    with pytest.raises(ShardError, match="has 10000 rows, the header states 1797 samples"):
+        load_index(str(path))
+
+
+def test_more_samples_than_a_shard_has_room_for_are_refused(digits_set, copy_of):
+    path = copy_of(digits_set)
+    shards = json.loads((path / "index.json").read_text())["shards"]
+    shards[0]["samples"] = 10**9
+    rewrite_header(path, shards=shards)
+    with pytest.raises(ShardError, match=r"train-00000\.tar of \d+ bytes cannot hold 1000000000"):
+        load_index(str(path))
+
+
+def test_an_image_of_a_row_is_held_to_its_limit(digits_set, monkeypatch):
+    monkeypatch.setenv("CERTIFIED_PRETRAIN_LIMIT_IMAGE_BYTES", "90")
+    with pytest.raises(ShardError, match="which is not within the 90 bytes that an image may have"):
+        load_index(str(digits_set))
+
+
+def test_an_index_of_more_bytes_than_its_rows_can_take_is_not_read(digits_set, copy_of):
+    path = copy_of(digits_set)
+    with (path / "index.parquet").open("ab") as file:
+        file.truncate(20 << 30)  # sparse: 20 GiB of nothing
+    with pytest.raises(ShardError, match=r"21,474,836,480 bytes; 1,797 rows take at most"):
         load_index(str(path))

@@ -112,3 +112,16 @@ def test_damaged_extended_headers(record):
     info.size = 2 << 20
     with pytest.raises(ShardError, match="extended header of 2097152 bytes"):
         members(info.tobuf(tarfile.GNU_FORMAT) + bytes(3 << 20))
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_name_of_more_than_a_thousand_bytes_is_refused(form):
+    def named(name):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+            tar.addfile(tarfile.TarInfo(name))
+        return buffer.getvalue()
+
+    assert [member.name for member in members(named("a" * 1024))] == ["a" * 1024]
+    with pytest.raises(ShardError, match="has a name of 1,025 bytes, the limit is 1,024"):
+        members(named("a" * 1025))

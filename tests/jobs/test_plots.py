@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from rich.console import Console
 
 from jobs.evaluation import plot_style
 from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
@@ -20,6 +19,7 @@ from pipeline.run.evaluation_summary import (
     LayerRow,
     report,
 )
+from untrusted.terminal import PlainConsole
 
 RATIOS = ("36/255", "72/255", "108/255", "255/255")
 RNG = np.random.default_rng(0)
@@ -260,5 +260,5 @@ def test_the_files_are_pngs_of_the_stated_size_without_pyplot():
 )
 def test_only_a_network_that_the_verifier_knows_is_offered_for_a_check(family, offered):
     told = io.StringIO()
-    report(Console(file=told), [dataclasses.replace(summary(), family=family)])
+    report(PlainConsole(file=told), [dataclasses.replace(summary(), family=family)])
     assert ("python -m model.verify" in told.getvalue()) == offered

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -158,3 +159,18 @@ def test_the_entry_writes_json_lines_and_csv(artifact, folder, tmp_path, capsys)
 def test_batches_on_ray_give_the_same_rows(artifact, folder, local_ray):
     rows, _ = rows_of(artifact, folder, batch_size=2)
     assert rows_of(artifact, folder, batch_size=2, launcher="ray")[0] == rows
+
+
+def test_a_huge_file_costs_its_own_row_alone(artifact, folder, tmp_path):
+    whole = tmp_path / "with-a-huge-one"
+    shutil.copytree(folder, whole)
+    with (whole / "huge.png").open("wb") as file:
+        file.truncate(20 << 30)  # sparse: 20 GiB of nothing
+    before, _ = rows_of(artifact, folder)
+    rows, _ = rows_of(artifact, whole)
+    errors = [row["error"] for row in rows if row["path"].endswith("huge.png")]
+    assert len(errors) == 1
+    assert "huge.png has 21,474,836,480 bytes, the limit is 268,435,456" in errors[0]
+    assert [row["radius"] for row in rows if "huge" not in row["path"]] == [
+        row["radius"] for row in before
+    ]

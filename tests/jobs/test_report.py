@@ -1,14 +1,15 @@
 import dataclasses
 import html.parser
 import re
+from dataclasses import replace
 
 import pytest
 from mlflow import MlflowClient
 
 from jobs.evaluate_cra import evaluate
-from jobs.report import PAGE, TEXT, cell, duration, main, per_further_point, render
+from jobs.report import PAGE, TEXT, duration, main, per_further_point, render
 from jobs.reporting.cost import Cost, passed_epochs
-from jobs.reporting.report_data import collect
+from jobs.reporting.report_data import LeftOut, collect
 from model.certification.wilson_interval import wilson
 from pipeline.tracking.client import MlflowConnection, TrackingConfig, now_ms
 from pipeline.tracking.reader import Point, Reader, TrackingError
@@ -161,7 +162,6 @@ def test_markdown_tables_have_one_width(texts):
         assert len(rows) >= 3
         assert len({row.count("|") for row in rows}) == 1
         assert set(rows[1]) <= set("|-:")
-    assert cell("a|b\\") == "a\\|b\\\\"
 
 
 def test_links_lead_to_a_server_when_there_is_one(made, report):
@@ -371,3 +371,30 @@ def test_run_without_recorded_cost_is_in_the_table_and_not_in_the_figure(made, r
         )
         texts = render(changed, uri=made.tracking.uri)
         assert ("Device time" in texts[TEXT]) == (first in entries)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["[/x]<script>alert(1)</script>", "a | b\n# c", "`x` *y* [z](http://evil) \u202e\x1b[2J"],
+)
+def test_a_hostile_name_is_only_text_on_both_pages(report, name):
+    (group,) = report.groups
+    entry = group.entries[0]
+    run = replace(entry.reported.run, name=name, params={**entry.reported.run.params, name: name})
+    reported = replace(entry.reported, run=run)
+    hostile = replace(
+        report,
+        runs=(reported, *report.runs[1:]),
+        groups=(replace(group, dataset=name, entries=(replace(entry, reported=reported),)),),
+        left_out=(LeftOut(name, name, name),),
+    )
+    pages = render(hostile, uri="http://server:5000")
+    assert "script" not in Page(pages[PAGE]).tags
+    assert "script" not in Page(pages[TEXT]).tags
+    assert not any(mark in text for text in pages.values() for mark in ("\u202e", "\x1b"))
+    assert "\n# c" not in pages[TEXT]
+    assert "](http" not in pages[TEXT].replace("\\](", "")
+    tables = re.findall(r"(?:^\|.*\n)+", pages[TEXT], re.MULTILINE)
+    for table in tables:
+        rows = [re.sub(r"\\.", "", row) for row in table.splitlines()]
+        assert len({row.count("|") for row in rows}) == 1

@@ -9,7 +9,6 @@ import pytest
 import tyro
 from mlflow import MlflowClient
 from pydantic import ValidationError
-from rich.console import Console
 
 from jobs.evaluation.config import EvaluationConfig, suite_config
 from jobs.evaluation.results import EvaluationError
@@ -23,6 +22,7 @@ from jobs.scheduling.status_page import page
 from pipeline.run.lease import Lease
 from pipeline.tracking.client import TrackingConfig
 from tests.jobs.mlflow_store import Store
+from untrusted.terminal import PlainConsole
 
 pytestmark = pytest.mark.integration
 
@@ -141,7 +141,7 @@ def test_what_is_open_done_left_to_training_or_unreadable(store):
         ClaimPhase.OPEN,
         ClaimPhase.FAILED,
     }
-    console = Console(record=True, width=200)
+    console = PlainConsole(record=True, width=200)
     page(console, config, claims, look.look(config.suites))
     text = console.export_text()
     assert "certify+fast-attack of run step 1; claim" in text

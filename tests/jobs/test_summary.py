@@ -6,17 +6,16 @@ import re
 import shlex
 from unittest import mock
 
-from rich.console import Console
-
 from pipeline.driver.console import RunConsole
 from pipeline.driver.session import _show
 from pipeline.run.evaluation_summary import report
 from tests.jobs.test_plots import summary
+from untrusted.terminal import PlainConsole
 
 
 def printed(show):
     file = io.StringIO()
-    show(Console(file=file, width=80))
+    show(PlainConsole(file=file, width=80))
     return file.getvalue()
 
 

@@ -1,6 +1,8 @@
 import hashlib
 import io
 import json
+import random
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -11,8 +13,11 @@ from model.artifact.artifact import parameter_shapes, read_artifact, read_info, 
 from model.artifact.safetensors_io import TensorSpec, read_header, tensor_of, write_safetensors
 from model.errors import ModelError
 from model.networks.init import initial_kind
+from model.networks.parameter_limit import parameter_limit
+from model.networks.registry import FAMILIES, build_network
 from optim.manifolds import ORTHOGONAL
 from tests.model.small_networks import tiny_config, trained_like
+from tests.model.verifier import networks
 
 
 class Folder:
@@ -120,7 +125,9 @@ def test_refuses_a_changed_byte_of_the_weights(folder):
 def test_refuses_another_length(folder, extra):
     data = folder.files["weights.safetensors"]
     folder.files["weights.safetensors"] = data + extra if extra else data[:-4]
-    with pytest.raises(ModelError, match=r"goes on after|bytes for a tensor"):
+    with pytest.raises(
+        ModelError, match=r"weights\.safetensors has \d+ bytes, artifact\.json says"
+    ):
         read_artifact(folder.open)
 
 
@@ -146,6 +153,56 @@ def test_refuses_a_damaged_description(folder, change, message):
         read_artifact(folder.open)
 
 
+def sealed(folder, **network):
+    """Another network in a description whose digest agrees."""
+    info = json.loads(folder.files["artifact.json"])
+    info["network"].update(network)
+    body = {"network": info["network"], "weights_sha256": info["weights_sha256"]}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    info["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    folder.files["artifact.json"] = json.dumps(info).encode()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"depth": 10**9}, {"width": 2**20}, {"width": 2**40}, {"num_classes": 2**40}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_nothing_is_built_that_the_weights_could_not_fill(folder, changes):
+    sealed(folder, **changes)
+    with pytest.raises(ModelError, match=r"more than the \d+ values of its weights|can be built"):
+        read_info(folder.open)
+
+
+def test_weights_that_are_stated_and_not_there_fill_nothing(folder):
+    sealed(folder, depth=10**9)
+    edit(folder, lambda info: info.update(weights_bytes=10**15))
+    with pytest.raises(ModelError, match=r"bytes, artifact\.json says 1000000000000000"):
+        read_info(folder.open)
+
+
+def test_a_network_of_another_thread_is_not_counted():
+    built = []
+    with parameter_limit(0):
+        thread = threading.Thread(target=lambda: built.append(torch.nn.Linear(2, 2)))
+        thread.start()
+        thread.join()
+        with pytest.raises(ModelError, match="more than the 0 values"):
+            torch.nn.Linear(2, 2)
+    assert len(built) == 1
+    torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_may_have_as_many_values_as_it_has(kind):
+    settings = networks.FAMILIES[kind](random.Random(0))
+    config = networks.parsed(kind=kind, num_classes=3, **settings)
+    network = build_network(config)
+    values = [*network.parameters(), *network.buffers()]
+    with parameter_limit(sum(value.numel() for value in values)):
+        build_network(config)
+
+
 def test_refuses_text_that_is_not_json(folder):
     folder.files["artifact.json"] = b"\x80{"
     with pytest.raises(ModelError, match=r"artifact\.json is damaged"):
@@ -156,6 +213,8 @@ def test_refuses_weights_without_a_tensor(folder, network):
     stock = safetensors.torch.load(folder.files["weights.safetensors"])
     del stock["blocks.1.b"]
     folder.files["weights.safetensors"] = safetensors.torch.save(stock)
+    size = len(folder.files["weights.safetensors"])
+    edit(folder, lambda info: info.update(weights_bytes=size))
     with pytest.raises(ModelError, match=r"1 tensors differ, first blocks\.1\.b: stored None"):
         read_artifact(folder.open)
 
@@ -230,6 +289,20 @@ def with_header(header):
         (b"\xff" * 8, "the limit is"),
         (b"\x02" + b"\x00" * 7 + b"{]", "header is damaged"),
         (with_header([]), "header is damaged"),
+        (b"[" * 100_000, "the limit is"),
+        ((100_000).to_bytes(8, "little") + b"[" * 100_000, "header is damaged: maximum"),
+        (((16 << 20) + 1).to_bytes(8, "little"), "16,777,217 bytes, the limit is"),
+        (
+            with_header({"x" * 1025: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}),
+            "a name of 1,025 bytes",
+        ),
+        (with_header({"x": {"dtype": "U8", "shape": [-1], "data_offsets": [0, 0]}}), "whole num"),
+        (with_header({"x": {"dtype": "U8", "shape": [1.0], "data_offsets": [0, 1]}}), "whole num"),
+        (with_header({"x": {"dtype": "U8", "shape": ["1"], "data_offsets": [0, 1]}}), "whole num"),
+        (
+            with_header({"x": {"dtype": "U8", "shape": [1], "data_offsets": [0, float("inf")]}}),
+            "whole num",
+        ),
         (with_header({"x": {"dtype": "F8", "shape": [1], "data_offsets": [0, 1]}}), "F8"),
         (with_header({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}), "damaged"),
         (with_header({"x": {"dtype": "U8", "shape": [2], "data_offsets": [4, 6]}}), "due at"),

@@ -5,7 +5,6 @@ import threading
 from unittest import mock
 
 import pytest
-from rich.console import Console
 
 import pipeline.driver.evaluations
 from data_shards.storage.store import Store
@@ -18,6 +17,7 @@ from pipeline.driver.usage import UsageMetrics
 from pipeline.planner.meta_step import training_flops
 from pipeline.presets import run_preset
 from pipeline.run.events import CheckpointFailed, CheckpointSaved, Metrics, MetricsReplayed, Started
+from untrusted.terminal import PlainConsole
 
 VALUES = {
     "train/loss": 1.25,
@@ -60,7 +60,8 @@ def usage_of(recorder):
 
 
 def show(*events, terminal, folder):
-    console = Console(record=True, force_terminal=terminal, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
+    nowhere = open("/dev/null", "w")  # noqa: SIM115
+    console = PlainConsole(record=True, force_terminal=terminal, width=160, file=nowhere)
     usage = usage_of(Recorder())
     monitor = RunMonitor(
         RunConsole(console),
@@ -266,7 +267,7 @@ def test_what_an_earlier_execution_kept_is_recorded_and_certified_once(tmp_path,
     monkeypatch.setattr("pipeline.driver.monitor.read_info", info)
     recorder, evaluations = Recorder(), mock.Mock()
     usage = usage_of(recorder)
-    console = Console(file=io.StringIO())
+    console = PlainConsole(file=io.StringIO())
     event_log = EventLog(tmp_path, run)
     monitor = RunMonitor(
         RunConsole(console), recorder, evaluations, lambda: None, usage, event_log, run
@@ -281,7 +282,7 @@ def test_what_an_earlier_execution_kept_is_recorded_and_certified_once(tmp_path,
 
 def test_what_a_store_refuses_keeps_no_event_waiting(tmp_path):
     recorder, text = Recorder(), io.StringIO()
-    usage, run, console = usage_of(recorder), Store(tmp_path), Console(file=text)
+    usage, run, console = usage_of(recorder), Store(tmp_path), PlainConsole(file=text)
     refuse = mock.Mock(side_effect=OSError("no [room]"))
     event_log = EventLog(tmp_path, run)
     monitor = RunMonitor(

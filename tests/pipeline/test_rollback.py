@@ -8,7 +8,6 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from rich.console import Console
 
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
@@ -30,6 +29,7 @@ from tests.pipeline.small_runs import (
     whole_state,
 )
 from tests.pipeline.test_monitor import Recorder, usage_of
+from untrusted.terminal import PlainConsole
 
 STEPS, BATCH, EPOCH = 12, 24, 135
 KEPT, BAD = 6, (8, 9)  # the checkpoint before, and the steps whose samples are bad
@@ -165,7 +165,7 @@ def test_all_ranks_stop_when_no_way_back_is_left(outcomes, name, words):
 
 
 def test_the_person_the_tracker_and_the_event_log_are_told(tmp_path):
-    console = Console(record=True, width=200, file=(tmp_path / "console").open("w"))
+    console = PlainConsole(record=True, width=200, file=(tmp_path / "console").open("w"))
     recorder = Recorder()
     monitor = RunMonitor(
         RunConsole(console),

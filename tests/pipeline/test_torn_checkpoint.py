@@ -11,7 +11,8 @@ import torch
 
 from data_shards.storage.store import Store
 from pipeline.checkpoint import writer
-from pipeline.checkpoint.reader import _check_file, _read_commit, committed
+from pipeline.checkpoint.commit import SCHEMA_VERSION, read_commit
+from pipeline.checkpoint.reader import _check_file, committed
 from pipeline.checkpoint.writer import Snapshot, commit, write_snapshot
 from pipeline.errors import PipelineError
 from pipeline.run.layout import COMMIT, written_checkpoint
@@ -21,7 +22,17 @@ RANKS = 2
 
 def snapshot(rank: int, step: int) -> Snapshot:
     tensors = {f"master/w{i}": torch.full((40 + rank,), float(step + i)) for i in range(3)}
-    return Snapshot(rank, RANKS, tensors, {"schema_version": 1, "step": step, "tensors": {}})
+    header = {
+        "schema_version": SCHEMA_VERSION,
+        "step": step,
+        "world_size": RANKS,
+        "cursor": {"seed": 0, "epoch": 0, "position": step},
+        "scalars": {},
+        "records": [],
+        "config": {},
+        "tensors": {},
+    }
+    return Snapshot(rank, RANKS, tensors, header)
 
 
 def save(folder: Store, step: int, attempt: str) -> None:
@@ -73,9 +84,9 @@ def test_killed_at_any_write(tmp_path):
         folder = run.child(written_checkpoint(8, 1))
         died = killed_while_saving(folder, 8, last)
         newest = next(iter(committed(run).values()))
-        newest_steps.append(_read_commit(newest)["step"])
+        newest_steps.append(read_commit(newest).step)
         assert newest_steps[-1] == (8 if folder.exists(COMMIT) else 4)
-        for record in _read_commit(newest)["files"]:
+        for record in read_commit(newest).files:
             _check_file(newest, record)
         # The same step once more, as after a restart: nothing of the dead attempt is left. One that
         # has committed it is not made again by the same writer.

@@ -418,7 +418,17 @@ def test_another_index_or_split_is_found(case):
 
 
 def test_the_verifier_imports_nothing_of_the_project_and_no_torch():
-    packages = ("pipeline", "model", "optim", "data_shards", "jobs", "torch", "pydantic", "tyro")
+    packages = (
+        "pipeline",
+        "model",
+        "optim",
+        "data_shards",
+        "jobs",
+        "untrusted",
+        "torch",
+        "pydantic",
+        "tyro",
+    )
     code = (
         "import sys, json, model.verify\n"
         f"loaded = [m for m in sys.modules if m.split('.')[0] in {packages}]\n"
