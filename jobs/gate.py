@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_shards.errors import ShardError
+from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation.console import exit_status
 from jobs.evaluation.results import EvaluationError
 from jobs.registry import promotion
@@ -28,7 +29,6 @@ from model.certification.wilson_interval import with_interval
 from model.errors import ModelError
 from pipeline.tracking.client import TrackingConfig, ui_command
 from pipeline.tracking.model_registry import Registry, RegistryError
-from untrusted.terminal import PlainConsole
 
 NOT_PROMOTED = 3
 Name = Annotated[str, tyro.conf.Positional]

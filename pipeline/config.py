@@ -17,6 +17,8 @@ from typing_extensions import Self
 from data_shards.config import INDEXED_ONLY, SAME_SAMPLES, StreamConfig
 from data_shards.sources import generated_sources
 from data_shards.storage.store import Store
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.text import unprintable
 from model.certification.eps import check_reach, check_table
 from model.networks.centering import Centering
 from model.networks.config import NetworkConfig
@@ -26,8 +28,6 @@ from optim.manifolds import manifold_of
 from pipeline.errors import NoEffectError, PipelineError
 from pipeline.losses.emma import EmmaLoss
 from pipeline.losses.registry import AnyLoss
-from untrusted.json_input import parse_object
-from untrusted.text import unprintable
 
 SCHEMA_VERSION = 2
 RESERVED_NAMES = ("data", "claims", "mlartifacts", "mlflow.db", "mlflow.db.lock")

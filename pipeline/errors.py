@@ -4,9 +4,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from data_shards.errors import ShardError
+from data_shards.untrusted.limits import UntrustedError
 from model.errors import ModelError
 from optim.errors import OptimizerError
-from untrusted.limits import UntrustedError
 
 
 class PipelineError(ValueError):

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from data_shards.untrusted.terminal import PlainConsole
 from pipeline.config import RunConfig
 from pipeline.errors import REFUSALS, PipelineError
 from pipeline.planner import memory as budget
@@ -25,7 +26,6 @@ from pipeline.planner.estimate import Estimate, estimate, trials
 from pipeline.planner.step_time import DEVICES, Device, device_of
 from pipeline.planner.verification import GFLOPS, Verification, verification
 from pipeline.presets import CHOICES, parse_with_preset
-from untrusted.terminal import PlainConsole
 
 _DEFAULT_DEVICE = "H100"
 _GB = 1e9

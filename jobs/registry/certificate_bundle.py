@@ -17,14 +17,14 @@ import numpy as np
 import pyarrow as pa
 
 from data_shards.storage.store import Store
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.parquet import read_table
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.stored_result import evaluation_files
 from jobs.registry.promotion_rule import Bits, Rule
 from model.certification.eps import eps_value
 from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
-from untrusted.json_input import parse_object
-from untrusted.parquet import read_table
 
 FILES = (CERTIFICATE, SAMPLES, SUMMARY)
 VERIFY_TIMEOUT_S = 6 * 3600.0

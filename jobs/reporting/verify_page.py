@@ -23,13 +23,13 @@ import pyarrow as pa
 from data_shards.format.index import ShardIndex, load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import decode, fetch
+from data_shards.untrusted.parquet import read_table
+from data_shards.untrusted.text import shown
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.stored_result import evaluation_files
 from model.artifact.artifact import WEIGHTS, ArtifactInfo, read_info
 from pipeline.run.addresses import moved, roots
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
-from untrusted.parquet import read_table
-from untrusted.text import shown
 
 VERIFY_PAGE = "verify.html"
 LARGEST_WEIGHTS = 2 << 20

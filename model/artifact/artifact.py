@@ -17,6 +17,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from data_shards.untrusted.json_input import read_object
+from data_shards.untrusted.limits import UntrustedError
 from model.artifact.safetensors_io import (
     TensorRange,
     TensorSpec,
@@ -31,8 +33,6 @@ from model.networks.config import NetworkConfig
 from model.networks.parameter_limit import parameter_limit
 from model.networks.registry import AnyNetwork, build_network
 from optim.manifolds import manifold_of
-from untrusted.json_input import read_object
-from untrusted.limits import UntrustedError
 
 SCHEMA_VERSION = 2
 WEIGHTS = "weights.safetensors"

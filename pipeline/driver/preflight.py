@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_shards.sources import SOURCES
 from data_shards.storage.store import Store
+from data_shards.untrusted.limits import UntrustedError
 from data_shards.write import write_shard_set
 from pipeline.checkpoint.reader import committed, name_strays
 from pipeline.config import RunConfig, changes, decides_result, flatten
@@ -41,7 +42,6 @@ from pipeline.tracking.addresses import listed_addresses
 from pipeline.tracking.client import TrackingConfig
 from pipeline.training.data import Samples, open_samples
 from pipeline.training.zero3 import require_precision
-from untrusted.limits import UntrustedError
 
 _SQLITE = "sqlite:///"
 

@@ -18,12 +18,12 @@ from rich.text import Text
 from typing_extensions import Self
 
 from data_shards.storage.store import Store
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.limits import UntrustedError
 from model.certification.wilson_interval import wilson
 from model.verifier import supported
 from pipeline.run.addresses import moved, roots
 from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
-from untrusted.json_input import parse_object
-from untrusted.limits import UntrustedError
 
 
 @dataclass(frozen=True)

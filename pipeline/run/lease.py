@@ -39,10 +39,10 @@ from typing_extensions import Self
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.limits import UntrustedError
 from pipeline.errors import PipelineError
 from pipeline.run.layout import LEASES, RECORDS, record
-from untrusted.json_input import parse_object
-from untrusted.limits import UntrustedError
 
 logger = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import pydantic
 
+from data_shards.untrusted.limits import require
 from pipeline.tracking.addresses import (
     bound_answers,
     listed_addresses,
@@ -33,7 +34,6 @@ from pipeline.tracking.addresses import (
 )
 from pipeline.tracking.relocation import location as artifact_location
 from pipeline.tracking.relocation import relocate
-from untrusted.limits import require
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """MLflow's model registry: versions with their evidence, aliases, and what makes them loadable.
 
 A registered version is the LoggedModel of a checkpoint, to which `package` adds a loader (models
-from untrusted.json_input import parse_object
+from data_shards.untrusted.json_input import parse_object
 from code, nothing pickled) and the certificate on which decisions rest. The weights stay where they
 are: the loader gets their address and digest.
 """
@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.limits import require
 from pipeline.run.layout import SUMMARY
 from pipeline.tracking.addresses import AddressError
 from pipeline.tracking.client import (
@@ -31,8 +33,6 @@ from pipeline.tracking.client import (
 )
 from pipeline.tracking.reader import pages
 from pipeline.tracking.relocation import follow
-from untrusted.json_input import parse_object
-from untrusted.limits import require
 
 _EVIDENCE = "evidence"
 _PAGE = 1000

@@ -23,6 +23,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.limits import UntrustedError, require
+from data_shards.untrusted.text import printable
 from pipeline.run.addresses import relative, resolve
 from pipeline.run.append_log import AppendLog
 from pipeline.run.layout import SPOOL
@@ -35,9 +38,6 @@ from pipeline.tracking.client import (
     flatten_params,
     now_ms,
 )
-from untrusted.json_input import parse_object
-from untrusted.limits import UntrustedError, require
-from untrusted.text import printable
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ import pytest
 
 import pipeline.driver.evaluations
 from data_shards.storage.store import Store
+from data_shards.untrusted.terminal import PlainConsole
 from pipeline.config import DataConfig
 from pipeline.driver.console import RunConsole
 from pipeline.driver.evaluations import Evaluations, Splits
@@ -25,7 +26,6 @@ from pipeline.run.events import (
     MetricsReplayed,
     Started,
 )
-from untrusted.terminal import PlainConsole
 
 VALUES = {
     "train/loss": 1.25,
