@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_shards.untrusted.json_input import parse_object
 from pipeline.run.addresses import moved
 
 logger = logging.getLogger(__name__)
@@ -127,11 +128,12 @@ def _notes(database: Path) -> Path:
 
 def _noted(database: Path) -> list[str]:
     try:
-        return [str(place) for place in json.loads(_notes(database).read_text())]
-    except (FileNotFoundError, ValueError):
+        notes = parse_object(_notes(database).read_bytes(), str(_notes(database)))
+        return [str(place) for place in notes["before"]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return []
 
 
 def _note(database: Path, before: Path) -> None:
     places = [*_noted(database), str(before)]
-    _notes(database).write_text(json.dumps(list(dict.fromkeys(places)), indent=1))
+    _notes(database).write_text(json.dumps({"before": list(dict.fromkeys(places))}, indent=1))

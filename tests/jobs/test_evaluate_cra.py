@@ -250,7 +250,7 @@ def finished(tmp_path_factory, artifact):
 def test_a_forged_summary_is_not_believed(finished, forgery, tmp_path):
     shutil.copytree(finished.out_url.removeprefix("file://"), tmp_path / "out")
     out = Store(str(tmp_path / "out"))
-    assert read_result(out).summary == finished
+    assert read_result(out).summary == finished.found_at(out.url)
     body = json.loads(out.read("summary.json"))
     put(body, **FORGERIES[forgery])
     out.write("summary.json", json.dumps(body).encode())
