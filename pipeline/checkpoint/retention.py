@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay; artifacts and evaluations always do."""
+"""Which checkpoints of a run stay; artifacts and evaluations always do. Called by the driver."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence

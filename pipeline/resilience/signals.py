@@ -1,10 +1,10 @@
 """Being told to stop, or that a node goes away: save a checkpoint in time, then stop or go on.
 
 On SIGTERM the handler here notes the signal; without Ray the `InterruptionHook` of the loop
-(pipeline/training/hooks.py) reads it at the next step, with Ray the driver passes it to the ranks
-(pipeline/launch/ray_launcher.py). The hook has the trainer save a checkpoint and stop, the driver
-marks the MLflow run KILLED (pipeline/driver/session.py), and `pipeline.pretrain` exits with
-128 + 15 = 143.
+(pipeline/training/hooks.py) reads it at the next record (`train.log_every`), with Ray the driver
+passes it to the ranks (pipeline/launch/ray_launcher.py). The hook has the trainer save a checkpoint
+and stop, the driver marks the MLflow run KILLED (pipeline/driver/session.py), and
+`pipeline.pretrain` exits with 128 + 15 = 143.
 """
 
 import contextlib
