@@ -14,6 +14,7 @@ from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_runs import Outcome
 from model.certification.wilson_interval import wilson
 from untrusted.text import code as code_span
+from untrusted.text import figure_text
 from untrusted.text import markdown as markdown_text
 
 
@@ -173,5 +174,5 @@ def comparison_png(group: Sequence[System]) -> bytes:
     cost.set_yticks(places, [system.preset for system in group], fontsize=plot_style.SMALL)
     cost.invert_yaxis()
     cost.set_xlabel("seconds of training, mean over the seeds")
-    plot_style.finish(figure, f"{first.samples} samples of {first.dataset}")
+    plot_style.finish(figure, f"{first.samples} samples of {figure_text(first.dataset)}")
     return plot_style.png(figure)

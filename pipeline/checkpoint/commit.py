@@ -1,5 +1,6 @@
 """The content of `commit.json`: one schema for writer and reader, checked whole or not believed."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -52,7 +53,7 @@ class Commit:
     schema_version: Literal[2]
     step: int = Field(ge=0, lt=_MOST)
     world_size: int = Field(ge=1, lt=_MOST)
-    cursor: dict[Literal["seed", "epoch", "position"], int]
+    cursor: dict[str, int]
     scalars: dict[str, float]
     records: list[Metrics]
     config: dict[str, Any]
@@ -125,8 +126,11 @@ def _check(commit: Commit, folder: Store, place: str) -> None:
     step = step_of(folder.url.rstrip("/").rpartition("/")[0])
     if step is not None and step != commit.step:
         raise PipelineError(f"{place} is of step {commit.step}, not of the folder's {step}")
-    if set(commit.cursor) != {"seed", "epoch", "position"}:
-        raise PipelineError(f"{place} has a cursor of {sorted(commit.cursor)} alone")
+    fields = {field.name for field in dataclasses.fields(Cursor)}
+    if set(commit.cursor) != fields:
+        raise PipelineError(
+            f"{place} has a cursor of {sorted(commit.cursor)}, not {sorted(fields)}"
+        )
     _ = commit.next_sample  # raises what no cursor can be
     for name, value in commit.scalars.items():
         if not math.isfinite(value) or (name in _COUNTS and (value < 0 or value % 1)):

@@ -162,7 +162,7 @@ def test_batches_on_ray_give_the_same_rows(artifact, folder, local_ray):
 
 
 def test_a_huge_file_costs_its_own_row_alone(artifact, folder, tmp_path):
-    whole = tmp_path / "with-a-huge-one"
+    whole = tmp_path / "whole"
     shutil.copytree(folder, whole)
     with (whole / "huge.png").open("wb") as file:
         file.truncate(20 << 30)  # sparse: 20 GiB of nothing
