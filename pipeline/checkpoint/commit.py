@@ -126,8 +126,8 @@ def _check(commit: Commit, folder: Store, place: str) -> None:
     step = step_of(folder.url.rstrip("/").rpartition("/")[0])
     if step is not None and step != commit.step:
         raise PipelineError(f"{place} is of step {commit.step}, not of the folder's {step}")
-    fields = {field.name for field in dataclasses.fields(Cursor)}
-    if set(commit.cursor) != fields:
+    known = {field.name for field in dataclasses.fields(Cursor)}
+    if set(commit.cursor) != known:
         raise PipelineError(
             f"{place} has a cursor of {sorted(commit.cursor)}, not {sorted(fields)}"
         )
