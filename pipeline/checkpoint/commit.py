@@ -128,9 +128,7 @@ def _check(commit: Commit, folder: Store, place: str) -> None:
         raise PipelineError(f"{place} is of step {commit.step}, not of the folder's {step}")
     known = {field.name for field in dataclasses.fields(Cursor)}
     if set(commit.cursor) != known:
-        raise PipelineError(
-            f"{place} has a cursor of {sorted(commit.cursor)}, not {sorted(fields)}"
-        )
+        raise PipelineError(f"{place} has a cursor of {sorted(commit.cursor)}, not {sorted(known)}")
     _ = commit.next_sample  # raises what no cursor can be
     for name, value in commit.scalars.items():
         if not math.isfinite(value) or (name in _COUNTS and (value < 0 or value % 1)):
