@@ -17,7 +17,7 @@ from data_shards.format.index import ShardIndex, load_index
 from data_shards.streaming.sampler import ORDER, Cursor, EpochOrder
 from data_shards.streaming.shuffle_quality import ShuffleQuality, shuffle_quality
 from data_shards.streaming.stream import SampleStream
-from untrusted.terminal import PlainConsole
+from data_shards.untrusted.terminal import PlainConsole
 
 _MB = 1e6
 _DEFAULT = StreamConfig()

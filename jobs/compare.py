@@ -17,12 +17,12 @@ from typing import Any
 import tyro
 from pydantic import ValidationError
 
+from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation.results import EvaluationError
 from jobs.reporting.comparison_config import CompareConfig, parse_change
 from jobs.reporting.comparison_report import System, by_norm, comparison_png, markdown
 from jobs.reporting.comparison_runs import Outcome, RunRequest, Runs
 from pipeline.tracking.client import log_comparison, ui_command
-from untrusted.terminal import PlainConsole
 
 TABLE = "compare.md"
 _TUNING = {"data.train-split": "fit", "data.test-split": "validation"}

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_shards.errors import ShardError
+from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation.console import exit_status
 from jobs.evaluation.results import EvaluationError
 from jobs.registry import promotion
@@ -28,7 +29,6 @@ from model.certification.wilson_interval import with_interval
 from model.errors import ModelError
 from pipeline.tracking.client import TrackingConfig, ui_command
 from pipeline.tracking.model_registry import Registry, RegistryError
-from untrusted.terminal import PlainConsole
 
 NOT_PROMOTED = 3
 Name = Annotated[str, tyro.conf.Positional]
@@ -44,8 +44,8 @@ def _rule(model: Name, rule: Rule, tracking: TrackingConfig) -> int:
     """
     promotion.set_rule(Registry(tracking), model, rule)
     _say(
-        f"{model}: champion by {rule.metric}, alpha {rule.alpha:g} divided by the candidates "
-        f"judged on the same test set, gain >= {rule.min_gain:.2%}, first champion on at least "
+        f"{model}: champion by {rule.metric}, alpha {rule.alpha:g} spent over all comparisons on "
+        f"the same test set, gain >= {rule.min_gain:.2%}, first champion on at least "
         f"{rule.min_samples} samples"
     )
     return 0

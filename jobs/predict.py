@@ -26,6 +26,7 @@ from rich.console import Console
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
+from data_shards.untrusted.limits import UntrustedError
 from jobs.evaluation.certify_tasks import ArtifactTask, matrix_tasks
 from jobs.evaluation.console import exit_status
 from jobs.evaluation.executor import map_inline, map_shards
@@ -41,7 +42,6 @@ from model.errors import ModelError
 from pipeline.run.ray_session import ray_session
 from pipeline.tracking.client import TrackingConfig
 from pipeline.tracking.model_registry import Registry, RegistryError
-from untrusted.limits import UntrustedError
 
 FIELDS = ("path", "label", "radius", "norm", "eps", "certified", "size", "resize", "error")
 _TASKS_PER_WAVE = 64

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
+from data_shards.untrusted.text import code, markdown, shown
 from jobs.evaluation.console import exit_status
 from jobs.evaluation.plot_style import run_style
 from jobs.evaluation.results import EvaluationError
@@ -34,7 +35,6 @@ from model.certification.wilson_interval import wilson, with_interval
 from model.errors import ModelError
 from pipeline.tracking.client import RunReference, TrackingConfig, ui_command
 from pipeline.tracking.reader import Reader, TrackedRun, TrackingError
-from untrusted.text import code, markdown, shown
 
 PAGE, TEXT = "report.html", "report.md"
 _NONE = "–"

@@ -27,6 +27,8 @@ from apscheduler.triggers.interval import IntervalTrigger
 from pydantic import ValidationError
 from rich.console import Console
 
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation.results import EvaluationError
 from jobs.scheduling.backlog import Backlog, BacklogEntry
 from jobs.scheduling.claimed_evaluation import Options, command
@@ -37,8 +39,6 @@ from jobs.scheduling.status_page import page
 from pipeline.run.lease import Lease, LeaseError
 from pipeline.run.open_servers import ExposureError, require_closed
 from pipeline.tracking.checkpoint_query import CheckpointQuery
-from untrusted.json_input import parse_object
-from untrusted.terminal import PlainConsole
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,8 @@ from typing_extensions import Self
 from data_shards.config import INDEXED_ONLY, SAME_SAMPLES, StreamConfig
 from data_shards.sources import generated_sources
 from data_shards.storage.store import Store
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.text import unprintable
 from model.certification.eps import check_reach, check_table
 from model.networks.centering import Centering
 from model.networks.config import NetworkConfig
@@ -26,8 +28,6 @@ from optim.manifolds import manifold_of
 from pipeline.errors import NoEffectError, PipelineError
 from pipeline.losses.emma import EmmaLoss
 from pipeline.losses.registry import AnyLoss
-from untrusted.json_input import parse_object
-from untrusted.text import unprintable
 
 SCHEMA_VERSION = 2
 RESERVED_NAMES = ("data", "claims", "mlartifacts", "mlflow.db", "mlflow.db.lock")
@@ -202,7 +202,8 @@ class ClusterConfig:
     """Elastic on Ray: as many ranks as the cluster has room for, from this number to `workers`, of
     those that divide the batch; ranks come and go with nodes. 0: always `workers`."""
     max_failures: int = Field(default=0, ge=-1)
-    """Worker-group restarts from the newest checkpoint; -1 is unlimited."""
+    """Restarts from the newest checkpoint after ranks, also while they start, or Ray Train's
+    controller have died; -1 is unlimited."""
     max_preemptions: int = Field(default=-1, ge=-1)
     """The same after nodes that were taken away with notice, counted on its own."""
     collective_timeout_s: int = Field(default=600, ge=1)

@@ -14,8 +14,8 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
+from data_shards.untrusted.terminal import PlainConsole
 from pipeline.planner.environment_checks import Finding, all_checks, bounded
-from untrusted.terminal import PlainConsole
 
 _COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
 

@@ -1,9 +1,12 @@
 """What a person can act on: the errors that are shown without a traceback."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 from data_shards.errors import ShardError
+from data_shards.untrusted.limits import UntrustedError
 from model.errors import ModelError
 from optim.errors import OptimizerError
-from untrusted.limits import UntrustedError
 
 
 class PipelineError(ValueError):
@@ -34,6 +37,14 @@ class TokenError(ExposureError):
     """A cluster asks for a token that this process does not have."""
 
 
+class RunFailedError(PipelineError):
+    """What ends a run that had begun to train: no refusal any more, which says that nothing was."""
+
+
+class ProcessDiedError(RuntimeError):
+    """A process that the run needs has died, more often than it may; the message says which."""
+
+
 REFUSALS = (
     PipelineError,
     NoEffectError,
@@ -44,3 +55,18 @@ REFUSALS = (
     UntrustedError,
 )
 """The error of this kind of every package."""
+
+
+@contextlib.contextmanager
+def failing(begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """What the block refuses is a failure once the run has begun.
+
+    Raises:
+        RunFailedError: in place of the other REFUSALS, with their message.
+    """
+    try:
+        yield
+    except REFUSALS as error:
+        if isinstance(error, RunFailedError) or not begun():
+            raise
+        raise RunFailedError(str(error)) from error

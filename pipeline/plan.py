@@ -7,6 +7,7 @@ Needs no GPU and no cluster. Exit codes: 0 it fits, 2 it does not, or the input 
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,25 +17,28 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from data_shards.untrusted.terminal import PlainConsole
 from pipeline.config import RunConfig
 from pipeline.errors import REFUSALS, PipelineError
 from pipeline.planner import memory as budget
 from pipeline.planner.calibration import Measured
 from pipeline.planner.estimate import Estimate, estimate, trials
 from pipeline.planner.step_time import DEVICES, Device, device_of
+from pipeline.planner.verification import GFLOPS, Verification, verification
 from pipeline.presets import CHOICES, parse_with_preset
-from untrusted.terminal import PlainConsole
 
 _DEFAULT_DEVICE = "H100"
 _GB = 1e9
-_SETS = {  # images of the training split, kB of one
-    "imagenet": (1_281_167, 110.0),
-    "tiny-imagenet": (100_000, 2.2),
-    "cifar": (50_000, 2.3),
-    "mnist": (60_000, 0.3),
-    "fashion": (60_000, 0.5),
-    "digits": (1_437, 0.1),
+_SETS = {  # images of the training split, kB of one, images of the test split
+    "imagenet": (1_281_167, 110.0, 50_000),
+    "tiny-imagenet": (100_000, 2.2, 10_000),
+    "cifar": (50_000, 2.3, 10_000),
+    "mnist": (60_000, 0.3, 10_000),
+    "fashion": (60_000, 0.5, 10_000),
+    "digits": (1_437, 0.1, 360),
 }
+_DRAWN = 1000
+"""Images of a verification with `--sample`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,9 @@ class Request:
         price_per_gpu_hour: in any currency; 0: cluster.price-per-device-hour.
         images: samples of an epoch; 0: of the preset's data set.
         image_kb: 10^3 bytes of an encoded image; 0: of the preset's data set.
+        test_images: samples of the certified split; 0: of the preset's data set.
+        verify_gflops: 10^9 float64 operations per second of one process of `model.verify`.
+        verify_processes: its `--processes`.
         json: print JSON instead of tables.
         sweep: numbers of devices, as in 8,16,32: a Markdown table with one row for each.
     """
@@ -72,6 +79,9 @@ class Request:
     price_per_gpu_hour: float = 0.0
     images: int = 0
     image_kb: float = 0.0
+    test_images: int = 0
+    verify_gflops: float = GFLOPS
+    verify_processes: int = 1
     json: bool = False
     sweep: str = ""
 
@@ -81,9 +91,10 @@ class Request:
         Raises:
             PipelineError: a value is out of its range.
         """
-        for name in ("nodes", "gpus"):
+        for name in ("nodes", "gpus", "verify_processes"):
             if getattr(self, name) < 1:
-                raise PipelineError(f"--{name} {getattr(self, name)}: at least 1")
+                flag = name.replace("_", "-")
+                raise PipelineError(f"--{flag} {getattr(self, name)}: at least 1")
         for name in (
             "tflops",
             "memory_gb",
@@ -92,9 +103,12 @@ class Request:
             "price_per_gpu_hour",
             "images",
             "image_kb",
+            "test_images",
         ):
             if not getattr(self, name) >= 0:
                 raise PipelineError(f"--{name.replace('_', '-')} must not be negative")
+        if not self.verify_gflops > 0:
+            raise PipelineError(f"--verify-gflops {self.verify_gflops} must be positive")
         if self.efficiency > 1:
             raise PipelineError(f"--efficiency {self.efficiency} must be in (0, 1]")
         if self.device and self.measured:
@@ -128,11 +142,24 @@ class Request:
         Raises:
             PipelineError: the data set of the preset is not known.
         """
-        known = (v for name, v in _SETS.items() if self.run.preset.startswith(name))
-        images, kilobytes = next(known, (0, 0.0))
+        images, kilobytes, _ = self._known
         if not (self.images or images):
             raise PipelineError(f"preset {self.run.preset!r}: give --images, samples of an epoch")
         return self.images or images, 1e3 * (self.image_kb or kilobytes)
+
+    @property
+    def _known(self) -> tuple[int, float, int]:
+        known = (v for name, v in _SETS.items() if self.run.preset.startswith(name))
+        return next(known, (0, 0.0, 0))
+
+    def verification(self) -> Verification:
+        """What it takes to verify the certificate of the result."""
+        return verification(
+            self.run.model,
+            images=self.test_images or self._known[2],
+            gflops=self.verify_gflops,
+            processes=self.verify_processes,
+        )
 
     def estimate(self, ranks: int, run: RunConfig | None = None) -> Estimate:
         """The run (or another one) on a number of devices."""
@@ -195,6 +222,24 @@ def report(found: Estimate, request: Request) -> dict[str, Any]:
         "checkpoint_bytes": state,
         "artifact_bytes": budget.artifact_bytes(found.weights),
         "data_bytes_per_s": image_bytes * found.images_per_s if image_bytes else None,
+        "verification": _verification_facts(request.verification()),
+    }
+
+
+def _verification_facts(found: Verification) -> dict[str, Any]:
+    """The verification of the certificate as JSON values: seconds, bytes, counts."""
+    return {
+        "matrices": [
+            step._asdict() | {"s": found.seconds(step.operations)} for step in found.steps
+        ],
+        "gflops": found.gflops,
+        "processes": found.processes,
+        "reading_s": found.reading_s,
+        "bounds_s": found.bounds_s,
+        "image_s": found.image_s,
+        "images": found.images,
+        "total_s": found.total_s,
+        "memory_peak": found.peak,
     }
 
 
@@ -235,6 +280,28 @@ def _tables(found: Estimate, request: Request) -> Iterator[Table]:
     for name, value in _figures(found, facts):
         run.add_row(name, value)
     yield run
+    yield _verification_table(request.verification())
+
+
+def _verification_table(found: Verification) -> Table:
+    """What `model.verify` takes; steps of one shape are one row."""
+    table = Table("verification of the certificate", "FLOPs", "seconds", "GB")
+    same = Counter((step.shape, step.operations, step.values) for step in found.steps)
+    for (shape, operations, values), count in same.items():
+        sides = " x ".join(map(str, shape))
+        seconds = f"{found.seconds(operations):,.3g}"
+        table.add_row(
+            f"{count} of {sides}, each", f"{operations:.3g}", seconds, f"{8 * values / _GB:.2f}"
+        )
+    rate = f"{found.processes} x {found.gflops:g} GFLOP/s (float64)"
+    table.add_row("reading and hashing the weights", "", f"{found.reading_s:,.3g}", "")
+    table.add_row(f"all bounds, {rate}", "", f"{found.bounds_s:,.3g}", f"{found.peak / _GB:.2f}")
+    for images in dict.fromkeys(n for n in (1, min(_DRAWN, found.images), found.images) if n):
+        operations = images * found.one.operations
+        table.add_row(
+            f"{images:,} images", f"{operations:.3g}", f"{images * found.image_s:,.3g}", ""
+        )
+    return table
 
 
 def _time_table(found: Estimate) -> Table:

@@ -1,11 +1,12 @@
 """Entry: `python -m pipeline.pretrain [PRESET] [--overrides]`.
 
-Parses, prepares, launches, shows. Exit codes: 0 done, 1 failed, 2 refused, 124 hung without Ray,
-130 or 143 stopped.
+Parses, prepares, launches, shows. Exit codes: 0 done, 1 failed, 2 refused before anything was
+trained, 124 hung without Ray, 130 or 143 stopped (`docs/faults.md`).
 """
 
 import contextlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from pipeline.driver.console import lenient_console
 from pipeline.driver.monitor import RunMonitor
 from pipeline.driver.preflight import prepare
 from pipeline.driver.session import run_session
-from pipeline.errors import REFUSALS
+from pipeline.errors import REFUSALS, ProcessDiedError, RunFailedError
 from pipeline.presets import CHOICES, parse_with_preset
 from pipeline.resilience.oom import fit_here, fit_in_memory
 from pipeline.resilience.signals import StopSignal
@@ -64,9 +65,11 @@ def _main(arguments: Sequence[str], console: Console, stop: StopSignal) -> int:
     try:
         config = parse(arguments)
         _run(config, console, stop)
+    except (RunFailedError, ProcessDiedError) as error:
+        _say(console, "failed", f"{error}; --resume goes on after the newest checkpoint")
+        return 1
     except (*REFUSALS, ValidationError) as error:
-        console.print("refused:", style="bold red", end=" ")
-        console.print(_one_message(error), soft_wrap=True)
+        _say(console, "refused", _one_message(error))
         return 2
     except KeyboardInterrupt:
         console.print("interrupted")
@@ -74,12 +77,29 @@ def _main(arguments: Sequence[str], console: Console, stop: StopSignal) -> int:
     except SystemExit as stopped:
         if config is None:  # the parser's own
             raise
-        if not isinstance(stopped.code, int) or stopped.code <= _SIGNALS:
-            console.print("interrupted")  # Ray's handler of SIGINT exits with 0
-            return 130
-        console.print("stopped by a signal; --resume goes on after the newest checkpoint")
-        return stopped.code
+        code = _signal_status(stopped.code)
+        if code == _SIGNALS + signal.SIGINT:
+            console.print("interrupted")
+        else:
+            console.print("stopped by a signal; --resume goes on after the newest checkpoint")
+        return code
     return 0
+
+
+def _signal_status(code: object) -> int:
+    """The status that a shell gives a process which a signal has ended.
+
+    `StopSignal` exits with it. While Ray starts, its own handlers stand there: that of SIGTERM
+    exits with the number of the signal, that of SIGINT with 0.
+    """
+    if code == signal.SIGTERM:
+        return _SIGNALS + signal.SIGTERM
+    return code if isinstance(code, int) and code > _SIGNALS else _SIGNALS + signal.SIGINT
+
+
+def _say(console: Console, what: str, message: str) -> None:
+    console.print(f"{what}:", style="bold red", end=" ")
+    console.print(message, soft_wrap=True)
 
 
 def _one_message(error: Exception) -> str:
@@ -100,6 +120,7 @@ def _run(config: RunConfig, console: Console, stop: StopSignal) -> None:
 
 def _run_on_ray(config: RunConfig, console: Console, stop: StopSignal) -> None:
     from pipeline.launch.ray_launcher import cluster_session, fit
+    from pipeline.launch.ray_watch import watched
 
     with contextlib.ExitStack() as stack:
         preparing = prepare(config, world_size=config.cluster.workers, waiting=_once(console))
@@ -107,9 +128,13 @@ def _run_on_ray(config: RunConfig, console: Console, stop: StopSignal) -> None:
             prepared = stack.enter_context(preparing)
         stack.enter_context(cluster_session(config.cluster))
         stop.install()  # once more: ray.init has put a handler of its own there
+        servers = stack.enter_context(watched())
         with run_session(prepared, console) as monitor, stop.deferred():
+            servers.on_loss = monitor.fail
             fit_in_memory(
-                lambda job: fit(job, monitor.handle, stop), monitor.stamp(prepared.job), stop
+                lambda job: fit(job, monitor.handle, stop, servers),
+                monitor.stamp(prepared.job),
+                stop,
             )
 
 

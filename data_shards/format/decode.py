@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data_shards.errors import ShardError
 from data_shards.format.crop_box import RATIO, SCALE, Box, random_crop_box
-from untrusted.limits import UntrustedError, require
+from data_shards.untrusted.limits import UntrustedError, require
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 MAX_SCANNED = 1 << 29

@@ -18,7 +18,7 @@ from data_shards.format.decode import EXTENSIONS
 from data_shards.format.index import Shard, ShardIndex
 from data_shards.format.shard_scan import MAX_IMAGE, HashedFile, StoredSample
 from data_shards.format.tar import Member, walk
-from untrusted.json_input import parse_json
+from data_shards.untrusted.json_input import parse_json
 
 _MAX_LABEL = 1 << 20  # bytes of a member with a label
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)

@@ -25,8 +25,8 @@ from data_shards.format.decode import EXTENSIONS
 from data_shards.format.shard_files import ShardFiles
 from data_shards.format.tar import BLOCK
 from data_shards.storage.store import Store
-from untrusted.limits import UntrustedError, limits, require_name
-from untrusted.parquet import open_parquet, read_column, require_rows
+from data_shards.untrusted.limits import UntrustedError, limits, require_name
+from data_shards.untrusted.parquet import open_parquet, read_column, require_rows
 
 _logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from data_shards.errors import ShardError
 from data_shards.format.decode import EXTENSIONS
 from data_shards.format.tar import Member, walk
 from data_shards.storage.store import Store
-from untrusted.limits import limits
+from data_shards.untrusted.limits import limits
 
 _BLOCK = 8 << 20
 MAX_IMAGE = limits().image_bytes

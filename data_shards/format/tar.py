@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from data_shards.errors import ShardError
-from untrusted.limits import UntrustedError, require_name
+from data_shards.untrusted.limits import UntrustedError, require_name
 
 BLOCK = tarfile.BLOCKSIZE
 _MAX_EXTENDED = 1 << 20  # bytes of an extended header

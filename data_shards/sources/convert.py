@@ -16,7 +16,7 @@ from PIL import Image
 from data_shards.errors import ShardError
 from data_shards.format.decode import decode_image
 from data_shards.sources.base import encode_png
-from untrusted.limits import limits
+from data_shards.untrusted.limits import limits
 
 _SHORT_SIDE = 256 / 224  # of the size that is cut out
 _SIGNATURES = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"))

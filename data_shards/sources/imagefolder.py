@@ -15,7 +15,7 @@ from data_shards.sources.base import VALIDATION, Source, hold_out, hold_out_test
 from data_shards.sources.convert import Recipe
 from data_shards.sources.folder_tree import EXTENSIONS, FolderTree, Listing, NotTaken
 from data_shards.storage.store import Store
-from untrusted.limits import UntrustedError, require
+from data_shards.untrusted.limits import UntrustedError, require
 
 _TRAIN = "train"
 _TEST = ("val", "test")

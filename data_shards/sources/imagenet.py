@@ -20,7 +20,7 @@ from data_shards.sources.base import VALIDATION, Source, hold_out
 from data_shards.sources.convert import Recipe
 from data_shards.sources.imagenet_devkit import DEVKIT, Devkit, read_devkit
 from data_shards.storage.store import Store
-from untrusted.terminal import PlainConsole
+from data_shards.untrusted.terminal import PlainConsole
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VAL = "ILSVRC2012_img_val.tar"

@@ -22,8 +22,8 @@ from data_shards.errors import ShardError
 from data_shards.storage.http_objects import http_size
 from data_shards.storage.range_reader import IN_FLIGHT, chunks_of, read_ranges
 from data_shards.storage.retry import RetryCount, with_retries
-from untrusted.json_input import parse_object
-from untrusted.limits import require
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.limits import require
 
 _logger = logging.getLogger(__name__)
 

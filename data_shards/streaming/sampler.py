@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from data_shards.errors import ShardError
 from data_shards.rng import WORDS_PER_COUNTER, philox_words, unit_interval
-from untrusted.json_input import parse_object
+from data_shards.untrusted.json_input import parse_object
 
 # Purposes of random words that share the key (seed, epoch).
 _SHARDS, _ROTATION, _WINDOW, AUGMENT, REPLACE, CROP, RANDAUGMENT, _LANES = range(8)

@@ -4,7 +4,7 @@ import time
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from untrusted.terminal import PlainConsole
+from data_shards.untrusted.terminal import PlainConsole
 
 
 class ProgressBar:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_shards.errors import ShardError
-from untrusted.json_input import parse_object
+from data_shards.untrusted.json_input import parse_object
 
 _KEY = b"shard"
 SOURCE_HASH = "source_xxh3_64"  # a column beside those of the index: digest of the archive's bytes

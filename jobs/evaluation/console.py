@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation.progress import EvaluationProgress, OnProgress
-from untrusted.terminal import PlainConsole
 
 _LINE_EVERY_S = 30.0
 

@@ -50,6 +50,7 @@ from model.certification.rounding import PROGRAMS
 from model.empirical_lipschitz import refute
 from model.errors import ModelError
 from model.networks.base import LipschitzBound
+from pipeline.run.addresses import resolve
 from pipeline.run.evaluation_summary import AttackScores, ColumnScores, EvaluationSummary, LayerRow
 from pipeline.run.layout import (
     BOUNDS_FIGURE,
@@ -198,7 +199,8 @@ def artifact_info(url: str) -> ArtifactInfo:
 def _fitting_index(
     config: EvaluationConfig, info: ArtifactInfo, load: Callable[[str], ShardIndex] = load_index
 ) -> ShardIndex:
-    url = config.shards or info.context.get("shards_url")
+    stated = info.context.get("shards_url")
+    url = config.shards or (stated and resolve(stated, base=config.artifact))
     if not url:
         raise EvaluationError(
             f"artifact {config.artifact} does not say which shard set it belongs to: give --shards"

@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from data_shards.storage.store import Store
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.parquet import read_table, require_rows
 from jobs.evaluation.certificate_file import column_body
 from jobs.evaluation.results import (
     COLUMNS,
@@ -33,8 +35,6 @@ from model.empirical_lipschitz import refute
 from model.networks.base import CertifiedNetwork
 from pipeline.run.evaluation_summary import EvaluationSummary, LayerRow
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
-from untrusted.json_input import parse_object
-from untrusted.parquet import read_table, require_rows
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_result(out: Store) -> StoredResult:
     try:
         data = evaluation_files(out)
         body = certificate_body(data[CERTIFICATE])
-        summary = EvaluationSummary.from_json(data[SUMMARY])
+        summary = EvaluationSummary.from_json(data[SUMMARY]).found_at(out.url)
         if body["samples_sha256"] != hashlib.sha256(data[SAMPLES]).hexdigest():
             raise EvaluationError(f"{SAMPLES} is not the one of {CERTIFICATE}")
         table = read_table(data[SAMPLES], SAMPLES)

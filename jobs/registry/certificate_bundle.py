@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ import numpy as np
 import pyarrow as pa
 
 from data_shards.storage.store import Store
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.parquet import read_table
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.stored_result import evaluation_files
 from jobs.registry.promotion_rule import Bits, Rule
 from model.certification.eps import eps_value
 from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
-from untrusted.json_input import parse_object
-from untrusted.parquet import read_table
 
 FILES = (CERTIFICATE, SAMPLES, SUMMARY)
 VERIFY_TIMEOUT_S = 6 * 3600.0
@@ -92,7 +92,11 @@ class CertificateBundle:
             raise EvaluationError(f"no finished evaluation at {store}: {error}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise EvaluationError(f"{store} cannot be read: {error!r}") from error
-        return cls.of_files(files, store)
+        return cls.of_files(files, store).found_at(store.url)
+
+    def found_at(self, url: str) -> CertificateBundle:
+        """The same where the evaluation lies now: artifact and shard set were moved with it."""
+        return replace(self, summary=self.summary.found_at(url))
 
     @property
     def digest(self) -> str:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,13 @@ from data_shards.storage.store import Store
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import artifact_info
 from jobs.registry.certificate_bundle import CertificateBundle, VerificationError
-from jobs.registry.promotion_rule import Comparison, Rule, compare, samples_to_verify
+from jobs.registry.promotion_rule import (
+    Comparison,
+    Rule,
+    compare,
+    comparison_key,
+    samples_to_verify,
+)
 from model.artifact.artifact import WEIGHTS
 from model.verifier import supported
 from pipeline.tracking.client import RunReference
@@ -193,12 +199,7 @@ def promote(
                 f"the champion on those of the candidate and name that evaluation with --against"
             )
     used = evidence[candidate.number]
-    comparison = compare(
-        rule,
-        used.certified(rule),
-        theirs.certified(rule) if theirs else None,
-        judged_before=len(registry.judged(used.index_digest) - {used.model_digest}),
-    )
+    comparison, key = _compare(registry, rule, used, theirs)
     reason, promoted = comparison.reason, comparison.passes
     verification: dict[str, Any] = {}
     if promoted:  # what is refused anyway need not be verified
@@ -215,9 +216,34 @@ def promote(
     }
     if promoted:
         _require_champion(registry, candidate, champion)
-    run = _record(registry, name, rule, comparison, body, used)
+        _require_place(registry, used.index_digest, key, comparison)
+    run = _record(
+        registry,
+        name,
+        rule,
+        comparison,
+        body,
+        {"gate.index_digest": used.index_digest, "gate.comparison": key},
+    )
     _act(registry, candidate, champion, promoted=promoted, run_id=run.run_id)
     return Decision(promoted, candidate, champion, reason, comparison, run)
+
+
+def _compare(
+    registry: Registry, rule: Rule, candidate: CertificateBundle, champion: CertificateBundle | None
+) -> tuple[Comparison, str]:
+    """Apply the rule; also the key by which later comparisons count this one, empty without one."""
+    ours, before = candidate.certified(rule), registry.comparisons(candidate.index_digest)
+    if champion is None:
+        return compare(rule, ours, None, judged_before=len(before)), ""
+    theirs = champion.certified(rule)
+    key = comparison_key(rule, ours, theirs)
+    return compare(rule, ours, theirs, judged_before=_place(before, key)), key
+
+
+def _place(before: Sequence[str], key: str) -> int:
+    """How many comparisons came first; the same one again keeps its place and its level."""
+    return before.index(key) if key in before else len(before)
 
 
 def rollback(registry: Registry, name: str, *, to: int | None = None, reason: str = "") -> Version:
@@ -281,13 +307,12 @@ def _record(
     rule: Rule,
     comparison: Comparison,
     body: Mapping[str, Any],
-    used: CertificateBundle,
+    counted: Mapping[str, str],
 ) -> RunReference:
     """The run of a decision, written before anything moves."""
     decision = "promoted" if body["promoted"] else "rejected"
     tags = {**_tags("promote", name), "gate.decision": decision, "gate.reason": body["reason"]}
-    # By these a later decision counts this one.
-    tags |= {"gate.index_digest": used.index_digest, "gate.model_digest": used.model_digest}
+    tags |= counted
     with registry.gate_run(f"gate-promote-{name}", tags) as run:
         metrics = {
             rule.metric: comparison.candidate_cra,
@@ -297,6 +322,7 @@ def _record(
             "gate/champion_only": float(comparison.champion_only),
             "gate/judged": float(comparison.judged),
             "gate/level": comparison.level,
+            "gate/spent": comparison.spent,
         }
         params = {
             **body["rule"],
@@ -314,6 +340,14 @@ def _require_champion(registry: Registry, candidate: Version, champion: Version 
         raise RegistryError(
             f"the champion of {candidate.name!r} became {now} while {candidate} was judged against "
             f"{champion}: promote again"
+        )
+
+
+def _require_place(registry: Registry, test_set: str, key: str, comparison: Comparison) -> None:
+    """Each place has a level of its own: two comparisons may not take the same one."""
+    if key and _place(registry.comparisons(test_set), key) + 1 != comparison.judged:
+        raise RegistryError(
+            "another comparison on this test set was recorded in the meantime: promote again"
         )
 
 
@@ -339,13 +373,12 @@ def _evidence_of(registry: Registry, evaluation: str) -> CertificateBundle:
     if not re.fullmatch("[0-9a-f]{32}", evaluation):
         return CertificateBundle.read(evaluation)
     recorded = registry.recorded_evaluation(evaluation)
-    place = registry.require_address(str(recorded.summary.get("out_url")))
+    place = registry.require_address(registry.located(str(recorded.summary.get("out_url"))))
     evidence = CertificateBundle.read(place)
     stated = recorded.params.get("certificate_digest")
     if evidence.digest != stated:
         raise EvaluationError(
-            f"run {evaluation} recorded certificate {stated}; at {recorded.summary['out_url']} "
-            f"lies {evidence.digest}"
+            f"run {evaluation} recorded certificate {stated}; at {place} lies {evidence.digest}"
         )
     return evidence
 
@@ -354,6 +387,7 @@ def _packaged(registry: Registry, version: Version) -> CertificateBundle:
     """The evidence with which a version was registered."""
     stated = version.tags.get("certificate_digest", "")
     evidence = CertificateBundle.of_files(registry.evidence(version, stated), version)
+    evidence = evidence.found_at(registry.located(evidence.summary.out_url))
     for address in (evidence.summary.artifact_url, evidence.summary.shards_url):
         registry.require_address(address)
     _require_digests(version, evidence)

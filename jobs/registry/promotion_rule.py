@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from typing import Annotated, Literal
 
@@ -16,6 +17,7 @@ from model.certification.wilson_interval import with_interval
 
 MISSED_FORGERY = 1e-3
 """Largest probability that a forgery which decided the comparison is not met."""
+SPENDING = "alpha / (k (k + 1)) for the k-th comparison on a test set"
 _FIRST_SHARE = 0.01  # of the samples: what a forged first champion could gain unseen
 Bits = npt.NDArray[np.bool_]
 
@@ -29,10 +31,12 @@ class Rule:
     A candidate becomes champion if, on the same test set, it has at least `min_gain` more cra_sound
     at eps than the champion, and chance would give an advantage as large in at most `alpha` of all
     cases: of the samples that only one of the two certifies, each is the candidate's with
-    probability 1/2 (exact one-sided sign test on paired samples, McNemar 1947). Whoever judges many
-    candidates on one test set meets chance more often, so `alpha` is divided by the number of
-    candidates that were judged on it so far, this one included (Bonferroni). The first champion is
-    compared with none: it needs one certified sample, and a test set of `min_samples`.
+    probability 1/2 (exact one-sided sign test on paired samples, McNemar 1947). Whoever compares
+    many candidates on one test set meets chance more often, so `alpha` is spent over all
+    comparisons there will ever be: the k-th on a test set may use alpha / (k (k + 1)), and these
+    sum to alpha. So chance promotes anything at all, ever, in at most `alpha` of all cases. The
+    first champion is compared with none and spends nothing: it needs one certified sample, and a
+    test set of `min_samples`.
     """
 
     eps: str
@@ -40,7 +44,7 @@ class Rule:
     norm: Literal["l2", "linf"] = "l2"
     """Norm of the radius."""
     alpha: Annotated[float, pydantic.Field(gt=0, le=0.5)] = 0.05
-    """Largest p-value of a promotion, before it is divided by the number of candidates."""
+    """Probability that chance alone ever promotes on a test set, over all comparisons together."""
     min_gain: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
     """Smallest gain of cra_sound, a share of the samples."""
     min_samples: Annotated[int, pydantic.Field(ge=1)] = 200
@@ -71,8 +75,11 @@ class Comparison:
         p_value: probability of such an advantage, or a larger one, by chance.
         passes: what the rule says.
         reason: why, in words.
-        judged: candidates judged so far on this test set, this one included.
-        level: largest p-value that passes, alpha / judged.
+        judged: comparisons on this test set so far, this one included.
+        level: largest p-value that passes, alpha / (judged (judged + 1)); 0 for a first champion,
+            where nothing is compared.
+        spent: sum of the levels of all comparisons so far, this one included; it stays below alpha.
+        spending: the rule of the levels.
     """
 
     samples: int
@@ -85,6 +92,8 @@ class Comparison:
     reason: str
     judged: int
     level: float
+    spent: float = 0.0
+    spending: str = SPENDING
 
     @property
     def gain(self) -> float:
@@ -101,10 +110,9 @@ def compare(
         rule: the rule.
         candidate: whether each sample is certified.
         champion: the same; None: there is no champion.
-        judged_before: other candidates that were judged on these samples.
+        judged_before: other comparisons that were made on these samples before.
     """
-    samples, judged = len(candidate), judged_before + 1
-    level = rule.alpha / judged
+    samples = len(candidate)
     share = float(candidate.mean())
     if champion is None:
         count = int(candidate.sum())
@@ -114,7 +122,12 @@ def compare(
             f"{with_interval(share, samples)} (needed: 1 of at least {rule.min_samples} samples, "
             "rule.min_samples)"
         )
-        return Comparison(samples, share, None, count, 0, 1.0, passes, reason, judged, level)
+        spent = rule.alpha * judged_before / (judged_before + 1)
+        return Comparison(
+            samples, share, None, count, 0, 1.0, passes, reason, judged_before, 0.0, spent
+        )
+    judged = judged_before + 1
+    level = rule.alpha / (judged * (judged + 1))
     ours, theirs = int((candidate & ~champion).sum()), int((champion & ~candidate).sum())
     p_value = _p_value(ours, theirs)
     gain = (ours - theirs) / samples
@@ -124,7 +137,8 @@ def compare(
         f"{with_interval(float(champion.mean()), samples)}, gain {gain:+.4%} "
         f"(needed: more than 0 and at least {rule.min_gain:.4%}); {ours} samples certified by the "
         f"candidate only, {theirs} by the champion only, p = {p_value:.3g} (needed: at most "
-        f"{level:.3g}, that is {rule.alpha:g} / {judged} candidates judged on this test set)"
+        f"{level:.3g}, that is {rule.alpha:g} / ({judged} * {judged + 1}) for comparison {judged} "
+        "on this test set)"
     )
     return Comparison(
         samples,
@@ -137,7 +151,14 @@ def compare(
         reason,
         judged,
         level,
+        rule.alpha * judged / (judged + 1),
     )
+
+
+def comparison_key(rule: Rule, candidate: Bits, champion: Bits) -> str:
+    """Digest of everything that a p-value depends on: the same key means the same test again."""
+    bits = np.packbits(np.concatenate([candidate, champion])).tobytes()
+    return hashlib.sha256(f"{rule.metric} {len(candidate)} ".encode() + bits).hexdigest()
 
 
 def samples_to_verify(rule: Rule, found: Comparison) -> int:

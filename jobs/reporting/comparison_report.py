@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.untrusted.text import code as code_span
+from data_shards.untrusted.text import figure_text
+from data_shards.untrusted.text import markdown as markdown_text
 from jobs.evaluation import plot_style
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_runs import Outcome
 from model.certification.wilson_interval import wilson
-from untrusted.text import code as code_span
-from untrusted.text import figure_text
-from untrusted.text import markdown as markdown_text
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ from jobs.evaluation.stored_result import read_result
 from jobs.reporting.comparison_config import CompareConfig
 from model.artifact.artifact import ArtifactInfo, parameter_shapes, read_info
 from pipeline.run import layout
+from pipeline.run.addresses import resolve
 from pipeline.run.evaluation_summary import EvaluationSummary
+from pipeline.run.lease import read_record_object
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ class Outcome:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The resolved configuration, nested."""
-        return Store(self.folder).read_object(layout.CONFIG)
+        return read_record_object(Store(self.folder), layout.CONFIG) or {}
 
     def setting(self, name: str) -> Any:
         """A value of the resolved configuration by its dotted name; None if there is none."""
@@ -123,7 +125,11 @@ class Outcome:
 
     def samples(self, split: str) -> int:
         """Samples of a split of the shard set that it was trained on."""
-        return len(load_index(self.info.context["shards_url"]).select(split))
+        return len(
+            load_index(resolve(self.info.context["shards_url"], base=str(self.artifact))).select(
+                split
+            )
+        )
 
     @cached_property
     def _step_seconds(self) -> list[tuple[int, float]]:

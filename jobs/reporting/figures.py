@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.untrusted.text import figure_text
 from jobs.evaluation import plot_style
 from jobs.reporting.report_data import ComparisonGroup, ReportEntry
 from model.certification.eps import eps_value
-from untrusted.text import figure_text
 
 _PANELS = 3
 

@@ -23,12 +23,13 @@ import pyarrow as pa
 from data_shards.format.index import ShardIndex, load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import decode, fetch
+from data_shards.untrusted.parquet import read_table
+from data_shards.untrusted.text import shown
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.stored_result import evaluation_files
 from model.artifact.artifact import WEIGHTS, ArtifactInfo, read_info
+from pipeline.run.addresses import moved, roots
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
-from untrusted.parquet import read_table
-from untrusted.text import shown
 
 VERIFY_PAGE = "verify.html"
 LARGEST_WEIGHTS = 2 << 20
@@ -153,7 +154,9 @@ def _summary_of(evaluation: Store) -> dict[str, Any]:
 def _named(summary: dict[str, Any], field: str, evaluation: Store, option: str) -> str:
     if not isinstance(summary.get(field), str):
         raise EvaluationError(f"{evaluation}/{SUMMARY} names no {field}; give it with {option}")
-    return str(summary[field])
+    # Where it lies after the storage was copied or moved, with the evaluation in it.
+    before, now = roots(str(summary.get("out_url") or evaluation.url), evaluation.url)
+    return moved(summary[field], before=before, now=now)
 
 
 def _read_certificate(evaluation: Store) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 
 import pydantic
 
+from data_shards.untrusted.json_input import parse_object
 from jobs.evaluation.config import EvaluationConfig, suite_config
 from jobs.evaluation.suites import EVALUATION_SUITES
 from pipeline.tracking.checkpoint_query import Checkpoint
 from pipeline.tracking.client import TrackingConfig
-from untrusted.json_input import parse_object
 
 _STRICT = pydantic.ConfigDict(extra="forbid")
 _Seconds = Annotated[float, pydantic.Field(gt=0)]

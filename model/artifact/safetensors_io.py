@@ -16,9 +16,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.limits import UntrustedError, require, require_name
 from model.errors import ModelError
-from untrusted.json_input import parse_object
-from untrusted.limits import UntrustedError, require, require_name
 
 _DTYPES = {
     "F64": torch.float64,

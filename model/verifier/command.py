@@ -4,16 +4,24 @@ import argparse
 import re
 import secrets
 import sys
+from collections.abc import Iterable
+from fractions import Fraction
 
 import numpy as np
 
 from model.verifier.artifact import read_artifact
-from model.verifier.certificate import COLUMNS, read_certificate, read_samples
+from model.verifier.certificate import COLUMNS, radii_of_table, read_certificate, read_samples
 from model.verifier.families.base import Family
-from model.verifier.files import Body
+from model.verifier.files import Body, Table
 from model.verifier.mathematics.certificate_bounds import bound_matrices, check_bounds
 from model.verifier.refusal import Near, RefusalError
-from model.verifier.samples import check_errors, check_samples, check_table
+from model.verifier.samples import (
+    Unknown,
+    certified_samples,
+    check_errors,
+    check_samples,
+    check_table,
+)
 from model.verifier.shards import read_index
 
 
@@ -24,6 +32,7 @@ def verify(
     sample: int | None = None,
     seed: int | None = None,
     processes: int = 1,
+    eps: Iterable[str] = (),
 ) -> str:
     """Derive a certificate again.
 
@@ -34,6 +43,7 @@ def verify(
         sample: how many samples to evaluate; None for all.
         seed: of the choice among them; None to draw one.
         processes: how many bound matrices side by side.
+        eps: radii of the printed table beside those that the certificate names.
 
     Returns:
         A short report.
@@ -44,11 +54,17 @@ def verify(
     head, _, name = certificate.rpartition("/")
     folder = (head or ".") if name == "certificate.json" else certificate
     with np.errstate(all="ignore"):  # what overflows or is not a number proves nothing
-        return _verify(folder, artifact, shards, sample, seed, processes)
+        return _verify(folder, artifact, shards, sample, seed, processes, radii_of_table(eps))
 
 
 def _verify(
-    folder: str, artifact: str, shards: str, sample: int | None, seed: int | None, processes: int
+    folder: str,
+    artifact: str,
+    shards: str,
+    sample: int | None,
+    seed: int | None,
+    processes: int,
+    asked: dict[str, Fraction],
 ) -> str:
     body = read_certificate(folder)
     samples = read_samples(folder, body)
@@ -63,19 +79,46 @@ def _verify(
         seed = secrets.randbits(64) if seed is None else seed
         chosen = np.sort(np.random.default_rng(seed).choice(count, sample, replace=False))
         how = f", drawn with seed {seed}"
-    largest = check_samples(network, images, samples, chosen, body)
+    largest, unknown = check_samples(network, images, samples, chosen, body)
     complete = len(chosen) == count
     check_errors(body, largest, complete)
     share = f"{len(chosen)} of {count} ({len(chosen) / count:.1%}){how}"
-    return report(body, network, share, complete)
+    return report(body, network, samples, asked, share, not_derived(network, unknown, complete))
 
 
-def report(body: Body, network: Family, share: str, complete: bool) -> str:
+UNDERIVED = {
+    "code_version": "",
+    "eps": " (the producer's choice of radii; --eps shows others)",
+    "observed_lipschitz": " (positive, not above the bound)",
+}
+"""Fields of certificate.json that may be another without a disagreement, and what is known."""
+
+
+def not_derived(network: Family, unknown: Unknown, complete: bool) -> list[str]:
+    """What was accepted as it is stated."""
+    found = [name + known for name, known in UNDERIVED.items()]
+    if any(bounds.lower == 0 for bounds in network.matrices.values()):
+        found.append("lower of layers that are no plain matrices (not above upper)")
+    for name, count in unknown.items():
+        if count:
+            found.append(
+                f"{name} of {count} samples, where nothing bounds the rounding of its program"
+            )
+    if not complete:
+        found.append("errors and radii of samples that were not drawn")
+    return found
+
+
+def report(
+    body: Body,
+    network: Family,
+    samples: Table,
+    asked: dict[str, Fraction],
+    share: str,
+    underived: list[str],
+) -> str:
     """What was checked, what was not derived, and the table."""
     columns, bound = body["columns"], network.bound
-    underived = ["code_version", "observed_lipschitz (positive, not above the bound)"]
-    if not complete:
-        underived.append("errors and radii of samples that were not drawn")
     lines = [
         f"OK: certificate {body['digest'][:12]} of model {body['model']['digest'][:12]}",
         f"family: {network.config['kind']}; radii proved in {network.norm} with the verifier's own "
@@ -89,7 +132,9 @@ def report(body: Body, network: Family, share: str, complete: bool) -> str:
         "".join(f"{text:>16}" for text in ("", *(columns[name]["program"] for name in COLUMNS))),
     ]
     rows = {"clean": [columns[name]["clean"] for name in COLUMNS]}
-    rows |= {eps: [columns[name]["cra"][eps] for name in COLUMNS] for eps in body["eps"]}
+    radii = radii_of_table(body["eps"]) | asked
+    found = [certified_samples(samples, name, radii) for name in COLUMNS]
+    rows |= {eps: [each[eps] / len(samples["key"]) for each in found] for eps in radii}
     for eps, shares in rows.items():
         lines.append(f"{eps:>16}" + "".join(f"{value:>16.2%}" for value in shares))
     if vacuous := [name for name in COLUMNS if columns[name]["vacuous"]]:
@@ -106,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sample", type=_natural, help="evaluate so many samples; default: all")
     parser.add_argument("--seed", type=_natural, help="of the choice of samples; default: drawn")
     parser.add_argument("--processes", type=_natural, default=1, help="bound matrices side by side")
+    parser.add_argument("--eps", nargs="+", default=(), help="further radii, such as 36/255")
     options = parser.parse_args(arguments)
     try:
         text = verify(**vars(options))

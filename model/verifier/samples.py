@@ -19,6 +19,7 @@ from model.verifier.refusal import (
     agree,
     differ,
     shown,
+    take,
 )
 from model.verifier.shards import Images, load_images
 
@@ -34,21 +35,25 @@ ERRORS = ("largest_error", "largest_error_ball")
 
 Largest = dict[str, tuple[float, float, float]]
 """Largest E_x and the limits of the largest E_ball, by column."""
+Unknown = dict[str, int]
+"""Samples, by column, of whose program's rounding nothing is known."""
 
 
 def check_samples(
     network: Family, images: Images, samples: Table, chosen: npt.NDArray[np.int64], body: Body
-) -> Largest:
+) -> tuple[Largest, Unknown]:
     """Evaluate the chosen samples and compare every column."""
     at_once = max(1, FLOATS_AT_ONCE // network.floats_per_image)
     shape = tuple(network.config["input_shape"])
     largest: Largest = dict.fromkeys(COLUMNS, (0.0, 0.0, 0.0))
+    unknown: Unknown = dict.fromkeys(COLUMNS, 0)
     for rows, pixels in load_images(images, samples, chosen, shape, at_once):
         for name, found in check_batch(network, pixels, samples, rows, body).items():
             seen = (found.error, *found.error_ball)
             pairs = zip(largest[name], seen, strict=True)
             largest[name] = tuple(max(old, float(new.max())) for old, new in pairs)  # type: ignore[assignment]
-    return largest
+            unknown[name] += int((~found.compared).sum())
+    return largest, unknown
 
 
 def check_batch(
@@ -72,11 +77,13 @@ def check_batch(
             judged[name] = nominal(network, values, local, prediction)
         else:
             judged[name] = judge(network, program, values, local, norms, prediction, stated)
-        # Bounds of rounding are seldom approached: a sixteenth of one is no disagreement, nor is
-        # anything up to half of the logits where nothing is known of the program.
-        error = network.margin_error(norms, program) / 16
-        error = error / np.maximum(1.0, np.abs(values).max(axis=1))
-        tolerance = np.fmin(np.fmax(error, SAME_SAMPLE[program.name]), LARGEST_DIFFERENCE)
+        # Bounds of rounding are seldom approached: a sixteenth of one is no disagreement. Where
+        # there is no bound, as after an overflow, the program may return anything.
+        error = network.margin_error(norms, program)
+        relative = error / 16 / np.maximum(1.0, np.abs(values).max(axis=1))
+        tolerance = np.fmin(np.fmax(relative, SAME_SAMPLE[program.name]), LARGEST_DIFFERENCE)
+        tolerance[np.isinf(error)] = np.inf
+        judged[name] = judged[name]._replace(compared=np.isfinite(error))
         widest = 1.0 if network.norm == "linf" else float(np.sqrt(pixels[0].size))
         compare_column(samples, name, rows, values, judged[name], tolerance, widest)
     return judged
@@ -108,7 +115,7 @@ def compare_column(
     No radius may be larger than what is proved. For the rest: a stored prediction or rival may
     differ from the derived one only where the two are within the tolerance of each other, margin
     and radius are those of the stored ones. Radii larger than any distance of two images, `widest`,
-    are alike in this comparison.
+    are alike in this comparison. An infinite tolerance compares nothing but the proof.
     """
     at = np.arange(len(rows))
     stored = {
@@ -163,7 +170,9 @@ def check_errors(body: Body, largest: Largest, complete: bool) -> None:
 
 def check_table(body: Body, samples: Table, bound: Near) -> None:
     """Compare every number of `columns` that follows from samples.parquet, exactly."""
-    ratios = radii_of_table(body)
+    ratios = radii_of_table(take(body, "eps", list, "certificate"))
+    if not ratios:
+        raise UnusableError("eps is empty")
     for name in COLUMNS:
         place = f"columns.{name}"
         column = body["columns"][name]
@@ -173,9 +182,7 @@ def check_table(body: Body, samples: Table, bound: Near) -> None:
             row = int(np.flatnonzero(~(radius >= 0))[0])
             raise DisagreementError(f"samples.parquet row {row} {name}_radius is {radius[row]}")
         correct = samples[f"{name}_prediction"] == samples["label"]
-        certified = {
-            eps: int(count_greater(radius[correct], ratio)) for eps, ratio in ratios.items()
-        }
+        certified = certified_samples(samples, name, ratios)
         derived = {
             "program": program.name,
             "unit_roundoff": program.stored,
@@ -187,6 +194,13 @@ def check_table(body: Body, samples: Table, bound: Near) -> None:
             "vacuous": not (radius > 0).any(),
         }
         agree({key: column[key] for key in column if key not in ERRORS}, derived, place)
+
+
+def certified_samples(samples: Table, name: str, ratios: dict[str, Fraction]) -> dict[str, int]:
+    """By radius, how many samples are classified correctly with a greater one."""
+    correct = samples[f"{name}_prediction"] == samples["label"]
+    radius = samples[f"{name}_radius"][correct]
+    return {eps: count_greater(radius, ratio) for eps, ratio in ratios.items()}
 
 
 def count_greater(radius: npt.NDArray[np.float64], ratio: Fraction) -> int:

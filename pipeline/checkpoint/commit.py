@@ -13,11 +13,11 @@ from pydantic.dataclasses import dataclass
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.limits import UntrustedError, require, require_name
 from pipeline.errors import PipelineError
 from pipeline.run.events import Metrics
 from pipeline.run.layout import COMMIT, step_of
-from untrusted.json_input import parse_object
-from untrusted.limits import UntrustedError, require, require_name
 
 SCHEMA_VERSION = 2
 _STRICT = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from data_shards.storage.store import Store
+from data_shards.untrusted.limits import UntrustedError
 from model.artifact.safetensors_io import difference, read_header, tensor_of
 from optim.sharded import ShardedManifoldAdam
 from pipeline.checkpoint.commit import Commit, CommittedFile, CommittedTensor, read_commit
@@ -26,7 +27,6 @@ from pipeline.run.layout import (
 )
 from pipeline.run.lease import fence
 from pipeline.run.rank_state import TrainState
-from untrusted.limits import UntrustedError
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from data_shards.untrusted.terminal import PlainConsole
 from pipeline.run.events import Metrics, Started
-from untrusted.terminal import PlainConsole
 
 _PLAIN_INTERVAL_S = 5.0
 _SMOOTHING = 0.05

@@ -19,6 +19,7 @@ from pipeline.run.events import (
     CheckpointFailed,
     CheckpointSaved,
     Event,
+    GroupFailed,
     Hung,
     Metrics,
     MetricsReplayed,
@@ -50,6 +51,7 @@ class RunMonitor:
 
     Attributes:
         step: of the newest record.
+        begun: the ranks have begun to train, in this execution.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class RunMonitor:
         began: Callable[[], object] = lambda: None,
     ) -> None:
         self.step = 0
+        self.begun = False
         self._run = run
         self._followed: set[int] = set()
         self._following = threading.Lock()
@@ -123,23 +126,24 @@ class RunMonitor:
                     "red",
                 )
                 self._tracker.log_metrics(event.step, {"faults/hangs": float(self._hangs)})
-            case Skipped():
-                self._display.message(
-                    f" step {event.step}: a loss or gradient is not finite", "skipped", "yellow"
-                )
+            case GroupFailed() | Skipped():
+                self._display.message(*_message(event))
             case RolledBack():
-                self._usage.back_to(event.step)
-                self._display.message(
-                    f" from step {event.given_up} to {event.step}: {event.samples} samples are "
-                    f"left out, epoch and position {event.first} to {event.next}",
-                    "rolled back",
-                    "yellow",
-                )
-                counts = {
-                    "train/rollbacks": float(event.rollbacks),
-                    "train/samples_left_out": float(event.samples_left_out),
-                }
-                self._tracker.log_metrics(event.step, counts)
+                self._go_back(event)
+
+    def _go_back(self, event: RolledBack) -> None:
+        self._usage.back_to(event.step)
+        self._display.message(
+            f" from step {event.given_up} to {event.step}: {event.samples} samples are "
+            f"left out, epoch and position {event.first} to {event.next}",
+            "rolled back",
+            "yellow",
+        )
+        counts = {
+            "train/rollbacks": float(event.rollbacks),
+            "train/samples_left_out": float(event.samples_left_out),
+        }
+        self._tracker.log_metrics(event.step, counts)
 
     def fail(self) -> None:
         """Give the run its final status at once, for a process that is about to be ended."""
@@ -164,7 +168,7 @@ class RunMonitor:
         self._reprojections = count
 
     def _start(self, event: Started) -> None:
-        self.step = event.step
+        self.step, self.begun = event.step, True
         self._in_background(self._began, "changed settings are not kept")
         if event.step:
             self._in_background(functools.partial(self._catch_up, event.step), _NOT_CERTIFIED)
@@ -175,7 +179,7 @@ class RunMonitor:
 
     def _recall(self, event: MetricsReplayed) -> None:
         """Record what an execution that was killed has not."""
-        known = self._tracker.recorded()
+        known = self._tracker.recorded((record.step, record.time_ms) for record in event.records)
         for record in event.records:
             if (record.step, record.time_ms) not in known:
                 self._tracker.log_metrics(record.step, record.values, record.time_ms)
@@ -233,3 +237,14 @@ class RunMonitor:
             self._tracker.log_checkpoint(step, artifact_url, digest, where, wait_seconds=0)
             if self._evaluations is not None:
                 self._evaluations.submit(artifact_url, step)
+
+
+def _message(event: GroupFailed | Skipped) -> tuple[str, str, str]:
+    """Line, label and its style."""
+    if isinstance(event, Skipped):
+        return f" step {event.step}: a loss or gradient is not finite", "skipped", "yellow"
+    left = event.restarts_left
+    if left is not None and left < 0:
+        return f" {event.error}; no restart is left", "died", "red"
+    restarts = "any number of" if left is None else left
+    return f" {event.error}; started again, {restarts} restarts left", "died", "red"

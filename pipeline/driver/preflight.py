@@ -18,12 +18,21 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_shards.sources import SOURCES
 from data_shards.storage.store import Store
+from data_shards.untrusted.limits import UntrustedError
 from data_shards.write import write_shard_set
 from pipeline.checkpoint.reader import committed, name_strays
 from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.errors import PipelineError
 from pipeline.run import layout
-from pipeline.run.lease import Lease, LeaseHeldError, end_without_lease, hold_run
+from pipeline.run.addresses import relative
+from pipeline.run.lease import (
+    Lease,
+    LeaseHeldError,
+    end_without_lease,
+    hold_run,
+    read_record,
+    write_record,
+)
 from pipeline.run.open_servers import require_closed
 from pipeline.run.rank_state import WorkerSpec
 from pipeline.run.ray_job import is_ray_job, uploaded_code
@@ -33,7 +42,6 @@ from pipeline.tracking.addresses import listed_addresses
 from pipeline.tracking.client import TrackingConfig
 from pipeline.training.data import Samples, open_samples
 from pipeline.training.zero3 import require_precision
-from untrusted.limits import UntrustedError
 
 _SQLITE = "sqlite:///"
 
@@ -65,7 +73,8 @@ class PreparedRun:
     def accept(self) -> None:
         """Keep changed settings as those of the run; once its ranks have loaded a checkpoint."""
         if self.changed:
-            self.run.write(layout.CONFIG, self.job.config.to_json().encode())
+            body = self.job.config.to_json().encode()
+            write_record(self.run, layout.CONFIG, self.job.writer, body)
 
     def params(self) -> dict[str, Any]:
         """Parameters of the tracked run: the resolved configuration and the code version."""
@@ -145,11 +154,14 @@ def _prepare(
         raise PipelineError("cluster.device=cuda: this machine has no GPU that torch can use")
     tracking = _tracking(config, storage, samples)
     config, run, lease, changed = _open_run(config, storage, hold)
+    _remove_leftovers(run)
     name = config.name
     context = {
         "run": name,
         "preset": config.preset,
-        "shards_url": shards.url,
+        "shards_url": relative(
+            shards.url, base=run.child(layout.artifact(0)).url, within=storage.url
+        ),
         "shards_digest": samples.digest,
         "code": code_version(),
     }
@@ -222,6 +234,14 @@ def _run_key(run: Store) -> str:
     """The key that the first execution of the run has drawn."""
     run.create(layout.TRACKING_KEY, uuid.uuid4().hex.encode())
     return run.read(layout.TRACKING_KEY).decode()
+
+
+def _remove_leftovers(run: Store) -> None:
+    """Remove what Ray Train wrote for itself during executions whose driver was killed."""
+    for name in run.ls():
+        if layout.is_ray_folder(name):
+            with contextlib.suppress(OSError):  # a few empty folders: they end no run
+                run.remove(name, recursive=True)
 
 
 def _new_name(config: RunConfig) -> str:
@@ -300,7 +320,8 @@ def _continue(config: RunConfig, run: Store) -> dict[str, str]:
 
 def _stored_config(run: Store) -> RunConfig:
     try:
-        return RunConfig.from_json(run.read(layout.CONFIG, limit="json_bytes"))
+        stored = read_record(run, layout.CONFIG) or run.read(layout.CONFIG, limit="json_bytes")
+        return RunConfig.from_json(stored)
     except (PipelineError, UntrustedError) as error:
         raise PipelineError(
             f"{run}/{layout.CONFIG} cannot be used: {error}; restore it, or give another --name"

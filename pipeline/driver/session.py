@@ -16,6 +16,7 @@ from pipeline.driver.monitor import NOT_REMOVED, RunMonitor
 from pipeline.driver.preflight import PreparedRun
 from pipeline.driver.system_metrics import SystemMetrics
 from pipeline.driver.usage import UsageMetrics
+from pipeline.errors import failing
 from pipeline.planner.meta_step import training_flops
 from pipeline.run import layout
 from pipeline.run.evaluation_summary import EvaluationSummary, local_path, report
@@ -32,6 +33,9 @@ def run_session(prepared: PreparedRun, console: Console) -> Iterator[RunMonitor]
     """Open the record of a run; at the end wait for its evaluations and show the results.
 
     The run ends as FINISHED, KILLED (interrupt, SIGTERM) or FAILED.
+
+    Raises:
+        RunFailedError: what would refuse a run that has not begun.
     """
     config = prepared.job.config
     tracker = Tracker(
@@ -76,13 +80,14 @@ def run_session(prepared: PreparedRun, console: Console) -> Iterator[RunMonitor]
         display.message("changed: " + "; ".join(f"{k}: {v}" for k, v in prepared.changed.items()))
         event_log.note("Changed", settings=prepared.changed)
     try:
-        yield monitor
-        monitor.wait()
-        usage.stop()
-        display.close()
-        summaries = _results(evaluations, console)
-        status = "FINISHED"
-        _show(summaries, prepared, tracker, display)
+        with failing(lambda: monitor.begun):
+            yield monitor
+            monitor.wait()
+            usage.stop()
+            display.close()
+            summaries = _results(evaluations, console)
+            status = "FINISHED"
+            _show(summaries, prepared, tracker, display)
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise

@@ -2,8 +2,8 @@
 
 Ray starts as many ranks as the cluster has room for. Here it takes the largest number that divides
 the batch, and before it ends healthy ranks in order to start more or fewer, these keep a
-checkpoint. Below Ray's public interface: `ElasticScalingPolicy` and the trainer's
-`_initialize_and_run_controller`; `tests/end_to_end/test_elastic.py` notices when they change.
+checkpoint. Below Ray's public interface: `ElasticScalingPolicy`;
+`tests/end_to_end/test_elastic.py` notices when it changes.
 """
 
 import time
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -76,13 +75,3 @@ class DividingPolicy(ElasticScalingPolicy):
         if decision is not None:
             ray.get(self._orders.withdraw.remote(PAUSE))
         return decision
-
-
-class DividingTrainer(TorchTrainer):
-    """Ray's trainer with a scaling policy of ours."""
-
-    policy: DividingPolicy
-
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        arguments["scaling_policy"] = self.policy
-        return super()._initialize_and_run_controller(**arguments)

@@ -11,9 +11,10 @@ from typing import Any
 
 from data_shards.storage.store import Store
 from pipeline.config import ClusterConfig
-from pipeline.errors import REFUSALS, PipelineError
+from pipeline.errors import REFUSALS, PipelineError, ProcessDiedError, RunFailedError
+from pipeline.launch.ray_watch import RayServers, wait_for
 from pipeline.resilience.signals import PAUSE, STOP, ControlActor, Flag, Interruption
-from pipeline.run.events import Emit, Event
+from pipeline.run.events import Emit, Event, GroupFailed
 from pipeline.run.layout import ray_folder
 from pipeline.run.rank_state import WorkerSpec
 from pipeline.run.ray_session import ray_session
@@ -22,6 +23,7 @@ from pipeline.training.worker import run_rank
 
 _POLL_S = 0.2
 _ORDERS_S = 1.0
+_ANSWER_S = 2.0
 _DEAF_S = 15.0
 """After an order to stop, and without a rank that has asked for orders, as long: there is none."""
 _SPARE_CPUS = 3
@@ -143,10 +145,19 @@ def _rank_entry(settings: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterator[None]:
+def _pump(
+    events: Any, handle: Emit, orders: Any, stop: Interruption, lost: threading.Event
+) -> Iterator[None]:
     """Hand the events to `handle` on a thread, in order, to the last one.
 
     The same thread passes a request to stop on to the workers, and stops them if `handle` raises.
+
+    Args:
+        events: the actor that holds them.
+        handle: gets them.
+        orders: the actor that holds the orders.
+        stop: of this process.
+        lost: Ray answers no more; nothing is waited for.
 
     Raises:
         BaseException: what `handle` has raised.
@@ -165,8 +176,8 @@ def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterato
                     ordered = time.monotonic()
                     orders.give.remote(STOP)
                 if ordered and not final and time.monotonic() > ordered + _DEAF_S:
-                    _stop_if_no_rank_polls(orders)
-                for event in ray.get(events.take.remote()):
+                    _stop_if_no_rank_polls(orders, lost)
+                for event in _answer(events.take.remote(), lost) or ():
                     handle(event)
                 if final:
                     return
@@ -182,33 +193,43 @@ def _pump(events: Any, handle: Emit, orders: Any, stop: Interruption) -> Iterato
     finally:
         done.set()
         thread.join()
-        ray.kill(events)
+        if not lost.is_set():
+            ray.kill(events)
     if failures:
         raise failures[0]
 
 
-def _stop_if_no_rank_polls(orders: Any) -> None:
+def _answer(pending: Any, lost: threading.Event) -> Any:
+    """What a call returns; None if Ray is lost before."""
+    import ray
+
+    while not lost.is_set():
+        with contextlib.suppress(ray.exceptions.GetTimeoutError):
+            return ray.get(pending, timeout=_ANSWER_S)
+    return None
+
+
+def _stop_if_no_rank_polls(orders: Any, lost: threading.Event) -> None:
     """End this process as a second SIGTERM would, if no rank is there that could hear of one.
 
     They may wait for a cluster that is full, or for a node that was lost.
     """
-    import ray
-
-    if ray.get(orders.silence_s.remote()) > _DEAF_S:
+    if (_answer(orders.silence_s.remote(), lost) or 0.0) > _DEAF_S:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def fit(job: WorkerSpec, handle: Emit, stop: Interruption) -> None:
+def fit(job: WorkerSpec, handle: Emit, stop: Interruption, servers: RayServers) -> None:
     """Train `job` on Ray Train workers; `handle` gets the events of rank 0 in this process.
 
-    Once `stop` is requested the workers keep a checkpoint and return.
+    Once `stop` is requested the workers keep a checkpoint and return. `servers` are those of Ray,
+    which somebody looks at meanwhile (`watched`).
 
     Raises:
         PipelineError: a rank refused its input; its message.
+        ProcessDiedError: processes died more often than `cluster.max_failures`, or Ray is lost.
         RuntimeError: a rank failed otherwise; with its traceback.
     """
     import ray
-    from ray.train import TrainingFailedError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # Beside this process: on another node they would be lost with it.
@@ -216,34 +237,58 @@ def fit(job: WorkerSpec, handle: Emit, stop: Interruption) -> None:
     options = {"num_cpus": 0, "scheduling_strategy": here}
     events = ray.remote(_EventQueue).options(**options).remote()
     orders = ray.remote(ControlActor).options(**options).remote()
+    settings = {"job": job, "emit": _EventSender(events), "orders": orders}
+    with _pump(events, handle, orders, stop, servers.lost):
+        while not _trained(job, settings, servers):
+            if stop.stop_requested():
+                return
+
+
+def _trained(job: WorkerSpec, settings: dict[str, Any], servers: RayServers) -> bool:
+    """Let a controller of Ray Train train the job; False if it has died and may be replaced.
+
+    Raises:
+        PipelineError, ProcessDiedError, RuntimeError: as `fit`.
+    """
+    import ray
+    from ray.exceptions import RayActorError, RaySystemError
+    from ray.train import TrainingFailedError
+
+    from pipeline.launch.ray_failures import free, one_line
+
     run = Store(job.run_url)
     # Ray Train would silently continue from a folder of the same name, so each has its own.
     name = ray_folder(uuid.uuid4().hex[:8])
-    trainer = _trainer(job, run, name, {"job": job, "emit": _EventSender(events), "orders": orders})
-    interrupt = signal.getsignal(signal.SIGINT)
-    with _pump(events, handle, orders, stop):
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            raise _clear_error(error) from None
-        finally:
-            signal.signal(signal.SIGINT, interrupt)  # Ray's swallows two of them, also afterwards
-            with contextlib.suppress(OSError):  # a few empty folders: they end no run
-                run.remove(name, recursive=True)
+    trainer = _trainer(job, run, name, settings)
+    try:
+        wait_for(trainer.fit, servers)
+        return True
+    except TrainingFailedError as error:
+        servers.require_after(error)
+        raise _clear_error(error, job.config.cluster) from None
+    except (RayActorError, RaySystemError) as error:  # nobody but the driver waits for it
+        servers.require_after(error)
+        orders, limit = settings["orders"], job.config.cluster.max_failures
+        left = None if limit < 0 else limit - ray.get(orders.fail.remote())
+        died = f"the controller of Ray Train has ended: {one_line(error)}"
+        settings["emit"](GroupFailed(died, left))
+        if left is not None and left < 0:
+            raise ProcessDiedError(f"{died}; {_spent(job.config.cluster)}") from None
+        free(ray.get(orders.room.remote()))
+        return False
+    finally:
+        with contextlib.suppress(OSError):  # a few empty folders: they end no run
+            run.remove(name, recursive=True)
 
 
 def _trainer(job: WorkerSpec, run: Store, name: str, settings: dict[str, Any]) -> Any:
     """Ray's trainer for the ranks of a job, of fixed or elastic size."""
+    import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from pipeline.launch.rank_group import GroupConfig
-    from pipeline.launch.ray_elastic import (
-        RESIZE_S,
-        START_TIMEOUT_S,
-        DividingPolicy,
-        DividingTrainer,
-    )
+    from pipeline.launch.ray_elastic import RESIZE_S, START_TIMEOUT_S, DividingPolicy
+    from pipeline.launch.ray_failures import BudgetedFailures, BudgetedTrainer, GroupKeeper
 
     cluster = job.config.cluster
     sizes = world_sizes(cluster, job.config.train)
@@ -257,7 +302,10 @@ def _trainer(job: WorkerSpec, run: Store, name: str, settings: dict[str, Any]) -
         resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
         label_selector=cluster.placement or None,
     )
-    trainer = (DividingTrainer if elastic else TorchTrainer)(
+    budget = FailureConfig(
+        max_failures=cluster.max_failures, max_preemption_failures=cluster.max_preemptions
+    )
+    trainer = BudgetedTrainer(
         _rank_entry,
         train_loop_config=settings,
         torch_config=GroupConfig(
@@ -268,20 +316,23 @@ def _trainer(job: WorkerSpec, run: Store, name: str, settings: dict[str, Any]) -
             name=name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(
-                max_failures=cluster.max_failures, max_preemption_failures=cluster.max_preemptions
-            ),
+            failure_config=budget,
             worker_runtime_env={"env_vars": _WORKER_ENVIRONMENT},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+    orders = settings["orders"]
+    trainer.failures = BudgetedFailures(
+        budget, lambda: int(ray.get(orders.fail.remote())), settings["emit"]
+    )
+    trainer.keeper = GroupKeeper(lambda room: orders.keep.remote(room))
     if cluster.hang_timeout_s:
         # Who stands still after the last step keeps no other rank waiting: only Ray can tell.
         os.environ[_HEALTH_CHECK] = str(_SILENT * cluster.hang_timeout_s)
     if elastic:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
         grace_s = cluster.collective_timeout_s
-        trainer.policy = DividingPolicy(scaling, sizes, settings["orders"], grace_s)
+        trainer.scaling = DividingPolicy(scaling, sizes, orders, grace_s)
     return trainer
 
 
@@ -308,11 +359,25 @@ def _use_gpu(cluster: ClusterConfig, workers: int) -> bool:
     return cluster.device != "cpu" and gpus >= workers
 
 
-def _clear_error(error: Exception) -> Exception:
-    """The message of the rank that refused its input, or the whole story of a crash."""
-    failures = getattr(error, "worker_failures", {})
-    for failure in failures.values():
+def _clear_error(error: Any, cluster: ClusterConfig) -> Exception:
+    """What ended the run: a rank's refusal, deaths in one line, or the whole story of a crash."""
+    from pipeline.launch.ray_failures import DEATHS, STARTING, Failure, classify, describe
+
+    failures = list(getattr(error, "worker_failures", {}).values())
+    for failure in failures:
         for cause in (failure, failure.__cause__):
             if isinstance(cause, REFUSALS):
-                return PipelineError(str(cause))
+                kind = RunFailedError if isinstance(cause, RunFailedError) else PipelineError
+                return kind(str(cause))
+    failures = failures or [getattr(error, "controller_failure", error)]
+    if all(isinstance(failure, DEATHS + STARTING) for failure in failures):
+        if classify(error) is Failure.PREEMPTED:
+            spent = f"no restart is left of cluster.max_preemptions={cluster.max_preemptions}"
+        else:
+            spent = _spent(cluster)
+        return ProcessDiedError(f"{describe(error)}; {spent}")
     return RuntimeError(str(error))
+
+
+def _spent(cluster: ClusterConfig) -> str:
+    return f"no restart is left of cluster.max_failures={cluster.max_failures}"

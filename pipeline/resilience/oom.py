@@ -20,9 +20,10 @@ from pydantic import Field, TypeAdapter
 
 from data_shards.storage.store import Store
 from pipeline.config import TrainConfig
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, RunFailedError
 from pipeline.resilience.signals import Interruption
 from pipeline.run import layout
+from pipeline.run.lease import read_record_object, write_record
 from pipeline.run.rank_state import WorkerSpec
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,9 @@ def too_large(run: Store) -> list[int]:
     Args:
         run: folder of the run.
     """
-    if not run.exists(layout.OUT_OF_MEMORY):
-        return []
     try:
-        return _SIZES.validate_python(run.read_object(layout.OUT_OF_MEMORY).get("too_large"))
+        found = read_record_object(run, layout.OUT_OF_MEMORY)
+        return [] if found is None else _SIZES.validate_python(found.get("too_large"))
     except ValueError as error:  # what does not fit is found once more
         logger.warning("%s/%s is not used: %s", run, layout.OUT_OF_MEMORY, error)
         return []
@@ -83,7 +83,12 @@ def fitting(train: TrainConfig, sizes: Sequence[int], world_size: int) -> TrainC
 
 @contextlib.contextmanager
 def recorded(
-    run: Store, sizes: Sequence[int], micro_batch: int, *, where: Callable[[], str]
+    run: Store,
+    sizes: Sequence[int],
+    micro_batch: int,
+    *,
+    where: Callable[[], str],
+    writer: int = 0,
 ) -> Iterator[None]:
     """Write down that a micro-batch does not fit, if the block runs out of memory.
 
@@ -94,6 +99,7 @@ def recorded(
         sizes: what did not fit before.
         micro_batch: samples per rank and backward pass in this block.
         where: step and rank.
+        writer: number of the run's lease.
 
     Raises:
         TooLargeError: half of it can be tried.
@@ -106,7 +112,8 @@ def recorded(
             raise
         tried = [*sizes, micro_batch]
         # Before anything else: once a rank has failed, the others may be ended at any time.
-        run.write(layout.OUT_OF_MEMORY, json.dumps({"too_large": tried}).encode())
+        body = json.dumps({"too_large": tried}).encode()
+        write_record(run, layout.OUT_OF_MEMORY, writer, body)
         reason = f"{where()}: out of memory with {{}} samples per backward pass; {{}} ({error})"
         if micro_batch > 1:
             half = "the next execution of this run tries half of them"
@@ -152,14 +159,14 @@ def fit_here(fit: Callable[[], None], *, ranks: int) -> None:
         ranks: how many there are.
 
     Raises:
-        PipelineError: this is one of several ranks, which cannot begin again alone.
+        RunFailedError: this is one of several ranks, which cannot begin again alone.
     """
     while True:
         try:
             return fit()
         except TooLargeError as error:
             if ranks > 1:
-                raise PipelineError(
+                raise RunFailedError(
                     f"{error}: start it again with --start-or-resume and the same --name"
                 ) from None
         # Out of the except block, whose error still holds tensors of the failed step.

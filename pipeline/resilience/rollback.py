@@ -20,6 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.run import layout
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import RolledBack
+from pipeline.run.lease import read_record_object, write_record
 from pipeline.run.rank_state import TrainState
 
 
@@ -49,10 +50,9 @@ def read_gaps(run: Store) -> list[Gap]:
     Raises:
         PipelineError: the file that lists them is damaged.
     """
-    if not run.exists(layout.ROLLBACKS):
-        return []
     try:
-        return _GAPS.validate_python(run.read_object(layout.ROLLBACKS).get("gaps"))
+        found = read_record_object(run, layout.ROLLBACKS)
+        return [] if found is None else _GAPS.validate_python(found.get("gaps"))
     except ValueError as error:
         raise PipelineError(
             f"{run}/{layout.ROLLBACKS} cannot be used, so samples that were left out would come "
@@ -80,6 +80,7 @@ class Rollbacks:
         max_skipped: `train.max_skipped`, steps in a row.
         limit: `train.rollbacks`, for all executions of the run together.
         per_epoch: samples of one epoch.
+        writer: number of the run's lease.
     """
 
     def __init__(
@@ -91,8 +92,9 @@ class Rollbacks:
         max_skipped: int,
         limit: int,
         per_epoch: int,
+        writer: int = 0,
     ) -> None:
-        self._run, self._world, self._engine = run, world, engine
+        self._run, self._world, self._engine, self._writer = run, world, engine, writer
         self._max_skipped, self._limit, self._per_epoch = max_skipped, limit, per_epoch
         # One reading for all ranks: a store may show them different ones.
         self._gaps: list[Gap] = world.share(read_gaps(run) if world.rank == 0 else None)
@@ -151,7 +153,8 @@ class Rollbacks:
         if self._world.rank == 0:
             body = {"gaps": [dataclasses.asdict(gap) for gap in self._gaps]}
             try:
-                self._run.write(layout.ROLLBACKS, json.dumps(body, indent=1).encode())
+                text = json.dumps(body, indent=1).encode()
+                write_record(self._run, layout.ROLLBACKS, self._writer, text)
             except OSError as failure:
                 error = f"the roll-back cannot be written down: {failure}"
         # A gap that only memory knew would come back as samples after a restart.

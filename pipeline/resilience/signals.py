@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 STOP = "stop"
 """Save a checkpoint and end."""
@@ -100,9 +100,15 @@ class Flag:
 
 
 class ControlActor:
-    """What driver and controller want of the ranks, which ask; an actor beside the driver."""
+    """What driver and controller want of the ranks, which ask; an actor beside the driver.
+
+    It outlives the controller, so it holds what the next one has to know as well: failures so far,
+    and the room that ranks have taken.
+    """
 
     def __init__(self) -> None:
+        self._failures = 0
+        self._room: list[Any] = []
         self._standing: set[str] = set()
         self._paused: set[int] = set()
         self._asked = time.monotonic()
@@ -122,6 +128,19 @@ class ControlActor:
         """Orders that have been given."""
         self._asked = time.monotonic()
         return frozenset(self._standing)
+
+    def fail(self) -> int:
+        """Count a failure; how many there were."""
+        self._failures += 1
+        return self._failures
+
+    def keep(self, room: Any) -> None:
+        """Ranks have taken a placement group; those before are given back already."""
+        self._room = [room]
+
+    def room(self) -> list[Any]:
+        """The placement group of the newest ranks, if there were any."""
+        return self._room
 
     def silence_s(self) -> float:
         """Seconds since a rank has asked."""

@@ -5,8 +5,11 @@ import errno
 import logging
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 logger = logging.getLogger(__name__)
+
+_BLOCK = 1 << 16
 
 
 class AppendLog:
@@ -29,8 +32,7 @@ class AppendLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+            file.truncate(_end_of_lines(file))
         self.end = self._written = path.stat().st_size
         self._waiting: list[bytes] = []
         self._torn = False
@@ -67,3 +69,16 @@ class AppendLog:
         """Take back what an attempt that failed has left."""
         os.truncate(self.path, self._written)
         self._torn = False
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """Where the last whole line of a file ends, which is read from its end, by blocks."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - _BLOCK)
+        file.seek(begin)
+        newline = file.read(end - begin).rfind(b"\n")
+        if newline >= 0:
+            return begin + newline + 1
+        end = begin
+    return 0

@@ -4,23 +4,26 @@ The evaluation fills an `EvaluationSummary` and writes it as `summary.json`; tra
 the evaluation by name only, gets the same record back. Both print it with `report`.
 """
 
+import functools
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from pydantic import TypeAdapter, ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import Self
 
 from data_shards.storage.store import Store
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.limits import UntrustedError
 from model.certification.wilson_interval import wilson
 from model.verifier import supported
+from pipeline.run.addresses import moved, roots
 from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
-from untrusted.json_input import parse_object
-from untrusted.limits import UntrustedError
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,21 @@ class EvaluationSummary:
     attack: AttackScores | None
     certificate_digest: str
     family: str
+
+    def found_at(self, out_url: str) -> Self:
+        """The same after the storage was copied or moved: with addresses of where it lies now.
+
+        Args:
+            out_url: where this evaluation was found.
+        """
+        before, now = roots(self.out_url, out_url)
+        here = functools.partial(moved, before=before, now=now)
+        return replace(
+            self,
+            artifact_url=here(self.artifact_url),
+            shards_url=here(self.shards_url),
+            out_url=here(self.out_url),
+        )
 
     @property
     def verifiable(self) -> bool:

@@ -143,6 +143,20 @@ class Hung:
     url: str
 
 
+@dataclasses.dataclass(frozen=True)
+class GroupFailed:
+    """Ranks, or the process that looks after them, have died, or could not be started.
+
+    Attributes:
+        error: what has happened, one line.
+        restarts_left: how often they may be started again after this one, less than 0: they are
+            not; None: any number.
+    """
+
+    error: str
+    restarts_left: int | None
+
+
 Event = (
     Started
     | Metrics
@@ -153,5 +167,6 @@ Event = (
     | RolledBack
     | Hung
     | Straggling
+    | GroupFailed
 )
 Emit = Callable[[Event], None]

@@ -3,7 +3,8 @@
     run.json                               resolved configuration
     tracking.key                           by which MLflow knows the run, on any machine
     events.jsonl                           everything that is not a metric
-    memory.json, rollbacks.json            micro-batches that did not fit, samples left out
+    memory-0001.json, rollbacks-0001.json  micro-batches that did not fit, samples left out
+    run-0002.json                          settings that a later execution has changed
     lease/                                 who writes the run now, and who did before
     checkpoints/step-00000500/writer-0001/ rank-*.safetensors and commit.json, of one writer
     checkpoints/step-00000500/pinned       keeps the checkpoint for good
@@ -25,6 +26,9 @@ EVENTS = "events.jsonl"
 OUT_OF_MEMORY = "memory.json"
 ROLLBACKS = "rollbacks.json"
 
+RECORDS = (CONFIG, OUT_OF_MEMORY, ROLLBACKS)
+"""Files that are rewritten, so that each writer has its own (`record`)."""
+
 LEASES = "lease"
 
 CHECKPOINTS = "checkpoints"
@@ -45,6 +49,7 @@ TRACKING = "tracking"
 SPOOL = "spool.jsonl"
 
 _STEP = re.compile(r"step-([0-9]{8,})")
+_RAY = re.compile(r"ray-[0-9a-f]{8}")
 _WRITER = re.compile(r"writer-([0-9]{4,})")
 
 
@@ -84,6 +89,12 @@ def writer_folder(writer: int) -> str:
 def writer_of(name: str) -> int | None:
     """The writer of a folder, by its exact name, as `step_of`."""
     return _number(_WRITER, writer_folder, name)
+
+
+def record(name: str, writer: int) -> str:
+    """What one writer has written of a file of RECORDS: such as `rollbacks-0001.json`."""
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}-{writer:04d}.{suffix}" if writer else name
 
 
 def checkpoint(step: int) -> str:
@@ -132,5 +143,10 @@ def profile(step: int, kind: str) -> str:
 
 
 def ray_folder(execution: str) -> str:
-    """What Ray Train writes for itself during one execution of the ranks."""
+    """What Ray Train writes for itself during one execution of the ranks, by eight hex digits."""
     return f"ray-{execution}"
+
+
+def is_ray_folder(name: str) -> bool:
+    """Whether it is one of `ray_folder`."""
+    return _RAY.fullmatch(name) is not None

@@ -15,7 +15,8 @@ machines do not matter.
 
 A process that stood still for longer than its lease does not know that it lost it. So the number is
 a fencing number: what a run's holder commits lies under its number (`pipeline.run.layout`), and a
-reader takes nothing that an earlier holder has added since the next one began (`Fence`).
+reader takes nothing that an earlier holder has added since the next one began (`Fence`). Files
+that are rewritten have it in their names, and the claim holds what they were (`read_record`).
 """
 
 import contextlib
@@ -38,10 +39,10 @@ from typing_extensions import Self
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.limits import UntrustedError
 from pipeline.errors import PipelineError
-from pipeline.run.layout import LEASES
-from untrusted.json_input import parse_object
-from untrusted.limits import UntrustedError
+from pipeline.run.layout import LEASES, RECORDS, record
 
 logger = logging.getLogger(__name__)
 
@@ -350,15 +351,66 @@ def fence(run: Store) -> Fence:
     Raises:
         PipelineError: that lease cannot be read.
     """
+    number, body = _newest_claim(run)
+    return Fence(number, body["after"])
+
+
+def read_record(run: Store, name: str) -> bytes | None:
+    """One of `layout.RECORDS` as the newest holder of the run has it; None if there is none.
+
+    It is what that holder has written, else what there was when it took the lease: what an earlier
+    one writes afterwards does not count.
+
+    Raises:
+        PipelineError: the newest lease cannot be read.
+        OSError: the store refused.
+    """
+    number, body = _newest_claim(run)
+    for found in (record(name, number), name):
+        if run.exists(found):
+            return run.read(found, limit="json_bytes")
+        if found != name and (text := body["records"].get(name)) is not None:
+            return str(text).encode()
+    return None
+
+
+def read_record_object(run: Store, name: str) -> dict[str, Any] | None:
+    """As `read_record`, the JSON object that it holds.
+
+    Raises:
+        PipelineError, OSError: see `read_record`.
+        UntrustedError: too large, too deep, or no JSON object.
+    """
+    data = read_record(run, name)
+    return None if data is None else parse_object(data, f"{run}/{name}")
+
+
+def write_record(run: Store, name: str, writer: int, data: bytes) -> None:
+    """Write one of `layout.RECORDS` under the number of the lease that this process holds.
+
+    Raises:
+        OSError: the store refused.
+    """
+    run.write(record(name, writer), data)
+
+
+def _newest_claim(run: Store) -> tuple[int, dict[str, Any]]:
+    """Number and body of the newest lease of a run, 0 if there was none."""
     folder = _folder(run)
     numbers = folder.parts().get(_RUN_KEY)
     if not numbers:
-        return Fence()
+        return 0, {"after": -1, "records": {}}
     lease = Lease(_RUN_KEY, max(numbers))
     try:
-        return Fence(lease.number, int(folder.read(lease)["after"]))
+        body = folder.read(lease)
+        return lease.number, {"after": int(body["after"]), "records": dict(body.get("records", {}))}
     except (ValueError, KeyError, TypeError) as error:
         raise PipelineError(f"{folder.store}/{lease.name}.claim is damaged: {error!r}") from error
+
+
+def _records(run: Store) -> dict[str, str]:
+    found = {name: read_record(run, name) for name in RECORDS}
+    return {name: data.decode() for name, data in found.items() if data is not None}
 
 
 @contextlib.contextmanager
@@ -424,7 +476,7 @@ def _take_run(
         parts = numbers.get(lease.number, {"end"})
         now = functools.cache(folder.now)
         if "end" in parts or folder.is_lost(lease, parts, now):
-            if folder.take(lease.next, {"after": newest_step()}):
+            if folder.take(lease.next, {"after": newest_step(), "records": _records(run)}):
                 return lease.next
             continue  # another process was faster
         held = f"run {run} is written by {_describe(folder, lease, now)}"

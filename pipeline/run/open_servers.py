@@ -24,9 +24,9 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.limits import limits
 from pipeline.errors import ExposureError, TokenError
-from untrusted.json_input import parse_object
-from untrusted.limits import limits
 
 TRUST = "CERTIFIED_PRETRAIN_TRUST_NETWORK"
 """Environment variable: 1 says that whoever reaches these servers may use them."""

@@ -4,7 +4,7 @@ import getpass
 import os
 from pathlib import Path
 
-from untrusted.json_input import parse_object
+from data_shards.untrusted.json_input import parse_object
 
 _VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _PACKAGE = "_ray_pkg_"

@@ -22,6 +22,7 @@ from pipeline.run.open_servers import own_addresses, require_closed, split_addre
 
 _LOOPBACK = "127.0.0.1"
 _CONNECT_S = 3.0
+_LINE = 300
 _LOOPBACK_ONLY = {
     # Without it Ray replaces 127.0.0.1 by the machine's outward address, and its servers listen
     # there or on all devices. Its processes inherit it, also those that are started again.
@@ -91,6 +92,7 @@ def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[A
             }
         stack.callback(ray.shutdown)  # also after a start that failed half-way
         ray.init(**options)
+        _first_lines_only()
         yield ray
 
 
@@ -141,6 +143,20 @@ def _set(variables: Mapping[str, str | None]) -> None:
     )
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _first_lines_only() -> None:
+    """Of what Ray says about its own processes: the rest is a dump of their state."""
+    from ray._private import worker
+
+    genuine = worker.print_to_stdstream
+
+    def shorten(data: dict[str, Any], ignore_prefix: bool) -> None:
+        lines = [line[:_LINE] for text in data["lines"] for line in text.splitlines()[:1]]
+        genuine({**data, "lines": lines}, ignore_prefix)
+
+    if genuine.__module__ == worker.__name__:  # else it is this one already
+        worker.print_to_stdstream = shorten
 
 
 def _on_loopback(address: str) -> bool:

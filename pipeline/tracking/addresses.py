@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from untrusted.limits import UntrustedError, require
+from data_shards.untrusted.limits import UntrustedError, require
 
 ADDRESSES = "CERTIFIED_PRETRAIN_ADDRESSES"
 """Prefixes that a server may name, separated by blanks."""

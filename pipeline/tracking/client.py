@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import pydantic
 
+from data_shards.untrusted.limits import require
 from pipeline.tracking.addresses import (
     bound_answers,
     listed_addresses,
@@ -31,7 +32,8 @@ from pipeline.tracking.addresses import (
     require_answer,
     require_location,
 )
-from untrusted.limits import require
+from pipeline.tracking.relocation import location as artifact_location
+from pipeline.tracking.relocation import relocate
 
 logger = logging.getLogger(__name__)
 
@@ -416,7 +418,7 @@ class MlflowConnection:
 
         location = None  # a server knows its own
         if config.uri.startswith("sqlite:"):  # else ./mlruns of whoever comes first
-            location = Path(config.uri.removeprefix("sqlite:///")).parent.as_uri() + "/mlartifacts"
+            location = artifact_location(Path(config.uri.removeprefix("sqlite:///")))
         for attempt in (1, 2):
             experiment = self._client.get_experiment_by_name(config.experiment)
             what = f"experiment {config.experiment!r}"
@@ -440,6 +442,8 @@ def connect(uri: str) -> Any:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Logs what it raises, each time with its trace: who calls it says it once.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     if not uri.startswith("sqlite:"):
         bound_answers()
         return MlflowClient(uri)
@@ -447,6 +451,7 @@ def connect(uri: str) -> Any:
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_name(database.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        relocate(database)
         return MlflowClient(uri)
 
 

@@ -1,7 +1,7 @@
 """MLflow's model registry: versions with their evidence, aliases, and what makes them loadable.
 
 A registered version is the LoggedModel of a checkpoint, to which `package` adds a loader (models
-from untrusted.json_input import parse_object
+from data_shards.untrusted.json_input import parse_object
 from code, nothing pickled) and the certificate on which decisions rest. The weights stay where they
 are: the loader gets their address and digest.
 """
@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.limits import require
 from pipeline.run.layout import SUMMARY
 from pipeline.tracking.addresses import AddressError
 from pipeline.tracking.client import (
@@ -30,8 +32,7 @@ from pipeline.tracking.client import (
     read_file,
 )
 from pipeline.tracking.reader import pages
-from untrusted.json_input import parse_object
-from untrusted.limits import require
+from pipeline.tracking.relocation import follow
 
 _EVIDENCE = "evidence"
 _PAGE = 1000
@@ -95,6 +96,10 @@ class Registry(MlflowConnection):
             return self._config.require_address(address)
         except AddressError as error:
             raise RegistryError(str(error)) from error
+
+    def located(self, address: str) -> str:
+        """Where something lies that a recorded file names, also after the store was moved."""
+        return follow(self._config.uri, address)
 
     # Registered models
 
@@ -265,15 +270,17 @@ class Registry(MlflowConnection):
         runs = self._client.search_runs([self._experiment_id], condition, max_results=1)
         return str(runs[0].info.run_id) if runs else None
 
-    def judged(self, index_digest: str) -> set[str]:
-        """Digests of the models that the gate has judged on a test set, whatever it decided."""
+    def comparisons(self, index_digest: str) -> list[str]:
+        """Keys of the comparisons that the gate made on a test set, by time, whatever came out."""
         condition = (
             "tags.stage = 'gate' and tags.`gate.action` = 'promote' and "
             f"tags.`gate.index_digest` = '{index_digest}'"
         )
         runs = pages(self._client.search_runs, [self._experiment_id], condition, max_results=_PAGE)
-        tags = (run.data.tags for run in runs if run.info.status == "FINISHED")
-        return {found.get("gate.model_digest", "") for found in tags} - {""}
+        finished = [run for run in runs if run.info.status == "FINISHED"]
+        finished.sort(key=lambda run: (run.info.start_time, run.info.run_id))
+        keys = (run.data.tags.get("gate.comparison", run.info.run_id) for run in finished)
+        return list(dict.fromkeys(key for key in keys if key))
 
     @contextlib.contextmanager
     def gate_run(self, run_name: str, tags: Mapping[str, str]) -> Iterator[RunReference]:

@@ -14,7 +14,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from itertools import groupby, islice
@@ -23,6 +23,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.limits import UntrustedError, require
+from data_shards.untrusted.text import printable
+from pipeline.run.addresses import relative, resolve
 from pipeline.run.append_log import AppendLog
 from pipeline.run.layout import SPOOL
 from pipeline.tracking.client import (
@@ -34,9 +38,6 @@ from pipeline.tracking.client import (
     flatten_params,
     now_ms,
 )
-from untrusted.json_input import parse_object
-from untrusted.limits import UntrustedError, require
-from untrusted.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ _FIELDS = {
     "finish": {"status", "timestamp_ms"},
 }
 """What a record of each kind has."""
-_LONGEST_REASON = 2000
+_LONGEST_REASON = 300
 """Characters of what a server answers that reach the log."""
 _METRIC_NAME = re.compile(r"[\w\-. :/]{1,250}")
 
@@ -151,7 +152,7 @@ class Tracker:
         offset = self._append(
             "checkpoint",
             step=step,
-            artifact_url=artifact_url,
+            artifact_url=self._spool.written(artifact_url),
             digest=digest,
             params=flatten_params(params or {}),
         )
@@ -166,6 +167,7 @@ class Tracker:
         if record.eval_key in self._spool.evaluations():
             return
         row = asdict(record)
+        row["artifact_url"] = self._spool.written(record.artifact_url)
         row["artifacts"] = {
             name: base64.b64encode(data).decode() for name, data in record.artifacts.items()
         }
@@ -184,9 +186,9 @@ class Tracker:
         """
         return self._spool.last_value(name, until)
 
-    def recorded(self) -> set[tuple[int, int]]:
-        """Step and time of all metrics that this spool holds."""
-        return self._spool.recorded()
+    def recorded(self, records: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
+        """Those of some metrics, by step and time, that this spool holds."""
+        return self._spool.recorded(set(records))
 
     def finish(self, status: str = "FINISHED") -> None:
         """Set the final status: FINISHED, FAILED or KILLED."""
@@ -235,8 +237,8 @@ class Tracker:
                 failures = self._failures + 1
                 pause = min(2.0 ** min(self._failures, 10), 30.0)
                 if failures == 1:
-                    said = printable(str(error))[:_LONGEST_REASON]
-                    logger.warning("MLflow %s: %s; will retry", self._config.uri, said)
+                    why = printable((str(error) or repr(error)).splitlines()[0])[:_LONGEST_REASON]
+                    logger.warning("MLflow %s: %s; will retry", self._config.uri, why)
             with self._condition:
                 self._spool.flush()
                 self._failures = failures
@@ -269,6 +271,7 @@ class Tracker:
             row["run_id"] = row["run_id"] or (known.run_id if known else None)
             self._spool.run = server.start_run(**row)
         elif kind == "checkpoint":
+            row["artifact_url"] = self._spool.read_address(row["artifact_url"])
             self._spool.models[row["digest"]] = server.find_or_create_model(
                 self._run_id(server), **row
             )
@@ -278,6 +281,7 @@ class Tracker:
                 name: base64.b64decode(text) for name, text in record["artifacts"].items()
             }
             record["train_run_id"] = self._run_id(server)
+            record["artifact_url"] = self._spool.read_address(record["artifact_url"])
             server.log_evaluation(EvaluationRecord(**record))
         elif kind == "tags":
             server.tag_run(self._run_id(server), row["tags"])
@@ -320,6 +324,7 @@ class _Spool:
 
     def __init__(self, folder: Path, server: str, run_key: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder.absolute()
         self.path = folder / SPOOL
         self._lines = AppendLog(self.path)
         self._name_damage()
@@ -334,6 +339,14 @@ class _Spool:
     def end(self) -> int:
         """Bytes of all records, those that wait for the disk included."""
         return self._lines.end
+
+    def written(self, address: str) -> str:
+        """An address as the spool has it, which is copied and moved with its run."""
+        return relative(address, base=str(self._folder), within=str(self._folder.parent))
+
+    def read_address(self, address: str) -> str:
+        """Inverse of `written`, where the spool lies now."""
+        return resolve(address, base=str(self._folder))
 
     def append(self, row: dict[str, Any]) -> int:
         line = json.dumps(row).encode()
@@ -365,17 +378,23 @@ class _Spool:
                         found = row.get("values", {}).get(name, found)
         return found
 
-    def recorded(self) -> set[tuple[int, int]]:
-        with self.path.open("rb") as file:
-            rows = [_row(line) for line in file if line.endswith(b"\n")]
-        return {(row["step"], row["timestamp_ms"]) for row in rows if row["kind"] == "metrics"}
+    def recorded(self, records: set[tuple[int, int]]) -> set[tuple[int, int]]:
+        rows = self._rows("metrics")
+        return {found for row in rows if (found := (row["step"], row["timestamp_ms"])) in records}
 
     def evaluations(self) -> set[str]:
         """Keys of all evaluations."""
+        return {row["record"]["eval_key"] for row in self._rows("evaluation")}
+
+    def _rows(self, kind: str) -> Iterator[dict[str, Any]]:
+        """Rows of one kind, one at a time: a spool may be larger than the memory."""
+        begin = json.dumps({"kind": kind}).encode()[:-1]
         with self.path.open("rb") as file:
-            lines = [line for line in file if line.startswith(b'{"kind": "evaluation"')]
-        rows = [_row(line) for line in lines if line.endswith(b"\n")]
-        return {row["record"]["eval_key"] for row in rows if row is not _DAMAGED}
+            for line in file:
+                if line.startswith(begin) and line[-1:] == b"\n":
+                    row = _row(line)
+                    if row is not _DAMAGED:
+                        yield row
 
     def _read_state(self) -> _State:
         """What the server has; nothing if a machine that went down has left a state beyond reason.

@@ -18,6 +18,7 @@ from data_shards.streaming.webdataset_stream import UnindexedStream
 from pipeline.checkpoint.async_saver import AsyncSaver
 from pipeline.checkpoint.reader import load_newest
 from pipeline.config import RunConfig
+from pipeline.errors import failing
 from pipeline.resilience.hang_detector import watched
 from pipeline.resilience.heartbeat import Phase
 from pipeline.resilience.oom import fitting, recorded, too_large
@@ -63,6 +64,7 @@ def run_rank(
 
     Raises:
         PipelineError, ShardError, ModelError, OptimizerError: bad input, named.
+        RunFailedError: the same once training has begun.
     """
     config = job.config
     # DeepSpeed on torch >= 2.12 calls collectives under their former names, once per parameter.
@@ -121,6 +123,7 @@ def _train(
         max_skipped=config.train.max_skipped,
         limit=config.train.rollbacks,
         per_epoch=samples.per_epoch,
+        writer=job.writer,
     )
     progress, damaged = _restored(run, world, engine, rollbacks, seed=config.train.seed)
     if world.rank == 0:
@@ -128,6 +131,7 @@ def _train(
         emit(MetricsReplayed(progress.records))
     record = layout.damaged_samples(progress.step, world.rank)
     with (
+        failing(),
         # Left in reverse order: the saver waits for the checkpoint under way when the stream has
         # ended and while the hang detector still watches.
         contextlib.closing(CorruptionLog(run, record)) as corruption_log,
@@ -163,6 +167,7 @@ def _train(
             sizes,
             plan.micro_batch,
             where=lambda: f"step {trainer.progress.step + 1}, rank {world.rank}",
+            writer=job.writer,
         ):
             trainer.fit()
     # A rank that left earlier would end the process group under the others.

@@ -97,6 +97,26 @@ def _store_away(run: Run, rng: random.Random, around: Around) -> None:
     around.proxy.weather = Weather()
 
 
+def _second_submission(run: Run, rng: random.Random, around: Around) -> None:
+    """The same command once more while the run is written: refused, and nothing is disturbed."""
+    run.submit_beside()
+
+
+def _death_in_the_start(run: Run, rng: random.Random, around: Around) -> None:
+    """A rank is killed, and of those that are started in its place one before its first step."""
+    known = {worker.pid for worker in run.workers()}
+    _signal_rank(signal.SIGKILL)(run, rng, around)
+    begun = run.starts()
+    while run.driver.poll() is None and run.starts() == begun:
+        started = [worker for worker in run.workers() if worker.pid not in known]
+        if started:
+            time.sleep(rng.uniform(0, 8))
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rng.choice(started).kill()
+            return
+        time.sleep(0.05)
+
+
 def _other_ranks(run: Run, rng: random.Random, around: Around) -> None:
     """The run goes on with another number of ranks."""
     run.go_on_with(5 - run.ranks)
@@ -108,6 +128,8 @@ FAULTS: dict[str, Fault] = {
     "rank SIGKILL": _signal_rank(signal.SIGKILL),
     "rank SIGTERM": _signal_rank(signal.SIGTERM),
     "rank SIGSTOP": _signal_rank(signal.SIGSTOP),
+    "death in the start": _death_in_the_start,
+    "second submission": _second_submission,
     "full disk": _full_disk,
     "tracker away": _tracker_away,
     "store away": _store_away,

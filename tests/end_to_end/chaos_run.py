@@ -115,6 +115,27 @@ class Run:
         command += ["--cluster.address", self._place.ray.gcs, "--data.shards", self._place.shards]
         return [*command, "--cluster.workers", str(self.ranks)]
 
+    def submit_beside(self) -> None:
+        """Submit the run a second time while the first submission holds it.
+
+        Raises:
+            ChaosError: it was not refused, although the first has not ended.
+        """
+        code = subprocess.run(
+            self._command(),
+            cwd=ROOT,
+            env=self._place.ray.environment,
+            stdout=self._log,
+            stderr=self._log,
+            timeout=PATIENCE_S,
+        ).returncode
+        if code != 2 and self.driver.poll() is None:
+            raise ChaosError(f"{self.folder.name}: a second submission ended with {code}, not 2")
+
+    def starts(self) -> int:
+        """How often ranks have begun to train."""
+        return sum(row["event"] == "Started" for row in self.rows("events.jsonl"))
+
     def workers(self) -> list[psutil.Process]:
         """The ranks, the youngest last."""
         found = []
@@ -202,7 +223,7 @@ class Run:
             losses=losses,
             states={commit["step"]: (commit["cursor"], commit["files"]) for commit in commits},
             repeated=max(0, *repeated),
-            starts=sum(row["event"] == "Started" for row in self.rows("events.jsonl")),
+            starts=self.starts(),
             codes=tuple(self.codes),
         )
 

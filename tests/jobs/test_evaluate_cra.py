@@ -25,7 +25,7 @@ from jobs.evaluation.stored_result import read_result
 from model.certify import certify
 from pipeline.run.evaluation_summary import EvaluationSummary
 from tests.fake_ray import gcs
-from tests.jobs.conftest import plain_fields
+from tests.jobs.conftest import export, plain_fields
 from tests.mlflow_database import empty_database
 
 pytestmark = pytest.mark.integration
@@ -83,6 +83,26 @@ def test_the_result_agrees_with_the_network_applied_to_every_test_image(fields, 
     assert summary.samples == len(chosen)
     assert summary.step == 7
     assert summary.orthogonality_residual < 1e-5
+
+
+def test_a_moved_storage_is_evaluated_where_it_lies(tmp_path, shards):
+    """Its shard set is found from the artifact, and a finished evaluation names the new place."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(shards, old / "data/set")
+    artifact = "run/artifacts/step-00000007"
+    export(old / artifact, shards_url="../../../data/set", step=7)
+    fields = {"launcher": "local", "eps": ("1/255",), "record": False}
+    first = evaluate({**fields, "artifact": str(old / artifact)})
+    assert first.shards_url == f"file://{old}/data/set"
+    old.rename(new)
+    stored = read_result(Store(first.out_url.replace(str(old), str(new)))).summary
+    again = evaluate({**fields, "artifact": str(new / artifact)})
+    assert not old.exists()
+    for found in (stored, again):
+        assert found.eval_key == first.eval_key
+        assert found.shards_url == f"file://{new}/data/set"
+        assert found.artifact_url == f"file://{new}/{artifact}"
+        assert found.out_url == first.out_url.replace(str(old), str(new))
 
 
 def test_the_three_columns_are_ordered_and_named(fields, first):

@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,7 +13,8 @@ from jobs.evaluation.results import EvaluationError
 from jobs.gate import NOT_PROMOTED, main
 from jobs.registry import promotion
 from model.verifier.families import FAMILIES
-from pipeline.tracking.model_registry import RegistryError
+from pipeline.tracking.client import TrackingConfig
+from pipeline.tracking.model_registry import Registry, RegistryError
 from tests.jobs.gated import Gated
 
 pytestmark = pytest.mark.integration
@@ -82,8 +84,10 @@ def test_a_better_model_is_promoted_with_its_evidence_and_rolled_back(gated, nam
     assert champion(gated, name) == 2
     assert better.comparison.p_value < 1e-3
     run, evidence = decision_of(gated, better)
-    # Two models were judged on this test set, whatever their registered names.
-    assert (evidence["comparison"]["judged"], evidence["comparison"]["level"]) == (2, 0.025)
+    found = evidence["comparison"]
+    assert found["level"] == 0.05 / (found["judged"] * (found["judged"] + 1))
+    assert found["spent"] == pytest.approx(0.05 - 0.05 / (found["judged"] + 1))
+    assert found["spending"] == "alpha / (k (k + 1)) for the k-th comparison on a test set"
     assert run.data.metrics["gate/gain"] == pytest.approx(better.comparison.gain)
     assert run.data.metrics[gated.rule.metric] == better.comparison.candidate_cra
     for number in (1, 2):
@@ -99,12 +103,55 @@ def test_a_better_model_is_promoted_with_its_evidence_and_rolled_back(gated, nam
     assert champion(gated, name) == 2
 
 
+def test_comparisons_on_a_test_set_are_counted_once_whatever_the_name(gated, name):
+    def placed(registered, *evaluations):
+        return [judge(gated, registered, each).comparison for each in evaluations][-1]
+
+    digest = json.loads(Store(gated.of_sharp).read("certificate.json"))["shards"]["index_digest"]
+    better = placed(name, gated.of_sharp, gated.of_steady)
+    count = len(gated.registry.comparisons(digest))
+    assert 1 <= better.judged <= count
+    other = f"{name}-again"
+    promotion.set_rule(gated.registry, other, gated.rule)
+    assert placed(other, gated.of_sharp, gated.of_steady) == better  # the same test: no new level
+    assert len(gated.registry.comparisons(digest)) == count
+    worse = placed(name, gated.of_sharp)
+    assert worse.judged != better.judged
+
+
+def test_a_comparison_that_another_one_overtook_is_judged_again(gated, name, monkeypatch):
+    judge(gated, name, gated.of_sharp)
+    promotion.register(gated.registry, name, gated.of_steady)
+    known = type(gated.registry).comparisons
+    read = iter([[], ["another"]])
+    monkeypatch.setattr(type(gated.registry), "comparisons", lambda *_: next(read))
+    with pytest.raises(RegistryError, match=r"another comparison .* promote again"):
+        promotion.promote(gated.registry, name)
+    assert champion(gated, name) == 1
+    monkeypatch.setattr(type(gated.registry), "comparisons", known)
+    assert promotion.promote(gated.registry, name).promoted
+
+
 def test_rolling_back_to_what_was_never_champion_is_refused(gated, name):
     judge(gated, name, gated.of_steady)
     judge(gated, name, gated.of_sharp)
     with pytest.raises(RegistryError, match="version 2 never was champion"):
         promotion.rollback(gated.registry, name, to=2)
     assert champion(gated, name) == 1
+
+
+def test_a_copied_storage_is_judged_where_it_lies(gated, name, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(gated.folder, copy)
+    before = {path: path.read_bytes() for path in gated.folder.rglob("*") if path.is_file()}
+    registry = Registry(TrackingConfig(uri=f"sqlite:///{copy}/mlflow.db", experiment="gated"))
+    digest = json.loads(Store(gated.of_steady).read("certificate.json"))["digest"]
+    promotion.register(registry, name, registry.evaluation_with(digest))
+    assert promotion.promote(registry, name).promoted
+    tags = registry.aliased(name, "champion").tags
+    assert tags["artifact_url"] == (copy / "steady").as_uri()
+    now = {path: path.read_bytes() for path in gated.folder.rglob("*") if path.is_file()}
+    assert now == before
 
 
 def test_a_forged_metric_changes_nothing(gated, name):

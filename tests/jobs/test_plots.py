@@ -8,6 +8,7 @@ import pytest
 from matplotlib._pylab_helpers import Gcf
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation import plot_style
 from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
 from jobs.evaluation.results import CURVE_EPS
@@ -19,7 +20,6 @@ from pipeline.run.evaluation_summary import (
     LayerRow,
     report,
 )
-from untrusted.terminal import PlainConsole
 
 RATIOS = ("36/255", "72/255", "108/255", "255/255")
 RNG = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import tyro
 from mlflow import MlflowClient
 from pydantic import ValidationError
 
+from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation.config import EvaluationConfig, suite_config
 from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.suites import EVALUATION_SUITES
@@ -22,7 +23,6 @@ from jobs.scheduling.status_page import page
 from pipeline.run.lease import Lease
 from pipeline.tracking.client import TrackingConfig
 from tests.jobs.mlflow_store import Store
-from untrusted.terminal import PlainConsole
 
 pytestmark = pytest.mark.integration
 

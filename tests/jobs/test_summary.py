@@ -6,11 +6,11 @@ import re
 import shlex
 from unittest import mock
 
+from data_shards.untrusted.terminal import PlainConsole
 from pipeline.driver.console import RunConsole
 from pipeline.driver.session import _show
 from pipeline.run.evaluation_summary import report
 from tests.jobs.test_plots import summary
-from untrusted.terminal import PlainConsole
 
 
 def printed(show):

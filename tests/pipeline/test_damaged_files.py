@@ -8,6 +8,8 @@ import types
 import pytest
 
 from data_shards.storage.store import Store
+from data_shards.untrusted.limits import UntrustedError
+from data_shards.untrusted.terminal import PlainConsole
 from jobs.scheduling import status_page
 from jobs.scheduling.claims import ClaimPhase, Claims
 from pipeline.config import RESERVED_NAMES
@@ -24,8 +26,6 @@ from pipeline.run.lease import Lease
 from pipeline.tracking import outbox
 from pipeline.tracking.client import RunReference, TrackingConfig
 from pipeline.tracking.outbox import Tracker
-from untrusted.limits import UntrustedError
-from untrusted.terminal import PlainConsole
 
 NO_OBJECTS = [b"", b"{", b"[]", b"null", b"\0" * 40, b"[" * 100_000, b'{"gaps": "x"}']
 

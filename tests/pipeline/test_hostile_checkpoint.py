@@ -11,6 +11,7 @@ import shutil
 import pytest
 
 from data_shards.storage.store import Store
+from data_shards.untrusted.limits import UntrustedError
 from pipeline.checkpoint.commit import commit_bytes
 from pipeline.checkpoint.reader import UnreadableError, load_checkpoint, load_newest
 from pipeline.checkpoint.retention import retain
@@ -19,7 +20,6 @@ from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
 from tests.data_shards.test_damage import Bomb
 from tests.pipeline.test_elastic_checkpoint import digests, ranks_of, save
-from untrusted.limits import UntrustedError
 
 FILE = "rank-00000-of-00002.safetensors"
 

@@ -15,13 +15,26 @@ from unittest import mock
 import pytest
 
 from data_shards.storage.store import Store
+from data_shards.streaming.sampler import Cursor
 from pipeline.checkpoint.async_saver import AsyncSaver, _Writing
 from pipeline.checkpoint.reader import committed
 from pipeline.checkpoint.retention import retain
 from pipeline.config import CheckpointConfig
 from pipeline.errors import PipelineError
+from pipeline.resilience.oom import TooLargeError, recorded, too_large
+from pipeline.resilience.rollback import Gap, Rollbacks, read_gaps
 from pipeline.run import layout, lease
-from pipeline.run.lease import Fence, Holding, Lease, LeaseError, LeaseFolder, Process, hold_run
+from pipeline.run.lease import (
+    Fence,
+    Holding,
+    Lease,
+    LeaseError,
+    LeaseFolder,
+    Process,
+    hold_run,
+    read_record,
+    write_record,
+)
 from tests.object_store import BUCKET, s3_clients, s3_server
 
 LEASE_S = 0.6
@@ -271,6 +284,54 @@ def test_a_store_that_is_away_ends_no_training_and_a_follower_does(run, monkeypa
         folder.take(Lease("run", 2), {"after": -1})
         time.sleep(0.3)
     assert "run.0001 was taken over" in lost[0]
+
+
+def test_records_that_are_rewritten_are_those_of_the_newest_holder(run):
+    """A holder that stood still and wakes up overwrites nothing, also what nobody has rewritten."""
+    for name in layout.RECORDS:
+        run.write(name, b"before any lease")
+    with hold(run) as first:
+        assert read_record(run, layout.ROLLBACKS) == b"before any lease"
+        write_record(run, layout.ROLLBACKS, first.number, b"first")
+        assert read_record(run, layout.ROLLBACKS) == b"first"
+    with hold(run) as second:
+        for name in layout.RECORDS:
+            write_record(run, name, first.number, b"woken up")
+        assert read_record(run, layout.ROLLBACKS) == b"first"
+        assert read_record(run, layout.CONFIG) == b"before any lease"
+        write_record(run, layout.CONFIG, second.number, b"second")
+        write_record(run, layout.CONFIG, first.number, b"woken up again")
+        assert read_record(run, layout.CONFIG) == b"second"
+    with hold(run):
+        assert read_record(run, layout.CONFIG) == b"second"
+        assert read_record(run, layout.OUT_OF_MEMORY) == b"before any lease"
+
+
+def test_a_woken_holder_changes_no_gap_no_size_and_no_setting(run):
+    """By the functions that write them: roll-backs, lack of memory, accepted settings."""
+    gaps = [Gap(4, 8, Cursor(seed=0), Cursor(seed=0, position=9))]
+    with hold(run) as first:
+        _rollbacks(run, first.number, gaps)
+        assert read_gaps(run) == gaps
+    with hold(run) as second:
+        _rollbacks(run, first.number, [])
+        for writer, size in ((first.number, 2), (second.number, 3), (first.number, 4)):
+            with (
+                pytest.raises(TooLargeError),
+                recorded(run, [], size, where=str, writer=writer),
+            ):
+                raise MemoryError
+    assert read_gaps(run) == gaps
+    assert too_large(run) == [3]
+
+
+def _rollbacks(run, writer, gaps):
+    world = mock.Mock(rank=0, share=lambda gaps: gaps)
+    back = Rollbacks(
+        run, world=world, engine=None, max_skipped=0, limit=9, per_epoch=10, writer=writer
+    )
+    back._gaps = gaps
+    back._write()
 
 
 def test_a_damaged_lease_is_named(run):

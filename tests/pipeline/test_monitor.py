@@ -1,6 +1,7 @@
 """The driver's side: what is shown, what is queued, what happens to evaluations."""
 
 import io
+import json
 import threading
 from unittest import mock
 
@@ -8,6 +9,7 @@ import pytest
 
 import pipeline.driver.evaluations
 from data_shards.storage.store import Store
+from data_shards.untrusted.terminal import PlainConsole
 from pipeline.config import DataConfig
 from pipeline.driver.console import RunConsole
 from pipeline.driver.evaluations import Evaluations, Splits
@@ -16,8 +18,14 @@ from pipeline.driver.monitor import RunMonitor
 from pipeline.driver.usage import UsageMetrics
 from pipeline.planner.meta_step import training_flops
 from pipeline.presets import run_preset
-from pipeline.run.events import CheckpointFailed, CheckpointSaved, Metrics, MetricsReplayed, Started
-from untrusted.terminal import PlainConsole
+from pipeline.run.events import (
+    CheckpointFailed,
+    CheckpointSaved,
+    GroupFailed,
+    Metrics,
+    MetricsReplayed,
+    Started,
+)
 
 VALUES = {
     "train/loss": 1.25,
@@ -38,7 +46,7 @@ class Recorder:
     def last_value(self, name, until=None):
         return None
 
-    def recorded(self):
+    def recorded(self, records):
         return {(step, time_ms) for step, _, time_ms in self.metrics}
 
     def set_tags(self, tags):
@@ -129,6 +137,18 @@ def test_records_that_only_a_checkpoint_holds_are_made_up_for(tmp_path):
     found = [(step, time_ms) for step, values, time_ms in tracker.metrics if "train/loss" in values]
     assert found == [(1, 10), (2, 20), (3, 30)]
     assert "MetricsReplayed" not in (tmp_path / "events.jsonl").read_text()
+
+
+def test_deaths_are_told_with_the_restarts_that_are_left(tmp_path):
+    events = [GroupFailed(f"rank {left} is gone [/x]", left) for left in (None, 2, -1)]
+    text, _ = show(*events, terminal=False, folder=tmp_path)
+    assert [line.rstrip() for line in text.splitlines()] == [
+        "died rank None is gone [/x]; started again, any number of restarts left",
+        "died rank 2 is gone [/x]; started again, 2 restarts left",
+        "died rank -1 is gone [/x]; no restart is left",
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [row["restarts_left"] for row in rows] == [None, 2, -1]
 
 
 def evaluations(monkeypatch, fn, *, beside_training=True, splits=None):

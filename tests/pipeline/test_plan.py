@@ -178,13 +178,21 @@ def test_the_billion_in_json_without_a_gpu(capsys):
     assert found["sent_per_rank_step"]["manifold"] == pytest.approx(
         20.7 * found["parameters"] / 16 * 15 / 16, rel=0.01
     )
+    verified = found["verification"]
+    assert (verified["images"], verified["gflops"], verified["processes"]) == (50_000, 20, 1)
+    assert len(verified["matrices"]) == 65
+    assert all(step["s"] == step["operations"] / 20e9 for step in verified["matrices"])
+    assert verified["total_s"] > verified["bounds_s"] > 65 * verified["matrices"][0]["s"]
+    assert verified["memory_peak"] < 1.2e9
 
 
 def test_what_cannot_fit_is_refused_with_its_reason_and_a_way_out(capsys):
     large = ("synthetic", "--images", "80000", "--gpus", "2", "--train.global-batch", "8192",
              "--model.depth", "8", "--memory-gb", "0.6")  # fmt: skip
-    code, _, err = run_plan(capsys, *large)
+    code, out, err = run_plan(capsys, *large)
     assert code == 2
+    assert "verification of the certificate" in out
+    assert "all bounds, 1 x 20 GFLOP/s" in " ".join(out.split())
     assert "the largest component is activations (forward and backward)" in err
     assert "What fits: --train.accumulation " in err or "What fits: --train.activation" in err
     change = err.split("What fits: ")[1].split(" (")[0].split()

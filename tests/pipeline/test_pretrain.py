@@ -14,6 +14,7 @@ from data_shards.write import write_shard_set
 from pipeline.config import changes, decides_result
 from pipeline.errors import NoEffectError
 from pipeline.pretrain import main, parse
+from pipeline.run.addresses import resolve
 from tests.data_shards.test_index import rewrite_header
 from tests.pipeline.prepared import prepare
 
@@ -193,6 +194,27 @@ def test_run_folder_is_opened_once_and_resumed_only_unchanged(tmp_path, shards):
         prepare(parse([*base, "--resume", "--train.seed", "1"]), world_size=2)
     with pytest.raises(ValueError, match="no committed checkpoint"):
         prepare(parse([*base, "--resume"]), world_size=2)
+
+
+def test_a_shard_set_of_the_storage_is_named_from_the_artifact(tmp_path, shards):
+    storage = tmp_path / "runs"
+    shutil.copytree(shards, storage / "data/digits")
+    prepared = prepare(parse(["digits", "--storage", str(storage), "--name", "a"]), world_size=2)
+    assert prepared.job.context["shards_url"] == "../../../data/digits"
+    artifact = prepared.run.child("artifacts/step-00000005").url
+    found = resolve(prepared.job.context["shards_url"], base=artifact)
+    assert found == (storage / "data/digits").as_uri()
+
+
+def test_what_a_killed_driver_left_is_removed(tmp_path, shards):
+    base = ["digits", "--storage", str(tmp_path), "--data.shards", str(shards), "--name", "a"]
+    run = prepare(parse(base), world_size=2).run
+    for name in ("ray-0123abcd/x", "ray-mine/x", "checkpoints/ray-0123abcd"):
+        run.write(name, b"")
+    prepare(parse([*base, "--start-or-resume"]), world_size=2)
+    assert not run.exists("ray-0123abcd")
+    assert run.exists("ray-mine/x")
+    assert run.exists("checkpoints/ray-0123abcd")
 
 
 def test_changed_settings_are_listed_and_accepted_when_told(tmp_path, shards):

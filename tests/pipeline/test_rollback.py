@@ -12,6 +12,7 @@ import pytest
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream
+from data_shards.untrusted.terminal import PlainConsole
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.driver.console import RunConsole
 from pipeline.driver.event_log import EventLog
@@ -29,7 +30,6 @@ from tests.pipeline.small_runs import (
     whole_state,
 )
 from tests.pipeline.test_monitor import Recorder, usage_of
-from untrusted.terminal import PlainConsole
 
 STEPS, BATCH, EPOCH = 12, 24, 135
 KEPT, BAD = 6, (8, 9)  # the checkpoint before, and the steps whose samples are bad

@@ -76,6 +76,10 @@ class Family(ABC):
     def underflow(self, program: Program) -> float:
         """Omega of section 5, step 6, for activations of size 1."""
 
+    def refuted(self) -> str | None:
+        """What a stored number says of this network that is not so."""
+        return None
+
     @property
     def nominal_bound(self) -> float:
         """What the nominal column multiplies its factors by."""

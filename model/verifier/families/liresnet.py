@@ -17,6 +17,8 @@ from model.verifier.families.liresnet_layers import (
     free_bounds,
     free_kernel,
     linear_block,
+    misfit,
+    no_norm,
     patches,
     stem_grid,
     stored_shapes,
@@ -59,9 +61,8 @@ class LiResNet(Family):
         super().__init__(config, tensors, matrices)
         self.head = LinearHead(tensors["head.weight"], tensors["head.bias"], "unit")
         self.layers = self.plan(config)
+        self.free = [n for n, layer in self.layers.items() if layer.kind in ("stem", "linear")]
         self._orthonormal: dict[str, Orthonormal] = {}
-
-    # What the network consists of
 
     @classmethod
     def plan(cls, config: Config) -> dict[str, Layer]:
@@ -104,16 +105,7 @@ class LiResNet(Family):
     @classmethod
     def misfit(cls, config: Config) -> str | None:
         """See Family."""
-        if config["width"] % 2 or config["dense_width"] % 2:
-            return "width and dense_width must be even"
-        if min(stem_grid(config)) < 1:
-            return "stem_kernel is larger than the image"
-        grid, patch = cls.last_grid(config), config["neck_patch"]
-        if grid[0] % patch or grid[1] % patch:
-            return "neck_patch does not divide the grid"
-        if config["width"] * math.prod(patches(config, grid)) < config["dense_width"]:
-            return "dense_width is larger than what the neck sees"
-        return None
+        return misfit(config, cls.last_grid(config))
 
     @classmethod
     def shapes(cls, config: Config) -> Shapes:
@@ -146,8 +138,15 @@ class LiResNet(Family):
 
     def parts(self) -> dict[str, float]:
         """Norms of the stem and of the linear blocks."""
-        free = (name for name, layer in self.layers.items() if layer.kind in ("stem", "linear"))
-        return {name: self.matrices[f"{name}.weight"].upper for name in free}
+        return {name: self.matrices[f"{name}.weight"].upper for name in self.free}
+
+    def refuted(self) -> str | None:
+        """See Family; stored norms serve the nominal column alone, and must be norms for it."""
+        for name in self.free:
+            weight, stored = self.wide(f"{name}.weight"), float(self.tensors[f"{name}.norm"])
+            if reason := no_norm(self.config, self.layers[name], weight, stored):
+                return f"tensor {name}.norm is {reason}"
+        return None
 
     @property
     def nominal_bound(self) -> float:

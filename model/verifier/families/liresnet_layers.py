@@ -1,15 +1,19 @@
 """What LiResNet and BRONet consist of: layers, grids and the kernels of free convolutions."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from model.verifier.mathematics.arithmetic import Floats, norm_of
-from model.verifier.mathematics.free_convolution import absolute_bound, norm_bound
+from model.verifier.mathematics.free_convolution import absolute_bound, norm_bound, observed_norm
 from model.verifier.mathematics.matrix_bounds import MatrixBounds
 from model.verifier.mathematics.orthogonal_layers import CHOLESKY, scaled_rows
 from model.verifier.settings import Config
+
+OBSERVED_SHARE = 0.99
+"""Of an observed norm: a stored estimate may be as far below it."""
 
 
 class Layer(NamedTuple):
@@ -46,6 +50,20 @@ def linear_block(config: Config, depth: int) -> Layer:
     return Layer("linear", (width, 9 * width + 1), width, depth, grid=stem_grid(config))
 
 
+def misfit(config: Config, grid: tuple[int, int]) -> str | None:
+    """What cannot be built; `grid` is what the neck sees."""
+    if config["width"] % 2 or config["dense_width"] % 2:
+        return "width and dense_width must be even"
+    if min(stem_grid(config)) < 1:
+        return "stem_kernel is larger than the image"
+    patch = config["neck_patch"]
+    if grid[0] % patch or grid[1] % patch:
+        return "neck_patch does not divide the grid"
+    if config["width"] * math.prod(patches(config, grid)) < config["dense_width"]:
+        return "dense_width is larger than what the neck sees"
+    return None
+
+
 def stored_shapes(plan: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of all layers."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -72,9 +90,23 @@ def free_kernel(config: Config, layer: Layer, weight: Floats) -> tuple[Floats, F
     return one + R, one + np.abs(R), 1, 1
 
 
+def no_norm(config: Config, layer: Layer, weight: Floats, stored: float) -> str | None:
+    """Why a stored number cannot be the estimated norm of a free convolution."""
+    kernel, _, stride, padding = free_kernel(config, layer, weight)
+    seen = observed_norm(kernel, _free_shape(config, layer), stride, padding)
+    if stored >= OBSERVED_SHARE * seen:
+        return None
+    return f"{stored:.6g}, where a norm of {seen:.6g} is observed"
+
+
+def _free_shape(config: Config, layer: Layer) -> tuple[int, int]:
+    """Height and width of what a free convolution sees."""
+    height, width = config["input_shape"][1:] if layer.kind == "stem" else stem_grid(config)
+    return height, width
+
+
 def free_bounds(config: Config, layer: Layer, weight: Floats) -> MatrixBounds:
     """The certificate's numbers of a free convolution."""
     kernel, sizes, stride, padding = free_kernel(config, layer, weight)
-    height, width = config["input_shape"][1:] if layer.kind == "stem" else stem_grid(config)
-    upper = norm_bound(kernel, sizes, (height, width), stride, padding)
+    upper = norm_bound(kernel, sizes, _free_shape(config, layer), stride, padding)
     return MatrixBounds(upper, 0.0, absolute_bound(sizes, stride), norm_of(sizes))

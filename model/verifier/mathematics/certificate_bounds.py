@@ -55,6 +55,8 @@ def check_bounds(network: Family, weights: Weights, body: Body) -> None:
     parts = {name: Near(value, same) for name, value in network.parts().items()}
     agree(body["parts"], parts, "parts")
     agree(body["network_bound"], Near(network.bound, same), "network_bound")
+    if reason := network.refuted():
+        raise DisagreementError(reason)
     if not 0 < network.bound < float("inf"):
         raise UnusableError(f"the network bound {network.bound} certifies nothing")
     factor = float(network.head.factors.max())

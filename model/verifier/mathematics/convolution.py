@@ -18,6 +18,19 @@ def convolve(x: Floats, kernel: Floats, *, stride: int = 1, padding: int = 0) ->
     return y.swapaxes(0, 1)
 
 
+def adjoint(
+    y: Floats, kernel: Floats, shape: tuple[int, int], *, stride: int = 1, padding: int = 0
+) -> Floats:
+    """The transposed map of `convolve`: (B, o, h, w) to (B, c, *shape)."""
+    height, width = y.shape[2:]
+    x = np.zeros((len(y), kernel.shape[1], *(n + 2 * padding for n in shape)))
+    for a, b in np.ndindex(*kernel.shape[2:]):
+        rows = slice(a, a + stride * (height - 1) + 1, stride)
+        columns = slice(b, b + stride * (width - 1) + 1, stride)
+        x[:, :, rows, columns] += np.tensordot(y, kernel[:, :, a, b], (1, 0)).transpose(0, 3, 1, 2)
+    return x[:, :, padding : padding + shape[0], padding : padding + shape[1]]
+
+
 def transposed(kernel: Floats) -> Floats:
     """Filter of the transposed map: channels swapped, both spatial axes flipped."""
     return np.ascontiguousarray(kernel.swapaxes(0, 1)[:, :, ::-1, ::-1])

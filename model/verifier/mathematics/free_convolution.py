@@ -10,12 +10,14 @@ import math
 import numpy as np
 
 from model.verifier.mathematics.arithmetic import ROUND_UP, Floats, U, gamma
-from model.verifier.mathematics.convolution import convolve
+from model.verifier.mathematics.convolution import adjoint, convolve
 from model.verifier.mathematics.hermitian import largest_eigenvalues, multiply
 from model.verifier.mathematics.matrix_bounds import schur
 
 WHOLE = 2048
 """Operators with at most so many inputs or outputs are bounded as one matrix, too."""
+STEPS = 30
+"""Of the observed norm."""
 _ENTRIES_AT_ONCE = 1 << 24
 
 
@@ -63,6 +65,34 @@ def norm_bound(
         whole += 8 * U * math.sqrt(math.prod(grid)) * float(np.sqrt(np.square(sizes).sum()))
         bound = min(bound, whole)
     return bound * ROUND_UP**2
+
+
+def observed_norm(kernel: Floats, shape: tuple[int, int], stride: int, padding: int) -> float:
+    """A number <= ||K||, close to it: the largest Ritz value of 30 Golub-Kahan steps.
+
+    K v_j = alpha_j u_j + beta_j u_(j-1) and K^T u_j = alpha_j v_j + beta_(j+1) v_(j+1), u and v
+    orthonormal: K is a bidiagonal matrix on what they span.
+    """
+    v = np.cos(np.arange(1, kernel.shape[1] * math.prod(shape) + 1, dtype=np.float64))
+    v = v.reshape(1, kernel.shape[1], *shape)
+    alphas, betas, u, rest = [], [_size(v)], np.zeros(1), v
+    for _ in range(STEPS):
+        v = rest / betas[-1]
+        u = convolve(v, kernel, stride=stride, padding=padding) - betas[-1] * u
+        alphas.append(_size(u))
+        if not 0 < alphas[-1] < math.inf:
+            break
+        u = u / alphas[-1]
+        rest = adjoint(u, kernel, shape, stride=stride, padding=padding) - alphas[-1] * v
+        betas.append(_size(rest))
+        if not 0 < betas[-1] < math.inf:
+            break
+    B = np.diag(alphas) + np.diag(betas[1 : len(alphas)], 1)
+    return float(np.linalg.norm(B, 2)) * (1 - 2.0**-30) if np.isfinite(B).all() else 0.0
+
+
+def _size(x: Floats) -> float:
+    return float(np.sqrt(np.square(x).sum()))
 
 
 def absolute_bound(sizes: Floats, stride: int) -> float:

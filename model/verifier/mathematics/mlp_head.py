@@ -22,7 +22,7 @@ from model.verifier.mathematics.arithmetic import (
 from model.verifier.mathematics.linear_head import Classes, Head, quotient
 from model.verifier.mathematics.matrix_bounds import MatrixBounds, frobenius, upper_bound
 
-_WORK = 4e12  # operations that the norms of all pairs may cost
+PAIRS_WORK = 4e12  # operations that the norms of all pairs may cost
 
 
 class Hidden(NamedTuple):
@@ -64,7 +64,7 @@ class MLPHead(Head):
         down = np.array([self._weighted(np.maximum(-row, 0)) for row in self.outer])
         up = np.array([self._weighted(np.maximum(row, 0)) for row in self.outer])
         c = np.minimum(c, down[:, None] + up)
-        if 2.0 * classes**2 * hidden * features * min(hidden, features) <= _WORK:
+        if 2.0 * classes**2 * hidden * features * min(hidden, features) <= PAIRS_WORK:
             for i, row in enumerate(self.outer):
                 own = [self._weighted(np.maximum(other - row, 0)) for other in self.outer]
                 c[i] = np.minimum(c[i], own)
@@ -73,7 +73,8 @@ class MLPHead(Head):
 
     def _weighted(self, weights: Floats) -> float:
         """A bound of ||W1^T diag(weights) W1||; an entry of diag(sqrt w) W1 is rounded."""
-        matrix = np.sqrt(weights)[:, None] * self.inner
+        rows = weights > 0  # the others, about half of them, add nothing
+        matrix = np.sqrt(weights[rows])[:, None] * self.inner[rows]
         return float((upper_bound(matrix) + 4 * U * frobenius(matrix)) ** 2)
 
     def logits(self, features: Floats) -> tuple[Floats, Hidden]:

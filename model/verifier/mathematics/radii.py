@@ -37,6 +37,8 @@ class Judged(NamedTuple):
     """E_x, shape (B,); 0 for nominal."""
     error_ball: tuple[Floats, Floats]
     """Limits of E_ball, shape (B,): it follows from the program's own margins."""
+    compared: npt.NDArray[np.bool_]
+    """Whether anything bounds the program's rounding, shape (B,), so that it can be compared."""
 
 
 def image_norms(images: npt.NDArray[np.uint8], norm: str) -> Floats:
@@ -53,7 +55,8 @@ def nominal(network: Family, values: Floats, local: Any, prediction: Classes) ->
     with np.errstate(all="ignore"):
         found = network.head.nominal_radii(margins, local, prediction) / network.nominal_bound
     zero = np.zeros(len(values))
-    return Judged(margins, without(found, prediction), zero == 0, zero, (zero, zero))
+    every = zero == 0
+    return Judged(margins, without(found, prediction), every, zero, (zero, zero), every)
 
 
 @np.errstate(all="ignore")  # what is not a number proves nothing
@@ -102,7 +105,8 @@ def judge(
     used = network.head.used(stated * network.bound * (1 + GUARD), local, prediction) * (1 + GUARD)
     holds = without(remains, prediction) >= _with_prediction(used, prediction, 0.0)
     proved = (stated == 0) | (np.isfinite(stated) & (stated > 0) & holds.all(axis=1))
-    return Judged(margins, without(radii, prediction), proved, at_image, (low, high))
+    radii, known = without(radii, prediction), np.isfinite(at_image)
+    return Judged(margins, radii, proved, at_image, (low, high), known)
 
 
 def _margins(values: Floats, prediction: Classes) -> Floats:

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import re
-import time
 import warnings
 
 import numpy as np
@@ -14,6 +12,8 @@ from model.errors import ModelError
 from model.networks.registry import build_network
 from model.verifier import supported
 from model.verifier.families import FAMILIES
+from model.verifier.mathematics.convolution import adjoint, convolve
+from model.verifier.mathematics.free_convolution import observed_norm
 from model.verifier.refusal import DisagreementError, RefusalError
 from model.verify import main
 from tests.model.certificate_maker import CONFIRMED
@@ -37,11 +37,6 @@ def test_an_honest_certificate_is_confirmed(name, deployed):
     check(found)
 
 
-def useless_in_float32(found) -> bool:
-    """Whether nothing at all bounds what float32 makes of such weights."""
-    return found.body["columns"]["deployed"]["largest_error"] is None
-
-
 def agree_on(seeds) -> int:
     """Compare random networks; how many the evaluator certified."""
     compared = 0
@@ -56,9 +51,6 @@ def agree_on(seeds) -> int:
         try:
             check(found)  # warnings are errors here
         except Exception as error:
-            noise = re.match(r"samples.parquet row \d+ .* (nominal|deployed)_", str(error))
-            if useless_in_float32(found) and noise:
-                continue  # refused, as the document says
             raise AssertionError(f"seed {seed}, {regime}: {error}; {config}") from error
         compared += 1
     return compared
@@ -66,6 +58,25 @@ def agree_on(seeds) -> int:
 
 def test_random_networks_of_all_families():
     assert agree_on(range(24)) >= 12
+
+
+def test_a_program_whose_rounding_nothing_bounds_is_not_compared():
+    """SortNet, scale 1e15: float32 is used up, and its prediction is another one."""
+    config, network, _ = draw(710)
+    found = stated(config, network)
+    assert found.body["columns"]["deployed"]["largest_error"] is None
+    judged = check(found)
+    assert (found.samples["nominal_prediction"] != found.samples["sound_prediction"]).all()
+    compared = {name: list(column.compared) for name, column in judged.items()}
+    nothing = [False] * len(compared["sound"])
+    assert compared == {"nominal": nothing, "sound": [True] * len(nothing), "deployed": nothing}
+    found.samples["deployed_radius"][0] = 1e-9  # where nothing is known, nothing is proved
+    with pytest.raises(DisagreementError, match="deployed_radius"):
+        check(found)
+    found.samples["deployed_radius"][0] = 0
+    found.samples["nominal_prediction"][0] = 99
+    with pytest.raises(DisagreementError, match="no class"):
+        check(found)
 
 
 @pytest.mark.slow
@@ -76,12 +87,10 @@ def test_a_thousand_random_networks_of_all_families():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"lipnext_colour"}))
-def test_the_files_of_every_family_are_confirmed_in_time(name, tmp_path, capsys):
+def test_the_files_of_every_family_are_confirmed(name, tmp_path, capsys):
     config = dataclasses.replace(NETWORKS[name], input_shape=(3, 8, 8))
     case = on_disk(config, network_of(config), tmp_path)
-    began = time.monotonic()
     assert main(case.arguments) == CONFIRMED, capsys.readouterr().err
-    assert time.monotonic() - began < 60
 
 
 def test_every_family_is_supported():
@@ -168,6 +177,46 @@ def test_any_stored_number_is_proved_or_refused(name, part, value):
         return
     with contextlib.suppress(RefusalError):
         check(found)  # one line at the most, and no warning
+
+
+@pytest.mark.parametrize("share", [0.98, 0.5, 1e-6, 0.0, -1.0])
+def test_a_stored_norm_that_is_below_the_true_one_is_refused(share):
+    """The evaluator makes no such certificate; nominal radii follow the stored norm, as stated."""
+    found = stated(NETWORKS["liresnet"], network_of(NETWORKS["liresnet"]))
+    check(found)
+    stored = found.tensors["blocks.1.norm"]
+    found.tensors["blocks.1.norm"] = np.asarray(stored * np.float32(share), np.float32)
+    if share:
+        found.samples["nominal_radius"] = np.maximum(found.samples["nominal_radius"] / share, 0)
+    with pytest.raises(DisagreementError, match=r"blocks\.1\.norm is .* is observed"):
+        check(found)
+
+
+def test_no_proof_asks_for_a_stored_norm(monkeypatch):
+    """Sound and deployed radii are proved without it, whatever it is."""
+    found = stated(NETWORKS["liresnet"], network_of(NETWORKS["liresnet"]))
+    monkeypatch.setattr(FAMILIES["liresnet"], "refuted", lambda network: None)
+    found.tensors["stem.norm"] = np.asarray(0.5, np.float32)
+    found.samples["nominal_radius"] *= float(network_of(NETWORKS["liresnet"]).stem.norm) / 0.5
+    check(found)
+    found.samples["sound_radius"] *= 1.001
+    with pytest.raises(DisagreementError, match="sound_radius"):
+        check(found)
+
+
+def test_observed_norms_are_below_and_close():
+    """Against the whole operator's matrix."""
+    random = np.random.default_rng(0)
+    for stride, padding, side in ((1, 1, 3), (2, 2, 5), (3, 0, 2), (2, 1, 3)):
+        kernel, shape = random.normal(size=(4, 2, side, side)), (7, 6)
+        units = np.eye(2 * 7 * 6).reshape(-1, 2, *shape)
+        operator = convolve(units, kernel, stride=stride, padding=padding).reshape(len(units), -1)
+        y = random.normal(size=(3, 4, *convolve(units[:1], kernel, stride=stride,
+                                                padding=padding).shape[2:]))  # fmt: skip
+        back = adjoint(y, kernel, shape, stride=stride, padding=padding)
+        np.testing.assert_allclose(back.reshape(3, -1), y.reshape(3, -1) @ operator.T, atol=1e-12)
+        exact = np.linalg.norm(operator, 2)
+        assert 0.999 * exact < observed_norm(kernel, shape, stride, padding) <= exact
 
 
 def test_what_overflows_certifies_nothing():

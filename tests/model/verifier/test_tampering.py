@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from model.networks.registry import build_network
+from model.verifier.certificate import FIELDS
 from model.verify import main
 from tests.model.certificate_maker import CONFIRMED, DISAGREES, UNUSABLE, Case
 from tests.model.verifier.honest import on_disk
@@ -223,6 +224,81 @@ def test_tampering_is_found(case, capsys, name):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1
+
+
+def eps_dropped_with_its_table(case: Case) -> None:
+    """What another choice of radii would have made: no field contradicts another."""
+    body = copy.deepcopy(case.body())
+    dropped = body["eps"].pop()
+    for column in body["columns"].values():
+        del column["certified"][dropped], column["cra"][dropped]
+    case.seal(body)
+
+
+UNDERIVED = {
+    "eps": eps_dropped_with_its_table,
+    "code_version": field("code_version", to="9.9"),
+    "observed_lipschitz": field("observed_lipschitz", to=larger(-1e-3)),
+}
+
+
+@pytest.mark.parametrize("name", UNDERIVED)
+def test_what_is_accepted_though_it_was_changed_is_listed(case, capsys, name):
+    UNDERIVED[name](case)
+    assert main(case.arguments) == CONFIRMED
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("not derived: ")]
+    assert name in line
+
+
+def test_the_list_of_what_is_not_derived_is_complete(untouched, tmp_path, capsys):
+    """Every other field of certificate.json that changes, changed alone, is a disagreement."""
+    from model.verifier.command import UNDERIVED as LISTED
+
+    assert LISTED.keys() == UNDERIVED.keys()
+    for name in sorted(FIELDS - LISTED.keys() - {"digest"}):
+        case = untouched.copy(tmp_path / name)
+        value = case.body()[name]
+        other = {"remark": 1} if isinstance(value, dict) else [] if value == [0] else [0]
+        field(name, to=other if isinstance(value, dict | list) else "other")(case)
+        assert main(case.arguments) in (DISAGREES, UNUSABLE), name
+        assert capsys.readouterr().out == ""
+
+
+def test_radii_that_the_producer_did_not_choose_are_shown(untouched, capsys):
+    samples = untouched.samples()
+    hits = zip(samples["sound_prediction"], samples["label"], samples["sound_radius"], strict=True)
+    share = sum(p == y and r > 1 / 1000 for p, y, r in hits) / len(samples["key"])
+    assert main([*untouched.arguments, "--eps", "1/1000", "36/255"]) == CONFIRMED
+    table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert table["1/1000"][2] == f"{share:.2%}"
+    assert main([*untouched.arguments, "--eps", "0.1x"]) == UNUSABLE
+    assert "is not a ratio" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def bfloat16(tmp_path_factory) -> Case:
+    """A certificate whose `deployed` column certifies nothing at all."""
+    config = parsed(**SMALL, **NETWORKS["lipnext"])
+    network = build_network(config).float().eval()
+    network.initialise(0)
+    return on_disk(config, network, tmp_path_factory.mktemp("bf16"), "--deployed", "bfloat16")
+
+
+@pytest.mark.parametrize("correct", [False, True], ids=["radii", "radii and predictions"])
+def test_a_forged_bfloat16_column_is_found(bfloat16, tmp_path, capsys, correct):
+    """The radius is below 1/2, the largest tolerance of its logits: nothing is allowed on radii."""
+    case = bfloat16.copy(tmp_path / "case")
+    columns = case.samples()
+    assert not any(columns["deployed_radius"])
+    assert main(case.arguments) == CONFIRMED
+    columns["deployed_radius"] = [0.499] * len(columns["key"])
+    if correct:
+        columns["deployed_prediction"] = columns["label"]
+    case.forge(columns)
+    assert case.body()["columns"]["deployed"]["cra"]["36/255"] > 0
+    capsys.readouterr()
+    assert main(case.arguments) == DISAGREES
+    assert "deployed_" in capsys.readouterr().err
 
 
 def test_an_error_is_bounded_by_the_samples_drawn(untouched, tmp_path, capsys):

@@ -424,7 +424,6 @@ def test_the_verifier_imports_nothing_of_the_project_and_no_torch():
         "optim",
         "data_shards",
         "jobs",
-        "untrusted",
         "torch",
         "pydantic",
         "tyro",

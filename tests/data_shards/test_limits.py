@@ -9,9 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_shards.storage.store import Store
-from untrusted.json_input import parse_json, parse_object, read_object
-from untrusted.limits import PREFIX, Limits, UntrustedError, limits, require, require_name
-from untrusted.parquet import open_parquet, read_column, read_table
+from data_shards.untrusted.json_input import parse_json, parse_object, read_object
+from data_shards.untrusted.limits import (
+    PREFIX,
+    Limits,
+    UntrustedError,
+    limits,
+    require,
+    require_name,
+)
+from data_shards.untrusted.parquet import open_parquet, read_column, read_table
 
 MIB = 1 << 20
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
 
-from untrusted.terminal import PlainConsole
-from untrusted.text import code, markdown, printable, shown, unprintable
+from data_shards.untrusted.terminal import PlainConsole
+from data_shards.untrusted.text import code, markdown, printable, shown, unprintable
 
 HOSTILE = [
     "[/x]<script>alert(1)</script>",

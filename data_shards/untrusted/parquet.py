@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from untrusted.limits import UntrustedError, limits, require
+from data_shards.untrusted.limits import UntrustedError, limits, require
 
 _LEAST, _PER_ROW = 1 << 20, 1 << 9
 """Bytes of a file's own description, and of the numbers and digests of a row."""

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from untrusted.text import printable
+from data_shards.untrusted.text import printable
 
 
 class PlainConsole(Console):

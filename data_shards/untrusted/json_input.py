@@ -3,7 +3,7 @@
 import json
 from typing import IO, Any
 
-from untrusted.limits import UntrustedError, limits, require
+from data_shards.untrusted.limits import UntrustedError, limits, require
 
 _PIECE = 1 << 20
 
