@@ -32,6 +32,11 @@ def printable(text: str) -> str:
     )
 
 
+def figure_text(text: str) -> str:
+    """A text in a figure, where `$` would begin a formula; one line."""
+    return " ".join(printable(text).split("\n")).replace("$", r"\$")
+
+
 def shown(value: object) -> object:
     """A value for an HTML page, which Jinja escapes after this; texts as `printable`."""
     return printable(value) if type(value) is str else value

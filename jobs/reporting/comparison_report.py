@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_shards.untrusted.text import code as code_span
+from data_shards.untrusted.text import figure_text
 from data_shards.untrusted.text import markdown as markdown_text
 from jobs.evaluation import plot_style
 from jobs.reporting.comparison_config import CompareConfig
@@ -173,5 +174,5 @@ def comparison_png(group: Sequence[System]) -> bytes:
     cost.set_yticks(places, [system.preset for system in group], fontsize=plot_style.SMALL)
     cost.invert_yaxis()
     cost.set_xlabel("seconds of training, mean over the seeds")
-    plot_style.finish(figure, f"{first.samples} samples of {first.dataset}")
+    plot_style.finish(figure, f"{first.samples} samples of {figure_text(first.dataset)}")
     return plot_style.png(figure)

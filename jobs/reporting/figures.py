@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from data_shards.untrusted.text import figure_text
 from jobs.evaluation import plot_style
 from jobs.reporting.report_data import ComparisonGroup, ReportEntry
 from model.certification.eps import eps_value
@@ -31,7 +32,7 @@ def curves_svg(group: ComparisonGroup, places: Sequence[int]) -> bytes:
     for place, entry, column in zip(places, group.entries, sound, strict=True):
         summary, style = entry.chosen.summary, plot_style.run_style(place)
         eps, cra = (np.array(values) for values in zip(*column.curve, strict=True))
-        label = f"{entry.reported.run.name}, step {summary.step}"
+        label = f"{figure_text(entry.reported.run.name)}, step {summary.step}"
         axes.plot(eps, 100 * cra, linewidth=plot_style.LINE_WIDTH, label=label, **style)
         if summary.attack:
             plot_style.draw_attack(axes, column, summary.attack, limit, color=style["color"])
@@ -74,7 +75,7 @@ def cost_svg(group: ComparisonGroup, places: Sequence[int]) -> bytes:
             path = _path(entry, ratio)
             axes.plot(
                 path[:, 0] / scale, 100 * path[:, 1], marker="o", markersize=4, linewidth=1.6,
-                label=entry.reported.run.name, **plot_style.run_style(place),
+                label=figure_text(entry.reported.run.name), **plot_style.run_style(place),
             )  # fmt: skip
         axes.set_title(f"eps {ratio}", fontsize=plot_style.NORMAL)
         axes.set_xlim(left=0.0)

@@ -192,8 +192,16 @@ def _check_size(open_binary: OpenBinary, info: ArtifactInfo) -> None:
         size = stream.seek(0, os.SEEK_END)
     if size != info.weights_bytes:
         raise ModelError(f"{WEIGHTS} has {size} bytes, {DESCRIPTION} says {info.weights_bytes}")
+    values = size // torch.float32.itemsize
+    for field in dataclasses.fields(info.network):
+        count = getattr(info.network, field.name)
+        if isinstance(count, int) and count > values:  # some lists are as long as a network is deep
+            raise ModelError(
+                f"{DESCRIPTION} has {field.name}={count}, more than the {values} values of its "
+                "weights"
+            )
     try:
-        with parameter_limit(size // torch.float32.itemsize):
+        with parameter_limit(values):
             _on_meta(info.network)
     except RuntimeError as error:  # sizes that no tensor can have
         raise ModelError(f"{DESCRIPTION}: no network can be built: {error}") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from data_shards.untrusted.limits import require
+from data_shards.untrusted.limits import UntrustedError, require
 
 ADDRESSES = "CERTIFIED_PRETRAIN_ADDRESSES"
 """Prefixes that a server may name, separated by blanks."""
@@ -118,7 +118,11 @@ def _bounded(response: Any, **options: Any) -> None:
         size = 0
         for piece in genuine(*arguments, **options):
             size += len(piece)
-            require(size, "answer_bytes", f"the answer of {urlsplit(response.url).netloc} has")
+            try:
+                require(size, "answer_bytes", f"the answer of {urlsplit(response.url).netloc} has")
+            except UntrustedError:
+                response.close()  # what is left of it is not read
+                raise
             yield piece
 
     response.iter_content = iter_content

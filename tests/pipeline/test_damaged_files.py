@@ -96,12 +96,12 @@ def test_the_status_page_does_without_what_it_cannot_read(tmp_path, monkeypatch,
     ],
 )
 def test_names_that_are_no_names_of_runs(name, reason):
-    with pytest.raises(PipelineError, match=reason):
+    with pytest.raises(ValueError, match=reason):
         dataclasses.replace(run_preset("digits"), name=name)
 
 
 def test_names_in_all_languages_are_names():
-    for name in ("digits-20261128", "größe", "試行 1", "[/x]<script>", "-"):
+    for name in ("digits-20261128", "größe", "試行 1", "[x]<script>", "-"):
         assert dataclasses.replace(run_preset("digits"), name=name).name == name
 
 
@@ -180,7 +180,7 @@ def test_a_damaged_state_of_the_spool_ships_everything_once_more(tmp_path, monke
     [
         (b"[]", "list, not a JSON object"),
         (b"{}", "norm: Field required|Field required"),
-        (b'{"samples": "9"}', "is damaged"),
+        (b'{"samples": "9"}', "Field required"),
         (b"[" * 100_000, "maximum recursion"),
     ],
 )

@@ -93,7 +93,7 @@ def config(uri, **fields):
 def test_an_empty_answer_is_no_record(tmp_path, answers, caplog):
     with serving(answers) as (uri, _):
         with caplog.at_level(logging.WARNING):
-            tracker = Tracker(config(uri), tmp_path, run_name="x", wait_seconds=5)
+            tracker = Tracker(config(uri), tmp_path, run_name="x", wait_seconds=60)
             tracker.log_metrics(1, {"loss": 1.0})
             tracker.finish()
             assert tracker.close(timeout=1) is False
