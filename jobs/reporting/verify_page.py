@@ -23,10 +23,10 @@ import pyarrow as pa
 from data_shards.format.index import ShardIndex, load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import decode, fetch
-from data_shards.untrusted.parquet import read_table
+from data_shards.untrusted.limits import UntrustedError
+from data_shards.untrusted.parquet import read_table, require_rows
 from data_shards.untrusted.text import shown
 from jobs.evaluation.results import EvaluationError
-from jobs.evaluation.stored_result import evaluation_files
 from model.artifact.artifact import WEIGHTS, ArtifactInfo, read_info
 from pipeline.run.addresses import moved, roots
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
@@ -95,7 +95,7 @@ def page(located: Located, samples: int | None = None) -> str:
     certificate = _read_certificate(located.evaluation)
     weights = located.artifact.read(WEIGHTS)
     _belong("weights_sha256", certificate["model"]["weights_sha256"], weights, located.artifact)
-    table = _table(located.evaluation)
+    table = _table(located.evaluation, certificate["shards"]["samples"])
     _belong("samples_sha256", certificate["samples_sha256"], table, located.evaluation)
     rows = _rows(table, located.evaluation)
     index = load_index(located.shards)
@@ -197,11 +197,12 @@ def _check_network(located: Located, info: ArtifactInfo) -> None:
         )
 
 
-def _table(evaluation: Store) -> bytes:
+def _table(evaluation: Store, samples: int) -> bytes:
     try:
-        return evaluation_files(evaluation)[SAMPLES]
-    except (ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(f"{evaluation} cannot be used: {error}") from error
+        require_rows(evaluation.size(SAMPLES), samples, f"{evaluation}/{SAMPLES}")
+    except UntrustedError as error:
+        raise EvaluationError(str(error)) from error
+    return evaluation.read(SAMPLES)
 
 
 def _belong(field: str, stated: str, data: bytes, place: Store) -> None:

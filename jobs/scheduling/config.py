@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import pydantic
 
 from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.limits import UntrustedError
 from jobs.evaluation.config import EvaluationConfig, suite_config
 from jobs.evaluation.suites import EVALUATION_SUITES
 from pipeline.tracking.checkpoint_query import Checkpoint
@@ -95,7 +96,10 @@ class ScheduleConfig:
                 "an MLflow server needs --claims URL, a folder that all schedulers share, "
                 "e.g. s3://bucket/claims"
             )
-        parse_object(self.runtime_env, "runtime_env")
+        try:
+            parse_object(self.runtime_env, "runtime_env")
+        except UntrustedError as error:
+            raise ValueError(f"runtime_env must be a JSON object: {error}") from error
         return self
 
     @property
