@@ -13,6 +13,7 @@ from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream
 from data_shards.untrusted.terminal import PlainConsole
+from pipeline.checkpoint.commit import commit_bytes
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.driver.console import RunConsole
 from pipeline.driver.event_log import EventLog
@@ -103,8 +104,9 @@ def runs(rank, world_size, folder, shards):
             step = Path(folder, "moved/checkpoints", f"step-{KEPT:08d}")
             commit = step / "writer-0000/commit.json"
             body = json.loads(commit.read_text())
+            del body["digest"]
             body["cursor"] = dataclasses.asdict(cursor(*divmod(BAD[-1] * BATCH, EPOCH)))
-            commit.write_text(json.dumps(body))
+            commit.write_bytes(commit_bytes(body))
             shutil.copy(f"{folder}/back/rollbacks.json", f"{folder}/remembered")
         world.barrier()
         run("moved", "moved", config(), ())
