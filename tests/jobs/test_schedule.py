@@ -81,7 +81,7 @@ def test_rules_name_suites_and_times():
         ({"rules": ("nightly@6h",)}, "no evaluation suite 'nightly'; known: certify, certify"),
         ({"tracking": TrackingConfig(uri="https://mlflow.example")}, "needs --claims URL"),
         ({"tracking": TrackingConfig(uri="https://me:sesame@x")}, "credentials"),
-        ({"runtime_env": "[]"}, "runtime_env must be a JSON object"),
+        ({"runtime_env": "[]"}, "runtime_env .*not a JSON object"),
     ],
 )
 def test_impossible_schedules_are_refused(changes, message):
