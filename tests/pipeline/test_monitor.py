@@ -92,7 +92,7 @@ def show(*events, terminal, folder):
 def test_person_sees_facts_progress_and_checkpoints(tmp_path, terminal):
     text, tracker = show(
         Started(
-            {"partitioned matrices": "9 of 9"}, 0, 10, micro_batch=6, measured_flops=2.8372224e10
+            {"partitioned matrices": "9 of 9"}, 0, 10, micro_batch=6, measured_flops=2.422784e9
         ),
         Metrics(10, VALUES, 7, productive_s=1e-9),
         CheckpointSaved(

@@ -221,15 +221,20 @@ def test_changed_settings_are_listed_and_accepted_when_told(tmp_path, shards):
     base = ["digits", "--storage", str(tmp_path), "--data.shards", str(shards), "--name", "a"]
     again = [*base, "--start-or-resume", "--cluster.max-failures", "3"]
     assert prepare(parse(base), world_size=2).changed == {}
+    expected = {"cluster.max_failures": "0 -> 3"}
+    earlier = prepare(parse(again), world_size=2)
+    assert earlier.changed == expected
     prepared = prepare(parse(again), world_size=2)
-    assert prepared.changed == {"cluster.max_failures": "0 -> 3"}
-    assert prepare(parse(again), world_size=2).changed == prepared.changed  # no rank has begun
+    assert prepared.changed == expected  # no rank has begun
+    earlier.accept()
+    assert prepare(parse(again), world_size=2).changed == expected  # another one had the lease
+    prepared = prepare(parse(again), world_size=2)
     prepared.accept()
     assert prepare(parse(again), world_size=2).changed == {}
-    with pytest.raises(ValueError, match=r"optim.lr: 0.005 -> 0.004 \(--accept-changes"):
+    with pytest.raises(ValueError, match=r"optim.lr: 0.01 -> 0.004 \(--accept-changes"):
         prepare(parse([*again, "--optim.lr", "4e-3"]), world_size=2)
     told = [*again, "--optim.lr", "4e-3", "--accept-changes"]
-    assert prepare(parse(told), world_size=2).changed == {"optim.lr": "0.005 -> 0.004"}
+    assert prepare(parse(told), world_size=2).changed == {"optim.lr": "0.01 -> 0.004"}
 
 
 def test_a_set_without_an_index_is_trained_and_never_certified(refusal, tmp_path, shards):
@@ -263,8 +268,8 @@ def test_a_stop_beyond_the_end_is_said_and_a_ratio_of_one_rank_refused(tmp_path,
     base = ["digits", "--storage", str(tmp_path), "--data.shards", str(shards)]
     assert prepare(parse([*base, "--train.stop-after", "3"]), world_size=2).notice == ""
     late = [*base, "--name", "late", "--train.epochs", "1", "--train.stop-after", "999"]
-    last = math.ceil(prepare(parse(late), world_size=2).samples.per_epoch / 64)
-    notice = prepare(parse([*late, "--resume"]), world_size=2).notice
+    last = math.ceil(prepare(parse(late), world_size=2).samples.per_epoch / 128)
+    notice = prepare(parse([*late, "--start-or-resume"]), world_size=2).notice
     assert notice == f"train.stop_after=999 is never reached: the run ends after step {last}"
     with pytest.raises(NoEffectError, match=r"cluster.straggler_ratio=2.0 .* one rank"):
         prepare(parse([*base, "--cluster.straggler-ratio", "2"]), world_size=1)
