@@ -66,7 +66,7 @@ def past(cursor: Cursor, gaps: Sequence[Gap]) -> Cursor:
         begin, here, end = ((c.epoch, c.position) for c in (gap.begin, cursor, gap.end))
         # In their order: the end of one gap may lie in the next.
         if begin <= here < end:
-            cursor = gap.end
+            cursor = dataclasses.replace(cursor, epoch=end[0], position=end[1])
     return cursor
 
 

@@ -105,7 +105,7 @@ def test_causes():
         b"GIF89a....": "format",
         picture(60, 50, kind="JPEG")[:700]: "decode",
         picture(60, 50)[:-40]: "decode",
-        picture(1, 3000): "shape",
+        picture(1, 5000): "shape",
     }
     for data, cause in cases.items():
         with pytest.raises(UndecodableError) as caught:

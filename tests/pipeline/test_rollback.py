@@ -105,7 +105,8 @@ def runs(rank, world_size, folder, shards):
             commit = step / "writer-0000/commit.json"
             body = json.loads(commit.read_text())
             del body["digest"]
-            body["cursor"] = dataclasses.asdict(cursor(*divmod(BAD[-1] * BATCH, EPOCH)))
+            epoch, position = divmod(BAD[-1] * BATCH, EPOCH)
+            body["cursor"].update(epoch=epoch, position=position)
             commit.write_bytes(commit_bytes(body))
             shutil.copy(f"{folder}/back/rollbacks.json", f"{folder}/remembered")
         world.barrier()
