@@ -19,8 +19,7 @@ from pipeline.losses.emma import EmmaLoss
 def digits() -> RunConfig:
     """1,797 handwritten digits, 8x8: the whole pipeline in minutes on two CPU cores.
 
-    Network, batch and learning rate are chosen on the validation part of the training split; the
-    last step, to 85 epochs at 1.15 of the radius, is not measured yet (docs/log.md).
+    Chosen on the validation part of the training split (docs/log.md).
     """
     return RunConfig(
         preset="digits",
