@@ -68,8 +68,6 @@ class Commit:
 
 
 _COMMIT = TypeAdapter(Commit)
-_PLACE = {"seed", "epoch", "position"}
-"""The cursor of checkpoints that were written before it stated the order of its samples."""
 _CURSOR = {field.name for field in dataclasses.fields(Cursor)}
 
 
@@ -129,7 +127,7 @@ def _check(commit: Commit, folder: Store, place: str) -> None:
     step = step_of(folder.url.rstrip("/").rpartition("/")[0])
     if step is not None and step != commit.step:
         raise PipelineError(f"{place} is of step {commit.step}, not of the folder's {step}")
-    if set(commit.cursor) not in (_PLACE, _CURSOR):
+    if set(commit.cursor) != _CURSOR:
         raise PipelineError(f"{place} has a cursor of {sorted(commit.cursor)}")
     _ = commit.next_sample  # raises what no cursor can be
     for name, value in commit.scalars.items():
