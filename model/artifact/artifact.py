@@ -186,6 +186,10 @@ def read_info(open_binary: OpenBinary) -> ArtifactInfo:
     return info
 
 
+_SMALL = 1 << 16
+"""A number of a configuration that costs nothing, whatever it counts."""
+
+
 def _check_size(open_binary: OpenBinary, info: ArtifactInfo) -> None:
     """Build nothing that the weights cannot fill: a configuration of few bytes may ask for all."""
     with open_binary(WEIGHTS, "rb") as stream:
@@ -195,7 +199,8 @@ def _check_size(open_binary: OpenBinary, info: ArtifactInfo) -> None:
     values = size // torch.float32.itemsize
     for field in dataclasses.fields(info.network):
         count = getattr(info.network, field.name)
-        if isinstance(count, int) and count > values:  # some lists are as long as a network is deep
+        # Some lists are as long as a network is deep; a field may have no effect in a small one.
+        if isinstance(count, int) and count > max(values, _SMALL):
             raise ModelError(
                 f"{DESCRIPTION} has {field.name}={count}, more than the {values} values of its "
                 "weights"

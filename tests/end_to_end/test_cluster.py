@@ -95,12 +95,14 @@ def test_a_killed_evaluation_worker_changes_nothing(two_nodes, tmp_path):
         alone = {
             **EVALUATION_SUITES[SUITE],
             "artifact": checkpoint.artifact_url,
+            "split": "validation",  # by which checkpoints of the preset are chosen
             "launcher": "local",
             "record": False,
             "out": str(tmp_path / f"alone-{checkpoint.step}"),
         }
         evaluate(alone)
-        beside = Store(checkpoint.artifact_url).child("evaluation", f"test-{SUITE}")
+        folder = f"validation-{SUITE.replace('+', '-')}"
+        beside = Store(checkpoint.artifact_url).child("evaluation", folder)
         assert result(beside.url) == result(alone["out"])
 
 
