@@ -18,9 +18,11 @@ from pipeline.errors import ProcessDiedError
 from pipeline.run.open_servers import split_address
 
 _LOOK_S = 0.2
-_SILENT_S = 20.0
-"""A server that refuses connections for so long is dead; one that is started again is waited for.
-Ray's own patience is 60 s, after which it aborts the process."""
+_GCS = "the GCS of the Ray cluster"
+_RAYLET = "the raylet of this machine"
+_SILENT_S = {_GCS: 20.0, _RAYLET: 5.0}
+"""A server that refuses connections for so long is dead. A GCS may be started again: Ray waits 60 s
+for it before it aborts the process. A raylet never is, and Ray gives it up after 12 s."""
 _CONNECT_S = 2.0
 _PAUSE_S = 2.0
 """Between two looks, and after an error of Ray: as long may a server that is gone seem alive."""
@@ -43,11 +45,11 @@ class RayServers:
 
     def __init__(self, raylet: str, gcs: str) -> None:
         self._where: dict[str, tuple[socket.AddressFamily, Any]] = {
-            "the raylet of this machine": (socket.AF_UNIX, raylet)
+            _RAYLET: (socket.AF_UNIX, raylet)
         }
         host, port = split_address(gcs)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._where["the GCS of the Ray cluster"] = (family, (host, port))
+        self._where[_GCS] = (family, (host, port))
         self._silent: dict[str, float] = {}
         self.lost = threading.Event()
         self.on_loss: Callable[[], object] = lambda: None
@@ -70,8 +72,8 @@ class RayServers:
         Raises:
             ProcessDiedError: one of them has died; `lost` is set.
         """
-        limit = _SILENT_S if silent_s is None else silent_s
         for name, (family, address) in self._where.items():
+            limit = _SILENT_S[name] if silent_s is None else silent_s
             if _answers(family, address):
                 self._silent.pop(name, None)
             # Since the first failure: this process may have stood still since the look before.

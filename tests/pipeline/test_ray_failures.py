@@ -163,7 +163,7 @@ def servers(tmp_path):
 def test_a_call_is_not_waited_for_when_a_server_has_died(servers, name, monkeypatch):
     """And what else waits for Ray ends with the process, when the failure has been recorded."""
     monkeypatch.setattr(ray_watch, "_PAUSE_S", 0.05)
-    monkeypatch.setattr(ray_watch, "_SILENT_S", 0.2)
+    monkeypatch.setattr(ray_watch, "_SILENT_S", dict.fromkeys(ray_watch._SILENT_S, 0.2))
     found, sockets = servers
     monkeypatch.setattr(RayServers, "of_this_process", lambda: found)
     never, order, ended = threading.Event(), [], threading.Event()
