@@ -23,7 +23,7 @@ INTERVAL = 10
 STEPS = 90
 _BATCH = 48  # for two and for three ranks
 _OPTIONS = (
-    f"--train.global-batch {_BATCH} --train.epochs 3 --train.warmup-epochs 0.5 --model.width 24 "
+    f"--train.global-batch {_BATCH} --train.epochs 3.75 --train.warmup-epochs 0.5 --model.width 24 "
     f"--model.depth 2 --checkpoint.every-steps {INTERVAL} --checkpoint.keep-last 0 "
     "--checkpoint.no-evaluate --cluster.device cpu --cluster.max-failures 20 "
     # Nothing is kept in memory, so the store is asked in every epoch.
