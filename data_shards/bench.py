@@ -12,7 +12,7 @@ import tyro
 from rich.table import Table
 
 from data_shards.config import StreamConfig
-from data_shards.errors import ShardError
+from data_shards.errors import ShardError, exit_on_error
 from data_shards.format.index import ShardIndex, load_index
 from data_shards.streaming.sampler import ORDER, Cursor, EpochOrder
 from data_shards.streaming.shuffle_quality import ShuffleQuality, shuffle_quality
@@ -201,10 +201,8 @@ def _run(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the entry; one line on standard error and exit status 1 on a refused request."""
-    try:
+    with exit_on_error():
         tyro.cli(_run, args=arguments, prog="data_shards.bench")
-    except (ShardError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

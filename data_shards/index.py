@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from data_shards.errors import ShardError
+from data_shards.errors import ShardError, exit_on_error
 from data_shards.format.foreign_scan import Layout
 from data_shards.storage.store import Store
 from data_shards.writing.foreign_names import find_shards
@@ -17,7 +17,6 @@ from data_shards.writing.foreign_set import IndexOptions, index_foreign_set
 from data_shards.writing.process_pool import usable_cpus
 from data_shards.writing.write_report import REPORT_FILE, summary
 
-_INTERRUPTED = 130
 _SMALL_SET = 256 << 20  # bytes; one process is done before others have started
 
 
@@ -85,13 +84,8 @@ def _run(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the entry; one line on standard error and exit status 1 on a refused request."""
-    try:
+    with exit_on_error("what was read is kept for the next run"):
         tyro.cli(_run, args=arguments, prog="data_shards.index")
-    except (ShardError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what was read is kept for the next run\n")
-        sys.exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

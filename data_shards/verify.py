@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 import xxhash
 
-from data_shards.errors import ShardError
+from data_shards.errors import ShardError, exit_on_error
 from data_shards.format.decode import decode_image
 from data_shards.format.foreign_scan import read_adopted
 from data_shards.format.index import Shard, ShardIndex, load_index
@@ -188,10 +188,8 @@ def _repair(url: str, workers: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the entry; exit status 1 on a disagreement or an unreadable set."""
-    try:
+    with exit_on_error():
         tyro.cli(_run, args=arguments, prog="data_shards.verify")
-    except (ShardError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from data_shards.config import MIB
-from data_shards.errors import ShardError
+from data_shards.errors import exit_on_error
 from data_shards.format.index import HEADER_FILE
 from data_shards.sources import SOURCES, Source
 from data_shards.storage.store import Store
@@ -25,7 +25,6 @@ from data_shards.writing.writer import write_shard_set
 
 __all__ = ["main", "write_shard_set"]
 
-_INTERRUPTED = 130
 _SMALL_SET = 20_000  # images; one process is done before others have started
 
 
@@ -101,13 +100,8 @@ def _subcommand(make: Callable[..., Source]) -> Callable[..., None]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the entry; one line on standard error and exit status 1 on a refused request."""
     entries = {name: _subcommand(make) for name, make in SOURCES.items()}
-    try:
+    with exit_on_error("finished shards are kept for the next run"):
         tyro.extras.subcommand_cli_from_dict(entries, args=arguments, prog="data_shards.write")
-    except (ShardError, OSError) as error:  # OSError: a full disk, a store that is not there
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; finished shards are kept for the next run\n")
-        sys.exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -27,16 +27,11 @@ from data_shards.format.decode import decode_image, probe_shape
 from data_shards.format.foreign_scan import Layout, Unusable, is_number, read_foreign, row_key
 from data_shards.format.index import (
     HEADER_FILE,
-    ROWS_FILE,
     SCHEMA_VERSION,
-    Header,
     Shard,
     ShardIndex,
-    count_splits,
-    header_to_json,
     load_header,
     load_index,
-    rows_to_parquet,
 )
 from data_shards.format.shard_scan import HashedFile
 from data_shards.sources.archive import Members
@@ -44,17 +39,15 @@ from data_shards.sources.base import VALIDATION, Source, hold_out, hold_out_test
 from data_shards.sources.convert import Recipe
 from data_shards.storage.store import Store
 from data_shards.writing.foreign_names import ForeignShard
+from data_shards.writing.index_files import write_index
 from data_shards.writing.process_pool import Advance, run_tasks
 from data_shards.writing.progress_bar import ProgressBar
 from data_shards.writing.shard_fragment import ShardFragment
 from data_shards.writing.shard_plan import ShardPlan, StoredSplit, WriteOptions, plan_split
 from data_shards.writing.write_report import (
-    REPORT_FILE,
     duplicates_of,
     refuse_leaks,
     refuse_reported_leaks,
-    report,
-    report_to_json,
 )
 from data_shards.writing.writer import PROGRESS, write_shard
 
@@ -369,28 +362,16 @@ class _Run:
             shards.append(_shard(len(shards), plan.file, "test", len(part.rows), part, None))
             number = pa.array(np.full(len(part.rows), shards[-1].number, dtype=np.int32))
             tables.append(part.rows.append_column("shard", number).select(tables[0].column_names))
-        table = pa.concat_tables(tables)
-        rows = rows_to_parquet({name: table[name] for name in table.column_names})
-        header = Header(
-            schema_version=SCHEMA_VERSION,
-            name=source.name,
-            image_shape=source.image_shape,
-            train_shape=source.image_shape if source.uniform else None,
-            num_classes=len(source.class_names),
-            class_names=source.class_names,
-            splits=count_splits(
-                np.asarray(table["split"].to_numpy() == "train"), table["validation"].to_numpy()
-            ),
-            shards=tuple(shards),
-            rows_sha256=hashlib.sha256(rows).hexdigest(),
+        write_index(
+            self.out,
+            source,
+            tables,
+            shards,
             generator={**source.parameters, "plan": self.identity},
+            left_out=[entry for _, part in copies for entry in part.left_out],
+            duplicates=duplicates,
+            dropped=self.options.drop_duplicates,
         )
-        left_out = [entry for _, part in copies for entry in part.left_out]
-        dropped = self.options.drop_duplicates
-        content = report(source, len(table), left_out, duplicates, dropped)
-        self.out.write(ROWS_FILE, rows)
-        self.out.write(REPORT_FILE, report_to_json(content))
-        self.out.write(HEADER_FILE, header_to_json(header))
 
 
 def _scan_shard(root: Store, options: IndexOptions, shard: ForeignShard, advance: Advance) -> bytes:

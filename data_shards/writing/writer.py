@@ -24,21 +24,16 @@ import xxhash
 from data_shards.errors import ShardError
 from data_shards.format.index import (
     HEADER_FILE,
-    ROWS_FILE,
-    SCHEMA_VERSION,
-    Header,
     Shard,
     ShardIndex,
-    count_splits,
-    header_to_json,
     load_header,
     load_index,
-    rows_to_parquet,
 )
 from data_shards.format.tar import add_end, add_member
 from data_shards.sources.base import Source
 from data_shards.sources.convert import UndecodableError, image_extension
 from data_shards.storage.store import Store
+from data_shards.writing.index_files import write_index
 from data_shards.writing.process_pool import Advance, run_tasks
 from data_shards.writing.progress_bar import ProgressBar
 from data_shards.writing.shard_fragment import SOURCE_HASH, ShardFragment
@@ -50,12 +45,9 @@ from data_shards.writing.shard_plan import (
     progress_key,
 )
 from data_shards.writing.write_report import (
-    REPORT_FILE,
     duplicates_of,
     refuse_leaks,
     refuse_reported_leaks,
-    report,
-    report_to_json,
 )
 
 _logger = logging.getLogger(__name__)
@@ -239,33 +231,20 @@ class _Run:
                     size=fragment.size,
                 )
             )
-        table = pa.concat_tables(tables)
-        rows = rows_to_parquet({name: table[name] for name in table.column_names})
-        source = self.source
-        header = Header(
-            schema_version=SCHEMA_VERSION,
-            name=source.name,
-            image_shape=source.image_shape,
-            train_shape=source.image_shape if source.uniform else None,
-            num_classes=len(source.class_names),
-            class_names=source.class_names,
-            splits=count_splits(
-                np.asarray(table["split"].to_numpy() == "train"), table["validation"].to_numpy()
-            ),
-            shards=tuple(shards),
-            rows_sha256=hashlib.sha256(rows).hexdigest(),
+        write_index(
+            self.store,
+            self.source,
+            tables,
+            shards,
             generator={
-                **source.parameters,
+                **self.source.parameters,
                 **dataclasses.asdict(self.options),
                 "plan": self.identity,
             },
+            left_out=[entry for fragment in fragments for entry in fragment.left_out],
+            duplicates=duplicates,
+            dropped=self.options.drop_duplicates,
         )
-        left_out = [entry for fragment in fragments for entry in fragment.left_out]
-        dropped = self.options.drop_duplicates
-        content = report(source, len(table), left_out, duplicates, dropped)
-        self.store.write(ROWS_FILE, rows)
-        self.store.write(REPORT_FILE, report_to_json(content))
-        self.store.write(HEADER_FILE, header_to_json(header))
 
 
 def write_shard(

@@ -289,9 +289,8 @@ class Tracker:
             server.finish_run(self._run_id(server), **row)
 
     def _run_id(self, server: MlflowConnection) -> str:
-        if (
-            self._spool.run is None
-        ):  # its first line is damaged: by its key it is found all the same
+        # The first line of the spool is damaged: by its key the run is found all the same.
+        if self._spool.run is None:
             self._spool.run = server.start_run(**self._start)
         return self._spool.run.run_id
 
