@@ -19,7 +19,7 @@ from data_shards.sources.convert import Recipe
 from data_shards.storage.store import Store
 from data_shards.verify import verify
 from data_shards.write import write_shard_set
-from data_shards.writing import writer
+from data_shards.writing import index_files
 from data_shards.writing.shard_plan import WriteOptions, plan_shards
 from tests.harness import forking_context
 
@@ -77,7 +77,7 @@ def test_interrupted_write_is_not_a_set(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "header_to_json", interrupted)
+        patch.setattr(index_files, "header_to_json", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write_shard_set(small(), str(tmp_path))
     with pytest.raises(ShardError, match=r"no shard set at .* no index\.json"):
