@@ -44,7 +44,7 @@ class ManifoldStep:
         return steps > 0 and self.state["step"] % steps == 0
 
     @property
-    def retracts(self) -> bool:
+    def projects(self) -> bool:
         """Whether this step ends with a polar retraction."""
         every = self.config.polar_every
         return every > 0 and self.state["step"] % every == 0
@@ -117,7 +117,7 @@ class ManifoldStep:
             X[number] = self.manifold.retract(X[number], D.pop(0), config.rule, config.increment)
             if self.corrects:
                 X[number] = self.manifold.correct(X[number])
-        if self.retracts:
+        if self.projects:
             X[:] = self.guard.call(slots, lambda x, slot: self.manifold.project(x), X)
         if self.audit.due(self.state["step"]):
             for x, slot in zip(X, slots, strict=True):
@@ -130,7 +130,7 @@ class ManifoldStep:
         if self.synchronises:
             state["slow"][cut] = self.partition.flat[cut]
             state["tangent_sum"][cut] = 0.0
-        elif self.retracts and self.config.lookahead_steps:
+        elif self.projects and self.config.lookahead_steps:
             slow = exchange.to_owner(state["slow"][cut], plan).wait()
             slots = plan.owned[exchange.rank]
             # Both copies or neither: one that is off would pull the other when they synchronise.

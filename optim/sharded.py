@@ -154,7 +154,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
         # One rank waits for nobody: interleaving would only hold more matrices at a time.
         run = interleaved if self._overlap and self.exchange.world_size > 1 else in_sequence
         run([step.update(plan) for plan in self._rounds(partition)])
-        if step.retracts:
+        if step.projects:
             self._guard.raise_together()
         if self.audit.due(state["step"]):
             self._finish_audit(partition, manifold)

@@ -81,6 +81,21 @@ def run_command(
         return subprocess.CompletedProcess([module, *words], process.exitcode, *texts)
 
 
+def run_module(module: str, *words: str, timeout: float, **environment: str) -> str:
+    """Output of `python -m module words` as a person runs it, in an interpreter of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words],
+        cwd=Path(__file__).resolve().parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
 def _command_main(
     module: str, words: tuple[str, ...], environment: Mapping[str, str], outputs: list[str]
 ) -> None:

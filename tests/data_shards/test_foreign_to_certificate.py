@@ -1,10 +1,8 @@
 """Data as people have it, through training to a certificate that the verifier checks."""
 
+import functools
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +11,10 @@ from sklearn.datasets import load_digits
 
 from data_shards.format.index import load_index
 from data_shards.sources.base import encode_png
+from tests.harness import run_module
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "cluster.launcher": "local",
     "cluster.device": "cpu",
@@ -26,18 +24,7 @@ SETTINGS = {
 }
 
 
-def run(module, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+run = functools.partial(run_module, timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,16 @@
 """From the official archives through S3 to a certificate: one epoch of ImageNet at 224x224."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from data_shards.format.index import load_index
 from tests.data_shards.imagenet_archive import make_imagenet
+from tests.harness import run_module
 from tests.object_store import BUCKET, s3_clients, s3_environment, s3_server
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 CLASSES, PER_CLASS = 1000, 2
 UNDECODABLE = 3
 SETTINGS = {
@@ -35,17 +31,7 @@ SETTINGS = {
 
 
 def run(module, *arguments, address):
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **s3_environment(f"http://{address}")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return run_module(module, *arguments, timeout=280, **s3_environment(f"http://{address}"))
 
 
 @pytest.mark.timeout(900)
