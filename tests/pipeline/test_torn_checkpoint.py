@@ -1,5 +1,6 @@
 """A process killed at any write of a checkpoint: the newest committed one always loads."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from data_shards.storage.store import Store
+from data_shards.streaming.sampler import Cursor
 from pipeline.checkpoint import writer
 from pipeline.checkpoint.commit import SCHEMA_VERSION, read_commit
 from pipeline.checkpoint.reader import _check_file, committed
@@ -26,7 +28,7 @@ def snapshot(rank: int, step: int) -> Snapshot:
         "schema_version": SCHEMA_VERSION,
         "step": step,
         "world_size": RANKS,
-        "cursor": {"seed": 0, "epoch": 0, "position": step},
+        "cursor": dataclasses.asdict(Cursor(seed=0, position=step)),
         "scalars": {},
         "records": [],
         "config": {},
