@@ -30,7 +30,7 @@ from pipeline.checkpoint.writer import HostMemory, commit, take_snapshot, write_
 from pipeline.config import ClusterConfig, RunConfig
 from pipeline.presets import run_preset
 from pipeline.run.distributed import DistributedContext, join_process_group
-from pipeline.run.rank_state import TrainState
+from pipeline.run.worker_spec import TrainState
 from pipeline.training.worker import build_engine
 from pipeline.training.zero3 import Zero3
 

@@ -12,9 +12,9 @@ import tyro
 from data_shards.errors import ShardError, exit_on_error
 from data_shards.format.foreign_scan import Layout
 from data_shards.storage.store import Store
-from data_shards.writing.foreign_names import find_shards
 from data_shards.writing.foreign_set import IndexOptions, index_foreign_set
 from data_shards.writing.process_pool import usable_cpus
+from data_shards.writing.shard_patterns import find_shards
 from data_shards.writing.write_report import REPORT_FILE, summary
 
 _SMALL_SET = 256 << 20  # bytes; one process is done before others have started

@@ -18,7 +18,7 @@ import tyro
 from pydantic import ValidationError
 
 from data_shards.untrusted.terminal import PlainConsole
-from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.sample_records import EvaluationError
 from jobs.reporting.comparison_config import CompareConfig, parse_change
 from jobs.reporting.comparison_report import System, by_norm, comparison_png, markdown
 from jobs.reporting.comparison_runs import Outcome, RunRequest, Runs

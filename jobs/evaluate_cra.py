@@ -22,12 +22,12 @@ from data_shards.errors import ShardError
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.console import exit_status, following
 from jobs.evaluation.progress import OnProgress
-from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import (
     artifact_info,
     compute,
     output,
 )
+from jobs.evaluation.sample_records import EvaluationError
 from model.errors import ModelError
 from pipeline.run.evaluation_summary import EvaluationSummary, report
 from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY

@@ -22,7 +22,7 @@ from rich.table import Table
 from data_shards.errors import ShardError
 from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation.console import exit_status
-from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.sample_records import EvaluationError
 from jobs.registry import promotion
 from jobs.registry.promotion_rule import Rule
 from model.certification.wilson_interval import with_interval

@@ -30,8 +30,8 @@ from data_shards.untrusted.limits import UntrustedError
 from jobs.evaluation.certify_tasks import ArtifactTask, matrix_tasks
 from jobs.evaluation.console import exit_status
 from jobs.evaluation.executor import map_inline, map_shards
-from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import artifact_info, run_task, task_device
+from jobs.evaluation.sample_records import EvaluationError
 from jobs.prediction.image_files import Picture, PreparedImage, find_pictures, prepare
 from jobs.prediction.serving import SoundPredictor
 from jobs.registry.promotion import rule_of

@@ -27,7 +27,7 @@ from data_shards.storage.store import Store
 from data_shards.untrusted.text import code, markdown, shown
 from jobs.evaluation.console import exit_status
 from jobs.evaluation.plot_style import run_style
-from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.sample_records import EvaluationError
 from jobs.reporting.figures import cost_svg, curves_svg, time_unit
 from jobs.reporting.report_data import ComparisonGroup, Report, ReportEntry, collect
 from jobs.reporting.verify_page import VERIFY_PAGE, locate, page

@@ -29,7 +29,7 @@ from rich.console import Console
 
 from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.terminal import PlainConsole
-from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.sample_records import EvaluationError
 from jobs.scheduling.backlog import Backlog, BacklogEntry
 from jobs.scheduling.claimed_evaluation import Options, command
 from jobs.scheduling.claims import ClaimPhase, Claims

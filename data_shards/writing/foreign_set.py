@@ -38,12 +38,12 @@ from data_shards.sources.archive import Members
 from data_shards.sources.base import VALIDATION, Source, hold_out, hold_out_test, printable
 from data_shards.sources.convert import Recipe
 from data_shards.storage.store import Store
-from data_shards.writing.foreign_names import ForeignShard
 from data_shards.writing.index_files import write_index
 from data_shards.writing.process_pool import Advance, run_tasks
 from data_shards.writing.progress_bar import ProgressBar
-from data_shards.writing.shard_fragment import ShardFragment
+from data_shards.writing.shard_patterns import ForeignShard
 from data_shards.writing.shard_plan import ShardPlan, StoredSplit, WriteOptions, plan_split
+from data_shards.writing.shard_record import ShardRecord
 from data_shards.writing.write_report import (
     duplicates_of,
     refuse_leaks,
@@ -225,25 +225,25 @@ class _Run:
                 )
             self.out.write(f"{self.folder}/claim.json", b"{}\n")
 
-    def _scan(self) -> list[ShardFragment]:
+    def _scan(self) -> list[ShardRecord]:
         """Read the shards that earlier runs did not; return what is known of all."""
-        found: dict[int, ShardFragment] = {}
+        found: dict[int, ShardRecord] = {}
         for place in range(len(self.shards)):
             with contextlib.suppress(FileNotFoundError, ShardError):
-                found[place] = ShardFragment.from_bytes(self.out.read(self._fragment(place)))
+                found[place] = ShardRecord.from_bytes(self.out.read(self._record(place)))
         missing = [place for place in range(len(self.shards)) if place not in found]
         task = functools.partial(_scan_shard, self.root, self.options)
         tasks = [self.shards[place] for place in missing]
         with ProgressBar("reading shards", 0, shown=self.shown) as bar:
             for number, data in run_tasks(task, tasks, self.workers, bar):
-                self.out.write(self._fragment(missing[number]), data)
-                found[missing[number]] = ShardFragment.from_bytes(data)
+                self.out.write(self._record(missing[number]), data)
+                found[missing[number]] = ShardRecord.from_bytes(data)
         return [found[place] for place in range(len(self.shards))]
 
-    def _fragment(self, place: int) -> str:
+    def _record(self, place: int) -> str:
         return f"{self.folder}/scan-{place:05d}.parquet"
 
-    def _join(self, parts: list[ShardFragment], notes: list[str]) -> _Scans:
+    def _join(self, parts: list[ShardRecord], notes: list[str]) -> _Scans:
         for split in sorted({shard.split for shard in self.shards}, reverse=True):
             found = [p for s, p in zip(self.shards, parts, strict=True) if s.split == split]
             if not sum(len(part.rows) for part in found):
@@ -321,15 +321,15 @@ class _Run:
 
     def _copy_test(
         self, source: Source, kept: npt.NDArray[np.bool_]
-    ) -> list[tuple[ShardPlan, ShardFragment]]:
+    ) -> list[tuple[ShardPlan, ShardRecord]]:
         if not source.test.any():
             return []
         plans = list(plan_split(source, WriteOptions(), kept, "test"))
-        found: dict[str, ShardFragment] = {}
+        found: dict[str, ShardRecord] = {}
         sizes = self.out.sizes()
         for plan in plans:
             with contextlib.suppress(FileNotFoundError, ShardError):
-                part = ShardFragment.from_bytes(self.out.read(f"{self.folder}/{plan.file}.parquet"))
+                part = ShardRecord.from_bytes(self.out.read(f"{self.folder}/{plan.file}.parquet"))
                 if sizes.get(plan.file) == part.size:
                     found[plan.file] = part
         missing = [plan for plan in plans if plan.file not in found]
@@ -337,16 +337,16 @@ class _Run:
         total = sum(len(plan.members) for plan in missing)
         with ProgressBar("copying test images", total, shown=self.shown) as bar:
             for place, data in run_tasks(task, missing, self.workers, bar):
-                found[missing[place].file] = ShardFragment.from_bytes(data)
+                found[missing[place].file] = ShardRecord.from_bytes(data)
         return [(plan, found[plan.file]) for plan in plans]
 
     def _finish(
         self,
         scans: _Scans,
         source: Source,
-        parts: Sequence[ShardFragment],
+        parts: Sequence[ShardRecord],
         taken: npt.NDArray[np.bool_],
-        copies: Sequence[tuple[ShardPlan, ShardFragment]],
+        copies: Sequence[tuple[ShardPlan, ShardRecord]],
         duplicates: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
     ) -> None:
         tables: list[pa.Table] = []
@@ -402,7 +402,7 @@ def _scan_shard(root: Store, options: IndexOptions, shard: ForeignShard, advance
     table = pa.table(
         {name: pa.array(column, kind) for (name, kind), column in zip(kinds, columns, strict=True)}
     )
-    return ShardFragment(table, shard.size, file.hexdigest(), unusable).to_bytes()
+    return ShardRecord(table, shard.size, file.hexdigest(), unusable).to_bytes()
 
 
 _SCHEMA = {
@@ -435,7 +435,7 @@ def _first_of(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
 
 
 def _shard(
-    number: int, file: str, split: StoredSplit, samples: int, part: ShardFragment, at: str | None
+    number: int, file: str, split: StoredSplit, samples: int, part: ShardRecord, at: str | None
 ) -> Shard:
     return Shard(
         number=number, file=file, split=split, samples=samples, size=part.size,

@@ -2,8 +2,8 @@
 
 The bytes depend on the source and the options alone, so two processes that write the same set to
 one place at the same time replace files by identical ones, and whoever writes the header last
-changes nothing. The order of writing is shard, its fragment under `.progress/`, and when all are
-there the rows, the report and the header; a run that was killed goes on from the fragments.
+changes nothing. The order of writing is shard, its record under `.progress/`, and when all are
+there the rows, the report and the header; a run that was killed goes on from the records.
 """
 
 import contextlib
@@ -36,7 +36,6 @@ from data_shards.storage.store import Store
 from data_shards.writing.index_files import write_index
 from data_shards.writing.process_pool import Advance, run_tasks
 from data_shards.writing.progress_bar import ProgressBar
-from data_shards.writing.shard_fragment import SOURCE_HASH, ShardFragment
 from data_shards.writing.shard_plan import (
     ShardPlan,
     WriteOptions,
@@ -44,6 +43,7 @@ from data_shards.writing.shard_plan import (
     plan_shards,
     progress_key,
 )
+from data_shards.writing.shard_record import SOURCE_HASH, ShardRecord
 from data_shards.writing.write_report import (
     duplicates_of,
     refuse_leaks,
@@ -146,13 +146,13 @@ class _Run:
             kept[duplicates[0]] = False
         plans = list(plan_shards(self.source, self.options, kept))
         self._refuse_strays(plans)
-        fragments = self._write_shards(plans)
+        records = self._write_shards(plans)
         if not self.options.drop_duplicates:
-            columns = pa.concat_tables([f.rows.select(["key", SOURCE_HASH]) for f in fragments])
+            columns = pa.concat_tables([f.rows.select(["key", SOURCE_HASH]) for f in records])
             numbers = np.array([int(key) for key in columns["key"].to_pylist()], dtype=np.int64)
             hashes = columns[SOURCE_HASH].to_numpy()
             duplicates = duplicates_of(hashes, numbers, self.source.test[numbers])
-        self._finish(plans, fragments, duplicates)
+        self._finish(plans, records, duplicates)
 
     def _refuse_other_progress(self) -> None:
         others = [name for name in self.store.ls(PROGRESS) if name != self.folder]
@@ -171,20 +171,20 @@ class _Run:
                 f"is {strays[0]}. Choose another URL or remove them first"
             )
 
-    def _write_shards(self, plans: Sequence[ShardPlan]) -> list[ShardFragment]:
-        """Write the shards that are missing; return the fragments of all, in order."""
-        found = self._fragments(plans)
+    def _write_shards(self, plans: Sequence[ShardPlan]) -> list[ShardRecord]:
+        """Write the shards that are missing; return the records of all, in order."""
+        found = self._records(plans)
         missing = [plan for plan in plans if plan.file not in found]
         done = sum(len(plan.members) for plan in plans if plan.file in found)
         total = sum(len(plan.members) for plan in plans)
         task = functools.partial(write_shard, self.source, self.store, self.folder)
         with ProgressBar(f"writing {self.source.name}", total, shown=self.shown, done=done) as bar:
             for place, data in run_tasks(task, missing, self.workers, bar):
-                found[missing[place].file] = ShardFragment.from_bytes(data)
+                found[missing[place].file] = ShardRecord.from_bytes(data)
         return [found[plan.file] for plan in plans]
 
-    def _fragments(self, plans: Sequence[ShardPlan]) -> dict[str, ShardFragment]:
-        """Return what earlier runs finished: fragments whose shard is there."""
+    def _records(self, plans: Sequence[ShardPlan]) -> dict[str, ShardRecord]:
+        """Return what earlier runs finished: records whose shard is there."""
         names = set(self.store.ls(self.folder))
         sizes = self.store.sizes()
         found = {}
@@ -193,11 +193,11 @@ class _Run:
             if name not in names:
                 continue
             # Another process that writes the same set may have finished and tidied up, and not
-            # every store writes an object in one go: a fragment that is not there is made again.
+            # every store writes an object in one go: a record that is not there is made again.
             with contextlib.suppress(FileNotFoundError, ShardError):
-                fragment = ShardFragment.from_bytes(self.store.read(name))
-                if sizes.get(plan.file) == fragment.size:
-                    found[plan.file] = fragment
+                record = ShardRecord.from_bytes(self.store.read(name))
+                if sizes.get(plan.file) == record.size:
+                    found[plan.file] = record
         return found
 
     def _find_duplicates(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -213,22 +213,22 @@ class _Run:
     def _finish(
         self,
         plans: Sequence[ShardPlan],
-        fragments: Sequence[ShardFragment],
+        records: Sequence[ShardRecord],
         duplicates: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
     ) -> None:
         tables, shards = [], []
-        for number, (plan, fragment) in enumerate(zip(plans, fragments, strict=True)):
-            count = len(fragment.rows)
+        for number, (plan, record) in enumerate(zip(plans, records, strict=True)):
+            count = len(record.rows)
             shard_column = pa.array(np.full(count, number, dtype=np.int32))
-            tables.append(fragment.rows.append_column("shard", shard_column))
+            tables.append(record.rows.append_column("shard", shard_column))
             shards.append(
                 Shard(
                     number=number,
                     file=plan.file,
                     split=plan.split,
-                    sha256=fragment.sha256,
+                    sha256=record.sha256,
                     samples=count,
-                    size=fragment.size,
+                    size=record.size,
                 )
             )
         write_index(
@@ -241,7 +241,7 @@ class _Run:
                 **dataclasses.asdict(self.options),
                 "plan": self.identity,
             },
-            left_out=[entry for fragment in fragments for entry in fragment.left_out],
+            left_out=[entry for record in records for entry in record.left_out],
             duplicates=duplicates,
             dropped=self.options.drop_duplicates,
         )
@@ -250,7 +250,7 @@ class _Run:
 def write_shard(
     source: Source, store: Store, folder: str, plan: ShardPlan, advance: Advance
 ) -> bytes:
-    """Build one tar, write it and its fragment; return the fragment."""
+    """Build one tar, write it and its record; return the record."""
     tar = io.BytesIO()
     rows: list[dict[str, Any]] = []
     left_out: list[tuple[int, str, str]] = []
@@ -273,10 +273,10 @@ def write_shard(
     kinds = {"label": pa.int32(), "xxh3_64": pa.uint64(), SOURCE_HASH: pa.uint64()}
     arrays = {name: pa.array(values, kinds.get(name)) for name, values in columns.items()}
     digest = hashlib.sha256(body).hexdigest()
-    fragment = ShardFragment(pa.table(arrays), len(body), digest, left_out).to_bytes()
+    record = ShardRecord(pa.table(arrays), len(body), digest, left_out).to_bytes()
     store.write(plan.file, body)
-    store.write(f"{folder}/{plan.file}.parquet", fragment)
-    return fragment
+    store.write(f"{folder}/{plan.file}.parquet", record)
+    return record
 
 
 def _add_sample(

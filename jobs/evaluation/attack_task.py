@@ -20,7 +20,7 @@ from data_shards.format.index import Shard, ShardIndex
 from data_shards.streaming.sample_reader import ShardBatch, read_shard
 from jobs.evaluation.certify_tasks import ArtifactTask, ShardTask, in_program
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.results import EvaluationError, ShardRecords
+from jobs.evaluation.sample_records import EvaluationError, ShardRecords
 from jobs.evaluation.suites import ATTACK_SUITES
 from model.certification.eps import eps_value
 from model.certification.rounding import FLOAT32, FLOAT64

@@ -15,7 +15,7 @@ from torch import Tensor
 from data_shards.format.index import Shard, ShardIndex
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
-from jobs.evaluation.results import COLUMNS, ColumnRecords, EvaluationError, ShardRecords
+from jobs.evaluation.sample_records import COLUMNS, ColumnRecords, EvaluationError, ShardRecords
 from model.artifact.artifact import (
     Artifact,
     ArtifactInfo,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from data_shards.storage.store import Store
-from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.suites import ATTACK_SUITES, EVALUATION_SUITES, NO_ATTACK
 from model.certification.eps import check_table
 from pipeline.run import layout

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_shards.storage.store import Store
-from jobs.evaluation.results import ShardRecords
+from jobs.evaluation.sample_records import ShardRecords
 from model.certification.eps import eps_value
 from pipeline.run.layout import PROGRESS
 

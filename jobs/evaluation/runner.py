@@ -30,7 +30,7 @@ from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
 from jobs.evaluation.progress import Counting, OnProgress
-from jobs.evaluation.results import (
+from jobs.evaluation.sample_records import (
     COLUMNS,
     EvaluationError,
     ShardRecords,
@@ -50,7 +50,6 @@ from model.certification.rounding import PROGRAMS
 from model.empirical_lipschitz import refute
 from model.errors import ModelError
 from model.networks.base import LipschitzBound
-from pipeline.run.addresses import resolve
 from pipeline.run.evaluation_summary import AttackScores, ColumnScores, EvaluationSummary, LayerRow
 from pipeline.run.layout import (
     BOUNDS_FIGURE,
@@ -62,6 +61,7 @@ from pipeline.run.layout import (
     SUMMARY,
     evaluation,
 )
+from pipeline.run.movable_urls import resolve
 from pipeline.run.ray_session import ray_session
 
 DEVICE_KINDS = ("cpu", "cuda")

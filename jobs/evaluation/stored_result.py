@@ -21,7 +21,7 @@ from data_shards.storage.store import Store
 from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.parquet import read_table, require_rows
 from jobs.evaluation.certificate_file import column_body
-from jobs.evaluation.results import (
+from jobs.evaluation.sample_records import (
     COLUMNS,
     ColumnRecords,
     EvaluationError,

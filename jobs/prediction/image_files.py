@@ -10,7 +10,7 @@ from torch import Tensor
 from data_shards.format.decode import EXTENSIONS, decode_image
 from data_shards.sources.convert import Recipe, image_extension
 from data_shards.storage.store import Store
-from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.sample_records import EvaluationError
 
 
 class Picture(NamedTuple):

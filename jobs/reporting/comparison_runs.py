@@ -20,14 +20,14 @@ from typing import Any
 
 from data_shards.format.index import load_index
 from data_shards.storage.store import Store
-from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.stored_result import read_result
 from jobs.reporting.comparison_config import CompareConfig
 from model.artifact.artifact import ArtifactInfo, parameter_shapes, read_info
 from pipeline.run import layout
-from pipeline.run.addresses import resolve
 from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.lease import read_record_object
+from pipeline.run.movable_urls import resolve
 
 logger = logging.getLogger(__name__)
 

@@ -26,10 +26,10 @@ from data_shards.streaming.sample_reader import decode, fetch
 from data_shards.untrusted.limits import UntrustedError
 from data_shards.untrusted.parquet import read_table, require_rows
 from data_shards.untrusted.text import shown
-from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.sample_records import EvaluationError
 from model.artifact.artifact import WEIGHTS, ArtifactInfo, read_info
-from pipeline.run.addresses import moved, roots
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
+from pipeline.run.movable_urls import moved, roots
 
 VERIFY_PAGE = "verify.html"
 LARGEST_WEIGHTS = 2 << 20

@@ -11,15 +11,15 @@ from functools import lru_cache
 from data_shards.errors import ShardError
 from data_shards.format.index import ShardIndex, load_index
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import evaluation_keys
+from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.suites import EVALUATION_SUITES
 from jobs.scheduling.claims import ClaimPhase, Claims, State
 from jobs.scheduling.config import ScheduleConfig
 from model.errors import ModelError
 from pipeline.run.lease import Lease
-from pipeline.tracking.addresses import AddressError
 from pipeline.tracking.checkpoint_query import Checkpoint, CheckpointQuery
+from pipeline.tracking.server_answers import AddressError
 
 _KEY_CHARACTERS = 16
 _UNREADABLE = (EvaluationError, ShardError, ModelError, AddressError, OSError)

@@ -35,7 +35,7 @@ from pipeline.run import layout
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import CheckpointFailed, CheckpointSaved, Emit
 from pipeline.run.lease import fence
-from pipeline.run.rank_state import TrainState
+from pipeline.run.worker_spec import TrainState
 
 _GIVE_UP_S = 30.0
 """How long a run that has failed still waits for a checkpoint under way."""

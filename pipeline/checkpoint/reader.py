@@ -12,7 +12,7 @@ from data_shards.storage.store import Store
 from data_shards.untrusted.limits import UntrustedError
 from model.artifact.safetensors_io import difference, read_header, tensor_of
 from optim.sharded import ShardedManifoldAdam
-from pipeline.checkpoint.commit import Commit, CommittedFile, CommittedTensor, read_commit
+from pipeline.checkpoint.commit_schema import Commit, CommittedFile, CommittedTensor, read_commit
 from pipeline.checkpoint.writer import Partitioned, held, slices
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
@@ -26,7 +26,7 @@ from pipeline.run.layout import (
     writer_of,
 )
 from pipeline.run.lease import fence
-from pipeline.run.rank_state import TrainState
+from pipeline.run.worker_spec import TrainState
 
 logger = logging.getLogger(__name__)
 

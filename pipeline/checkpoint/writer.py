@@ -25,11 +25,11 @@ from data_shards.storage.store import Store
 from model.artifact.safetensors_io import TensorSpec, write_safetensors
 from optim.sharded import ShardedManifoldAdam
 from optim.zero_layout import Slot
-from pipeline.checkpoint.commit import SCHEMA_VERSION, commit_bytes
+from pipeline.checkpoint.commit_schema import SCHEMA_VERSION, commit_bytes
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.layout import COMMIT, rank_file, rank_report
-from pipeline.run.rank_state import TrainState
+from pipeline.run.worker_spec import TrainState
 
 _POLL_S = (0.01, 1.0)
 """Shortest and longest pause between two looks for the other ranks' reports."""

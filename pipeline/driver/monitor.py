@@ -28,7 +28,7 @@ from pipeline.run.events import (
     Started,
     Straggling,
 )
-from pipeline.run.rank_state import WorkerSpec
+from pipeline.run.worker_spec import WorkerSpec
 from pipeline.tracking.outbox import Tracker
 
 _REPROJECTIONS = "orthogonality/reprojections"

@@ -24,7 +24,6 @@ from pipeline.checkpoint.reader import committed, name_strays
 from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.errors import PipelineError
 from pipeline.run import layout
-from pipeline.run.addresses import relative
 from pipeline.run.lease import (
     Lease,
     LeaseHeldError,
@@ -33,13 +32,14 @@ from pipeline.run.lease import (
     read_record,
     write_record,
 )
+from pipeline.run.movable_urls import relative
 from pipeline.run.open_servers import require_closed
-from pipeline.run.rank_state import WorkerSpec
 from pipeline.run.ray_job import is_ray_job, uploaded_code
 from pipeline.run.ray_session import cluster_address
 from pipeline.run.step_schedule import make_step_schedule, world_sizes
-from pipeline.tracking.addresses import listed_addresses
+from pipeline.run.worker_spec import WorkerSpec
 from pipeline.tracking.client import TrackingConfig
+from pipeline.tracking.server_answers import listed_addresses
 from pipeline.training.data import Samples, open_samples
 from pipeline.training.zero3 import require_precision
 

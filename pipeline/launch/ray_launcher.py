@@ -16,9 +16,9 @@ from pipeline.launch.ray_watch import RayServers, wait_for
 from pipeline.resilience.signals import PAUSE, STOP, ControlActor, Flag, Interruption
 from pipeline.run.events import Emit, Event, GroupFailed
 from pipeline.run.layout import ray_folder
-from pipeline.run.rank_state import WorkerSpec
 from pipeline.run.ray_session import ray_session
 from pipeline.run.step_schedule import world_sizes
+from pipeline.run.worker_spec import WorkerSpec
 from pipeline.training.worker import run_rank
 
 _POLL_S = 0.2
@@ -286,9 +286,9 @@ def _trainer(job: WorkerSpec, run: Store, name: str, settings: dict[str, Any]) -
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
-    from pipeline.launch.rank_group import GroupConfig
     from pipeline.launch.ray_elastic import RESIZE_S, START_TIMEOUT_S, DividingPolicy
     from pipeline.launch.ray_failures import BudgetedFailures, BudgetedTrainer, GroupKeeper
+    from pipeline.launch.rendezvous import GroupConfig
 
     cluster = job.config.cluster
     sizes = world_sizes(cluster, job.config.train)

@@ -6,8 +6,8 @@ from pydantic import TypeAdapter
 
 from model.networks.config import NetworkConfig
 from model.verifier.artifact import KEPT
+from model.verifier.operation_counts import Pass, Work, bounds_work, image_work, stored_bytes
 from model.verifier.samples import FLOATS_AT_ONCE
-from model.verifier.work import Pass, Work, bounds_work, image_work, stored_bytes
 
 GFLOPS = 20.0
 """10^9 operations of float64 per second and process: one core of a server, assumed."""

@@ -24,7 +24,7 @@ from pipeline.errors import PipelineError, RunFailedError
 from pipeline.resilience.signals import Interruption
 from pipeline.run import layout
 from pipeline.run.lease import read_record_object, write_record
-from pipeline.run.rank_state import WorkerSpec
+from pipeline.run.worker_spec import WorkerSpec
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from pipeline.run import layout
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import RolledBack
 from pipeline.run.lease import read_record_object, write_record
-from pipeline.run.rank_state import TrainState
+from pipeline.run.worker_spec import TrainState
 
 
 @dataclasses.dataclass(frozen=True)

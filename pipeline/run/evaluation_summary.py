@@ -22,8 +22,8 @@ from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.limits import UntrustedError
 from model.certification.wilson_interval import wilson
 from model.verifier import supported
-from pipeline.run.addresses import moved, roots
 from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
+from pipeline.run.movable_urls import moved, roots
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,15 @@ from typing import Any, NamedTuple
 import pydantic
 
 from data_shards.untrusted.limits import require
-from pipeline.tracking.addresses import (
+from pipeline.tracking.relocation import location as artifact_location
+from pipeline.tracking.relocation import relocate
+from pipeline.tracking.server_answers import (
     bound_answers,
     listed_addresses,
     require_address,
     require_answer,
     require_location,
 )
-from pipeline.tracking.relocation import location as artifact_location
-from pipeline.tracking.relocation import relocate
 
 logger = logging.getLogger(__name__)
 

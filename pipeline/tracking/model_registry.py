@@ -22,7 +22,6 @@ import numpy.typing as npt
 from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.limits import require
 from pipeline.run.layout import SUMMARY
-from pipeline.tracking.addresses import AddressError
 from pipeline.tracking.client import (
     MlflowConnection,
     RunReference,
@@ -33,6 +32,7 @@ from pipeline.tracking.client import (
 )
 from pipeline.tracking.reader import pages
 from pipeline.tracking.relocation import follow
+from pipeline.tracking.server_answers import AddressError
 
 _EVIDENCE = "evidence"
 _PAGE = 1000

@@ -26,9 +26,9 @@ from pydantic import TypeAdapter
 from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.limits import UntrustedError, require
 from data_shards.untrusted.text import printable
-from pipeline.run.addresses import relative, resolve
 from pipeline.run.append_log import AppendLog
 from pipeline.run.layout import SPOOL
+from pipeline.run.movable_urls import relative, resolve
 from pipeline.tracking.client import (
     METRICS_PER_CALL,
     EvaluationRecord,

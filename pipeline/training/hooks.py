@@ -24,7 +24,7 @@ from pipeline.resilience.heartbeat import Phase
 from pipeline.resilience.signals import Interruption
 from pipeline.resilience.straggler import StragglerDetector
 from pipeline.run.events import Emit, Straggling
-from pipeline.run.rank_state import TrainState
+from pipeline.run.worker_spec import TrainState
 from pipeline.training.metrics import Metric, Reduced, Reduction
 
 _ASK_PREEMPTION_S = 5.0

@@ -9,7 +9,7 @@ from data_shards.streaming.stream import SampleStream
 from data_shards.streaming.webdataset_stream import UnindexedStream
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import Emit, Metrics
-from pipeline.run.rank_state import TrainState
+from pipeline.run.worker_spec import TrainState
 from pipeline.training.hooks import Hook, Record
 from pipeline.training.metrics import SAMPLES, Metric, MetricReducer, Reduction
 from pipeline.training.schedules import StepContext

@@ -28,8 +28,8 @@ from pipeline.resilience.straggler import StragglerDetector
 from pipeline.run import layout
 from pipeline.run.distributed import DistributedContext, join_process_group
 from pipeline.run.events import Emit, Event, MetricsReplayed, Started
-from pipeline.run.rank_state import TrainState, WorkerSpec
 from pipeline.run.step_schedule import StepSchedule, make_step_schedule
+from pipeline.run.worker_spec import TrainState, WorkerSpec
 from pipeline.training.data import Samples, open_samples
 from pipeline.training.device_peak import measured_flops, peak_flops
 from pipeline.training.hooks import (

@@ -19,7 +19,7 @@ from jobs.evaluation.attack_task import (
 )
 from jobs.evaluation.certify_tasks import ArtifactTask, forget, shard_tasks
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.results import EvaluationError, merge
+from jobs.evaluation.sample_records import EvaluationError, merge
 from jobs.evaluation.suites import ATTACK_SUITES
 from model.artifact.artifact import read_info
 from model.certification.eps import eps_value

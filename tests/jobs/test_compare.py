@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from data_shards.format.index import load_index
 from jobs.compare import compare, main, write
 from jobs.evaluate_cra import evaluate
-from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.sample_records import EvaluationError
 from jobs.reporting import comparison_runs
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_report import comparison_png

@@ -19,8 +19,8 @@ from jobs.evaluate_cra import evaluate, main
 from jobs.evaluation.certifier_version import certifier_digest
 from jobs.evaluation.certify_tasks import ArtifactTask, matrix_tasks, shard_tasks
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.results import EvaluationError
 from jobs.evaluation.runner import artifact_info, evaluation_keys
+from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.stored_result import read_result
 from model.certify import certify
 from pipeline.run.evaluation_summary import EvaluationSummary

@@ -7,7 +7,7 @@ import torch
 
 from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
-from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.sample_records import EvaluationError
 from model.artifact.artifact import write_artifact
 from model.errors import ModelError
 from model.networks.base import LipschitzBound

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation import plot_style
 from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
-from jobs.evaluation.results import CURVE_EPS
+from jobs.evaluation.sample_records import CURVE_EPS
 from model.certification.eps import eps_value
 from pipeline.run.evaluation_summary import (
     AttackScores,

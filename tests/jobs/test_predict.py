@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from data_shards.sources.base import encode_png
-from jobs.evaluation.results import EvaluationError
+from jobs.evaluation.sample_records import EvaluationError
 from jobs.predict import FIELDS, PredictConfig, main, predict
 from jobs.prediction.image_files import find_pictures, prepare
 from jobs.prediction.serving import SoundPredictor

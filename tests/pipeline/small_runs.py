@@ -23,7 +23,7 @@ from pipeline.losses.emma import EmmaLoss
 from pipeline.resilience.signals import Interruption
 from pipeline.run.distributed import join_process_group
 from pipeline.run.events import CheckpointSaved, Event, Metrics
-from pipeline.run.rank_state import WorkerSpec
+from pipeline.run.worker_spec import WorkerSpec
 from pipeline.training import worker
 from pipeline.training.hooks import Hook
 from pipeline.training.zero3 import Zero3

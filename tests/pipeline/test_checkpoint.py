@@ -13,7 +13,7 @@ from pipeline.checkpoint.reader import committed, load_checkpoint
 from pipeline.config import CheckpointConfig, TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.run.events import Started
-from pipeline.run.rank_state import WorkerSpec
+from pipeline.run.worker_spec import WorkerSpec
 from pipeline.training.worker import build_engine
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (

@@ -111,7 +111,7 @@ def test_impossible_batches_are_refused(batch, accumulation, world_size, message
 
 READERS_OF_ALL = {
     "pipeline/training/worker.py": "takes the configuration apart and builds the parts of a rank",
-    "pipeline/run/rank_state.py": "carries the configuration to the ranks",
+    "pipeline/run/worker_spec.py": "carries the configuration to the ranks",
 }
 
 

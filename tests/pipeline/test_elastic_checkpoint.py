@@ -12,7 +12,7 @@ from pipeline.checkpoint.reader import load_checkpoint
 from pipeline.checkpoint.writer import HostMemory, commit, held, take_snapshot, write_snapshot
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
-from pipeline.run.rank_state import TrainState
+from pipeline.run.worker_spec import TrainState
 from tests.optim.emulation import Emulation, Problem
 
 PROBLEM = Problem((30, 17, 8), dtype=torch.float32, matrices_per_group=2)

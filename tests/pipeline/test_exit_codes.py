@@ -9,7 +9,7 @@ from model.errors import ModelError
 from pipeline import pretrain
 from pipeline.errors import PipelineError, ProcessDiedError, RunFailedError, failing
 from pipeline.run.events import Started
-from pipeline.run.rank_state import WorkerSpec
+from pipeline.run.worker_spec import WorkerSpec
 from tests.harness import run_command, run_ranks
 from tests.pipeline.small_runs import Undisturbed, rank_world, small_run, small_shards
 

@@ -25,7 +25,7 @@ from pipeline.pretrain import main
 from pipeline.resilience.signals import STOP, StopSignal
 from pipeline.run.append_log import AppendLog
 from pipeline.run.events import CheckpointFailed, Skipped
-from pipeline.run.rank_state import WorkerSpec
+from pipeline.run.worker_spec import WorkerSpec
 from pipeline.tracking import outbox as tracker_file
 from pipeline.tracking.client import MlflowConnection, RunReference, TrackingConfig
 from pipeline.tracking.outbox import Tracker, _Spool

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config import CheckpointConfig
 from pipeline.run.events import Metrics
-from pipeline.run.rank_state import WorkerSpec
+from pipeline.run.worker_spec import WorkerSpec
 from pipeline.training import objective
 from pipeline.training.hooks import Hook, HookList
 from pipeline.training.metrics import Metric, Reduction

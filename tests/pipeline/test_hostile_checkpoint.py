@@ -12,7 +12,7 @@ import pytest
 
 from data_shards.storage.store import Store
 from data_shards.untrusted.limits import UntrustedError
-from pipeline.checkpoint.commit import commit_bytes
+from pipeline.checkpoint.commit_schema import commit_bytes
 from pipeline.checkpoint.reader import UnreadableError, load_checkpoint, load_newest
 from pipeline.checkpoint.retention import retain
 from pipeline.config import CheckpointConfig

@@ -15,12 +15,12 @@ from jobs.scheduling.backlog import Backlog
 from jobs.scheduling.claims import ClaimPhase
 from jobs.scheduling.config import ScheduleConfig, arguments
 from pipeline.tracking import checkpoint_query
-from pipeline.tracking.addresses import AddressError, AnswerError, require_location
 from pipeline.tracking.checkpoint_query import Checkpoint, CheckpointQuery
 from pipeline.tracking.client import MlflowConnection, TrackingConfig
 from pipeline.tracking.model_registry import Registry, RegistryError
 from pipeline.tracking.outbox import Tracker
 from pipeline.tracking.reader import Reader
+from pipeline.tracking.server_answers import AddressError, AnswerError, require_location
 
 EXPERIMENT = {"experiment": {"experiment_id": "1", "name": "e", "lifecycle_stage": "active"}}
 

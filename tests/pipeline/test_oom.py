@@ -21,7 +21,7 @@ from pipeline.resilience.oom import (
 )
 from pipeline.resilience.signals import Flag
 from pipeline.run.events import Metrics, Started
-from pipeline.run.rank_state import WorkerSpec
+from pipeline.run.worker_spec import WorkerSpec
 from pipeline.training import worker
 from pipeline.training.objective import Objective
 from tests.harness import run_ranks

@@ -13,14 +13,14 @@ from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream
 from data_shards.untrusted.terminal import PlainConsole
-from pipeline.checkpoint.commit import commit_bytes
+from pipeline.checkpoint.commit_schema import commit_bytes
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.driver.console import RunConsole
 from pipeline.driver.event_log import EventLog
 from pipeline.driver.monitor import RunMonitor
 from pipeline.resilience.rollback import Gap, past
 from pipeline.run.events import Metrics, RolledBack, Skipped, Started
-from pipeline.run.rank_state import WorkerSpec
+from pipeline.run.worker_spec import WorkerSpec
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
     observed_run,

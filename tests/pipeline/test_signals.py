@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.resilience.signals import StopSignal
 from pipeline.run.events import Started
-from pipeline.run.rank_state import WorkerSpec
+from pipeline.run.worker_spec import WorkerSpec
 from pipeline.training import hooks
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (

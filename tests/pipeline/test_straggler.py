@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.resilience import straggler as pace
 from pipeline.resilience.straggler import Stopwatch, StragglerDetector
 from pipeline.run.events import Metrics, Straggling
-from pipeline.run.rank_state import WorkerSpec
+from pipeline.run.worker_spec import WorkerSpec
 from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline import small_runs

@@ -13,7 +13,7 @@ import torch
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from pipeline.checkpoint import writer
-from pipeline.checkpoint.commit import SCHEMA_VERSION, read_commit
+from pipeline.checkpoint.commit_schema import SCHEMA_VERSION, read_commit
 from pipeline.checkpoint.reader import _check_file, committed
 from pipeline.checkpoint.writer import Snapshot, commit, write_snapshot
 from pipeline.errors import PipelineError

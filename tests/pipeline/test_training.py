@@ -24,7 +24,7 @@ from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.losses import emma
 from pipeline.losses.emma import emma_loss
 from pipeline.run.events import CheckpointFailed, Metrics, Skipped
-from pipeline.run.rank_state import WorkerSpec
+from pipeline.run.worker_spec import WorkerSpec
 from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (

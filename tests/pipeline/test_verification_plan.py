@@ -12,7 +12,7 @@ from model.networks.registry import build_network
 from model.verifier.families import family_of
 from model.verifier.mathematics.arithmetic import PROGRAMS, VERIFIER
 from model.verifier.mathematics.matrix_bounds import bounds_of_matrix
-from model.verifier.work import bounds_work, gram_iteration, image_work
+from model.verifier.operation_counts import bounds_work, gram_iteration, image_work
 from pipeline.errors import PipelineError
 from pipeline.plan import parse
 from pipeline.planner.verification import verification

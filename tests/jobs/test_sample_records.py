@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.results import (
+from jobs.evaluation.sample_records import (
     ColumnRecords,
     EvaluationError,
     ShardRecords,

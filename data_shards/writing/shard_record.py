@@ -1,6 +1,6 @@
 """What is known of one written shard; kept beside the set until the whole is finished.
 
-A fragment is written after its shard, so one that is there stands for a shard that is there.
+A record is written after its shard, so one that is there stands for a shard that is there.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ SOURCE_HASH = "source_xxh3_64"  # a column beside those of the index: digest of 
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardFragment:
+class ShardRecord:
     """Rows and digest of a written shard."""
 
     rows: pa.Table
@@ -38,7 +38,7 @@ class ShardFragment:
         return bytes(sink.getvalue())
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "ShardFragment":
+    def from_bytes(cls, data: bytes) -> "ShardRecord":
         """Read what `to_bytes` returned.
 
         Raises:
