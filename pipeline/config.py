@@ -161,7 +161,8 @@ class CheckpointConfig:
     evaluate_tasks: int = Field(default=2, ge=1)
     """Evaluation tasks under way at the same time."""
     evaluate_gpus: float = Field(default=0.0, ge=0)
-    """GPUs, or a fraction of one, for each evaluation task; 0 certifies on CPUs."""
+    """GPUs, or a fraction of one, for each evaluation task; 0 certifies on CPUs. Needs
+    evaluate_placement: on the nodes that train, waiting tasks would take the GPUs of a restart."""
     evaluate_placement: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes that may certify, as pairs of Ray's label selectors, e.g.
     `role evaluation` or `role !training`. Default: any node with free resources."""

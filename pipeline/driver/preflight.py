@@ -134,6 +134,22 @@ def _hold(
     )
 
 
+def _require_own_gpus(config: RunConfig) -> None:
+    """Refuse evaluations that wait in Ray's queue for the GPUs that ranks need to start again.
+
+    Raises:
+        PipelineError: nothing keeps them off the nodes that train.
+    """
+    checkpoint = config.checkpoint
+    queued = config.cluster.launcher == "ray" and checkpoint.evaluate
+    if queued and checkpoint.evaluate_gpus and not checkpoint.evaluate_placement:
+        raise PipelineError(
+            f"checkpoint.evaluate_gpus={checkpoint.evaluate_gpus:g} without "
+            "checkpoint.evaluate_placement: waiting evaluations would take the GPUs that ranks "
+            "need to start again; label other nodes for them, or certify on CPUs"
+        )
+
+
 def _prepare(
     config: RunConfig, world_size: int, hold: Callable[[Store], Lease], *, no_gpu: bool
 ) -> PreparedRun:
@@ -146,6 +162,7 @@ def _prepare(
         config.train, config.checkpoint, samples=samples.per_epoch, world_size=world_size
     )
     config.require_effects(world_size=world_size)
+    _require_own_gpus(config)
     stop, end = config.train.stop_after, schedule.total_steps
     notice = f"train.stop_after={stop} is never reached: the run ends after step {end}"
     if config.cluster.launcher == "ray":

@@ -1,17 +1,26 @@
 """What a run needs on a number of devices: memory, traffic, time, cost. Nothing is allocated."""
 
 import dataclasses
+import math
 
 import torch
 
 from model.networks.registry import build_network
+from optim.config import OptimConfig
 from optim.manifolds import manifold_of
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.planner import memory as budget
 from pipeline.planner.memory import Component, Setting, Traffic, Weights
 from pipeline.planner.meta_step import Rehearsal, rehearse, training_flops
-from pipeline.planner.step_time import MANIFOLD_PRODUCTS, Device, StepTime, step_time
+from pipeline.planner.step_time import (
+    OWNED_BYTES,
+    SLICE_BYTES,
+    Device,
+    StepTime,
+    manifold_products,
+    step_time,
+)
 from pipeline.run.step_schedule import StepSchedule, make_step_schedule
 from pipeline.training.device_peak import DTYPES
 from pipeline.training.zero3 import engine_settings, gathered_sizes
@@ -59,7 +68,8 @@ class Estimate:
     @property
     def room(self) -> int:
         """Bytes of device memory that a run may fill."""
-        return int(self.device.memory_gb * 1e9 * (1 - budget.RESERVE))
+        free = self.device.memory_gb * 1e9 * (1 - budget.RESERVE)
+        return int(free) - budget.collective_buffers(self.ranks)
 
     @property
     def fits(self) -> bool:
@@ -109,6 +119,14 @@ def weights_of(config: RunConfig) -> tuple[Weights, int]:
     return Weights(matrices, others, block), largest
 
 
+def with_increment(config: RunConfig, weights: Weights, device: str) -> RunConfig:
+    """The run with the precision that increments have on a device before any audit."""
+    kind = "cpu" if device == "cpu" else "cuda"
+    rows = math.isqrt(max(weights.matrices, default=0))
+    increment = config.optim.precision(kind, rows)
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, increment=increment))
+
+
 def setting_of(config: RunConfig, weights: Weights, *, largest: int, ranks: int) -> Setting:
     """What decides the memory of a rank, with the bucket sizes that DeepSpeed is given."""
     settings = engine_settings(
@@ -118,7 +136,7 @@ def setting_of(config: RunConfig, weights: Weights, *, largest: int, ranks: int)
         ranks=ranks,
         working=DTYPES[config.train.precision].itemsize,
         lookahead=config.optim.lookahead_steps > 0,
-        rounds_factors=config.optim.increment != "full",
+        rounds_factors=config.optim.increment not in ("full", "auto"),
         nadam=config.optim.euclidean == "nadam",
         sub_group=settings["sub_group_size"],
         bucket=settings["reduce_bucket_size"],
@@ -156,6 +174,7 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
     """
     counts = make_step_schedule(config.train, config.checkpoint, samples=images, world_size=ranks)
     weights, largest = weights_of(config)
+    config = with_increment(config, weights, device.name)
     setting = setting_of(config, weights, largest=largest, ranks=ranks)
     optim, accumulation = config.optim, config.train.accumulation
     seen = _rehearsed(config, counts.micro_batch)
@@ -177,7 +196,9 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
         time=step_time(
             device,
             pass_flops=float(accumulation * seen.flops),
-            manifold_flops=_manifold_flops(weights, ranks, optim.retraction),
+            pass_bytes=float(accumulation * seen.moved_bytes),
+            manifold_flops=_manifold_flops(weights, ranks, optim),
+            manifold_bytes=_manifold_bytes(weights, ranks, optim),
             sent=sent,
             rank_images=counts.rank_batch,
             decoders=max(1, config.data.stream.workers),
@@ -190,12 +211,22 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
     )
 
 
-def _manifold_flops(weights: Weights, ranks: int, retraction: str) -> float:
+def _manifold_flops(weights: Weights, ranks: int, optim: OptimConfig) -> float:
     """Products of the rank that owns most matrices."""
     if not weights.matrices:
         return 0.0
     owned = -(-len(weights.matrices) // ranks)
-    return MANIFOLD_PRODUCTS[retraction] * owned * 2 * max(weights.matrices) ** 1.5
+    products = manifold_products(optim.retraction, optim.increment)
+    return products * owned * 2 * max(weights.matrices) ** 1.5
+
+
+def _manifold_bytes(weights: Weights, ranks: int, optim: OptimConfig) -> float:
+    """What the same rank reads and writes beside them."""
+    if not weights.matrices:
+        return 0.0
+    owned = -(-len(weights.matrices) // ranks) * max(weights.matrices)
+    slices = budget.shares(weights.matrices, ranks)
+    return float(OWNED_BYTES[optim.increment] * owned + SLICE_BYTES * slices)
 
 
 def _host(config: RunConfig, weights: Weights, setting: Setting) -> dict[str, int]:

@@ -101,7 +101,7 @@ def _published(
             activation_checkpointing=large,
             log_every=20,
         ),
-        checkpoint=CheckpointConfig(every_steps=5000, evaluate_gpus=0.5),
+        checkpoint=CheckpointConfig(every_steps=5000),
         cluster=ClusterConfig(workers=8 if large else 4, cpus_per_worker=8, device="cuda"),
     )
 

@@ -29,8 +29,24 @@ from pipeline.run.worker_spec import WorkerSpec
 logger = logging.getLogger(__name__)
 
 _SIZES = TypeAdapter(list[Annotated[int, Field(ge=1)]])
-_TEXTS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""How allocators that have no type of their own say it."""
+_TEXTS = (
+    "can't allocate memory",
+    "cuda error: out of memory",
+    "cuda driver error: out of memory",
+    "triton error [cuda]: out of memory",
+    # NCCL, at its first collective and whenever it needs a buffer.
+    "cuda failure 2 ",
+    "failed to cuda calloc",
+    "failed to cuda host alloc",
+    # A handle and its workspace are made at the first product of a thread.
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
+    "cusolver_status_alloc_failed",
+    "cusparse_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "cufft_alloc_failed",
+)
+"""How allocators and libraries that have no type of their own say it, in small letters."""
 
 
 class TooLargeError(RuntimeError):
@@ -41,7 +57,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True for an error of an allocator, on a GPU or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(text in said for text in _TEXTS)
 
 
 def too_large(run: Store) -> list[int]:
@@ -79,6 +96,27 @@ def fitting(train: TrainConfig, sizes: Sequence[int], world_size: int) -> TrainC
     # Equal micro-batches only: their mean is the mean of the batch.
     fits = (n for n in counts if share % n == 0 and share // n <= most)
     return dataclasses.replace(train, accumulation=next(fits, train.accumulation))
+
+
+@contextlib.contextmanager
+def holding(what: str) -> Iterator[None]:
+    """Name what a rank has no memory for where the size of a micro-batch makes no difference.
+
+    Args:
+        what: the block does.
+
+    Raises:
+        PipelineError: the block runs out of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise PipelineError(
+            f"out of memory while {what}, which smaller micro-batches would not change: use more "
+            f"ranks, or a smaller network ({error})"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -277,7 +277,10 @@ class SortNet(LipschitzByConstruction):
                 torch.randperm(width, generator=generator)[: max(1, kept)].sort().values
                 for _ in range(0, points, self._group)
             ]
-        return torch.stack(subsets).to(device)
+        drawn = torch.stack(subsets)
+        if device.type == "cuda":  # from pageable memory the copy would wait for the device
+            drawn = drawn.pin_memory()
+        return drawn.to(device, non_blocking=True)
 
     @property
     def _group(self) -> int:

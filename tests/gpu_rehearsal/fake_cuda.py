@@ -1,0 +1,154 @@
+"""CUDA tensors without contents on a machine without CUDA, and what a pass over them makes wait.
+
+Devices, types, shapes and strides are those of a GPU, so a tensor on the wrong device fails as it
+would there. What the host does with values is counted: each of it waits for the device.
+"""
+
+import collections
+import contextlib
+import ctypes
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.distributed import fake_pg  # noqa: F401 - makes the backend known
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import optim.matrix_exp
+import optim.retraction
+
+CODE = ("/data_shards/", "/model/", "/optim/", "/pipeline/", "/jobs/")
+CUDA = torch.device("cuda", 0)
+_CUDA, _META = 1, 14
+"""Of torch's enumeration of kinds of devices."""
+
+
+def place() -> str:
+    """File and function of the project that is executed, the innermost one."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "/tests/" not in name and any(part in name for part in CODE):
+            return f"{name.rsplit('/', 1)[1]}:{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+class HostWaits(TorchDispatchMode):
+    """Notes every operator for which the host waits for the device.
+
+    Attributes:
+        waits: how often, by place.
+        operators: how many there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: collections.Counter[str] = collections.Counter()
+        self.operators = 0
+        self._pinned: set[int] = set()
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """In the place of `Tensor.pin_memory`, which needs a driver."""
+        copy = tensor.clone()
+        self._pinned.add(copy.untyped_storage()._cdata)
+        return copy
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operators += 1
+        name = func.overloadpacket.__name__
+        given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        made = [a for a in tree_leaves(out) if isinstance(a, Tensor)]
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            if given and given[0].device.type == "cuda":
+                self.waits[place()] += 1
+        elif name in ("_to_copy", "copy_") and given and made:
+            source, target = given[-1], made[0]
+            waits = source.device.type != target.device.type and not self._asynchronous(
+                source, target, args, kwargs or {}
+            )
+            self.waits[place()] += waits
+        return out
+
+    def _asynchronous(self, source: Tensor, target: Tensor, args: Any, kwargs: Any) -> bool:
+        host = source if target.device.type == "cuda" else target
+        asked = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+        return bool(asked) and host.untyped_storage()._cdata in self._pinned
+
+
+def _give_cuda_a_guard() -> None:
+    """Let torch's table of device guards have one for CUDA: where a tensor is sliced it is asked.
+
+    A torch with CUDA does this itself where there is no device, one without CUDA has no entry at
+    all. The guard of meta tensors, which does nothing, takes its place.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    name = "_ZN3c104impl26device_guard_impl_registryE"
+    table = (ctypes.c_void_p * (_META + 1)).in_dll(library, name)
+    table[_CUDA] = table[_CUDA] or table[_META]
+
+
+@contextlib.contextmanager
+def fake_cuda() -> Iterator[HostWaits]:
+    """Tensors may be made on CUDA; gives what is noted of them."""
+    seen = HostWaits()
+    _give_cuda_a_guard()
+
+    def norms(*matrices: Tensor) -> list[float]:
+        """Of an increment as at lr 1e-3; the genuine ones leave the device with one wait."""
+        seen.waits["matrix_exp.py:norms"] += 1
+        root = math.sqrt(matrices[0].shape[0])
+        return [size * root for size, _ in zip((0.05, 0.0025), matrices, strict=False)]
+
+    with contextlib.ExitStack() as stack:
+        for module in (optim.matrix_exp, optim.retraction):
+            stack.enter_context(mock.patch.object(module, "norms", norms))
+        stack.enter_context(
+            mock.patch.object(Tensor, "pin_memory", lambda tensor: seen.pin(tensor))
+        )
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(seen)
+        yield seen
+        seen.waits = +seen.waits
+
+
+@contextlib.contextmanager
+def fake_ranks(rank: int, world_size: int) -> Iterator[list[tuple[int, int]]]:
+    """One of so many ranks whose peers never send; gives elements sent and received, by call.
+
+    What NCCL refuses is refused: tensors on the host, of two types, not contiguous, of another size
+    than was said.
+    """
+    calls: list[tuple[int, int]] = []
+
+    class Arrived:
+        def wait(self) -> None:
+            """It has arrived."""
+
+    def all_to_all_single(
+        received: Tensor, sent: Tensor, recv: list[int], send: list[int], **_: Any
+    ) -> Arrived:
+        assert received.device == sent.device == CUDA
+        assert received.dtype == sent.dtype
+        assert received.is_contiguous()
+        assert sent.is_contiguous()
+        assert (sum(send), sum(recv)) == (sent.numel(), received.numel())
+        assert len(recv) == len(send) == world_size
+        calls.append((sent.numel(), received.numel()))
+        return Arrived()
+
+    dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=world_size)
+    try:
+        with mock.patch.object(dist, "all_to_all_single", all_to_all_single):
+            yield calls
+    finally:
+        dist.destroy_process_group()
