@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import Row, write_result
+from benchmarks.report import Row, write_result
 from pipeline.planner.memory import Traffic
 from pipeline.planner.meta_step import MovedBytes
 from pipeline.planner.step_time import NODE, StepTime, device_of, step_time

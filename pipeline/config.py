@@ -102,7 +102,8 @@ class TrainConfig:
     """How often a run with more of them goes back to its newest checkpoint and on with the samples
     after them, instead of ending."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass."""
+    """Recompute each block in the backward pass from the first step on; without it that begins when
+    memory does not suffice."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights and of the order of the samples."""
     calibration_samples: int = Field(default=2048, ge=1)
@@ -468,6 +469,7 @@ MATHEMATICS = ("model", "data", "optim", "loss", "train")
 _HOW_TO_CONTINUE = ("name", "resume", "start_or_resume", "wait_for_lease", "accept_changes")
 _FREE_ON_RESUME = {
     "train.accumulation",  # as the number of ranks: it changes the rounding of sums
+    "train.activation_checkpointing",  # what is recomputed is the same
     "train.stop_after",
     "train.max_skipped",
     "train.rollbacks",

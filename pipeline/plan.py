@@ -172,13 +172,23 @@ class Request:
         )
 
     def estimate(self, ranks: int, run: RunConfig | None = None) -> Estimate:
-        """The run (or another one) on a number of devices."""
-        return estimate(
-            run or self.run,
-            ranks=ranks,
-            device=self.on(-(-ranks // self.gpus)),
-            images=self.data()[0],
-        )
+        """The run (or another one) on a number of devices.
+
+        As the run itself does, blocks are recomputed where they do not fit otherwise.
+        """
+        run = run or self.run
+        train = dataclasses.replace(run.train, activation_checkpointing=True)
+        attempts = (run, dataclasses.replace(run, train=train))
+        for attempt in attempts[: 2 - run.train.activation_checkpointing]:
+            found = estimate(
+                attempt,
+                ranks=ranks,
+                device=self.on(-(-ranks // self.gpus)),
+                images=self.data()[0],
+            )
+            if found.fits:
+                break
+        return found
 
 
 def parse(arguments: Sequence[str]) -> Request:
@@ -215,6 +225,7 @@ def report(found: Estimate, request: Request) -> dict[str, Any]:
         "memory": [dataclasses.asdict(row) for row in found.components],
         "memory_peak": found.peak,
         "memory_room": found.room,
+        "recomputed": found.recomputed,
         "fits": found.fits,
         "host": found.host,
         "flops_per_image": found.least_flops,
@@ -364,6 +375,7 @@ def _figures(found: Estimate, facts: dict[str, Any]) -> Iterator[tuple[str, str]
         "batch",
         f"{found.ranks} ranks x {found.counts.rank_batch}, {found.counts.micro_batch} a pass",
     )
+    yield "blocks", "recomputed in the backward pass" if found.recomputed else "kept"
     yield "steps", f"{found.counts.total_steps:,}"
     yield "least FLOPs per image", f"{known:.4g}" if known else "not known for this family"
     yield "FLOPs per rank and step", f"{facts['flops_per_rank_step']:.4g}, as counted"
@@ -397,8 +409,8 @@ def swept(request: Request) -> list[Estimate]:
 def sweep(estimates: Sequence[Estimate]) -> Iterator[str]:
     """Lines of a Markdown table, one row for each number of devices."""
     columns = (
-        "devices", "images a device", "memory GB", "fits", "passes ms", "ZeRO-3 ms", "manifold ms",
-        "step ms", "bound", "images/s", "MFU", "epoch min", "device hours",
+        "devices", "images a device", "memory GB", "fits", "recomputed", "passes ms", "ZeRO-3 ms",
+        "manifold ms", "step ms", "bound", "images/s", "MFU", "epoch min", "device hours",
     )  # fmt: skip
     yield "| " + " | ".join(columns) + " |"
     yield "|" + "---:|" * len(columns)
@@ -406,7 +418,7 @@ def sweep(estimates: Sequence[Estimate]) -> Iterator[str]:
         t = e.time
         cells = [
             str(e.ranks), str(e.counts.rank_batch), f"{e.peak / _GB:.1f}",
-            "yes" if e.fits else "no",
+            "yes" if e.fits else "no", "yes" if e.recomputed else "no",
             f"{1e3 * t.passes:.0f}", f"{1e3 * t.zero3:.0f}", f"{1e3 * t.manifold:.0f}",
             f"{1e3 * t.total:.0f}", t.bound, f"{e.images_per_s:,.0f}",
             f"{e.mfu:.0%}" if e.mfu is not None else "", f"{e.epoch_s / 60:.1f}",

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import importlib.metadata
 import itertools
 import os
 import subprocess
@@ -20,6 +19,7 @@ from data_shards.sources import SOURCES
 from data_shards.storage.store import Store
 from data_shards.untrusted.limits import UntrustedError
 from data_shards.write import write_shard_set
+from model.artifact.release import release
 from pipeline.checkpoint.reader import committed, name_strays
 from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.errors import PipelineError
@@ -350,7 +350,7 @@ def code_version() -> dict[str, str]:
 
     Of code that a Ray job brought with it, the digest of its files.
     """
-    version = {"package": importlib.metadata.version("certified-pretrain")}
+    version = {"package": release()}
     image = os.environ.get("CERTIFIED_PRETRAIN_COMMIT")  # of a container image without .git
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]

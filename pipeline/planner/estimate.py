@@ -44,6 +44,7 @@ class Estimate:
         lookahead: whether a checkpoint has the slow copy.
         least_flops: of an image's passes, see `training_flops`.
         epochs: of the run.
+        recomputed: whether blocks are recomputed in the backward pass.
     """
 
     ranks: int
@@ -59,6 +60,7 @@ class Estimate:
     lookahead: bool
     least_flops: float | None
     epochs: float
+    recomputed: bool
 
     @property
     def peak(self) -> int:
@@ -208,6 +210,7 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
         lookahead=setting.lookahead,
         least_flops=training_flops(config),
         epochs=config.train.epochs,
+        recomputed=config.train.activation_checkpointing,
     )
 
 

@@ -98,7 +98,6 @@ def _published(
             global_batch=1024 if large else 256,
             warmup_epochs=20,
             grad_clip=3.0,
-            activation_checkpointing=large,
             log_every=20,
         ),
         checkpoint=CheckpointConfig(every_steps=5000),

@@ -187,6 +187,7 @@ def _train_with(
             run,
             sizes,
             plan.micro_batch,
+            recomputes=config.train.activation_checkpointing,
             where=lambda: f"step {trainer.progress.step + 1}, rank {world.rank}",
             writer=job.writer,
         ):
@@ -310,7 +311,8 @@ def _started(
         "partitioned matrices": f"{matrices} of {engine.matrix_count}"
         + (" (one rank holds them whole)" if world.size == 1 else ""),
         "batch": f"{config.train.global_batch} = {world.size} ranks x "
-        f"{config.train.accumulation} x {plan.micro_batch}",
+        f"{config.train.accumulation} x {plan.micro_batch}"
+        + (", blocks recomputed" if config.train.activation_checkpointing else ""),
     }
     if progress.step:
         facts["resumed"] = f"after step {progress.step}"

@@ -28,10 +28,7 @@ pytestmark = pytest.mark.integration
 
 STEPS = 3  # not right after a synchronisation, where exports have less to do
 MICRO = 8
-BILLION = (
-    "imagenet-L32W4096", "--train.no-activation-checkpointing", "--optim.increment", "tf32",
-    "--optim.retraction", "fast",
-)  # fmt: skip
+BILLION = ("imagenet-L32W4096", "--optim.retraction", "fast")
 
 
 def planned_run(world_size, **train):
@@ -281,6 +278,16 @@ def test_a_ring_uses_all_adapters_of_a_node_and_an_exchange_its_own():
     assert two.gather_gbps == pytest.approx(0.8 * 3600)  # NVLink is the slower one
     assert many.gather_gbps == pytest.approx(0.8 * 3200 * 511 / 504)
     assert one.latency_s < two.latency_s < many.latency_s
+
+
+def test_blocks_are_recomputed_where_they_do_not_fit_otherwise():
+    wide, narrow = (
+        swept(parse([*BILLION, "--sweep", "8", "--memory-gb", gb]))[0] for gb in ("80", "24")
+    )
+    assert (wide.recomputed, narrow.recomputed) == (False, True)
+    assert narrow.fits
+    assert narrow.peak < wide.peak
+    assert narrow.time.passes > wide.time.passes
 
 
 def test_a_sweep_says_where_scaling_ends(capsys):
