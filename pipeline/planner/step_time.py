@@ -45,8 +45,9 @@ MEMORY_SHARE = 0.8
 LINK_SHARE = 0.8
 """What collectives reach of a link: NVIDIA expects 46 to 48 of 50 GB/s per adapter
 (github.com/NVIDIA/nccl-tests, issue 290)."""
-COLLECTIVES_TAKE = 0.15
-"""Share of a device that a collective takes from the passes beside it; calculon's for NVLink."""
+COLLECTIVES_TAKE = 32 / 132
+"""Share of a device that collectives take from the passes beside them: NCCL's thread blocks, up to
+32, of the multiprocessors of an H100. calculon has 0.15 for an A100."""
 LATENCY_S = 30e-6
 """Start of one collective."""
 _HOP_S, _NETWORK_HOP_S = 3.4e-6, 14e-6
