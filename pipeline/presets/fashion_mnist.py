@@ -78,7 +78,7 @@ def _lipnext(width: int, depth: int) -> LipNeXtConfig:
 
 def lipnext_m() -> RunConfig:
     """LipNeXt for about ten minutes on two cores; chosen on `validation` (docs/log.md)."""
-    train = dataclasses.replace(_COSINE, epochs=20, warmup_epochs=1)
+    train = dataclasses.replace(_COSINE, epochs=15, warmup_epochs=1)
     # More of it than S has for the small radii, which long training leaves room for.
     loss = dataclasses.replace(_L2_LOSS, eps_start=0.95, eps_end=0.95, scale=3.5)
     return _run("fashion-mnist", _lipnext(256, 2), _MANIFOLD, train, loss)
