@@ -1,10 +1,9 @@
-"""The digits preset from the command line to the certificate, through every real component."""
+"""The job that the README submits, through every real component to the certificate."""
 
 import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -16,28 +15,37 @@ from model.artifact.artifact import read_artifact
 from model.attacks import apgd, margins
 from model.certify import certify
 from model.networks.lipnext.layers import Block
-from tests.end_to_end.conftest import ROOT
-from tests.strangers import off_loopback
+from tests.end_to_end.conftest import ROOT, submission
+from tests.strangers import answers, drive, listening, machine_addresses, off_loopback, post_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
-COLUMNS = ("36/255", "72/255", "108/255")
+
+def training_runs(run):
+    """The store of a run and the training runs in it."""
+    client = MlflowClient(f"sqlite:///{run.storage}/mlflow.db")
+    experiment = client.get_experiment_by_name("digits").experiment_id
+    return client, client.search_runs([experiment], "tags.stage = 'train'")
 
 
-def test_certified_accuracy_reaches_the_published_targets(digits_run):
-    last = digits_run.summaries()[-1]
-    sound, nominal = last["columns"]["sound"], last["columns"]["nominal"]
-    assert last["samples"] == 360
-    assert sound["clean"] >= 0.983 - 0.015
-    for eps, target in zip(COLUMNS, (0.957, 0.905, 0.80), strict=True):
-        assert sound["cra"][eps] >= target - 0.015, eps
-        # The proof is free: the constant is 1 + 5e-7 and float64 errs by 1e-9 of a margin.
-        assert nominal["cra"][eps] - sound["cra"][eps] < 0.0005
+def test_the_job_is_done(submitted_run, head):
+    job = submission(submitted_run.output)
+    assert head.jobs()[job].driver_exit_code == 0
+    (run,) = training_runs(submitted_run)[1]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["ray_job"] == job
+    assert run.data.tags["code"].startswith("uploaded-")
+    (summary,) = submitted_run.summaries()
+    assert summary["samples"] == 360
+    # Training has begun, and the proof is free: the constant is 1 + 5e-7.
+    sound, nominal = summary["columns"]["sound"], summary["columns"]["nominal"]
+    assert sound["clean"] > 0.9
+    assert nominal["cra"]["36/255"] - sound["cra"]["36/255"] < 0.0005
 
 
-def test_a_third_party_can_check_the_certificate(digits_run):
+def test_a_third_party_can_check_the_certificate(submitted_run):
     """With the command that the run printed."""
-    line = next(line for line in digits_run.output.splitlines() if line.startswith("check it:"))
+    line = next(line for line in submitted_run.output.splitlines() if line.startswith("check it:"))
     command = line.removeprefix("check it:").split()
     assert command[:3] == ["python", "-m", "model.verify"]
     done = subprocess.run(
@@ -48,37 +56,26 @@ def test_a_third_party_can_check_the_certificate(digits_run):
     assert "360" in done.stdout
 
 
-def test_nothing_of_a_run_listens_beyond_loopback(digits_run):
-    kinds = {name for name, _, _ in digits_run.sockets}
-    for kind in ("gcs_server", "raylet", "DashboardAgent", "RayTrainWo", "run_task"):
-        assert any(kind in name for name in kinds), kind
-    assert off_loopback(digits_run.sockets) == set()
-
-
-def test_the_person_sees_table_figure_and_mlflow_command(digits_run):
-    output = digits_run.output
+def test_the_person_sees_table_figure_and_mlflow_command(submitted_run):
+    output = submitted_run.output
     assert "partitioned matrices: 7 of 7" in output
     for text in ("certified robust accuracy", "36/255", "255/255", "cra_sound", "cra_nominal"):
         assert text in output
     figure = next(line.split()[-1] for line in output.splitlines() if line.startswith("CRA curve:"))
     assert Store(figure.rpartition("/")[0]).read("cra.png").startswith(b"\x89PNG")
     assert "mlflow ui --backend-store-uri" in output
-    for noise in ("Warning", "WARNING", "Traceback", "FutureWarning"):
-        assert noise not in output
+    # Ray warns of leaving .git out of what it uploads.
+    lines = [line for line in output.splitlines() if "working_dir.py" not in line]
+    for noise in ("Warning", "WARNING", "Traceback"):
+        assert not [line for line in lines if noise in line]
 
 
-def test_store_holds_config_metrics_checkpoints_and_evaluations(digits_run):
-    client = MlflowClient(f"sqlite:///{digits_run.storage}/mlflow.db")
-    experiment = client.get_experiment_by_name("digits").experiment_id
-    (run,) = [
-        r
-        for r in client.search_runs([experiment], "tags.stage = 'train'")
-        if r.info.run_name == "fp32"
-    ]
-    assert run.info.status == "FINISHED"
+def test_store_holds_config_metrics_checkpoints_and_evaluations(submitted_run):
+    client, (run,) = training_runs(submitted_run)
+    experiment = run.info.experiment_id
     assert run.data.params["optim.lookahead_steps"] != "0"
     assert run.data.params["optim.polar_every"] != "0"
-    config = json.loads((digits_run.folder / "run.json").read_text())
+    config = json.loads((submitted_run.folder / "run.json").read_text())
     assert run.data.params["train.epochs"] == str(config["train"]["epochs"])
     losses = client.get_metric_history(run.info.run_id, "train/loss")
     steps = sorted(point.step for point in losses)
@@ -87,7 +84,7 @@ def test_store_holds_config_metrics_checkpoints_and_evaluations(digits_run):
     mine = [m for m in models if m.source_run_id == run.info.run_id]
     digests = {
         json.loads(path.read_text())["digest"]
-        for path in digits_run.folder.glob("artifacts/*/artifact.json")
+        for path in submitted_run.folder.glob("artifacts/*/artifact.json")
     }
     assert len(digests) >= 2
     assert {m.tags["artifact_digest"] for m in mine} == digests
@@ -101,23 +98,13 @@ def test_store_holds_config_metrics_checkpoints_and_evaluations(digits_run):
     chosen_by = client.get_metric_history(run.info.run_id, f"validation/{metric}")
     assert len(chosen_by) == len(digests)
     (result,) = client.get_metric_history(run.info.run_id, metric)
-    (summary,) = digits_run.summaries()
+    (summary,) = submitted_run.summaries()
     assert (result.step, result.value) == (
         summary["step"],
         summary["columns"]["nominal"]["cra"]["36/255"],
     )
-    committed = list(digits_run.folder.glob("checkpoints/*/*/commit.json"))
+    committed = list(submitted_run.folder.glob("checkpoints/*/*/commit.json"))
     assert len(committed) == len(digests)
-
-
-@pytest.mark.slow
-def test_bf16_ends_close_to_fp32(digits_run, bf16_run):
-    fp32, bf16 = digits_run.summaries()[-1], bf16_run.summaries()[-1]
-    assert fp32["artifact_digest"] != bf16["artifact_digest"]
-    sound = [s["columns"]["sound"] for s in (fp32, bf16)]
-    scores = [[s["clean"], *(s["cra"][eps] for eps in COLUMNS)] for s in sound]
-    assert abs(np.mean(scores[0]) - np.mean(scores[1])) <= 0.01
-    assert bf16["orthogonality_residual"] < 1e-5
 
 
 def trained(run):
@@ -131,8 +118,8 @@ def trained(run):
 
 # torch.func.jvp itself calls what its next release will not have.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-def test_network_is_1_lipschitz_within_its_residuals(digits_run, monkeypatch):
-    network, images, _ = trained(digits_run)
+def test_network_is_1_lipschitz_within_its_residuals(submitted_run, monkeypatch):
+    network, images, _ = trained(submitted_run)
     images = images[:90]
     bound = network.lipschitz_upper_bound().value
     assert 1.0 <= bound < 1 + 1e-4
@@ -160,13 +147,9 @@ def two_threads():
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize(
-    ("samples", "steps", "restarts"),
-    [(30, 20, 1), pytest.param(200, 100, 5, marks=pytest.mark.slow)],
-)
-def test_no_attack_inside_the_certified_radius_succeeds(digits_run, samples, steps, restarts):
-    network, images, labels = trained(digits_run)
-    images, labels = images[:samples], labels[:samples]
+def test_no_attack_inside_the_certified_radius_succeeds(submitted_run):
+    network, images, labels = trained(submitted_run)
+    images, labels = images[:30], labels[:30]
     with torch.no_grad():
         logits, factors = network.logits_and_margin_factors(images)
         certificates = certify(logits, factors, labels, lipschitz=1.0)
@@ -176,13 +159,31 @@ def test_no_attack_inside_the_certified_radius_succeeds(digits_run, samples, ste
         certificates.prediction,
         certificates.radius * (1 - 1e-6),
         loss=margins,
-        steps=steps,
-        restarts=restarts,
+        steps=20,
         generator=torch.Generator().manual_seed(0),
     )
     assert (network(inside).argmax(1) == certificates.prediction).all()
     # The attack is not blind: beyond the certified radius it does succeed.
-    beyond = apgd(
-        network, images, certificates.prediction, certificates.radius * 2 + 0.1, steps=steps
-    )
+    beyond = apgd(network, images, certificates.prediction, certificates.radius * 2 + 0.1, steps=20)
     assert (network(beyond).argmax(1) != certificates.prediction).float().mean() > 0.3
+
+
+def test_no_stranger_reaches_what_make_cluster_starts(head, home, tmp_path):
+    token = home / ".ray/auth_token"
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert token.parent.stat().st_mode & 0o777 == 0o700
+    sockets = listening(head.nodes[0].pid)
+    assert off_loopback(sockets) == set()
+    ports = {port for _, _, port in sockets}
+    gcs, dashboard = (int(address.rpartition(":")[2]) for address in (head.gcs, head.address))
+    assert {gcs, dashboard} < ports
+    marker = tmp_path / "code-of-a-stranger-ran"
+    found = {(h, port): post_job(h, port, marker) for h in machine_addresses() for port in ports}
+    served = {place: statuses for place, statuses in found.items() if statuses != {None}}
+    assert served["127.0.0.1", dashboard] == {401}
+    assert {host for host, _ in served} == {"127.0.0.1"}
+    assert list(served.values()).count({401}) >= 2  # the dashboard and the job agent
+    for host in machine_addresses():
+        if host == "127.0.0.1" or answers(host, gcs):
+            assert not drive(host, gcs, marker), host
+    assert not marker.exists()
