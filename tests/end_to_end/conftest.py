@@ -110,6 +110,8 @@ def submitted_run(head, home) -> Finished:
     _, export, submit = readme_cluster()
     assert "http://127.0.0.1:8265" in submit
     submit = submit.replace("http://127.0.0.1:8265", head.address)
-    code, output = head.run(f"{export}; {submit} --train.epochs 12 --checkpoint.every-steps 50 --name example")
+    code, output = head.run(
+        f"{export}; {submit} --train.epochs 12 --checkpoint.every-steps 50 --name example"
+    )
     assert code == 0, output
     return Finished(home / "certified-pretrain", "example", output, frozenset())
