@@ -222,6 +222,10 @@ def test_what_cannot_fit_is_refused_with_its_reason_and_a_way_out(capsys):
         (("digits", "--tflops", "inf"), "--tflops inf: a number that is not negative"),
         (("digits", "--images", "-1"), "--images -1: a number that is not negative"),
         (("digits", "--device", "V100", "--train.precision", "bf16"), "have no bf16"),
+        (
+            ("digits", "--cluster.launcher", "local", "--train.processor-seconds", "9"),
+            "train.processor_seconds=9: a plan counts",
+        ),
     ],
 )
 def test_bad_input_is_refused_and_named(capsys, arguments, words):
