@@ -236,8 +236,9 @@ def measured_fabric(rank, world_size):
 
 
 def test_evaluations_on_gpus_need_nodes_of_their_own():
-    config = small_run(checkpoint=CheckpointConfig(evaluate_gpus=0.5))
-    ray = replace(config, cluster=ClusterConfig(launcher="ray"))
+    ray = small_run(
+        checkpoint=CheckpointConfig(evaluate_gpus=0.5), cluster=ClusterConfig(launcher="ray")
+    )
     with pytest.raises(PipelineError, match=r"evaluate_gpus=0\.5 without .*evaluate_placement"):
         preflight._require_own_gpus(ray)
     placed = CheckpointConfig(evaluate_gpus=0.5, evaluate_placement={"role": "evaluation"})
