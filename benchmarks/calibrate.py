@@ -31,16 +31,17 @@ from benchmarks.manifold_peers import Problem
 from benchmarks.optimizer_step import Manifold
 from benchmarks.processes import in_ranks
 from benchmarks.report import hardware
+from data_shards.command_line.parsing import parse_words
 from data_shards.format.decode import decode_crop
 from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network
 from optim.collectives import ProcessGroupExchange
+from pipeline.command_line.arguments import parse_with_preset
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.planner.calibration import Measured
 from pipeline.planner.meta_step import DTYPES, rehearse
 from pipeline.planner.step_time import MANIFOLD_PRODUCTS
-from pipeline.presets import parse_with_preset
 from pipeline.run.distributed import DistributedContext, join_process_group
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import StepContext
@@ -247,11 +248,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write a file."""
     request = parse_with_preset(
         sys.argv[1:] if arguments is None else arguments,
-        lambda name, preset, words: tyro.cli(
+        lambda name, preset, words: parse_words(
             Request,
+            words,
             default=Request(run=preset, out=tyro.MISSING),
-            args=words,
-            prog=f"python -m benchmarks.calibrate {name}",
+            prog="python -m benchmarks.calibrate",
         ),
     )
     work = (measured_here, request.run, request.images)

@@ -11,6 +11,8 @@ import torch
 import tyro
 from rich.table import Table
 
+from data_shards.command_line.parsing import parse_words
+from data_shards.command_line.progress import ProgressBar
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError, exit_on_error
 from data_shards.format.index import ShardIndex, load_index
@@ -59,6 +61,7 @@ def measure(
     steps: int = 40,
     step_ms: float = 0.0,
     cursor: Cursor,
+    progress: bool = False,
 ) -> Figures:
     """Take a first batch and `steps` more from a stream.
 
@@ -71,6 +74,7 @@ def measure(
         step_ms: Milliseconds that the consumer sleeps after each batch, as a training step on an
             accelerator would.
         cursor: Where to begin.
+        progress: Show a bar on standard error.
 
     Raises:
         ShardError: of the stream, or fewer than one step.
@@ -80,7 +84,10 @@ def measure(
     waits = []
     images = size = 0
     begin = time.perf_counter()
-    with SampleStream(index, config, split=split, global_batch=batch, cursor=cursor) as stream:
+    with (
+        SampleStream(index, config, split=split, global_batch=batch, cursor=cursor) as stream,
+        ProgressBar(f"reading {split}", steps, unit="batches", shown=progress) as bar,
+    ):
         next(stream)
         start = time.perf_counter()
         first, cpu = start - begin, time.process_time()
@@ -91,6 +98,7 @@ def measure(
             waits.append(1000 * (stream.waited_s - before))
             images += len(rows)
             size += int(index.rows.size[rows].sum())
+            bar.advance()
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         return Figures(
             index_s=0.0,
@@ -190,7 +198,14 @@ def _run(
         order = {"order": ORDER, "lanes": stream.lanes, "window": stream.window}
         cursor = Cursor(seed=seed, epoch=epoch, position=position, **order)
     figures = measure(
-        index, stream, split=split, batch=batch, steps=steps, step_ms=step_ms, cursor=cursor
+        index,
+        stream,
+        split=split,
+        batch=batch,
+        steps=steps,
+        step_ms=step_ms,
+        cursor=cursor,
+        progress=True,
     )
     figures = dataclasses.replace(figures, index_s=loaded)
     if json_output:
@@ -202,7 +217,7 @@ def _run(
 def main(arguments: list[str] | None = None) -> None:
     """Run the entry; one line on standard error and exit status 1 on a refused request."""
     with exit_on_error():
-        tyro.cli(_run, args=arguments, prog="data_shards.bench")
+        parse_words(_run, arguments, prog="python -m data_shards.bench")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError, exit_on_error
 from data_shards.format.foreign_scan import Layout
 from data_shards.storage.store import Store
@@ -85,7 +86,7 @@ def _run(
 def main(arguments: list[str] | None = None) -> None:
     """Run the entry; one line on standard error and exit status 1 on a refused request."""
     with exit_on_error("what was read is kept for the next run"):
-        tyro.cli(_run, args=arguments, prog="data_shards.index")
+        parse_words(_run, arguments, prog="python -m data_shards.index")
 
 
 if __name__ == "__main__":

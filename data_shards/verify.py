@@ -13,6 +13,7 @@ import numpy as np
 import tyro
 import xxhash
 
+from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError, exit_on_error
 from data_shards.format.decode import decode_image
 from data_shards.format.foreign_scan import read_adopted
@@ -20,7 +21,7 @@ from data_shards.format.index import Shard, ShardIndex, load_index
 from data_shards.format.shard_scan import HashedFile, StoredSample, read_shard_file
 from data_shards.storage.store import Store
 from data_shards.writing.process_pool import Advance, run_tasks, usable_cpus
-from data_shards.writing.progress_bar import ProgressBar
+from data_shards.writing.progress_bar import ImageProgress
 from data_shards.writing.repair import repair
 
 _LISTED = 20  # disagreements of one shard
@@ -52,7 +53,7 @@ def verify(
     tasks = [(index.part(shard.split, shard), shard, sizes[shard.file]) for shard in present]
     total = sum(shard.samples for shard in present)
     task = functools.partial(_verify_shard, decode)
-    with ProgressBar("verifying", total, shown=progress) as bar:
+    with ImageProgress("verifying", total, shown=progress) as bar:
         for place, problems in run_tasks(task, tasks, workers, bar):
             name = index.files.describe(present[place].file)
             yield from (f"{name}: {problem}" for problem in problems[:_LISTED])
@@ -189,7 +190,7 @@ def _repair(url: str, workers: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the entry; exit status 1 on a disagreement or an unreadable set."""
     with exit_on_error():
-        tyro.cli(_run, args=arguments, prog="data_shards.verify")
+        parse_words(_run, arguments, prog="python -m data_shards.verify")
 
 
 if __name__ == "__main__":

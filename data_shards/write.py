@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from data_shards.command_line.parsing import parse_subcommand
 from data_shards.config import MIB
 from data_shards.errors import exit_on_error
 from data_shards.format.index import HEADER_FILE
@@ -101,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the entry; one line on standard error and exit status 1 on a refused request."""
     entries = {name: _subcommand(make) for name, make in SOURCES.items()}
     with exit_on_error("finished shards are kept for the next run"):
-        tyro.extras.subcommand_cli_from_dict(entries, args=arguments, prog="data_shards.write")
+        parse_subcommand(entries, arguments, prog="python -m data_shards.write")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
 from pydantic import ValidationError
 
+from data_shards.command_line.parsing import parse_words
 from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.reporting.comparison_config import CompareConfig, parse_change
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = PlainConsole()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
-        config = tyro.cli(CompareConfig, args=arguments, prog="jobs.compare")
+        config = parse_words(CompareConfig, arguments, prog="python -m jobs.compare")
         page = write(config, compare(config))
     except ValidationError as error:
         messages = "; ".join(part["msg"] for part in error.errors())

@@ -1,6 +1,6 @@
 """Certified robust accuracy of a model artifact on a shard set.
 
-    python -m jobs.evaluate_cra --artifact URL --shards URL [--attack fast]
+    python -m jobs.evaluate_cra --artifact URL --data.shards URL [--attack fast]
 
 Writes a certificate that `python -m model.verify` re-derives, its samples, a summary and figures to
 the output URL, and records the result in MLflow. The driver of a training calls `evaluate` by
@@ -12,22 +12,25 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import tyro
 from pydantic import TypeAdapter
 from rich.console import Console
 
+from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.console import exit_status, following
 from jobs.evaluation.progress import OnProgress
+from jobs.evaluation.record_store import record_store
 from jobs.evaluation.runner import (
     artifact_info,
     compute,
     output,
 )
 from jobs.evaluation.sample_records import EvaluationError
+from jobs.evaluation.suites import NO_ATTACK
 from model.errors import ModelError
 from pipeline.run.evaluation_summary import EvaluationSummary, report
 from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
@@ -122,7 +125,7 @@ def record(
         },
     )
     if log is None:
-        return log_evaluation(config.tracking, row)
+        return log_evaluation(record_store(config, info, summary), row)
     log(row)
     return None
 
@@ -138,15 +141,19 @@ def main(
     """
 
     def act(console: Console, errors: Console) -> int:
-        config = tyro.cli(EvaluationConfig, args=arguments, prog="jobs.evaluate_cra")
-        with following(errors) as on_progress:
+        config = parse_words(EvaluationConfig, arguments, prog="python -m jobs.evaluate_cra")
+        label = "certifying" if config.attack == NO_ATTACK else "certifying, attacking"
+        with following(errors, label) as on_progress:
             summary = compute(config, on_progress=on_progress)
         report(console, [summary])
         if before_record:
             before_record()
-        run = record(config, summary) if config.record else None
+        if not config.record:
+            return 0
+        store = record_store(config, artifact_info(config.artifact), summary)
+        run = record(replace(config, tracking=store), summary)
         if run is not None:
-            command, path = ui_command(config.tracking.uri, run)
+            command, path = ui_command(store.uri, run)
             console.print(f"MLflow: {command}\n  then open {path}", soft_wrap=True)
         return 0
 

@@ -1,7 +1,7 @@
 """Class, certified radius and verdict for images.
 
     python -m jobs.predict models:/digits@champion photos/ more.png --eps 36/255
-    python -m jobs.predict s3://bucket/artifacts/step-1 s3://bucket/images --launcher ray
+    python -m jobs.predict s3://bucket/artifacts/step-1 s3://bucket/images --cluster.launcher ray
 
 The radius is the sound one: no perturbation of the pixels smaller than it changes the class that
 this float64 program returns. One row per image, in the order of the inputs; exit status 0, 1 if an
@@ -24,6 +24,8 @@ import torch
 import tyro
 from rich.console import Console
 
+from data_shards.command_line.parsing import parse_words
+from data_shards.command_line.progress import ProgressBar
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from data_shards.untrusted.limits import UntrustedError
@@ -69,15 +71,15 @@ class PredictConfig:
     """auto: by the name of the file, jsonl on the standard output."""
     batch_size: Annotated[int, pydantic.Field(gt=0)] = 64
     """Images per forward pass and task."""
-    launcher: Literal["local", "ray"] = "local"
+    launcher: Annotated[Literal["local", "ray"], tyro.conf.arg(name="cluster.launcher")] = "local"
     """ray: batches as Ray tasks."""
     max_in_flight: Annotated[int, pydantic.Field(gt=0)] = 2
     """Ray tasks under way at the same time."""
     num_gpus: Annotated[float, pydantic.Field(ge=0)] = 0.0
-    """GPUs, or a fraction of one, of each Ray task."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """GPUs, or a fraction of one, of each Ray task; 0: none."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(name="cluster.device")] = "auto"
     """Device of the forward pass; auto: cuda where the process or the task may use one."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     """MLflow store of registered models."""
 
 
@@ -125,8 +127,15 @@ class Count:
     others: int = 0
 
 
-def predict(config: PredictConfig, write: Callable[[dict[str, Any]], object]) -> Count:
+def predict(
+    config: PredictConfig, write: Callable[[dict[str, Any]], object], *, progress: bool = False
+) -> Count:
     """Predict all inputs, handing rows to `write` in the order of the inputs.
+
+    Args:
+        config: the model and the inputs.
+        write: receives the rows.
+        progress: show a bar on standard error.
 
     Raises:
         EvaluationError, RegistryError, ModelError: the model, or an input that is not there.
@@ -140,9 +149,11 @@ def predict(config: PredictConfig, write: Callable[[dict[str, Any]], object]) ->
     device = task_device(config.device, launcher=config.launcher, num_gpus=config.num_gpus)
     artifact = ArtifactTask(url=Store(url).url, digest=info.digest, device=device)
     count = Count(others=others)
-    with _runner(config) as run:
+    bar = ProgressBar("predicting", len(pictures), unit="images", shown=progress)
+    with _runner(config) as run, bar:
         for row in _rows(config, artifact, info, pictures, eps, run):
             write(row)
+            bar.advance()
             count.images += 1
             count.failed += row["error"] is not None
             count.certified += bool(row["certified"])
@@ -259,9 +270,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns 0, 1 if an image failed, 2 for bad input."""
 
     def act(_: Console, errors: Console) -> int:
-        config = tyro.cli(PredictConfig, args=arguments, prog="jobs.predict")
+        config = parse_words(PredictConfig, arguments, prog="python -m jobs.predict")
         with _writer(config) as write:
-            count = predict(config, write)
+            count = predict(config, write, progress=config.out != "-" or not sys.stdout.isatty())
         ignored = f"; {count.others} other files ignored" if count.others else ""
         errors.print(
             f"{count.images} images, {count.certified} certified, {count.failed} failed{ignored}",

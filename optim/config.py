@@ -59,7 +59,7 @@ class OptimConfig:
     """Update rule of the Euclidean parameters."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay of the Euclidean parameters."""
+    """Decoupled weight decay of the Euclidean parameters; 0: none."""
 
     lookahead_steps: Count = 6
     """Steps between two Lookahead synchronisations; 0 switches Lookahead off."""

@@ -40,7 +40,7 @@ from data_shards.sources.convert import Recipe
 from data_shards.storage.store import Store
 from data_shards.writing.index_files import write_index
 from data_shards.writing.process_pool import Advance, run_tasks
-from data_shards.writing.progress_bar import ProgressBar
+from data_shards.writing.progress_bar import ImageProgress
 from data_shards.writing.shard_patterns import ForeignShard
 from data_shards.writing.shard_plan import ShardPlan, StoredSplit, WriteOptions, plan_split
 from data_shards.writing.shard_record import ShardRecord
@@ -234,7 +234,7 @@ class _Run:
         missing = [place for place in range(len(self.shards)) if place not in found]
         task = functools.partial(_scan_shard, self.root, self.options)
         tasks = [self.shards[place] for place in missing]
-        with ProgressBar("reading shards", 0, shown=self.shown) as bar:
+        with ImageProgress("reading shards", 0, shown=self.shown) as bar:
             for number, data in run_tasks(task, tasks, self.workers, bar):
                 self.out.write(self._record(missing[number]), data)
                 found[missing[number]] = ShardRecord.from_bytes(data)
@@ -335,7 +335,7 @@ class _Run:
         missing = [plan for plan in plans if plan.file not in found]
         task = functools.partial(write_shard, source, self.out, self.folder)
         total = sum(len(plan.members) for plan in missing)
-        with ProgressBar("copying test images", total, shown=self.shown) as bar:
+        with ImageProgress("copying test images", total, shown=self.shown) as bar:
             for place, data in run_tasks(task, missing, self.workers, bar):
                 found[missing[place].file] = ShardRecord.from_bytes(data)
         return [(plan, found[plan.file]) for plan in plans]

@@ -37,7 +37,7 @@ from data_shards.format.shard_scan import HashedFile, read_shard_file
 from data_shards.sources.base import VALIDATION, hold_out
 from data_shards.storage.store import Store
 from data_shards.writing.process_pool import Advance, run_tasks
-from data_shards.writing.progress_bar import ProgressBar
+from data_shards.writing.progress_bar import ImageProgress
 
 Shape = tuple[int, ...]
 
@@ -105,7 +105,7 @@ def repair(store: Store, *, workers: int = 1, progress: bool = False) -> Repaire
     notes += [f"/{n}: left out: not named like a shard" for n in sorted(set(tars) - set(names))]
     total = sum(shard.samples for shard in old.header.shards) if old.header else 0
     task = functools.partial(_survey, store)
-    with ProgressBar("reading shards", total, shown=progress) as bar:
+    with ImageProgress("reading shards", total, shown=progress) as bar:
         surveys = dict(run_tasks(task, [(n, sizes[n]) for n in names], workers, bar))
     found = [surveys[place] for place in range(len(names))]
     problems = _problems(found, old, notes)

@@ -35,7 +35,7 @@ from data_shards.sources.convert import UndecodableError, image_extension
 from data_shards.storage.store import Store
 from data_shards.writing.index_files import write_index
 from data_shards.writing.process_pool import Advance, run_tasks
-from data_shards.writing.progress_bar import ProgressBar
+from data_shards.writing.progress_bar import ImageProgress
 from data_shards.writing.shard_plan import (
     ShardPlan,
     WriteOptions,
@@ -178,7 +178,9 @@ class _Run:
         done = sum(len(plan.members) for plan in plans if plan.file in found)
         total = sum(len(plan.members) for plan in plans)
         task = functools.partial(write_shard, self.source, self.store, self.folder)
-        with ProgressBar(f"writing {self.source.name}", total, shown=self.shown, done=done) as bar:
+        with ImageProgress(
+            f"writing {self.source.name}", total, shown=self.shown, done=done
+        ) as bar:
             for place, data in run_tasks(task, missing, self.workers, bar):
                 found[missing[place].file] = ShardRecord.from_bytes(data)
         return [found[plan.file] for plan in plans]
@@ -205,7 +207,7 @@ class _Run:
         parts = np.array_split(numbers, -(-len(numbers) // _HASHED_AT_ONCE))
         task = functools.partial(_hash_images, self.source, self.store, self.folder)
         hashes = np.zeros(len(numbers), dtype=np.uint64)
-        with ProgressBar("looking for duplicates", len(numbers), shown=self.shown) as bar:
+        with ImageProgress("looking for duplicates", len(numbers), shown=self.shown) as bar:
             for place, found in run_tasks(task, parts, self.workers, bar):
                 hashes[parts[place]] = found
         return duplicates_of(hashes, numbers, self.source.test)

@@ -203,7 +203,8 @@ def _fitting_index(
     url = config.shards or (stated and resolve(stated, base=config.artifact))
     if not url:
         raise EvaluationError(
-            f"artifact {config.artifact} does not say which shard set it belongs to: give --shards"
+            f"artifact {config.artifact} does not say which shard set it belongs to: "
+            "give --data.shards"
         )
     index = load(url)
     index.require(info.native_input_shape, info.network.num_classes)

@@ -158,7 +158,7 @@ class CertificateBundle:
                 Path(folder, name).write_bytes(self.files[name])
             command = [sys.executable, "-m", "model.verify", folder]
             command += ["--artifact", self.summary.artifact_url]
-            command += ["--shards", self.summary.shards_url]
+            command += ["--data.shards", self.summary.shards_url]
             if sample is not None:
                 command += ["--sample", str(sample), "--seed", str(seed)]
             try:

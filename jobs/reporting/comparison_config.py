@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Annotated, Literal
 
 import pydantic
+import tyro
 
-from pipeline.tracking.client import TrackingConfig
+from pipeline.tracking.client import SQLITE, TrackingConfig
 
 _CHANGE = re.compile(r"([a-z][\w.-]*)\*(\d+(?:\.\d+)?)")
 
@@ -57,19 +59,21 @@ class CompareConfig:
     """Runs at the same time; with the budget `time` all runs then share the machine alike."""
     probe_steps: Annotated[int, pydantic.Field(ge=4)] = 40
     """Steps of the short run that measures the speed of a preset."""
-    workers: Annotated[int, pydantic.Field(ge=1)] = 1
+    workers: Annotated[
+        Annotated[int, pydantic.Field(ge=1)], tyro.conf.arg(name="cluster.workers")
+    ] = 1
     """Ranks of a run; more than one trains on Ray."""
     threads: Annotated[int, pydantic.Field(ge=1)] = 1
     """Compute threads of a rank."""
-    shards: str = ""
+    shards: Annotated[str, tyro.conf.arg(name="data.shards")] = ""
     """URL of the shard set; empty: what the preset makes itself."""
     extra: tuple[str, ...] = ()
     """More words for every run's command line, each as one word: `--extra=--train.log-every=5`."""
     out: str = "runs/compare"
     """Local folder of the runs, the table and the figures. A run that is finished there is not
     repeated, so a comparison that was stopped goes on when it is given again."""
-    tracking: TrackingConfig | None = None
-    """MLflow store; default: mlflow.db in `out`."""
+    tracking: TrackingConfig = TrackingConfig(uri="")
+    """MLflow store; default: mlflow.db in `out`, experiment compare."""
 
     @pydantic.field_validator("changes")
     @classmethod
@@ -92,6 +96,8 @@ class CompareConfig:
 
     def store(self) -> TrackingConfig:
         """The MLflow store of all runs and of the comparison."""
-        return self.tracking or TrackingConfig(
-            uri=f"sqlite:///{self.out}/mlflow.db", experiment="compare"
+        return dataclasses.replace(
+            self.tracking,
+            uri=self.tracking.uri or f"{SQLITE}{self.out}/mlflow.db",
+            experiment=self.tracking.experiment or "compare",
         )

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data_shards.command_line.progress import ProgressBar
 from data_shards.format.index import load_index
 from data_shards.storage.store import Store
 from jobs.evaluation.sample_records import EvaluationError
@@ -63,8 +64,8 @@ class RunRequest:
         values = {
             "storage": f"{config.out}/runs",
             "name": self.name(config),
-            "mlflow": tracking.uri,
-            "experiment": tracking.experiment,
+            "tracking.uri": tracking.uri,
+            "tracking.experiment": tracking.experiment,
             "cluster.launcher": "local" if config.workers == 1 else "ray",
             **({"cluster.workers": config.workers} if config.workers > 1 else {}),
             "cluster.cpus-per-worker": config.threads,
@@ -176,8 +177,14 @@ class Runs:
         Raises:
             EvaluationError: a run failed; the others that are under way end first.
         """
-        with concurrent.futures.ThreadPoolExecutor(self._config.parallel) as pool:
-            yield from pool.map(self._one, orders)
+        what = " and ".join(dict.fromkeys(order.role for order in orders))
+        with (
+            concurrent.futures.ThreadPoolExecutor(self._config.parallel) as pool,
+            ProgressBar(f"{what} runs", len(orders), unit="runs") as bar,
+        ):
+            for outcome in pool.map(self._one, orders):
+                bar.advance()
+                yield outcome
 
     def _one(self, order: RunRequest) -> Outcome:
         folder = self._root / "runs" / order.name(self._config)

@@ -73,7 +73,7 @@ def locate(url: str, artifact: str = "", shards: str = "") -> Located:
         found = above
     else:
         found = Store(_named(summary, "artifact_url", evaluation, "--verify-artifact"))
-    shards = shards or _named(summary, "shards_url", evaluation, "--verify-shards")
+    shards = shards or _named(summary, "shards_url", evaluation, "--data.shards")
     return Located(evaluation, found, shards)
 
 
@@ -219,7 +219,7 @@ def _samples_in(index: ShardIndex, split: str, keys: list[str]) -> npt.NDArray[n
     if [key.decode() for key in index.rows.key[chosen]] != keys:
         raise EvaluationError(
             f"shard set {index.store} does not hold the {len(keys)} samples of the certificate in "
-            "this order; name another one: --verify-shards"
+            "this order; name another one: --data.shards"
         )
     return chosen
 

@@ -269,7 +269,16 @@ def _lines(summary: EvaluationSummary) -> Iterator[str]:
     yield f"certificate: {out}/{CERTIFICATE}"
     if summary.verifiable:
         artifact, shards = local_path(summary.artifact_url), local_path(summary.shards_url)
-        words = ("python", "-m", "model.verify", out, "--artifact", artifact, "--shards", shards)
+        words = (
+            "python",
+            "-m",
+            "model.verify",
+            out,
+            "--artifact",
+            artifact,
+            "--data.shards",
+            shards,
+        )
         yield f"check it:    {shlex.join(words)}"
 
 

@@ -53,7 +53,7 @@ class CheckpointQuery:
 
     Args:
         uri: MLflow store, as TrackingConfig has it.
-        experiments: names of the experiments whose checkpoints count.
+        experiments: names of the experiments whose checkpoints count; none: all of the store.
         models: names of registered models whose versions count as well.
     """
 
@@ -67,7 +67,9 @@ class CheckpointQuery:
     def checkpoints(self) -> list[Checkpoint]:
         """Return all checkpoints, oldest first; an experiment that does not exist yet has none."""
         found: dict[str, Any] = {}
-        ids = [e.experiment_id for e in map(self._experiment, self._experiments) if e]
+        named = map(self._experiment, self._experiments)
+        every = named if self._experiments else self._client.search_experiments()
+        ids = [e.experiment_id for e in every if e]
         if ids:
             for model in self._logged_models(ids):
                 found[model.model_id] = model

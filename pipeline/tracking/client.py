@@ -9,6 +9,7 @@ MLflow itself is imported inside functions: a process that never tracks never pa
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import pydantic
 
 from data_shards.untrusted.limits import require
+from pipeline.run.ray_job import default_storage
 from pipeline.tracking.relocation import location as artifact_location
 from pipeline.tracking.relocation import relocate
 from pipeline.tracking.server_answers import (
@@ -37,6 +39,7 @@ from pipeline.tracking.server_answers import (
 
 logger = logging.getLogger(__name__)
 
+SQLITE = "sqlite:///"
 METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
 PARAM_CHARACTERS = 6000
@@ -52,6 +55,11 @@ _ENVIRONMENT = {  # defaults; what the user has set wins
 }
 
 
+def default_uri() -> str:
+    """The store of the runs that name none: beside them, in the default storage."""
+    return f"{SQLITE}{default_storage() / 'mlflow.db'}"
+
+
 @pydantic.dataclasses.dataclass(
     frozen=True,
     kw_only=True,
@@ -60,10 +68,11 @@ _ENVIRONMENT = {  # defaults; what the user has set wins
 class TrackingConfig:
     """Where runs are recorded."""
 
-    uri: str = "sqlite:///mlflow.db"
-    """MLflow store: sqlite:///path/mlflow.db (embedded) or the http(s) address of a server."""
-    experiment: str = "certified-pretrain"
-    """MLflow experiment; one per dataset."""
+    uri: str = field(default_factory=default_uri)
+    """MLflow store: sqlite:///path/mlflow.db (embedded) or the http(s) address of a server.
+    Default: `mlflow.db` beside the runs."""
+    experiment: str = ""
+    """MLflow experiment, one per shard set. Empty: all of them, or the one that it is about."""
     addresses: tuple[str, ...] = field(default_factory=listed_addresses)
     """URL prefixes under which an MLflow server may name artifacts and files of runs; what it keeps
     itself needs none. Default: those of CERTIFIED_PRETRAIN_ADDRESSES, separated by blanks."""
@@ -79,9 +88,14 @@ class TrackingConfig:
     @pydantic.field_validator("uri")
     @classmethod
     def _supported_uri(cls, uri: str) -> str:
-        """Make sqlite paths absolute: workers run in other directories."""
-        if uri.startswith("sqlite:///"):
-            return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+        """Make sqlite paths absolute: workers run in other directories.
+
+        Empty is left to who knows what it is about.
+        """
+        if uri.startswith(SQLITE):
+            return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
+        if not uri:
+            return uri
         if uri.startswith(("http://", "https://")):
             return uri.rstrip("/")
         raise ValueError(f"tracking uri {uri!r} must start with sqlite:/// or http(s)://")
@@ -169,7 +183,11 @@ class MlflowConnection:
     def __init__(self, config: TrackingConfig) -> None:
         self._config = config
         self._client = connect(config.uri)
-        self._experiment_id = self._find_or_create_experiment(config)
+
+    @functools.cached_property
+    def _experiment_id(self) -> str:
+        """The experiment of the config, made when something is first recorded in it."""
+        return self._find_or_create_experiment(self._config)
 
     def start_run(
         self,
@@ -432,6 +450,14 @@ class MlflowConnection:
                 if attempt == 2 or error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
         raise AssertionError("unreachable")
+
+
+def missing_store(uri: str) -> str:
+    """What to say of an embedded store that is not there; empty for every other one."""
+    database = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or database.is_file():
+        return ""
+    return f"there is no MLflow store {database}: give --tracking.uri"
 
 
 def connect(uri: str) -> Any:

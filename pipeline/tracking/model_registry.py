@@ -27,6 +27,7 @@ from pipeline.tracking.client import (
     RunReference,
     TrackingConfig,
     flatten_params,
+    missing_store,
     now_ms,
     read_file,
 )
@@ -81,9 +82,15 @@ class Predictor(Protocol):
 
 
 class Registry(MlflowConnection):
-    """The registry of one MLflow store; runs go to the experiment of the config."""
+    """The registry of one MLflow store; runs go to the experiment of the config.
+
+    Raises:
+        RegistryError: there is no such store.
+    """
 
     def __init__(self, config: TrackingConfig) -> None:
+        if missing := missing_store(config.uri):
+            raise RegistryError(missing)
         super().__init__(config)
 
     def require_address(self, address: str) -> str:

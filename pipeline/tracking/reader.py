@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.tracking.client import TrackingConfig, connect, open_files, read_file
+from pipeline.tracking.client import (
+    TrackingConfig,
+    connect,
+    missing_store,
+    open_files,
+    read_file,
+)
 
 _RUNS_PER_PAGE = 1000
 _MODELS_PER_PAGE = 50  # what every MLflow store allows
@@ -86,10 +91,8 @@ class Reader:
     """
 
     def __init__(self, config: TrackingConfig) -> None:
-        if config.uri.startswith("sqlite:///"):
-            database = Path(config.uri.removeprefix("sqlite:///"))
-            if not database.is_file():  # else connecting would make an empty one
-                raise TrackingError(f"there is no MLflow store {database}: give --tracking.uri")
+        if missing := missing_store(config.uri):  # else connecting would make an empty one
+            raise TrackingError(missing)
         self._config = config
         self._client = connect(config.uri)
         names = {e.experiment_id: str(e.name) for e in pages(self._client.search_experiments)}

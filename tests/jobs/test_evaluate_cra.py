@@ -283,7 +283,14 @@ def test_a_result_that_was_forged_is_made_again(fields, first, capsys):
     sound["cra"] = dict.fromkeys(sound["cra"], 1.0)
     put(body, columns__sound__clean=1.0, network_bound=0.5)
     out.write("summary.json", json.dumps(body).encode())
-    arguments = ["--artifact", fields["artifact"], "--out", fields["out"], "--launcher", "local"]
+    arguments = [
+        "--artifact",
+        fields["artifact"],
+        "--out",
+        fields["out"],
+        "--cluster.launcher",
+        "local",
+    ]
     arguments += ["--batch-size", "3", "--no-record", "--eps", *fields["eps"]]
     assert main(arguments) == 0
     assert f"proved <= {first.network_bound:.9f}" in capsys.readouterr().out
@@ -351,7 +358,7 @@ def test_summary_json_round_trip(first):
 def test_the_entry_reports_and_records(fields, tmp_path, capsys):
     store = empty_database(tmp_path, "synthetic").uri
     arguments = [
-        "--artifact", fields["artifact"], "--launcher", "local", "--out", fields["out"],
+        "--artifact", fields["artifact"], "--cluster.launcher", "local", "--out", fields["out"],
         "--tracking.uri", store, "--tracking.experiment", "synthetic",
     ]  # fmt: skip
     assert main(arguments) == 0
@@ -378,16 +385,16 @@ def test_the_entry_reports_and_records(fields, tmp_path, capsys):
 
 def bad_shards(tmp_path):
     write_shard_set(synthetic(classes=3, size=8, samples=60, seed=1), str(tmp_path / "three"))
-    return ["--shards", str(tmp_path / "three")]
+    return ["--data.shards", str(tmp_path / "three")]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (lambda tmp_path: ["--artifact", "nowhere"], "no artifact at"),
-        (lambda tmp_path: ["--shards", "nowhere"], "no shard set at"),
+        (lambda tmp_path: ["--data.shards", "nowhere"], "no shard set at"),
         (lambda tmp_path: ["--split", "half"], "'half' is not one of"),
-        (lambda tmp_path: ["--device", "cuda"], "no GPU that torch can use"),
+        (lambda tmp_path: ["--cluster.device", "cuda"], "no GPU that torch can use"),
         (bad_shards, "3 classes, the network takes 3x8x8 in 4 classes"),
     ],
 )
@@ -396,7 +403,7 @@ def test_the_entry_refuses_bad_input_with_one_line(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    given = ["--artifact", fields["artifact"], "--launcher", "local", "--no-record"]
+    given = ["--artifact", fields["artifact"], "--cluster.launcher", "local", "--no-record"]
     assert main([*given, *arguments(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error.replace("\n", " ")
@@ -404,7 +411,7 @@ def test_the_entry_refuses_bad_input_with_one_line(
 
 
 def test_an_artifact_without_context_needs_the_shards_option(fields, bare_artifact):
-    with pytest.raises(EvaluationError, match="give --shards"):
+    with pytest.raises(EvaluationError, match=r"give --data\.shards"):
         evaluate(fields | {"artifact": bare_artifact})
 
 

@@ -237,7 +237,7 @@ def test_once_evaluates_records_and_then_has_nothing_to_do(store, capfd, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(store.folder / "cache"))
     url, _, model_id = store.checkpoint(7)
     flags = ["--tracking.uri", store.tracking.uri, "--tracking.experiment", "set"]
-    flags += ["--rules", "certify@checkpoint", "--tasks.launcher", "local"]
+    flags += ["--rules", "certify@checkpoint", "--cluster.launcher", "local"]
     assert main([*flags, "--once"]) == 0
     log = next((store.folder / "cache").rglob("*.log")).read_text()
     assert "certified robust accuracy" in log

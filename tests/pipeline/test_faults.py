@@ -380,7 +380,7 @@ def calls_while_training(rank, world_size, folder):
 
     options = ["--cluster.launcher", "local", "--train.epochs", "1", "--model.width", "24"]
     options += ["--model.depth", "1", "--checkpoint.every-steps", "6", "--storage", folder]
-    options += ["--checkpoint.no-evaluate", "--mlflow", "http://127.0.0.1:9"]
+    options += ["--checkpoint.no-evaluate", "--tracking.uri", "http://127.0.0.1:9"]
     with (
         rank_world(rank, world_size),
         mock.patch.object(Trainer, "fit", noted_fit),

@@ -194,7 +194,7 @@ def test_training_is_refused_before_anything_is_made(tmp_path, capsys):
     with mlflow_server("0.0.0.0") as port:
         url = f"http://{OUTSIDE[0]}:{port}"
         storage = tmp_path / "runs"
-        code = pretrain.main(["digits", "--storage", str(storage), "--mlflow", url])
+        code = pretrain.main(["digits", "--storage", str(storage), "--tracking.uri", url])
     assert code == 2
     assert "lets anybody change runs and registered models" in capsys.readouterr().out
     assert not storage.exists()

@@ -90,7 +90,7 @@ def test_every_input_may_lie_in_an_object_store(case):
         memory.put(f"{folder}/", f"{urls[-1]}/", recursive=True)
     certificate, model, shards = urls
     try:
-        assert main([certificate, "--artifact", model, "--shards", shards]) == CONFIRMED
+        assert main([certificate, "--artifact", model, "--data.shards", shards]) == CONFIRMED
     finally:
         memory.rm("memory://verifier", recursive=True)
 
@@ -136,7 +136,7 @@ def test_the_evaluation_is_confirmed(tmp_path, capsys, name, deployed):
         context={},
     )
     case = Case(tmp_path)
-    options = ["--launcher", "local", "--no-record", "--deployed", deployed]
+    options = ["--cluster.launcher", "local", "--no-record", "--deployed", deployed]
     evaluate([*case.arguments[1:], "--out", str(case.certificate), *options])
     capsys.readouterr()
     status = run(case)
