@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Annotated
 
 import tyro
@@ -44,7 +43,7 @@ def _rule(model: Name, rule: Rule, tracking: TrackingConfig) -> int:
         rule: The rule.
         tracking: MLflow store.
     """
-    promotion.set_rule(_registry(model, tracking), model, rule)
+    promotion.set_rule(Registry(tracking), model, rule)
     _say(
         f"{model}: champion by {rule.metric}, alpha {rule.alpha:g} spent over all comparisons on "
         f"the same test set, gain >= {rule.min_gain:.2%}, first champion on at least "
@@ -61,7 +60,7 @@ def _candidate(model: Name, evaluation: Name, tracking: TrackingConfig) -> int:
         evaluation: URL of the evaluation's folder (certificate.json), or id of its MLflow run.
         tracking: MLflow store.
     """
-    version = promotion.register(_registry(model, tracking), model, evaluation)
+    version = promotion.register(Registry(tracking), model, evaluation)
     _say(f"{version} is the candidate: certificate {version.tags['certificate_digest'][:12]}")
     return 0
 
@@ -86,7 +85,7 @@ def _promote(
     """
     if sample is not None and sample < 1:
         raise RegistryError(f"--sample {sample}: at least one sample must be derived again")
-    registry = _registry(model, tracking)
+    registry = Registry(tracking)
     found = promotion.promote(registry, model, number=version, against=against, sample=sample)
     _say(f"{found.candidate}: {'promoted' if found.promoted else 'NOT promoted'}; {found.reason}")
     command, path = ui_command(tracking.uri, found.run)
@@ -107,7 +106,7 @@ def _rollback(
         to: Version that was champion before; default: the one before the present champion.
         reason: Recorded.
     """
-    version = promotion.rollback(_registry(model, tracking), model, to=to, reason=reason)
+    version = promotion.rollback(Registry(tracking), model, to=to, reason=reason)
     _say(f"{version} is the champion again")
     return 0
 
@@ -119,7 +118,7 @@ def _status(model: Name, tracking: TrackingConfig) -> int:
         model: Name of the registered model.
         tracking: MLflow store.
     """
-    registry = _registry(model, tracking)
+    registry = Registry(tracking)
     rule = promotion.rule_of(registry, model)
     table = Table(title=f"{model}: {rule.metric}, alpha {rule.alpha:g}, gain >= {rule.min_gain:g}")
     for column in ("version", "alias", "step", "data", "samples", "CRA", "certificate", "decision"):
@@ -143,11 +142,6 @@ def _status(model: Name, tracking: TrackingConfig) -> int:
     if champion and "gate.promotion_run" not in champion.tags:
         _say(f"WARNING: {champion} is champion, but the gate never promoted it")
     return 0
-
-
-def _registry(model: str, tracking: TrackingConfig) -> Registry:
-    """The registry; what the gate decides is recorded in the model's own experiment."""
-    return Registry(replace(tracking, experiment=tracking.experiment or model))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -100,7 +100,6 @@ def _walk(
             continue
         flag = name if tyro.conf.Positional in marks else f"--{flags}{name}"
         setting = Setting(f"{options}{field.name}", flag, _type(hint), _typed(value), meaning)
-        # A name with a dot belongs to the group of its flag.
         yield flags.rstrip("."), about, setting
 
 
@@ -139,7 +138,7 @@ def _type(hint: Any) -> str:
 
 def _typed(value: Any) -> str:
     """A value as it is typed after its flag; empty for none."""
-    if value is None or value is dataclasses.MISSING:
+    if value is None or value is dataclasses.MISSING or value is tyro.MISSING:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -9,7 +9,7 @@ import functools
 import io
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -57,12 +57,16 @@ def parse_words(
         SystemExit: with status 2 after one line on standard error, or 0 after the help.
     """
     words = sys.argv[1:] if words is None else list(words)
-    own_help = dataclasses.is_dataclass(target)
-    if own_help and any(word in ("-h", "--help") for word in words):
+    options = {} if default is None else {"default": default}
+    if not dataclasses.is_dataclass(target):
+        parse = functools.partial(tyro.cli, target, prog=prog)
+        with _refusing(list, lambda: _flags_of_help(lambda: parse(args=["--help"])), prog):
+            return parse(args=words)
+    if any(word in ("-h", "--help") for word in words):
         show_help(target, default, prog=prog, examples=examples or {})
         raise SystemExit(0)
-    with refusing_in_one_line(target, default, words, prog):
-        options = {} if default is None else {"default": default}
+    known = functools.partial(settings, target, default)
+    with _refusing(known, lambda: _flags(known()), prog):
         return tyro.cli(target, args=words, prog=prog, **options)
 
 
@@ -80,20 +84,8 @@ def parse_subcommand(
     if first not in (*entries, "-h", "--help"):
         unknown = f"there is no {first!r}{nearest(first, entries)}; " if first else ""
         refuse_words(f"{unknown}the first word must be one of {', '.join(entries)}")
-    with _refusing(lambda: _flags_of_help(lambda: run(args=[first, "--help"])), (), prog):
+    with _refusing(list, lambda: _flags_of_help(lambda: run(args=[first, "--help"])), prog):
         return run(args=words)
-
-
-def refusing_in_one_line(
-    target: Callable[..., Any], default: Any, words: Sequence[str], prog: str
-) -> contextlib.AbstractContextManager[None]:
-    """As `parse_words` does around tyro."""
-    if dataclasses.is_dataclass(target) and isinstance(target, type):
-        known = settings(target, default)
-        return _refusing(lambda: _flags(known), known, prog)
-    return _refusing(
-        lambda: _flags_of_help(lambda: tyro.cli(target, args=["--help"], prog=prog)), (), prog
-    )
 
 
 def _flags(known: Iterable[Setting]) -> set[str]:
@@ -109,9 +101,19 @@ def _flags_of_help(show: Callable[[], object]) -> set[str]:
 
 
 @contextlib.contextmanager
-def _refusing(flags: Callable[[], set[str]], known: Sequence[Setting], prog: str) -> Any:
+def _refusing(
+    known: Callable[[], Sequence[Setting]], flags: Callable[[], set[str]], prog: str
+) -> Iterator[None]:
+    """What tyro refuses in the block is said in one line.
+
+    Args:
+        known: the settings, for their names in messages.
+        flags: all flags, for the nearest ones.
+        prog: how the entry is called.
+    """
+
     def refuse(event: Any) -> NoReturn:
-        refuse_words(_message(event, flags, known, f" ({prog} --help)"))
+        refuse_words(_message(event, known(), flags, f" ({prog} --help)"))
 
     with tyro_errors.on_parse_error(refuse):
         yield
@@ -128,7 +130,7 @@ def refuse_words(text: str) -> NoReturn:
 
 
 def _message(
-    event: Any, flags: Callable[[], set[str]], known: Sequence[Setting], where: str
+    event: Any, known: Sequence[Setting], flags: Callable[[], set[str]], where: str
 ) -> str:
     """What is wrong with a command line, in one line."""
     match event:
@@ -152,7 +154,7 @@ def _message(
 def _name(argument: Any) -> str:
     """An argument as it is typed."""
     if argument.is_positional():
-        return str(argument.lowered.metavar)
+        return str(argument.field.intern_name)
     return str(argument.lowered.name_or_flags[0])
 
 

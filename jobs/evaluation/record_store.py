@@ -30,12 +30,12 @@ def record_store(
     experiment = named.experiment or stated.get("experiment")
     # As a training names its own.
     experiment = str(experiment or summary.dataset.removesuffix(f"-{summary.split}"))
-    if named.uri:
-        return replace(named, experiment=experiment)
-    uri = str(stated.get("uri") or default_uri())
+    uri = str(stated.get("uri", ""))
+    if named.uri or not uri:
+        return replace(named, uri=named.uri or default_uri(), experiment=experiment)
     if uri.startswith(SQLITE):
         uri = SQLITE + local_path(resolve(uri.removeprefix(SQLITE), base=config.artifact))
-        if stated and (missing := missing_store(uri)):
+        if missing := missing_store(uri):
             raise EvaluationError(f"{missing} (the artifact's run recorded there)")
         return replace(named, uri=uri, experiment=experiment)
     try:

@@ -63,7 +63,7 @@ class CompareConfig:
         Annotated[int, pydantic.Field(ge=1)], tyro.conf.arg(name="cluster.workers")
     ] = 1
     """Ranks of a run; more than one trains on Ray."""
-    threads: Annotated[int, pydantic.Field(ge=1)] = 1
+    threads: Annotated[int, pydantic.Field(ge=1), tyro.conf.arg(name="cluster.cpus-per-worker")] = 1
     """Compute threads of a rank."""
     shards: Annotated[str, tyro.conf.arg(name="data.shards")] = ""
     """URL of the shard set; empty: what the preset makes itself."""

@@ -72,7 +72,8 @@ def show_short_help(arguments: Sequence[str]) -> None:
     console.print(f"\nsettings that are changed most, with those of {config.preset}", style="bold")
     known = {one.option: one for group in run_groups(config) for one in group.settings}
     for option in OFTEN:
-        show_setting(console, known[option])
+        if option in known:  # not every network has a width and a depth
+            show_setting(console, known[option])
     _show_more(console)
 
 

@@ -9,6 +9,7 @@ are: the loader gets their address and digest.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ from pipeline.tracking.server_answers import AddressError
 
 _EVIDENCE = "evidence"
 _PAGE = 1000
+_GATE = "gate"
+"""Experiment of what the gate does, where none is named."""
 
 
 class RegistryError(ValueError):
@@ -82,7 +85,10 @@ class Predictor(Protocol):
 
 
 class Registry(MlflowConnection):
-    """The registry of one MLflow store; runs go to the experiment of the config.
+    """The registry of one MLflow store.
+
+    What the gate does is recorded in the experiment of the config, without one in `gate`; what was
+    evaluated and compared is looked for in that of the config, without one in all.
 
     Raises:
         RegistryError: there is no such store.
@@ -91,7 +97,14 @@ class Registry(MlflowConnection):
     def __init__(self, config: TrackingConfig) -> None:
         if missing := missing_store(config.uri):
             raise RegistryError(missing)
-        super().__init__(config)
+        super().__init__(dataclasses.replace(config, experiment=config.experiment or _GATE))
+        self._everywhere = not config.experiment
+
+    def _searched(self) -> list[str]:
+        """Ids of the experiments that are looked at."""
+        if not self._everywhere:
+            return [self._experiment_id]
+        return [e.experiment_id for e in pages(self._client.search_experiments)]
 
     def require_address(self, address: str) -> str:
         """Return an address that a version or an evaluation names, if it may be opened.
@@ -272,9 +285,9 @@ class Registry(MlflowConnection):
         return RecordedEvaluation(run_id, run.data.tags, run.data.params, summary)
 
     def evaluation_with(self, certificate_digest: str) -> str | None:
-        """Id of the evaluation run that recorded a certificate, if it is in the experiment."""
+        """Id of the evaluation run that recorded a certificate, if one is found."""
         condition = f"params.certificate_digest = '{certificate_digest}'"
-        runs = self._client.search_runs([self._experiment_id], condition, max_results=1)
+        runs = self._client.search_runs(self._searched(), condition, max_results=1)
         return str(runs[0].info.run_id) if runs else None
 
     def comparisons(self, index_digest: str) -> list[str]:
@@ -283,7 +296,7 @@ class Registry(MlflowConnection):
             "tags.stage = 'gate' and tags.`gate.action` = 'promote' and "
             f"tags.`gate.index_digest` = '{index_digest}'"
         )
-        runs = pages(self._client.search_runs, [self._experiment_id], condition, max_results=_PAGE)
+        runs = pages(self._client.search_runs, self._searched(), condition, max_results=_PAGE)
         finished = [run for run in runs if run.info.status == "FINISHED"]
         finished.sort(key=lambda run: (run.info.start_time, run.info.run_id))
         keys = (run.data.tags.get("gate.comparison", run.info.run_id) for run in finished)

@@ -22,6 +22,7 @@ from model.networks.lipnext.config import LipNeXtConfig
 from model.verifier import artifact
 from model.verifier.certificate import COLUMNS, FIELDS
 from model.verifier.families.lipnext import LipNeXt
+from model.verifier.progress import Progress
 from model.verifier.refusal import DisagreementError
 from model.verifier.samples import ERRORS, count_greater
 from model.verify import main
@@ -458,3 +459,14 @@ def test_the_ratio_of_eps_is_exact():
     above, below = np.nextafter(nearest, 1), np.nextafter(nearest, 0)
     radii = np.array([below, nearest, above])
     assert count_greater(radii, eps) == sum(Fraction(radius) > eps for radius in radii)
+
+
+def test_a_long_verification_says_how_far_it_is(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    progress = Progress("samples", 100)
+    progress.add(5)
+    now[0] = 20.0
+    progress.add(20)
+    progress.add(75)
+    assert capsys.readouterr().err == "samples: 25 of 100, left 1:00\n"
