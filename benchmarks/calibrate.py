@@ -31,6 +31,7 @@ from benchmarks.manifold_peers import Problem
 from benchmarks.optimizer_step import Manifold
 from benchmarks.processes import in_ranks
 from benchmarks.report import hardware
+from data_shards.command_line.help_page import show_help
 from data_shards.command_line.parsing import parse_words
 from data_shards.format.decode import decode_crop
 from model.networks.lipnext.config import LipNeXtConfig
@@ -52,6 +53,9 @@ DEPTH = 2  # blocks of the pass that is timed
 PICTURES = 16
 LARGE = 128  # from this size on images are cut from photographs of 375 x 500
 Work = Callable[[], object]
+
+
+_PROG = "python -m benchmarks.calibrate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,13 +250,17 @@ def measured_here(config: RunConfig, images: int) -> Measured:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write a file."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if any(word in words for word in ("-h", "--help")):
+        show_help(Request, None, prog=_PROG, examples={})
+        return
     request = parse_with_preset(
-        sys.argv[1:] if arguments is None else arguments,
+        words,
         lambda name, preset, words: parse_words(
             Request,
             words,
             default=Request(run=preset, out=tyro.MISSING),
-            prog="python -m benchmarks.calibrate",
+            prog=_PROG,
         ),
     )
     work = (measured_here, request.run, request.images)

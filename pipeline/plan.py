@@ -1,4 +1,4 @@
-"""Entry: `python -m pipeline.plan [PRESET] --nodes N --gpus G [--overrides]`.
+"""Entry: `python -m pipeline.plan [PRESET] --nodes N --gpus G [--setting value ...]`.
 
 Says what a run needs before anybody pays for it: memory of a rank, FLOPs, traffic, time, cost.
 Needs no GPU and no cluster. Exit codes: 0 it fits, 2 it does not, or the input is wrong.
@@ -62,7 +62,7 @@ class Request:
     """Says what a run needs: memory, FLOPs, traffic, time, cost; needs no GPU.
 
     Attributes:
-        run: the run, with the same overrides as `python -m pipeline.pretrain`.
+        run: the run, with the settings of `python -m pipeline.pretrain`.
         nodes: machines.
         gpus: devices of each.
         device: B200, H200, H100, A100, L40S, V100, or another name with the three values below.
