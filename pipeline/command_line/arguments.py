@@ -25,8 +25,6 @@ _PRESET = "--preset"
 _LOSS = "loss."
 _KINDS = ("model", "loss")
 """Parts whose fields depend on their `kind`."""
-_ONCE = {"stop_after": 0}
-"""Settings of the loop that belong to one execution of a run."""
 
 Parsed = TypeVar("Parsed")
 
@@ -131,7 +129,7 @@ def _of_run(preset: str | None, given: Mapping[str, str]) -> RunConfig:
         stored,
         name=name,
         storage=given.get("storage", ""),
-        train=dataclasses.replace(stored.train, **_ONCE),
+        train=dataclasses.replace(stored.train, stop_after=0),  # of one execution
         profile=0,
         resume=True,
         start_or_resume=False,
