@@ -17,7 +17,9 @@ from pipeline.run.layout import CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
 from pipeline.tracking.reader import Reader, TrackedModel, TrackedRun
 
 FIGURES = (CRA_FIGURE, RADIUS_FIGURE)
-NOT_SETTINGS = frozenset({"name", "storage", "mlflow", "experiment", "resume"})
+NOT_SETTINGS = frozenset(
+    {"name", "storage", "tracking.uri", "tracking.experiment", "resume", "extend_to_epochs"}
+)
 """Parameters that say which run it is, not how it was trained."""
 
 

@@ -205,7 +205,7 @@ def _notices(
         PipelineError: the run is to stop before the step at which it goes on.
     """
     stop, end, newest = config.train.stop_after, schedule.total_steps, max(steps, default=0)
-    if stop > end:
+    if stop > end and not config.train.processor_seconds:
         yield f"train.stop_after={stop} is never reached: the run ends after step {end}"
     if stop and newest > stop:
         raise PipelineError(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from data_shards.command_line.nearest import nearest
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
-from pipeline.presets import linf, lipnext, liresnet, sll, soc
+from pipeline.presets import fashion_mnist, linf, lipnext, liresnet, sll, soc
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     **lipnext.PRESETS,
@@ -13,6 +13,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     **sll.PRESETS,
     **linf.PRESETS,
     **liresnet.PRESETS,
+    **fashion_mnist.PRESETS,
 }
 
 
