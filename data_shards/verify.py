@@ -14,8 +14,8 @@ import tyro
 import xxhash
 
 from data_shards.errors import ShardError, exit_on_error
-from data_shards.format.decode import decode_image
 from data_shards.format.foreign_scan import read_adopted
+from data_shards.format.image_pixels import decoded_shape
 from data_shards.format.index import Shard, ShardIndex, load_index
 from data_shards.format.shard_scan import HashedFile, StoredSample, read_shard_file
 from data_shards.storage.store import Store
@@ -128,7 +128,7 @@ def _compare(
         yield f"{key}: {name} {value!r} in the shard, {stated!r} in the index"
     if decode and not differing:
         try:
-            shape = tuple(decode_image(found.data, found.extension).shape)
+            shape = decoded_shape(found.data, found.extension)
         except ShardError as error:
             yield f"{key}: {error}"
             return

@@ -21,7 +21,7 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 from data_shards.errors import ShardError
-from data_shards.format.decode import EXTENSIONS
+from data_shards.format.image_pixels import EXTENSIONS
 from data_shards.format.shard_files import ShardFiles
 from data_shards.format.tar import BLOCK
 from data_shards.storage.store import Store

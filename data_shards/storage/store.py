@@ -117,7 +117,7 @@ class Store:
 
         A block that fails may leave a part of them.
         """
-        with self.open(name, "wb") as stream:
+        with _naming(self._path(name)), self.open(name, "wb") as stream:
             yield stream
             if self.local_path() is not None:
                 stream.flush()
@@ -170,7 +170,7 @@ class Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}{_TEMPORARY}"
         try:
-            with temporary.open("xb") as file:
+            with _naming(target), temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -412,6 +412,17 @@ class Store:
         _check_name(name, self)
         self._fs()
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Add the file to an error of the system that names none, such as a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _code(error: Exception) -> str:
