@@ -443,8 +443,10 @@ def _options(scheme: str, *, streams: bool) -> dict[str, Any]:
     """Return the options of a filesystem; what fsspec's own configuration says wins."""
     if scheme == "file":
         return {"auto_mkdir": True}
+    # A cached listing would hide what other processes wrote.
+    options = {"use_listings_cache": False, **fsspec.config.conf.get(scheme, {})}
     if scheme != "s3":
-        return {}
+        return options
     configured = fsspec.config.conf.get("s3", {})
     endpoint = configured.get("endpoint_url") or os.environ.get(
         "AWS_ENDPOINT_URL_S3", os.environ.get("AWS_ENDPOINT_URL")
@@ -461,10 +463,7 @@ def _options(scheme: str, *, streams: bool) -> dict[str, Any]:
         config["s3"] = {"addressing_style": "path"}  # other stores have no host name per bucket
     if not streams:
         config["retries"] = {"mode": "standard", "total_max_attempts": 1}
-    # A cached listing would hide what other processes wrote. The endpoint also separates the
-    # filesystem objects that fsspec keeps.
-    options = {"use_listings_cache": False, **configured}
-    if endpoint:
+    if endpoint:  # it also separates the filesystem objects that fsspec keeps
         options["endpoint_url"] = endpoint
     return {**options, "config_kwargs": {**config, **configured.get("config_kwargs", {})}}
 
