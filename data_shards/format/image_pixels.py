@@ -23,9 +23,6 @@ from data_shards.format.crop_box import RATIO, SCALE, Box, Words, random_crop_bo
 from data_shards.untrusted.limits import UntrustedError, require
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-MAX_SCANNED = 1 << 29
-"""Pixels times scans of a JPEG: a decoder goes through all pixels once per scan, in some seconds.
-Usual progressive files have ten scans; a small file may state thousands."""
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which would warn below that of `_check_size`
 _JPEG_COLOURS = {"Gray": "GRAY", "YCbCr": "RGB", "RGB": "RGB"}
 # Pillow's mode -> the modes it goes through. RGBA first: a palette may have transparent entries.
@@ -77,8 +74,8 @@ def decode_pixels(data: bytes, extension: str) -> Pixels:
         here: that would multiply l2 distances.
 
     Raises:
-        ShardError: a format outside the list, damaged bytes, 16 bits per channel, more pixels than
-            the limit, or more than `MAX_SCANNED` pixels times scans.
+        ShardError: a format outside the list, damaged bytes, 16 bits per channel, or more pixels
+            (of a JPEG: pixels times scans) than the limits.
     """
     kind = _format(data, extension)
     header = _jpeg_header(data) if kind == "JPEG" else None
@@ -174,7 +171,7 @@ def _jpeg_header(data: bytes) -> _Header | None:
     if colours not in _JPEG_COLOURS:
         return None
     _check_size(width, height)
-    _check_scans(data, width * height)
+    _check_scans(data, width, height)
     return _Header(height, width, _JPEG_COLOURS[colours])
 
 
@@ -256,7 +253,7 @@ def _opened(data: bytes, kind: str) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(data), formats=[kind]) as image:
             _check_size(*image.size)
             if kind == "JPEG":
-                _check_scans(data, image.width * image.height)
+                _check_scans(data, *image.size)
             if image.mode not in _CONVERSIONS:
                 raise ShardError(f"{kind} colour mode {image.mode} is not greyscale or RGB")
             yield image
@@ -268,16 +265,17 @@ def _opened(data: bytes, kind: str) -> Iterator[Image.Image]:
 
 
 def _check_size(width: int, height: int) -> None:
+    _require(width * height, "image_pixels", f"image of {width} x {height} has")
+
+
+def _check_scans(data: bytes, width: int, height: int) -> None:
+    scans = data.count(_SCAN)
+    what = f"JPEG of {width} x {height} in {scans} scans: multiplied"
+    _require(width * height * scans, "image_scanned_pixels", what)
+
+
+def _require(value: int, limit: str, what: str) -> None:
     try:
-        require(width * height, "image_pixels", f"image of {width} x {height} has")
+        require(value, limit, what)
     except UntrustedError as error:
         raise ShardError(str(error)) from error
-
-
-def _check_scans(data: bytes, pixels: int) -> None:
-    scans = data.count(_SCAN)
-    if pixels * scans > MAX_SCANNED:
-        raise ShardError(
-            f"JPEG of {pixels} pixels in {scans} scans: over the limit of {MAX_SCANNED} for both "
-            "multiplied"
-        )

@@ -31,6 +31,9 @@ class Limits:
     """An encoded image."""
     image_pixels: int = 200_000_000
     """Height times width of an image."""
+    image_scanned_pixels: int = 1 << 29
+    """Pixels times scans of a JPEG: a decoder goes through all pixels once per scan, in some
+    seconds. Usual progressive files have ten scans; a small file may state thousands."""
     answer_bytes: int = 64 << 20
     """An answer of the tracking server, or a file that it holds, uncompressed."""
 

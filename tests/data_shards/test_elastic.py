@@ -12,7 +12,7 @@ from data_shards.config import StreamConfig
 from data_shards.format.index import load_index
 from data_shards.sources import synthetic
 from data_shards.storage.store import Store
-from data_shards.streaming.sampler import Cursor
+from data_shards.streaming.sampler import ORDER, Cursor
 from data_shards.streaming.stream import SampleStream
 from data_shards.write import write_shard_set
 from tests.faulty_proxy import Weather
@@ -111,7 +111,7 @@ unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
 
 
 def goes_on(index, seed, history, fields):
-    cursor = Cursor(seed=seed, epoch=1, position=17)
+    cursor = Cursor(seed=seed, epoch=1, position=17, order=ORDER, lanes=3, window=32)
     total = sum(steps for _, _, steps in history)
     expected, _ = train(index, 1, 0, cursor, total)
     seen = []
