@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 import fsspec
 from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from data_shards.errors import ShardError
 from data_shards.storage.http_objects import http_size
@@ -115,13 +117,21 @@ class Store:
     def durable(self, name: str) -> Iterator[BinaryIO]:
         """Open one object for writing; after the block its bytes are on the disk or in the store.
 
-        A block that fails may leave a part of them.
+        A block that fails may leave a part of them in a local file; an object store, where nobody
+        could tell a part from the whole, keeps what it had.
         """
         with _naming(self._path(name)), self.open(name, "wb") as stream:
-            yield stream
+            try:
+                yield stream
+            except BaseException:
+                if isinstance(stream, AbstractBufferedFile):
+                    stream.discard()
+                    stream.closed = True  # closing would send what is there
+                raise
             if self.local_path() is not None:
                 stream.flush()
-                os.fsync(stream.fileno())
+                if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                    os.fsync(stream.fileno())
         if self.local_path() is not None:
             _sync_directory(Path(self._path(name)).parent)
 
