@@ -32,7 +32,7 @@ from data_shards.format.image_pixels import decode_part
 
 SIZE = 224
 COUNT = 64
-REPEATS = 15
+REPEATS = 9
 _SHIPPED = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
 _FPS = re.compile(r"Frame rate:\s+([\d.]+) fps")
 _TJBENCH_S = 0.2  # per image
