@@ -10,12 +10,15 @@ from data_shards.storage.store import Store
 
 
 class Traffic:
-    """Ranges asked of the stores and the bytes that came; threads share it."""
+    """Ranges asked of the stores and the bytes that came; threads share it, processes do not."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.requests = 0
         self.bytes = 0
+
+    def __reduce__(self) -> tuple[type["Traffic"], tuple[()]]:
+        return Traffic, ()
 
     def add(self, requests: int, size: int) -> None:
         """Count ranges that were read."""
