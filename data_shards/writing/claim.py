@@ -11,11 +11,13 @@ PROGRESS = ".progress"
 _CLAIM = "claim.json"
 
 
-def claim(store: Store, folder: str) -> None:
+@contextlib.contextmanager
+def claim(store: Store, folder: str) -> Iterator[None]:
     """Mark a place as that of one unfinished set, before anything else is written there.
 
     Processes that write the same set share the mark. Of two that begin different sets at the same
-    time at least one gives up: each writes its mark before it looks for others.
+    time at least one gives up: each writes its mark before it looks for others. A block that fails
+    before it wrote anything leaves no mark; whoever ends well removes `PROGRESS`.
 
     Args:
         store: Where the set is written.
@@ -24,15 +26,15 @@ def claim(store: Store, folder: str) -> None:
     Raises:
         ShardError: another set is being written there, or was and is unfinished.
     """
-    present = _refuse_others(store, folder)
-    if present:
-        return
-    store.write(f"{folder}/{_CLAIM}", b"{}\n")
+    if not _refuse_others(store, folder):
+        store.write(f"{folder}/{_CLAIM}", b"{}\n")
     try:
         _refuse_others(store, folder)
-    except ShardError:
-        if store.ls(folder) == [f"{folder}/{_CLAIM}"]:
-            store.remove(folder, recursive=True)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if store.ls(folder) == [f"{folder}/{_CLAIM}"]:
+                store.remove(folder, recursive=True)
         raise
 
 

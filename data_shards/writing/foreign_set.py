@@ -150,7 +150,6 @@ def index_foreign_set(
     notes: list[str] = []
     with or_finished_elsewhere(out):
         run.write(notes)
-    run.refuse_other_set()
     with contextlib.suppress(OSError):
         out.remove(PROGRESS, recursive=True)
     return Indexed(load_index(out), notes)
@@ -189,10 +188,14 @@ class _Run:
             )
 
     def write(self, notes: list[str]) -> None:
-        self._claim()
-        if self.out.exists(HEADER_FILE):  # another process was faster
-            self.out.remove(self.folder, recursive=True)
-            return
+        self._refuse_to_overwrite()
+        with claim(self.out, self.folder):
+            if self.out.exists(HEADER_FILE):  # another process was faster
+                self.refuse_other_set()
+            else:
+                self._write(notes)
+
+    def _write(self, notes: list[str]) -> None:
         parts = self._scan()
         not_taken = [(name, cause) for part in parts for _, name, cause in part.left_out]
         scans = self._join(parts, notes)
@@ -213,8 +216,8 @@ class _Run:
         notes += _notes(scans, taken, source, self.root)
         self._finish(scans, source, parts, taken, copies, duplicates)
 
-    def _claim(self) -> None:
-        """Mark the folder as ours before a shard is written there, and write over nobody's."""
+    def _refuse_to_overwrite(self) -> None:
+        """Refuse a folder with shards of another program named as our copies will be."""
         copied = self.options.hold_out is not None or any(s.split == "test" for s in self.shards)
         if not self.out.ls(PROGRESS):
             present = [n for n in self.out.ls() if n.startswith("test-") and n.endswith(".tar")]
@@ -223,7 +226,6 @@ class _Run:
                     f"test images are copied into {_FIRST_COPY} and so on beside the index, and "
                     f"{self.out} holds {present[0]} already: give --out with another URL"
                 )
-        claim(self.out, self.folder)
 
     def _scan(self) -> list[ShardRecord]:
         """Read the shards that earlier runs did not; return what is known of all."""

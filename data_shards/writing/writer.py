@@ -132,10 +132,13 @@ class _Run:
             )
 
     def write(self) -> None:
-        claim(self.store, self.folder)
-        if self.store.exists(HEADER_FILE):  # another process was faster
-            self.store.remove(self.folder, recursive=True)
-            return
+        with claim(self.store, self.folder):
+            if self.store.exists(HEADER_FILE):  # another process was faster
+                self.refuse_other_set()
+            else:
+                self._write()
+
+    def _write(self) -> None:
         kept = np.ones(len(self.source.labels), dtype=bool)
         duplicates = (np.zeros(0, dtype=np.int64),) * 2
         if self.no_leaks and not self.options.drop_duplicates:
