@@ -42,10 +42,10 @@ BATCH, STEPS, STEP_MS = 256, 40, 400.0
 def modelled(_: Store, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     """Answer ranges with zeros, `IN_FLIGHT` connections taking the next one as they become free."""
     free = [0.0] * IN_FLIGHT
-    for _, start, stop in ranges:
+    for _file, start, stop in ranges:
         heapq.heapreplace(free, free[0] + LATENCY_S + (stop - start) / RATE)
     time.sleep(max(free))
-    return [bytes(stop - start) for _, start, stop in ranges]
+    return [bytes(stop - start) for _file, start, stop in ranges]
 
 
 def without_decoding(*_: object) -> torch.Tensor:

@@ -51,7 +51,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.seen[self.command] += 1
         path = self.folder / self.path.lstrip("/").partition("?")[0]
         if refused := self.refused(head):
-            self.send(*refused, {"x-amz-bucket-region": "eu-west-1"})
+            status, body = refused
+            self.send(status, body, {"x-amz-bucket-region": "eu-west-1"})
         elif not path.is_file():
             self.send(404, b"")
         elif head:
