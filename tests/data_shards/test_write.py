@@ -21,6 +21,7 @@ from data_shards.verify import verify
 from data_shards.write import write_shard_set
 from data_shards.writing import index_files
 from data_shards.writing.shard_plan import WriteOptions, plan_shards
+from tests.data_shards.shard_damage import die
 from tests.harness import forking_context
 
 
@@ -276,10 +277,6 @@ def children_of(pid):
     for task in Path(f"/proc/{pid}/task").iterdir():
         found += [int(child) for child in (task / "children").read_text().split()]
     return found
-
-
-def die(numbers):
-    os._exit(3)
 
 
 @pytest.mark.integration
