@@ -51,6 +51,8 @@ class _Header(NamedTuple):
     height: int
     width: int
     colours: str
+    height_place: int | None
+    """See `_height_place`."""
 
 
 def image_format(data: bytes) -> str:
@@ -171,8 +173,10 @@ def _jpeg_header(data: bytes) -> _Header | None:
     if colours not in _JPEG_COLOURS:
         return None
     _check_size(width, height)
-    _check_scans(data, width, height)
-    return _Header(height, width, _JPEG_COLOURS[colours])
+    place = _height_place(data)
+    if place is None:
+        _check_scans(data, width, height)
+    return _Header(height, width, _JPEG_COLOURS[colours], place)
 
 
 def _decode_jpeg_part(data: bytes, header: _Header, box: Box, size: tuple[int, int]) -> Pixels:
@@ -199,7 +203,7 @@ def _scaled(pixels: Pixels, box: tuple[float, ...], size: tuple[int, int]) -> Pi
 
 def _decode_jpeg(data: bytes, header: _Header, rows: int, factor: int) -> Pixels:
     """Decode the first `rows` rows or more, at 1 / factor of the size."""
-    place = _height_place(data) if rows < header.height else None
+    place = header.height_place if rows < header.height else None
     source: bytes | bytearray = data
     if place is None:
         rows = header.height
@@ -220,18 +224,20 @@ def _decode_jpeg(data: bytes, header: _Header, rows: int, factor: int) -> Pixels
 
 
 def _height_place(data: bytes) -> int | None:
-    """Return where a JPEG states its height; None if its rows are not coded one after another."""
-    place = 2
-    while place + 9 <= len(data) and data[place] == 0xFF:
+    """Return where a JPEG states its height; None if its rows are not coded in one single scan."""
+    place, height, components = 2, None, 0
+    while place + 10 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
-        if marker in _BASELINE:
-            return place + 5
+        if marker == _SCAN[1]:
+            return height if data[place + 4] == components else None
         if marker == 0xFF:  # a fill byte
             place += 1
+            continue
+        if marker in _BASELINE:
+            height, components = place + 5, data[place + 9]
         elif 0xC0 <= marker < 0xD0 and marker not in (0xC4, 0xC8, 0xCC):
             return None  # progressive, lossless or arithmetic
-        else:
-            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return None
 
 
