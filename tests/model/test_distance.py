@@ -164,7 +164,8 @@ class CountedElements(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kind = self.kinds.get(func.__name__.split(".")[0])
         if kind:
-            self.counts[kind] += max(a.numel() for a in args if isinstance(a, torch.Tensor))
+            given = (*args, *(kwargs or {}).values())  # with what is written to
+            self.counts[kind] += max(a.numel() for a in given if isinstance(a, torch.Tensor))
         return func(*args, **(kwargs or {}))
 
 
