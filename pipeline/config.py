@@ -378,7 +378,7 @@ class RunConfig:
         """Settings that another part leaves without effect, and how."""
         found: dict[str, str] = {}
         if not (self.resume or self.start_or_resume):
-            names = ("accept_changes", "extend_to_epochs")
+            names: tuple[str, ...] = ("accept_changes", "extend_to_epochs")
             found |= dict.fromkeys(names, "resume=False and start_or_resume=False")
         if self.resume:
             found["start_or_resume"] = "resume=True"

@@ -57,7 +57,7 @@ def parse_words(
         SystemExit: with status 2 after one line on standard error, or 0 after the help.
     """
     words = sys.argv[1:] if words is None else list(words)
-    options = {} if default is None else {"default": default}
+    options: dict[str, Any] = {} if default is None else {"default": default}
     if not dataclasses.is_dataclass(target):
         parse = functools.partial(tyro.cli, target, prog=prog)
         with _refusing(list, lambda: _flags_of_help(lambda: parse(args=["--help"])), prog):
@@ -67,7 +67,8 @@ def parse_words(
         raise SystemExit(0)
     known = functools.partial(settings, target, default)
     with _refusing(known, lambda: _flags(known()), prog):
-        return tyro.cli(target, args=words, prog=prog, **options)
+        made: T = tyro.cli(target, args=words, prog=prog, **options)  # type: ignore[call-overload]
+        return made
 
 
 def parse_subcommand(

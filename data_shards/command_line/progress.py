@@ -4,6 +4,7 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from typing_extensions import Self
 
 from data_shards.untrusted.terminal import PlainConsole
 
@@ -55,7 +56,7 @@ class ProgressBar:
     def _of(self) -> str:
         return f"/{self._total}" if self._total else ""
 
-    def __enter__(self) -> "ProgressBar":
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 

@@ -164,9 +164,10 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for name, value in above.items():
         old = below.get(name)
-        nested = isinstance(old, dict) and isinstance(value, dict)
-        another = name in _KINDS and nested and value.get("kind", old["kind"]) != old["kind"]
-        merged[name] = _merged(old, value) if nested and not another else value
+        if isinstance(old, dict) and isinstance(value, dict):
+            another = name in _KINDS and value.get("kind", old["kind"]) != old["kind"]
+            value = value if another else _merged(old, value)
+        merged[name] = value
     return merged
 
 
