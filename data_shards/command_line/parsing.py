@@ -67,7 +67,7 @@ def parse_words(
         raise SystemExit(0)
     known = functools.partial(settings, target, default)
     with _refusing(known, lambda: _flags(known()), prog):
-        made: T = tyro.cli(target, args=words, prog=prog, **options)  # type: ignore[call-overload]
+        made: T = tyro.cli(target, args=words, prog=prog, **options)
         return made
 
 
