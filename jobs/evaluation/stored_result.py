@@ -85,7 +85,7 @@ def evaluation_files(folder: Store) -> dict[str, bytes]:
     files = {name: folder.read(name, limit="json_bytes") for name in (CERTIFICATE, SUMMARY)}
     rows = parse_object(files[CERTIFICATE], CERTIFICATE)["shards"]["samples"]
     require_rows(folder.size(SAMPLES), rows, f"{folder}/{SAMPLES}")
-    return {**files, SAMPLES: folder.read(SAMPLES)}
+    return {**files, SAMPLES: folder.read(SAMPLES, limit="table_bytes")}
 
 
 def certificate_body(data: bytes) -> dict[str, Any]:

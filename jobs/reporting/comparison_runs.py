@@ -28,6 +28,7 @@ from pipeline.run import layout
 from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.lease import read_record_object
 from pipeline.run.movable_urls import resolve
+from pipeline.tracking.outbox import read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -135,12 +136,11 @@ class Outcome:
     def _step_seconds(self) -> list[tuple[int, float]]:
         """(steps, seconds) of every metric record, from the throughput that the loop measured."""
         batch, found, last = self.setting("train.global_batch"), [], 0
-        with (self.folder / layout.TRACKING / layout.SPOOL).open() as lines:
-            for row in map(json.loads, lines):
-                rate = row.get("values", {}).get("train/images_per_s")
-                if rate and row["step"] > last:
-                    found.append((row["step"] - last, (row["step"] - last) * batch / rate))
-                    last = row["step"]
+        for row in read_rows(self.folder / layout.TRACKING / layout.SPOOL, "metrics"):
+            rate = row["values"].get("train/images_per_s")
+            if rate and row["step"] > last:
+                found.append((row["step"] - last, (row["step"] - last) * batch / rate))
+                last = row["step"]
         return found
 
     @property

@@ -81,7 +81,7 @@ def status(folder):
     return run.info.status
 
 
-@pytest.mark.parametrize("after_s", [0.0, 4.0])
+@pytest.mark.parametrize("after_s", [0.0, 4.0, 9.0, 15.0])
 def test_ranks_that_die_while_they_start_are_charged(tmp_path, after_s):
     """SIGKILL of every rank that appears: `max_failures` restarts, one clear line, and no more."""
     killed, seen = 0, set()
