@@ -232,10 +232,12 @@ def _due_now(when: str, config: ScheduleConfig, claims: Claims) -> bool:
         mark = claims.store.read_object(_mark(when))
         last = datetime.fromtimestamp(mark["at"], timezone.utc)
         due = trigger(when, config).get_next_fire_time(last, last)
+        if due is None:
+            raise ValueError(f"the rule has no time after {last}")
     except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
         logger.warning("%s/%s: %s; the rule is applied now", claims.store, _mark(when), error)
         return True
-    return due is not None and due <= datetime.now(timezone.utc)
+    return bool(due <= datetime.now(timezone.utc))
 
 
 def _mark(when: str) -> str:

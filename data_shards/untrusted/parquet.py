@@ -104,4 +104,4 @@ def read_table(data: bytes, place: object, names: Sequence[str] | None = None) -
 
 def _written_out(texts: pa.DictionaryArray) -> int:
     lengths = pc.binary_length(texts.dictionary)
-    return pc.sum(lengths.take(texts.indices)).as_py() or 0
+    return int(pc.sum(lengths.take(texts.indices)).as_py() or 0)

@@ -236,10 +236,10 @@ def _index(
         for number, survey in enumerate(surveys)
     )
     columns = _columns(surveys)
+    known = old.header or _default_header(store, surveys, columns["label"], notes)
     test = columns["split"] == "test"
     columns["validation"] = _validation(columns, ~test, old, notes)
     rows = rows_to_parquet(columns)
-    known = old.header or _default_header(store, surveys, columns["label"], notes)
     _check_shapes(surveys, known)
     header = dataclasses.replace(
         known,

@@ -166,6 +166,8 @@ def _derived(summary: EvaluationSummary, body: Mapping[str, Any], table: pa.Tabl
     """Derive every number again that the samples hold."""
     if reason := contradiction(summary, body):
         raise EvaluationError(reason)
+    if len(table) != summary.samples:
+        raise EvaluationError(f"{SAMPLES} has {len(table)} rows for {summary.samples} samples")
     label = table["label"].to_numpy()
     records = {name: _records(table, name, body["columns"][name]) for name in COLUMNS}
     columns = {

@@ -80,12 +80,10 @@ class CertificateBundle:
                 raise EvaluationError(f"{place}: {what} is {found}, not {derived}")
         found = cls({name: files[name] for name in FILES}, {**body, "digest": stated}, summary)
         try:
-            rows, counted = found._table.num_rows, body["shards"]["samples"]
+            _require_rows(found._table, body["shards"]["samples"])
             _ = (found.model_digest, found.index_digest, found.dataset)
         except (ValueError, KeyError, TypeError) as error:
             raise EvaluationError(f"{place} cannot be read: {error!r}") from error
-        if rows != counted:
-            raise EvaluationError(f"{place}: {SAMPLES} has {rows} rows for {counted} samples")
         return found
 
     @classmethod
@@ -188,3 +186,13 @@ class CertificateBundle:
     @cached_property
     def _table(self) -> pa.Table:
         return read_table(self.files[SAMPLES], SAMPLES, _COLUMNS)
+
+
+def _require_rows(table: pa.Table, samples: int) -> None:
+    if table.num_rows != samples:
+        raise ValueError(f"{SAMPLES} has {table.num_rows} rows for {samples} samples")
+    whole, real = pa.types.is_integer, pa.types.is_floating
+    for name, right in {"label": whole, "sound_prediction": whole, "sound_radius": real}.items():
+        kind = table.schema.field(name).type
+        if not right(kind):
+            raise ValueError(f"{SAMPLES} has {name} of type {kind}")

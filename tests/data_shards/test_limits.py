@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_shards.errors import exit_on_error
 from data_shards.storage.store import Store
 from data_shards.untrusted.json_input import parse_json, parse_object, read_object
 from data_shards.untrusted.limits import (
@@ -19,7 +20,6 @@ from data_shards.untrusted.limits import (
     require_name,
 )
 from data_shards.untrusted.parquet import open_parquet, read_column, read_table
-from data_shards.verify import main as verify_main
 
 MIB = 1 << 20
 
@@ -60,10 +60,13 @@ def test_a_limit_that_is_no_number_is_refused_by_name(monkeypatch, text):
         parse_json("1", "x")
 
 
-def test_an_entry_says_so_in_one_line(tmp_path, monkeypatch):
+def test_an_entry_says_so_in_one_line(monkeypatch):
     monkeypatch.setenv(f"{PREFIX}IMAGE_BYTES", "256M")
-    with pytest.raises(SystemExit, match=r"^error: .*IMAGE_BYTES='256M' is not a positive whole"):
-        verify_main([str(tmp_path)])
+    with (
+        pytest.raises(SystemExit, match=r"^error: .*IMAGE_BYTES='256M' is not a positive whole"),
+        exit_on_error(),
+    ):
+        require(1, "json_bytes", "it has")
 
 
 def test_json_that_is_too_large_is_not_parsed(monkeypatch):

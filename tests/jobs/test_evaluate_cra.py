@@ -284,10 +284,10 @@ def same_rows(table):
 
 HOSTILE = {
     "more row groups than memory": (
-        lambda table: pa.concat_tables([table] * 1000), {}, "parquet takes .*, the limit is 1,000,0"
+        lambda table: pa.concat_tables([table] * 300), {}, "parquet takes .*, the limit is 1,000,0"
     ),
-    "rows that nobody stated": (lambda table: pa.concat_tables([table] * 2), {}, "does not follow"),
-    "no rows": (lambda table: table.slice(0, 0), {}, "cannot be used"),
+    "rows that nobody stated": (lambda table: pa.concat_tables([table] * 2), {}, "40 rows for 20"),
+    "no rows": (lambda table: table.slice(0, 0), {}, "0 rows for 20 samples"),
     "no radii": (lambda table: table.drop_columns(["sound_radius"]), {}, "sound_radius"),
     "labels of text": (
         lambda table: table.set_column(
@@ -337,7 +337,7 @@ def test_hostile_samples_are_refused_before_they_take_memory(finished, what, tmp
     with pytest.raises(EvaluationError, match=message):
         read_result(out)
     if what not in ("lists", "a long text"):  # of columns that the gate does not read
-        with pytest.raises(EvaluationError, match=r"cannot be read|rows for"):
+        with pytest.raises(EvaluationError, match="cannot be read"):
             CertificateBundle.read(out.url)
 
 
