@@ -106,7 +106,7 @@ def causes_of(causes: Iterable[str]) -> dict[str, int]:
 
 def _some(not_taken: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     seen: Counter[str] = Counter()
-    listed = []
+    listed: list[tuple[str, str]] = []
     for name, cause in not_taken:
         seen[cause] += 1
         if seen[cause] <= _LISTED and len(listed) < _LISTED_IN_ALL:

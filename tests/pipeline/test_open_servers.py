@@ -161,7 +161,7 @@ def test_of_an_answer_of_a_stranger_no_more_than_the_limit_is_read(monkeypatch):
 )
 def test_a_node_that_a_server_names_is_a_host_or_is_not_asked(host, monkeypatch):
     asked = []
-    monkeypatch.setattr(open_servers, "_open_on", lambda node: asked.append(node) or "")
+    monkeypatch.setattr(open_servers, "_open_on", asked.append)
     with nodes_of_dashboard([host]) as port:
         require_closed(ray=f"http://127.0.0.1:{port}")
     if isinstance(host, str):
