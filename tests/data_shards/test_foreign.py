@@ -223,7 +223,7 @@ def test_what_no_reader_would_take_is_left_out(tmp_path, monkeypatch):
     assert sum(causes.values()) == 302
     # Header or report as a whole: said before anything is written.
     monkeypatch.setenv("CERTIFIED_PRETRAIN_LIMIT_JSON_BYTES", "20000")
-    with pytest.raises(SystemExit, match=r"report\.json would have .* JSON_BYTES raises it"):
+    with pytest.raises(SystemExit, match=r"report\.json would have .*JSON_BYTES raises it"):
         make(tmp_path, *command, out=tmp_path / "y")
     assert not (tmp_path / "y/index.parquet").exists()
 
