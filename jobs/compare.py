@@ -10,18 +10,23 @@ import datetime
 import logging
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 from pydantic import ValidationError
 
+from data_shards.errors import ShardError
+from data_shards.format.index import load_index
 from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation.sample_records import EvaluationError
-from jobs.reporting.comparison_config import CompareConfig, parse_change
+from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_report import System, by_norm, comparison_png, markdown
-from jobs.reporting.comparison_runs import Outcome, RunRequest, Runs
+from jobs.reporting.comparison_runs import RunRequest, Runs
+from jobs.reporting.comparison_search import Search, preset_config
+from model.networks.registry import parameter_count
+from pipeline.config import RunConfig
 from pipeline.tracking.client import log_comparison, ui_command
 
 TABLE = "compare.md"
@@ -34,107 +39,99 @@ def compare(config: CompareConfig) -> list[System]:
     """Run everything that is not there yet.
 
     Raises:
-        EvaluationError: a run failed, or a network is larger than the budget allows.
+        EvaluationError: no such preset, a run failed or missed the budget, or a network is larger
+            than the budget allows.
     """
+    presets = {name: preset_config(name) for name in config.presets}
+    _require_size(config, presets)
     runs = Runs(config)
-    if not config.shards:
-        # The first run makes the shard set; several at once would each write it.
-        _ = list(
-            runs.run([RunRequest(config.presets[0], "shards", {"train.stop-after": 1}, False)])
-        )
-    short = {"train.stop-after": config.probe_steps, "train.log-every": 1}
-    orders = [RunRequest(preset, "probe", short, certify=False) for preset in config.presets]
-    probes = list(runs.run(orders))
-    _require_size(config, probes)
-    steps = [_steps(config, probe) for probe in probes]
-    changes, scores = _tune(config, runs, probes, steps)
+    samples = _samples(config, runs)
+    changes, scores = _tune(config, runs, presets, samples)
     finals = [
         RunRequest(
-            probe.order.preset,
+            preset,
             "final",
-            {**_FINAL, **_length(probe, count, "train"), **values, "train.seed": seed},
+            {
+                **_FINAL,
+                **_length(config, presets[preset], config.amount, samples("train")),
+                **changes[preset],
+                "train.seed": seed,
+            },
         )
-        for probe, count, values in zip(probes, steps, changes, strict=True)
+        for preset in presets
         for seed in config.seeds
     ]
     outcomes = list(runs.run(finals))
     each = len(config.seeds)
     return [
-        System(preset, changes[i], tuple(scores[i]), tuple(outcomes[i * each : (i + 1) * each]))
-        for i, preset in enumerate(config.presets)
+        System(preset, changes[preset], tuple(scores[preset]), tuple(outcomes[i : i + each]))
+        for preset, i in zip(presets, range(0, len(outcomes), each), strict=True)
     ]
 
 
-def _require_size(config: CompareConfig, probes: Sequence[Outcome]) -> None:
-    if config.budget != "parameters":
-        return
-    for probe in probes:
-        if probe.parameters > config.amount:
+def _require_size(config: CompareConfig, presets: Mapping[str, RunConfig]) -> None:
+    for name, preset in presets.items():
+        size = parameter_count(preset.model)
+        if config.budget == "parameters" and size > config.amount:
             raise EvaluationError(
-                f"{probe.order.preset} has {probe.parameters:,} parameters, the budget allows "
-                f"{config.amount:,.0f}"
+                f"{name} has {size:,} parameters, the budget allows {config.amount:,.0f}"
             )
 
 
-def _steps(config: CompareConfig, probe: Outcome) -> int | None:
-    """Optimizer steps of the budget; None leaves the epochs of the preset."""
+def _samples(config: CompareConfig, runs: Runs) -> Callable[[str], int]:
+    """Samples of a split of the shard set, which the first run makes where none is given."""
+    if config.shards:
+        index = load_index(config.shards)
+        return lambda split: len(index.select(split))
+    # Several runs at once would each write it.
+    first = RunRequest(config.presets[0], "shards", {"train.stop-after": 1}, certify=False)
+    [made] = runs.run([first])
+    return made.samples
+
+
+def _length(
+    config: CompareConfig, preset: RunConfig, amount: float, samples: int
+) -> dict[str, Any]:
+    """Overrides that make a run as long as the budget, with the preset's share of warm-up."""
+    if config.budget == "time":
+        # A record after every step, so that the run ends with the first one beyond the budget.
+        return {"train.processor-seconds": amount, "train.log-every": 1}
     if config.budget == "parameters":
-        return None
-    if config.budget == "steps":
-        return max(1, round(config.amount))
-    return max(1, round(config.amount / probe.seconds_per_step()))
-
-
-def _length(probe: Outcome, steps: int | None, split: str) -> dict[str, Any]:
-    """Overrides that make a run on a split this long, with the preset's share of warm-up."""
-    if steps is None:
         return {}
     # Half a step less: the number of steps is rounded up.
-    epochs = (steps - 0.5) * probe.setting("train.global_batch") / probe.samples(split)
-    share = probe.setting("train.warmup_epochs") / probe.setting("train.epochs")
+    epochs = (max(1, round(amount)) - 0.5) * preset.train.global_batch / samples
+    share = preset.train.warmup_epochs / preset.train.epochs
     return {"train.epochs": epochs, "train.warmup-epochs": share * epochs}
 
 
 def _tune(
-    config: CompareConfig, runs: Runs, probes: Sequence[Outcome], steps: Sequence[int | None]
-) -> tuple[list[dict[str, Any]], list[list[float]]]:
+    config: CompareConfig,
+    runs: Runs,
+    presets: Mapping[str, RunConfig],
+    samples: Callable[[str], int],
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
     """Values that were best on validation, and the scores of all trials, by preset."""
-    best: list[dict[str, Any]] = [{} for _ in probes]
-    scores: list[list[float]] = [[] for _ in probes]
-    for trial in range(config.trials):
-        tried = [
-            _changed(probe, values, config.changes[trial - 1] if trial else None)
-            for probe, values in zip(probes, best, strict=True)
-        ]
+    scores: dict[str, list[float]] = {name: [] for name in presets}
+    if not config.trials:
+        return {name: {} for name in presets}, scores
+    most = config.amount if config.budget == "parameters" else None
+    searches = {name: Search(name, most) for name in presets}
+    amount = config.trial_amount or config.amount
+    for _ in range(config.trials):
+        asked = {name: search.ask() for name, search in searches.items()}
         orders = [
             RunRequest(
-                probe.order.preset,
+                name,
                 "trial",
-                {**_TUNING, **_length(probe, count, "fit"), **values},
+                {**_TUNING, **_length(config, presets[name], amount, samples("fit")), **values},
             )
-            for probe, count, values in zip(probes, steps, tried, strict=True)
+            for name, (_, values) in asked.items()
         ]
-        for i, outcome in enumerate(runs.run(orders)):
-            cra = outcome.summary.columns["sound"].cra
-            scores[i].append(statistics.fmean(cra.values()))
-            if scores[i][-1] >= max(scores[i]):
-                best[i] = tried[i]
-    return best, scores
-
-
-def _changed(probe: Outcome, values: dict[str, Any], change: str | None) -> dict[str, Any]:
-    """The values with one setting multiplied.
-
-    Raises:
-        EvaluationError: the preset has no such number.
-    """
-    if change is None:
-        return values
-    name, factor = parse_change(change)
-    now = values.get(name, probe.setting(name))
-    if isinstance(now, bool) or not isinstance(now, int | float):
-        raise EvaluationError(f"change {change}: {probe.order.preset} has no number {name}")
-    return {**values, name: now * factor}
+        for (name, (number, _)), outcome in zip(asked.items(), runs.run(orders), strict=True):
+            score = statistics.fmean(outcome.summary.columns["sound"].cra.values())
+            scores[name].append(score)
+            searches[name].tell(number, score)
+    return {name: search.best for name, search in searches.items()}, scores
 
 
 def write(config: CompareConfig, systems: Sequence[System]) -> str:
@@ -156,6 +153,7 @@ def write(config: CompareConfig, systems: Sequence[System]) -> str:
         params={
             "budget": config.budget,
             "amount": config.amount,
+            "trial_amount": config.trial_amount or config.amount,
             "seeds": config.seeds,
             "trials": config.trials,
             "presets": config.presets,
@@ -178,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         messages = "; ".join(part["msg"] for part in error.errors())
         PlainConsole(stderr=True).print(f"refused: {messages}", soft_wrap=True)
         return 2
-    except EvaluationError as error:
+    except (EvaluationError, ShardError) as error:
         PlainConsole(stderr=True).print(str(error), soft_wrap=True)
         return 1
     console.print(page, soft_wrap=True)

@@ -79,6 +79,10 @@ class TrainConfig:
 
     epochs: float = Field(default=40, gt=0)
     """Passes over the training split."""
+    processor_seconds: float = Field(default=0.0, ge=0)
+    """Ends the run at the first record after its ranks have used so much processor time, all their
+    threads counted; schedules follow the share that is used, in the shape that `epochs` gives them.
+    Systems of different speed compare under such a budget. 0: ends after `epochs`."""
     global_batch: int = Field(default=64, ge=1)
     """Samples per optimizer step over all ranks; must be divisible by workers * accumulation."""
     accumulation: int = Field(default=1, ge=1)
@@ -303,6 +307,14 @@ class RunConfig:
             raise PipelineError(
                 f"cluster.hang_timeout_s={hang} exceeds cluster.collective_timeout_s={collective}, "
                 "which would end the run before it could tell why"
+            )
+        if self.train.processor_seconds and (
+            self.cluster.launcher != "local" or self.resume or self.start_or_resume
+        ):
+            raise PipelineError(
+                f"train.processor_seconds={self.train.processor_seconds:g} needs "
+                "cluster.launcher=local and a run that is not continued: what an earlier execution "
+                "has used is not known"
             )
         split = self.train.global_batch
         parts = self.train.accumulation

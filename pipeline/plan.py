@@ -109,6 +109,11 @@ class Request:
                 raise PipelineError(f"--{name.replace('_', '-')} must not be negative")
         if not self.verify_gflops > 0:
             raise PipelineError(f"--verify-gflops {self.verify_gflops} must be positive")
+        if self.run.train.processor_seconds:
+            raise PipelineError(
+                f"train.processor_seconds={self.run.train.processor_seconds:g}: a plan counts the "
+                "steps of the epochs, and a budget of time has as many as it has time for"
+            )
         if self.efficiency > 1:
             raise PipelineError(f"--efficiency {self.efficiency} must be in (0, 1]")
         if self.device and self.measured:

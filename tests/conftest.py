@@ -1,6 +1,10 @@
 """Environment of every test, set before a library reads it."""
 
 import os
+
+# Threads of tests that run beside each other would wait for each other, many times their work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest_randomly

@@ -31,8 +31,9 @@ import torch
 import torch.distributed as dist
 
 # Python ignores here what cannot be imported; tests/test_harness.py looks what ranks find.
-PRELOADED = ("pytest", "hypothesis", "ray.train", "deepspeed.ops", "mlflow", "pipeline.pretrain",
-             "tests.pipeline.small_runs")  # fmt: skip
+PRELOADED = ("pytest", "hypothesis", "ray.train", "deepspeed.ops", "torch._dynamo",
+             "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject", "mlflow",
+             "pipeline.pretrain", "tests.pipeline.small_runs")  # fmt: skip
 # Of the time before any test changed it. One thread: none may run when the server forks.
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

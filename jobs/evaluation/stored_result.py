@@ -46,12 +46,14 @@ class StoredResult:
         body: the content of certificate.json.
         keys: (shard, sample key) in stored order.
         label: true classes.
+        radius: certified radius of every sample, column `sound`; -1 where the prediction is wrong.
     """
 
     summary: EvaluationSummary
     body: Mapping[str, Any]
     keys: tuple[tuple[str, str], ...]
     label: np.ndarray
+    radius: np.ndarray
 
 
 def read_result(out: Store) -> StoredResult:
@@ -193,7 +195,9 @@ def _derived(summary: EvaluationSummary, body: Mapping[str, Any], table: pa.Tabl
         if getattr(again, field.name) != getattr(summary, field.name):
             raise EvaluationError(f"{field.name} of {SUMMARY} does not follow from {SAMPLES}")
     keys = tuple(zip(table["shard"].to_pylist(), table["key"].to_pylist(), strict=True))
-    return StoredResult(summary, body, keys, label)
+    sound = records["sound"]
+    radius = np.where(sound.prediction == label, sound.radius, -1.0)
+    return StoredResult(summary, body, keys, label, radius)
 
 
 def _records(table: pa.Table, name: str, stated: Mapping[str, Any]) -> ColumnRecords:

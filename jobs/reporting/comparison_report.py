@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from data_shards.untrusted.text import code as code_span
 from data_shards.untrusted.text import figure_text
 from data_shards.untrusted.text import markdown as markdown_text
 from jobs.evaluation import plot_style
+from jobs.evaluation.sample_records import EvaluationError
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_runs import Outcome
+from model.certification.eps import eps_value
 from model.certification.wilson_interval import wilson
 
 
@@ -52,6 +55,11 @@ class System:
         """Certified robust accuracy of every seed, column `sound`."""
         return [run.summary.columns["sound"].cra[ratio] for run in self.finals]
 
+    def certified_share(self, ratio: str) -> np.ndarray:
+        """Share of the seeds that certify each sample at a radius, shape (samples,)."""
+        eps = eps_value(ratio)
+        return np.mean([run.result.radius > eps for run in self.finals], axis=0)
+
     def average(self) -> float:
         """Mean certified accuracy over the table's radii and the seeds: the order of the table."""
         return statistics.fmean(value for ratio in self.eps for value in self.cra(ratio))
@@ -62,7 +70,7 @@ class System:
         for ratio in self.eps:
             name = f"cra_sound/{self.norm}/{ratio.replace('/', '_')}"
             found[name] = statistics.fmean(self.cra(ratio))
-        found["train_seconds"] = statistics.fmean(run.seconds for run in self.finals)
+        found["processor_seconds"] = statistics.fmean(run.seconds for run in self.finals)
         found["parameters"] = float(self.finals[0].parameters)
         return {f"{self.preset}/{name}": value for name, value in found.items()}
 
@@ -88,40 +96,88 @@ def markdown(config: CompareConfig, systems: Sequence[System], *, date: str, cod
         "sample standard deviation over the seeds, in per cent, ordered by the mean over the "
         f"radii; in brackets the 95 % Wilson interval of the mean as a share of {first.samples} "
         "samples. "
-        "Seconds are those of the training loop, without start-up and certification.",
+        "Seconds are processor seconds of the training loop, without start-up and certification.",
     ]
     if config.trials:
         lines += [
             "",
-            f"Each system had {config.trials} trials under the same budget on `fit`, judged by the "
-            "mean certified accuracy on `validation`: the preset, then "
-            f"{', '.join(config.changes[: config.trials - 1]) or 'no change'}, each applied to the "
-            "best so far.",
+            f"Each system had {config.trials} trials of {_amount(config, config.trial_amount)} on "
+            "`fit`, judged by the mean certified accuracy on `validation`: the preset, then what "
+            "Optuna drew of learning rate, temperature, two sizes and, where there is one, the "
+            "pool.",
         ]
     for norm, group in by_norm(systems).items():
-        lines += ["", f"## {norm}", "", *_table(group), "", f"![{norm}](compare-{norm}.png)"]
+        lines += ["", f"## {norm}", "", *_table(group), *_differences(group)]
+        lines += ["", f"![{norm}](compare-{norm}.png)"]
     return "\n".join(lines) + "\n"
 
 
 def _budget(config: CompareConfig) -> str:
-    amount = f"{config.amount:,.0f}"
-    return {
-        "time": f"{amount} s of training each, epochs set from the measured speed",
-        "steps": f"{amount} optimizer steps each",
-        "parameters": f"at most {amount} parameters each, epochs of the preset",
-    }[config.budget]
+    if config.budget == "parameters":
+        return f"at most {config.amount:,.0f} parameters each, epochs of the preset"
+    return f"{_amount(config, config.amount)} each"
+
+
+def _amount(config: CompareConfig, amount: float) -> str:
+    if config.budget == "parameters":
+        return "the preset's epochs"
+    unit = "processor seconds of training" if config.budget == "time" else "optimizer steps"
+    return f"{amount or config.amount:,.0f} {unit}"
+
+
+def _differences(group: Sequence[System]) -> list[str]:
+    """The first of the table against every other one, on the same samples."""
+    if len(group) < 2:
+        return []
+    first, *others = group
+    titles = [f"{code_span(first.preset)} less", *first.eps]
+    lines = [
+        "",
+        "Differences in points; in brackets the p of a paired, exact sign test over the samples: "
+        "each counts for the system that certifies it in more of the seeds.",
+        "",
+        "| " + " | ".join(titles) + " |",
+        "|" + "---|" * len(titles),
+    ]
+    for other in others:
+        cells = [
+            f"{100 * difference:+.1f} (p = {p:.2g})"
+            for difference, p in (paired(first, other, ratio) for ratio in first.eps)
+        ]
+        lines.append("| " + " | ".join([code_span(other.preset), *cells]) + " |")
+    return lines
+
+
+def paired(one: System, other: System, ratio: str) -> tuple[float, float]:
+    """Certified accuracy of one system less that of another at a radius, and the p of chance.
+
+    Of the seeds of a system, every sample has the share that certifies it. Under the hypothesis
+    that the systems are alike a sample that has different shares favours either with probability
+    1/2.
+
+    Raises:
+        EvaluationError: they were certified on different samples.
+    """
+    if one.finals[0].result.keys != other.finals[0].result.keys:
+        raise EvaluationError(
+            f"{one.preset} and {other.preset} were certified on different samples"
+        )
+    difference = one.certified_share(ratio) - other.certified_share(ratio)
+    wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+    p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return float(difference.mean()), p
 
 
 def _table(group: Sequence[System]) -> list[str]:
     radii = list(dict.fromkeys(ratio for system in group for ratio in system.eps))
-    titles = ["system", "clean", *radii, "parameters", "steps", "seconds", "images/s", "tuned"]
+    titles = ["system", "clean", *radii, "parameters", "steps", "processor s", "images/s", "tuned"]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for system in group:
         run = system.finals[0]
         samples = run.summary.samples
         cells = [_spread(system.cra(r), samples) if r in system.eps else "" for r in radii]
         rate = run.steps * run.setting("train.global_batch") / run.seconds
-        tuned = ", ".join(f"{name} {value:.4g}" for name, value in system.changes.items())
+        tuned = ", ".join(f"{name} {_short(value)}" for name, value in system.changes.items())
         row = [
             code_span(system.preset),
             _spread(system.clean(), samples),
@@ -134,6 +190,10 @@ def _table(group: Sequence[System]) -> list[str]:
         ]
         lines.append("| " + " | ".join(row) + " |")
     return lines
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _spread(values: Sequence[float], samples: int) -> str:
@@ -173,6 +233,6 @@ def comparison_png(group: Sequence[System]) -> bytes:
         cost.annotate(text, (0, place), va="center", fontsize=plot_style.SMALL)
     cost.set_yticks(places, [system.preset for system in group], fontsize=plot_style.SMALL)
     cost.invert_yaxis()
-    cost.set_xlabel("seconds of training, mean over the seeds")
+    cost.set_xlabel("processor seconds of training, mean over the seeds")
     plot_style.finish(figure, f"{first.samples} samples of {figure_text(first.dataset)}")
     return plot_style.png(figure)

@@ -21,7 +21,7 @@ from typing import Any
 from data_shards.format.index import load_index
 from data_shards.storage.store import Store
 from jobs.evaluation.sample_records import EvaluationError
-from jobs.evaluation.stored_result import read_result
+from jobs.evaluation.stored_result import StoredResult, read_result
 from jobs.reporting.comparison_config import CompareConfig
 from model.artifact.artifact import ArtifactInfo, parameter_shapes, read_info
 from pipeline.run import layout
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _DONE = "done.json"
 _TAIL = 1500
+_TOLERANCE = 0.03
+"""Of a budget of processor time; a run ends at the first step beyond it."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class RunRequest:
 
     Attributes:
         preset: name of the preset.
-        role: `shards`, `probe`, `trial` or `final`.
+        role: `shards`, `trial` or `final`.
         values: overrides by setting, such as {"train.seed": 1}.
         certify: whether the run ends with a certified table.
     """
@@ -119,10 +121,15 @@ class Outcome:
         return sum(math.prod(shape) for shape in parameter_shapes(self.info.network).values())
 
     @cached_property
+    def result(self) -> StoredResult:
+        """The evaluation of the last artifact, which its certificate and samples bear out."""
+        split = self.setting("data.test_split")
+        return read_result(Store(str(self.artifact / layout.evaluation(split))))
+
+    @property
     def summary(self) -> EvaluationSummary:
         """The certified table of the last artifact."""
-        split = self.setting("data.test_split")
-        return read_result(Store(str(self.artifact / layout.evaluation(split)))).summary
+        return self.result.summary
 
     def samples(self, split: str) -> int:
         """Samples of a split of the shard set that it was trained on."""
@@ -133,30 +140,26 @@ class Outcome:
         )
 
     @cached_property
-    def _step_seconds(self) -> list[tuple[int, float]]:
-        """(steps, seconds) of every metric record, from the throughput that the loop measured."""
-        batch, found, last = self.setting("train.global_batch"), [], 0
+    def _used(self) -> tuple[int, float]:
+        """Steps and processor seconds that the records of the loop came to."""
+        steps, seconds, before = 0, 0.0, 0.0
         for row in read_rows(self.folder / layout.TRACKING / layout.SPOOL, "metrics"):
-            rate = row["values"].get("train/images_per_s")
-            if rate and row["step"] > last:
-                found.append((row["step"] - last, (row["step"] - last) * batch / rate))
-                last = row["step"]
-        return found
+            now = row["values"].get("train/processor_s")
+            if now is not None and row["step"] > steps:
+                # A run that was continued counts from 0 again.
+                seconds += now - before if now >= before else now
+                steps, before = row["step"], now
+        return steps, seconds
 
     @property
     def steps(self) -> int:
         """Optimizer steps taken."""
-        return sum(steps for steps, _ in self._step_seconds)
+        return self._used[0]
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds of the training loop."""
-        return sum(seconds for _, seconds in self._step_seconds)
-
-    def seconds_per_step(self) -> float:
-        """Median over the later half of the records: the first steps allocate and compile."""
-        later = sorted(s / n for n, s in self._step_seconds[len(self._step_seconds) // 2 :])
-        return later[len(later) // 2]
+        """Processor seconds of the training loop, over all ranks and threads."""
+        return self._used[1]
 
 
 class Runs:
@@ -185,10 +188,12 @@ class Runs:
         if (folder / _DONE).exists():
             return outcome
         words = order.words(self._config)
-        if list(folder.glob(f"{layout.CHECKPOINTS}/*/*/{layout.COMMIT}")):
+        # What a run has used of a budget of time is not known to the one that would continue it.
+        continues = "train.processor-seconds" not in order.values
+        if continues and list(folder.glob(f"{layout.CHECKPOINTS}/*/*/{layout.COMMIT}")):
             words.append("--resume")
         elif folder.exists():
-            shutil.rmtree(folder)  # stopped before its first checkpoint
+            shutil.rmtree(folder)
         logs = self._root / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"{order.name(self._config)}.log"
@@ -211,5 +216,15 @@ class Runs:
             )
         if order.certify:
             outcome.summary  # noqa: B018  a run without a table must not count as finished
+        _require_budget(outcome)
         (folder / _DONE).write_text(json.dumps({"seconds": time.monotonic() - began}))
         return outcome
+
+
+def _require_budget(outcome: Outcome) -> None:
+    budget = outcome.order.values.get("train.processor-seconds")
+    if budget and abs(outcome.seconds / budget - 1) > _TOLERANCE:
+        raise EvaluationError(
+            f"{outcome.order.preset} ({outcome.order.role}) used {outcome.seconds:.2f} processor "
+            f"seconds of a budget of {budget:g}, beyond {_TOLERANCE:.0%}: a step is too long for it"
+        )

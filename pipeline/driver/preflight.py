@@ -183,7 +183,7 @@ def _prepare(
         spool=(run.local_path() or Path.home() / ".cache/certified-pretrain" / name)
         / layout.TRACKING,
         changed=changed,
-        notice=notice if stop > end else "",
+        notice=notice if stop > end and not config.train.processor_seconds else "",
     )
 
 

@@ -1,6 +1,6 @@
 """Rendezvous of the ranks: Ray Train's own, on one machine over loopback alone.
 
-Below Ray's public interface: `_TorchBackend`; `tests/end_to_end/test_digits.py` notices changes.
+Below Ray's public interface: `_TorchBackend`; `tests/end_to_end/test_readme.py` notices changes.
 """
 
 import dataclasses

@@ -8,7 +8,7 @@ from model.errors import known_names
 from pipeline.config import RunConfig, replaced
 from pipeline.errors import NoEffectError, PipelineError
 from pipeline.losses.registry import LOSSES, another_loss, option_names, require_options
-from pipeline.presets import linf, lipnext, liresnet, sll, soc
+from pipeline.presets import fashion_mnist, linf, lipnext, liresnet, sll, soc
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     **lipnext.PRESETS,
@@ -16,6 +16,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     **sll.PRESETS,
     **linf.PRESETS,
     **liresnet.PRESETS,
+    **fashion_mnist.PRESETS,
 }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 from pipeline.config import CheckpointConfig, ClusterConfig, TrainConfig
 from pipeline.errors import PipelineError
@@ -13,7 +14,8 @@ class StepSchedule:
 
     Attributes:
         total_steps: optimizer steps of the whole schedule.
-        last_step: step after which this execution ends (`train.stop_after` or total_steps).
+        last_step: step after which this execution ends (`train.stop_after` or total_steps); with a
+            budget of processor time one that is never reached.
         warmup_steps: steps of the linear warm-up.
         rank_batch: samples per rank and step.
         micro_batch: samples per rank and backward pass.
@@ -83,10 +85,16 @@ def make_step_schedule(
     total = math.ceil(train.epochs * samples / train.global_batch)
     return StepSchedule(
         total_steps=total,
-        last_step=min(total, train.stop_after or total),
+        last_step=_last_step(train, total),
         warmup_steps=min(total, round(train.warmup_epochs * samples / train.global_batch)),
         rank_batch=train.global_batch // world_size,
         micro_batch=train.global_batch // parts,
         checkpoint_every=checkpoint.every_steps,
         record_every=train.log_every,
     )
+
+
+def _last_step(train: TrainConfig, total: int) -> int:
+    # As many steps as the budget has time for, whatever the number of epochs.
+    end = sys.maxsize if train.processor_seconds else total
+    return min(end, train.stop_after or end)

@@ -42,6 +42,7 @@ from pipeline.training.hooks import (
     ProfilerHook,
     StragglerHook,
 )
+from pipeline.training.processor_time import ProcessorTimeHook
 from pipeline.training.profiler import profiled
 from pipeline.training.recorder import Recorder
 from pipeline.training.schedules import step_context
@@ -247,6 +248,9 @@ def _trainer(
     emit: Emit,
 ) -> Trainer:
     """The loop, with a recorder that knows the same hooks."""
+    spent = ProcessorTimeHook(config.train.processor_seconds)
+    hooks = HookList([hooks, spent])
+    by_step = functools.partial(step_context, plan=plan, train=config.train, loss=config.loss)
     recorder = Recorder(
         world=world,
         statistics=engine.statistics,
@@ -258,7 +262,7 @@ def _trainer(
     )
     return Trainer(
         plan=plan,
-        context_at=functools.partial(step_context, plan=plan, train=config.train, loss=config.loss),
+        context_at=spent.scheduled(by_step, plan.total_steps),
         engine=engine,
         stream=stream,
         progress=progress,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.networks.init import initial_kind, initial_value
 from model.networks.registry import AnyNetwork, build_network
-from optim.collectives import ProcessGroupExchange
+from optim.collectives import LocalExchange, ProcessGroupExchange
 from optim.config import OptimConfig
 from optim.manifolds import manifold_of
 from optim.param_groups import parameter_groups
@@ -77,6 +77,8 @@ def engine_settings(
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size or block,
             # The default of 1e5 would leave every matrix up to 316 x 316 unpartitioned.
             "stage3_param_persistence_threshold": 0,
+            # On, it replaces torch's F.linear in the whole process, for good and for a slower one.
+            "memory_efficient_linear": False,
             # The default of 1e9 would keep a whole billion-parameter network on every rank.
             "stage3_max_live_parameters": zero.max_live_parameters or 3 * block,
             "stage3_max_reuse_distance": zero.max_live_parameters or 3 * block,
@@ -94,6 +96,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed for this device, quiet."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+        # Else stage 3 starts `numactl` at every reduction of gradients, to count the devices here.
+        os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", "1")
     import deepspeed
     import deepspeed.ops
 
@@ -182,8 +186,7 @@ class Zero3:
             train=train, zero=zero, micro_batch=micro_batch, largest=largest, block=block
         )
         # The type comes from the settings: DeepSpeed 0.19.8 ignores `dtype` where fp16 is missing.
-        # mem_efficient_linear would replace torch's F.linear in the whole process, for good.
-        with deepspeed.zero.Init(config_dict_or_path=settings, mem_efficient_linear=False):
+        with deepspeed.zero.Init(config_dict_or_path=settings):
             network = build_network(model)
         network.checkpoint_blocks = train.activation_checkpointing
         objective = Objective(network, loss)
@@ -203,7 +206,8 @@ class Zero3:
         self._initial = {name: initial_kind(p) for name, p in named}
         # The schedule multiplies these; DeepSpeed has no scheduler here that could disagree.
         self._base_lr = [group["lr"] for group in self.optimizer.param_groups]
-        exchange = ProcessGroupExchange(named[0][1].ds_process_group)
+        group = named[0][1].ds_process_group
+        exchange = LocalExchange() if world.size == 1 else ProcessGroupExchange(group)
         self.partitions = _partitions(self._engine.optimizer, {id(p): name for name, p in named})
         matrices = [name for name, p in named if manifold_of(p) is not None]
         self.matrix_count = len(matrices)

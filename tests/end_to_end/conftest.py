@@ -1,8 +1,13 @@
-"""One fp32 and one bf16 training of the digits preset through Ray, shared by all tests here."""
+"""Trainings of the digits preset through Ray, shared by all tests here.
+
+`submitted_run` is short: a job on the cluster that the README starts. `digits_run` and `bf16_run`
+are whole, each with a Ray of its own.
+"""
 
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,14 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.end_to_end.ray_cluster import MAKE, ROOT, cluster
 from tests.strangers import listening
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished command-line run; `sockets` is what its processes listened on, by `listening`."""
+    """A finished run; `sockets` is what processes of its command listened on, by `listening`."""
 
     storage: Path
     name: str
@@ -72,3 +76,42 @@ def digits_run(storage) -> Finished:
 @pytest.fixture(scope="session")
 def bf16_run(storage) -> Finished:
     return pretrain(storage, "bf16", "--train.precision", "bf16")
+
+
+def readme_cluster() -> tuple[str, str, str]:
+    """The lines of the README that start a cluster, prepare the shell and submit a run."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (start,) = [line for block in blocks for line in block.splitlines() if line.startswith(MAKE)]
+    (submit,) = [block for block in blocks if "ray job submit" in block]
+    export, command = submit.splitlines()
+    return start.partition("#")[0].strip(), export, command
+
+
+def submission(output: str) -> str:
+    """Ray's name of the job that `ray job submit` says it submitted."""
+    return re.search(r"Job '(\S+)' submitted", output)[1]
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def head(home):
+    """The cluster that the README starts."""
+    with cluster(home, readme_cluster()[0]) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def submitted_run(head, home) -> Finished:
+    """What the README submits, with fewer epochs."""
+    _, export, submit = readme_cluster()
+    assert "http://127.0.0.1:8265" in submit
+    submit = submit.replace("http://127.0.0.1:8265", head.address)
+    code, output = head.run(
+        f"{export}; {submit} --train.epochs 12 --checkpoint.every-steps 50 --name example"
+    )
+    assert code == 0, output
+    return Finished(home / "certified-pretrain", "example", output, frozenset())

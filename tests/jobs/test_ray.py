@@ -58,7 +58,7 @@ def wait_for(condition, seconds=60):
 def test_the_result_is_the_same_for_every_number_of_tasks(fields, local_ray, tmp_path):
     evaluate(fields)
     expected = files(fields)
-    for tasks in (1, 2):
+    for tasks in (2,):
         changes = {"launcher": "ray", "max_in_flight": tasks, "out": str(tmp_path / str(tasks))}
         evaluate(fields | changes)
         assert files(fields | changes) == expected

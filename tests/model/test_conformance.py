@@ -1,5 +1,6 @@
 """What holds for every certified network; a new system joins with one line of NETWORKS."""
 
+import dataclasses
 import math
 
 import pytest
@@ -51,19 +52,17 @@ NETWORKS = {
     ),
     "linfdist": SortNetConfig(**SMALL, width=12, depth=2, passing=True),
     "groupsort": GroupSortConfig(**SMALL, width=24, depth=2),
-    # More terms than usual: the bound of the test below is stricter than that of 15 terms.
-    "soc": SocConfig(**SMALL, depth=4, stages=2, width=4, terms=26),
+    "soc": SocConfig(**SMALL, depth=2, stages=2, width=4),
     "soc_angles": SocConfig(
         **SMALL,
         depth=2,
         stages=2,
         width=4,
-        terms=26,
         activation="householder",
         pooling="projection",
         pointwise="manifold",
     ),
-    "soc_mlp": SocConfig(**SMALL, depth=2, stages=2, width=4, terms=26, head="mlp", hidden=12),
+    "soc_mlp": SocConfig(**SMALL, depth=2, stages=2, width=4, head="mlp", hidden=12),
     "liresnet": LiResNetConfig(**RESIDUAL, depth=2, dense_width=12, dense_layers=2),
     "bronet": BRONetConfig(**RESIDUAL, depth=2, rank=2, dense_width=12, dense_layers=1),
     "bronet_reflections": BRONetConfig(
@@ -190,6 +189,8 @@ def test_the_proof_holds_for_the_float32_program(config, images):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_bound_is_just_above_what_is_observed(config, dtype):
     """That is 1, except where a layer's norm is free: the others are not among the parts."""
+    if config.kind == "soc":
+        config = dataclasses.replace(config, terms=26)  # what 15 leave out is more than 1e-9
     network = build_network(config).to(dtype)
     network.initialise(0)
     network.calibrate([torch.rand(2, *config.input_shape, dtype=dtype)])  # stores norms

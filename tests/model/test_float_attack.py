@@ -65,7 +65,7 @@ def flips(network, images, certificates, points):
     ("changes", "weights", "at_least"),
     [
         ({"depth": 4}, {"dtype": torch.bfloat16}, 50),
-        ({"depth": 32}, {"dtype": torch.bfloat16}, 2),
+        pytest.param({"depth": 32}, {"dtype": torch.bfloat16}, 2, marks=pytest.mark.slow),
         ({"depth": 16}, {"scale": 1 + 1e-4}, 50),
     ],
     ids=["bf16 weights", "bf16 weights, deep", "deep, expands by 1e-4 per matrix"],

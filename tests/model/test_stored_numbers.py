@@ -45,7 +45,9 @@ def images_of(network, generator):
     return torch.rand(4, *network.input_shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("factor", "terms"), [(-0.42, 3), (-4.0, 15)])
+@pytest.mark.parametrize(
+    ("factor", "terms"), [(-0.42, 3), pytest.param(-4.0, 15, marks=pytest.mark.slow)]
+)
 def test_the_constant_of_a_skew_convolution_does_not_ask_for_the_sign_of_its_scale(
     factor, terms, generator
 ):

@@ -173,8 +173,9 @@ def test_terms_whose_rounding_would_show_are_split(monkeypatch):
 
 DRIFTS = [
     *((precision, 64, lr) for precision in BITS for lr in (1e-3, 1e-2)),
-    *((precision, 256, 1e-3) for precision in REDUCED),
+    *(pytest.param(p, 256, 1e-3, marks=pytest.mark.slow) for p in REDUCED),
     # Here the truncation shows in full precision, T in reduced.
+    pytest.param("full", 256, 1e-3, marks=pytest.mark.slow),
     *(pytest.param(p, 256, 1e-2, marks=pytest.mark.slow) for p in REDUCED),
     *(pytest.param(p, 512, 4e-3, marks=pytest.mark.slow) for p in BITS),
     *(pytest.param(p, 512, 1e-2, marks=pytest.mark.slow) for p in REDUCED),

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import ray
+import sqlalchemy
 
 from data_shards.storage.store import Store
 from pipeline.checkpoint.reader import committed
@@ -290,7 +291,11 @@ def test_a_line_without_an_end_is_passed_over_in_little_memory(tmp_path, caplog)
     assert "2 damaged lines are not recorded, first line 1" in caplog.text
 
 
-def test_a_database_that_is_locked_is_told_in_one_line(tmp_path, capfd, caplog):
+def test_a_database_that_is_locked_is_told_in_one_line(tmp_path, capfd, caplog, monkeypatch):
+    def impatient(text, genuine=sqlalchemy.sql.text):
+        return genuine(text.replace("busy_timeout = 20000", "busy_timeout = 500"))
+
+    monkeypatch.setattr("mlflow.store.db.utils.sql.text", impatient)
     config = empty_database(tmp_path, "digits")
     MlflowConnection(config)
     tracker = Tracker(config, tmp_path / "tracking", run_name="run")

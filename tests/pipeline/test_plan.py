@@ -214,6 +214,10 @@ def test_what_cannot_fit_is_refused_with_its_reason_and_a_way_out(capsys):
         (("digits", "--measured", "README.md"), "--measured README.md: "),
         (("digits", "--measured", "a.json", "--device", "H100"), "the file has its own"),
         (("synthetic",), "give --images"),
+        (
+            ("digits", "--cluster.launcher", "local", "--train.processor-seconds", "9"),
+            "train.processor_seconds=9: a plan counts",
+        ),
     ],
 )
 def test_bad_input_is_refused_and_named(capsys, arguments, words):

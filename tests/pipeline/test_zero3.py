@@ -66,7 +66,9 @@ def train_partitioned(rank, world_size, names):
             for images, labels in batches(STEPS, BATCH):
                 mine = slice(rank * share, (rank + 1) * share)
                 parts = zip(images[mine].split(micro), labels[mine].split(micro), strict=True)
-                engine.step(parts, StepContext(0, 0.0, 1.0, 36 / 255))
+                with mock.patch("subprocess.Popen", side_effect=AssertionError("of each step")):
+                    engine.step(parts, StepContext(0, 0.0, 1.0, 36 / 255))
+            assert torch.nn.functional.linear is torch._C._nn.linear, "replaced by DeepSpeed"
             slices = {}
             for partition in engine.partitions:
                 for slot in partition.slots:

@@ -118,7 +118,7 @@ NETWORKS = {
     ("name", "deployed"),
     [
         ("digits", "float32"),
-        ("depth-32", "bfloat16"),
+        pytest.param("depth-32", "bfloat16", marks=pytest.mark.slow),
         ("linear", "float32"),
         pytest.param("digits", "bfloat16", marks=pytest.mark.slow),
         pytest.param("depth-32", "float32", marks=pytest.mark.slow),
