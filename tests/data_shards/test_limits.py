@@ -39,6 +39,7 @@ def test_the_limits_are_those_that_are_promised():
         "table_bytes": 1024 * MIB,
         "image_bytes": 256 * MIB,
         "image_pixels": 200_000_000,
+        "image_scanned_pixels": 1 << 29,
         "answer_bytes": 64 * MIB,
     }
 
@@ -66,7 +67,7 @@ def test_an_entry_says_so_in_one_line(monkeypatch):
         pytest.raises(SystemExit, match=r"^error: .*IMAGE_BYTES='256M' is not a positive whole"),
         exit_on_error(),
     ):
-        require(1, "json_bytes", "it has")
+        require(1, "image_bytes", "it has")
 
 
 def test_json_that_is_too_large_is_not_parsed(monkeypatch):
