@@ -14,7 +14,7 @@ from rich.table import Table
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError, exit_on_error
 from data_shards.format.index import ShardIndex, load_index
-from data_shards.streaming.sampler import ORDER, Cursor, EpochOrder
+from data_shards.streaming.sampler import Cursor, EpochOrder
 from data_shards.streaming.shuffle_quality import ShuffleQuality, shuffle_quality
 from data_shards.streaming.stream import SampleStream
 from data_shards.untrusted.terminal import PlainConsole
@@ -42,6 +42,10 @@ class Figures:
     """Processor time of the whole process, the simulated steps' sleep not included."""
     steps: int
     images: int
+    requests_per_image: float
+    """Ranges asked of the store, those of images read ahead included; so are the bytes."""
+    read_mb_per_s: float
+    """Bytes read from the store, in 10^6 per second."""
     retries: int
     """Requests to the store that were repeated."""
     damaged: int
@@ -84,6 +88,8 @@ def measure(
         next(stream)
         start = time.perf_counter()
         first, cpu = start - begin, time.process_time()
+        traffic = index.files.traffic
+        requests, size_read = traffic.requests, traffic.bytes
         for _ in range(steps):
             time.sleep(step_ms / 1000)
             before = stream.waited_s
@@ -103,6 +109,8 @@ def measure(
             cpu_ms_per_image=1000 * cpu / images,
             steps=steps,
             images=images,
+            requests_per_image=(traffic.requests - requests) / images,
+            read_mb_per_s=(traffic.bytes - size_read) / seconds / _MB,
             retries=stream.retries,
             damaged=stream.damaged.total(),
             shuffle=_quality(index, split, stream.cursor, batch),
@@ -111,13 +119,7 @@ def measure(
 
 def _quality(index: ShardIndex, split: str, cursor: Cursor, batch: int) -> ShuffleQuality:
     counts = np.unique(index.rows.shard[index.select(split)], return_counts=True)[1]
-    order = EpochOrder(
-        counts.tolist(),
-        seed=cursor.seed,
-        lanes=cursor.lanes,
-        window=cursor.window,
-        version=cursor.order,
-    )
+    order = EpochOrder(counts.tolist(), seed=cursor.seed, lanes=cursor.lanes, window=cursor.window)
     return shuffle_quality(order, batch)
 
 
@@ -131,6 +133,8 @@ def _show(title: str, figures: Figures) -> None:
             "stall per step: median, 95 %, largest",
             f"{figures.stall_ms:.1f}, {figures.stall_ms_p95:.1f}, {figures.stall_ms_max:.1f} ms",
         ),
+        ("requests per image", f"{figures.requests_per_image:.2f}"),
+        ("MB/s (read from the store)", f"{figures.read_mb_per_s:.1f}"),
         ("CPU per image", f"{figures.cpu_ms_per_image:.3f} ms"),
         ("index loaded in", f"{figures.index_s:.2f} s"),
         ("first batch after", f"{figures.first_batch_s:.2f} s"),
@@ -185,10 +189,7 @@ def _run(
     loaded = time.perf_counter() - begin
     if index.stored_shape(split) is None:
         stream = dataclasses.replace(stream, crop="random-resized")
-    cursor = Cursor(seed=seed)
-    if epoch or position:
-        order = {"order": ORDER, "lanes": stream.lanes, "window": stream.window}
-        cursor = Cursor(seed=seed, epoch=epoch, position=position, **order)
+    cursor = Cursor(seed=seed, epoch=epoch, position=position)
     figures = measure(
         index, stream, split=split, batch=batch, steps=steps, step_ms=step_ms, cursor=cursor
     )

@@ -233,7 +233,7 @@ def _writer(config: PredictConfig) -> Iterator[Callable[[dict[str, Any]], object
         yield _formatted(sys.stdout, kind)
         return
     folder, _, name = config.out.rpartition("/")
-    with Store(folder or ".").open(name, "wb") as file:
+    with Store(folder or ".").durable(name) as file:
         yield _formatted(_Text(file), kind)
 
 

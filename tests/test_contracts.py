@@ -22,6 +22,7 @@ FORBIDDEN = {
     "pipeline.driver.usage": "deepspeed",
     "pipeline.plan": "ray",
     "data_shards.format.tar": "s3fs",
+    "data_shards.sources.convert": "torch",
     "data_shards.storage.store": "data_shards.format.index",
     "optim.matmul": "data_shards.rng",
 }

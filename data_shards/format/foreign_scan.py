@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_shards.errors import ShardError
-from data_shards.format.decode import EXTENSIONS
+from data_shards.format.image_pixels import EXTENSIONS
 from data_shards.format.index import Shard, ShardIndex
 from data_shards.format.shard_scan import MAX_IMAGE, HashedFile, StoredSample
 from data_shards.format.tar import Member, walk

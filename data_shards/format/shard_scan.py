@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from data_shards.errors import ShardError
-from data_shards.format.decode import EXTENSIONS
+from data_shards.format.image_pixels import EXTENSIONS
 from data_shards.format.tar import Member, walk
 from data_shards.storage.store import Store
 from data_shards.untrusted.limits import limits

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from data_shards.errors import ShardError
-from data_shards.format.decode import decode_image
+from data_shards.format.image_pixels import decode_pixels
 from data_shards.sources.base import encode_png
 from data_shards.untrusted.limits import limits
 
@@ -85,7 +85,7 @@ class Recipe:
         """
         extension = image_extension(data)
         try:
-            found = decode_image(data, extension).permute(1, 2, 0).numpy()
+            found = decode_pixels(data, extension)
         except ShardError as error:
             raise UndecodableError(str(error), "decode") from error
         if self.uniform:

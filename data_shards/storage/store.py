@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 import fsspec
 from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from data_shards.errors import ShardError
 from data_shards.storage.http_objects import http_size
@@ -115,13 +117,21 @@ class Store:
     def durable(self, name: str) -> Iterator[BinaryIO]:
         """Open one object for writing; after the block its bytes are on the disk or in the store.
 
-        A block that fails may leave a part of them.
+        A block that fails may leave a part of them in a local file; an object store, where nobody
+        could tell a part from the whole, keeps what it had.
         """
-        with self.open(name, "wb") as stream:
-            yield stream
+        with _naming(self._path(name)), self.open(name, "wb") as stream:
+            try:
+                yield stream
+            except BaseException:
+                if isinstance(stream, AbstractBufferedFile):
+                    stream.discard()
+                    stream.closed = True  # closing would send what is there
+                raise
             if self.local_path() is not None:
                 stream.flush()
-                os.fsync(stream.fileno())
+                if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                    os.fsync(stream.fileno())
         if self.local_path() is not None:
             _sync_directory(Path(self._path(name)).parent)
 
@@ -170,7 +180,7 @@ class Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}{_TEMPORARY}"
         try:
-            with temporary.open("xb") as file:
+            with _naming(target), temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -414,6 +424,17 @@ class Store:
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
 
 
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Add the file to an error of the system that names none, such as a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def _code(error: Exception) -> str:
     """Return the store's own name of an error, "" if it has none."""
     for known in (error, error.__cause__):
@@ -432,8 +453,10 @@ def _options(scheme: str, *, streams: bool) -> dict[str, Any]:
     """Return the options of a filesystem; what fsspec's own configuration says wins."""
     if scheme == "file":
         return {"auto_mkdir": True}
+    # A cached listing would hide what other processes wrote.
+    options = {"use_listings_cache": False, **fsspec.config.conf.get(scheme, {})}
     if scheme != "s3":
-        return {}
+        return options
     configured = fsspec.config.conf.get("s3", {})
     endpoint = configured.get("endpoint_url") or os.environ.get(
         "AWS_ENDPOINT_URL_S3", os.environ.get("AWS_ENDPOINT_URL")
@@ -450,10 +473,7 @@ def _options(scheme: str, *, streams: bool) -> dict[str, Any]:
         config["s3"] = {"addressing_style": "path"}  # other stores have no host name per bucket
     if not streams:
         config["retries"] = {"mode": "standard", "total_max_attempts": 1}
-    # A cached listing would hide what other processes wrote. The endpoint also separates the
-    # filesystem objects that fsspec keeps.
-    options = {"use_listings_cache": False, **configured}
-    if endpoint:
+    if endpoint:  # it also separates the filesystem objects that fsspec keeps
         options["endpoint_url"] = endpoint
     return {**options, "config_kwargs": {**config, **configured.get("config_kwargs", {})}}
 

@@ -19,7 +19,7 @@ import pydantic
 import xxhash
 
 from data_shards.errors import ShardError
-from data_shards.format.decode import decode_image
+from data_shards.format.image_pixels import decoded_shape
 from data_shards.format.index import (
     HEADER_FILE,
     ROWS_FILE,
@@ -173,7 +173,7 @@ def _survey(store: Store, task: tuple[str, int], advance: Advance) -> _Survey:
 
 def _shape(data: bytes, extension: str) -> tuple[Shape, str]:
     try:
-        return tuple(decode_image(data, extension).shape), ""
+        return decoded_shape(data, extension), ""
     except ShardError as error:
         return (), str(error)
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from data_shards.format.decode import EXTENSIONS, decode_image
+from data_shards.format.decode import decode_image
+from data_shards.format.image_pixels import EXTENSIONS
 from data_shards.sources.convert import Recipe, image_extension
 from data_shards.storage.store import Store
 from jobs.evaluation.sample_records import EvaluationError

@@ -1,7 +1,10 @@
 import gzip
 import json
+import os
 import re
+import signal
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from data_shards.verify import main as verify_main
 from data_shards.verify import verify
 from data_shards.writing import foreign_set
 from tests.data_shards.foreign_shards import add, encoded, folders, img2dataset, stock, timm
+from tests.harness import forking_context
 from tests.object_store import upload
 
 PLAIN = ["--split", "train=train-{0000..0001}.tar", "--split", "test=test-000[01].tar"]
@@ -355,6 +359,39 @@ def test_a_run_that_was_stopped_goes_on(plain, monkeypatch):
     assert index.shards == whole.shards
 
 
+def index_there(folder, target, killed):
+    """Index a folder in a process of its own; `killed`: it dies in its third shard."""
+    if killed:
+        scan, read = foreign_set._scan_shard, []
+
+        def dying(*arguments):
+            read.append(1)
+            if len(read) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return scan(*arguments)
+
+        foreign_set._scan_shard = dying
+    make(Path(folder), *PLAIN, out=target)
+
+
+@pytest.mark.integration
+def test_two_processes_at_once_and_one_that_was_killed(plain, tmp_path):
+    context, target = forking_context(), str(tmp_path / "index")
+    for killed in (True, False):
+        processes = [
+            context.Process(target=index_there, args=(str(plain), target, killed)) for _ in range(2)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [-signal.SIGKILL if killed else 0] * 2
+        assert (tmp_path / "index" / "index.json").exists() != killed
+    assert list(verify(load_index(target))) == []
+    whole = make(plain, *PLAIN, out=tmp_path / "whole")
+    assert load_index(target).header.rows_sha256 == whole.header.rows_sha256
+
+
 def test_the_same_command_again_and_another_one(plain, capsys):
     digest = make(plain, *PLAIN).digest
     assert make(plain, *PLAIN).digest == digest
@@ -389,8 +426,12 @@ def test_a_cut_shard_is_named_before_anything_is_written(plain):
     assert not (plain.parent / "index" / "index.json").exists()
 
 
-def test_shards_on_an_object_store_and_the_index_here(plain, proxy, tmp_path):
+def test_shards_and_index_on_different_stores(plain, proxy, tmp_path):
     here = make(plain, *PLAIN)
+    elsewhere = make(plain, *PLAIN, "--name", "index", out=f"s3://bucket/{tmp_path.name}")
+    assert elsewhere.header.shards[0].source == f"file://{plain}/train-0000.tar"
+    assert list(verify(elsewhere)) == []
+    assert trained_on(elsewhere).keys() == trained_on(here).keys()
     url = upload(plain)
     main([url, "--out", str(tmp_path / "there"), *PLAIN, "--name", "index"])
     there = load_index(str(tmp_path / "there"))

@@ -37,6 +37,7 @@ def test_the_limits_are_those_that_are_promised():
         "row_group_bytes": 64 * MIB,
         "image_bytes": 256 * MIB,
         "image_pixels": 200_000_000,
+        "image_scanned_pixels": 1 << 29,
         "answer_bytes": 64 * MIB,
     }
 
