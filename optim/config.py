@@ -68,7 +68,7 @@ class OptimConfig:
     """Share of the fast way that the slow copy follows at a synchronisation."""
 
     polar_every: Count = 200
-    """Steps between two polar retractions to the manifold; 0 switches them off."""
+    """Steps between two polar projections to the manifold; 0 switches them off."""
 
     audit_every: Count = 50
     """Steps between two measurements of ||X^T X - I||_F of every matrix; 0 switches them off."""

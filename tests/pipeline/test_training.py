@@ -41,7 +41,7 @@ pytestmark = pytest.mark.distributed
 STEPS = 14
 BATCH = 24
 POISONED = 5
-# The last step follows a Lookahead synchronisation (12) and a polar retraction (10), not closely.
+# The last step follows a Lookahead synchronisation (12) and a polar projection (10), not closely.
 OPTIM = OptimConfig(lr=1e-2, eps=1e-5, lookahead_steps=6, polar_every=5)
 
 
