@@ -33,7 +33,7 @@ from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.runner import artifact_info, run_task, task_device
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.prediction.image_files import Picture, PreparedImage, find_pictures, prepare
-from jobs.prediction.serving import SoundPredictor
+from jobs.prediction.predictor import SoundPredictor
 from jobs.registry.promotion import rule_of
 from model.artifact.artifact import ArtifactInfo
 from model.certification.eps import eps_value

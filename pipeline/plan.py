@@ -24,7 +24,7 @@ from pipeline.planner import memory as budget
 from pipeline.planner.calibration import Measured
 from pipeline.planner.estimate import Estimate, estimate, trials
 from pipeline.planner.step_time import DEVICES, Device, device_of
-from pipeline.planner.verification import GFLOPS, Verification, verification
+from pipeline.planner.verify_time import GFLOPS, Verification, verification
 from pipeline.presets import CHOICES, parse_with_preset
 
 _DEFAULT_DEVICE = "H100"

@@ -35,8 +35,8 @@ from pipeline.run.lease import (
 )
 from pipeline.run.movable_urls import relative
 from pipeline.run.open_servers import require_closed
-from pipeline.run.ray_job import is_ray_job, uploaded_code
 from pipeline.run.ray_session import cluster_address
+from pipeline.run.ray_submission import is_ray_job, uploaded_code
 from pipeline.run.step_schedule import make_step_schedule, world_sizes
 from pipeline.run.worker_spec import WorkerSpec
 from pipeline.tracking.client import TrackingConfig

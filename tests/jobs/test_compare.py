@@ -17,11 +17,11 @@ from jobs.compare import compare, main, write
 from jobs.evaluate_cra import evaluate
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.stored_result import read_result
-from jobs.reporting import comparison_runs
+from jobs.reporting import comparison_training
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_report import comparison_png
-from jobs.reporting.comparison_runs import RunRequest
 from jobs.reporting.comparison_search import search_space
+from jobs.reporting.comparison_training import RunRequest
 from model.networks.registry import FAMILIES, parameter_count
 from pipeline.presets import PRESETS, run_preset
 from pipeline.run.evaluation_summary import EvaluationSummary
@@ -109,10 +109,10 @@ class Machine:
 def machine(artifact, summary, monkeypatch):
     machine = Machine(artifact, summary)
     monkeypatch.setattr(
-        comparison_runs, "subprocess", SimpleNamespace(run=machine.run, STDOUT=0, DEVNULL=0)
+        comparison_training, "subprocess", SimpleNamespace(run=machine.run, STDOUT=0, DEVNULL=0)
     )
     # What the machine claims follows from no certificate.
-    monkeypatch.setattr(comparison_runs, "read_result", claimed)
+    monkeypatch.setattr(comparison_training, "read_result", claimed)
     return machine
 
 
@@ -125,7 +125,7 @@ def claimed(out):
 
 
 def test_a_claim_without_certificate_and_samples_is_not_compared(machine, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison_runs, "read_result", read_result)
+    monkeypatch.setattr(comparison_training, "read_result", read_result)
     with pytest.raises(EvaluationError, match="no finished evaluation at"):
         compare(config(tmp_path))
 

@@ -288,7 +288,7 @@ def test_a_registered_model_predicts_with_its_certified_radius(gated, name, monk
 
 
 def test_a_registered_model_refuses_other_weights(gated, name, tmp_path, monkeypatch):
-    from jobs.prediction.serving import CertifiedModel
+    from jobs.prediction.predictor import CertifiedModel
 
     with pytest.raises(EvaluationError, match="has digest"):
         CertifiedModel(artifact_url=gated.sharp, artifact_digest="0" * 64, eps="1/255")

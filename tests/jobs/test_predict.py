@@ -13,7 +13,7 @@ from data_shards.sources.base import encode_png
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.predict import FIELDS, PredictConfig, main, predict
 from jobs.prediction.image_files import find_pictures, prepare
-from jobs.prediction.serving import SoundPredictor
+from jobs.prediction.predictor import SoundPredictor
 from model.certification.matrix_bounds import matrix_bound
 from tests.jobs.conftest import NETWORK
 

@@ -9,7 +9,7 @@ from data_shards.sources import digits
 from data_shards.storage.store import Store
 from data_shards.verify import main as verify_main
 from data_shards.verify import verify
-from data_shards.writing.repair import repair
+from data_shards.writing.rebuild_index import repair
 from data_shards.writing.writer import write_shard_set
 from tests.data_shards.shard_damage import (
     FILE,
