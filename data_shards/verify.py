@@ -23,7 +23,7 @@ from data_shards.format.shard_scan import HashedFile, StoredSample, read_shard_f
 from data_shards.storage.store import Store
 from data_shards.writing.process_pool import Advance, run_tasks, usable_cpus
 from data_shards.writing.progress_bar import ImageProgress
-from data_shards.writing.repair import repair
+from data_shards.writing.rebuild_index import repair
 
 _LISTED = 20  # disagreements of one shard
 _SMALL_SET = 20_000  # images; one process is done before others have started

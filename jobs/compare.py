@@ -23,8 +23,8 @@ from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_report import System, by_norm, comparison_png, markdown
-from jobs.reporting.comparison_runs import RunRequest, Runs
 from jobs.reporting.comparison_search import Search, preset_config
+from jobs.reporting.comparison_training import RunRequest, Runs
 from model.networks.registry import parameter_count
 from pipeline.config import RunConfig
 from pipeline.tracking.client import log_comparison, ui_command

@@ -35,7 +35,7 @@ from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.runner import artifact_info, run_task, task_device
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.prediction.image_files import Picture, PreparedImage, find_pictures, prepare
-from jobs.prediction.serving import SoundPredictor
+from jobs.prediction.predictor import SoundPredictor
 from jobs.registry.promotion import rule_of
 from model.artifact.artifact import ArtifactInfo
 from model.certification.eps import eps_value
@@ -263,7 +263,14 @@ def _formatted(file: Any, kind: str) -> Callable[[dict[str, Any]], object]:
         return lambda row: file.write(json.dumps(row, allow_nan=False) + "\n")
     table = csv.DictWriter(file, FIELDS, lineterminator="\n")
     table.writeheader()
-    return table.writerow
+    return lambda row: table.writerow({name: _encodable(cell) for name, cell in row.items()})
+
+
+def _encodable(cell: Any) -> Any:
+    """A cell as UTF-8 can have it: names of files need not be text."""
+    if not isinstance(cell, str):
+        return cell
+    return cell.encode("utf-8", "backslashreplace").decode()
 
 
 def main(arguments: list[str] | None = None) -> int:

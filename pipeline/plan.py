@@ -29,7 +29,7 @@ from pipeline.planner import memory as budget
 from pipeline.planner.calibration import Measured
 from pipeline.planner.estimate import Estimate, estimate, trials
 from pipeline.planner.step_time import Device, device_of
-from pipeline.planner.verification import GFLOPS, Verification, verification
+from pipeline.planner.verify_time import GFLOPS, Verification, verification
 from pipeline.presets import run_preset
 from pipeline.training.data import Samples, open_samples
 

@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import itertools
 import os
+import re
 import subprocess
 import uuid
 from collections.abc import Callable, Collection, Iterator
@@ -33,8 +34,8 @@ from pipeline.run.lease import (
 )
 from pipeline.run.movable_urls import relative
 from pipeline.run.open_servers import require_closed
-from pipeline.run.ray_job import default_storage, uploaded_code
 from pipeline.run.ray_session import cluster_address
+from pipeline.run.ray_submission import default_storage, uploaded_code
 from pipeline.run.step_schedule import StepSchedule, make_step_schedule, world_sizes
 from pipeline.run.worker_spec import WorkerSpec
 from pipeline.tracking.client import TrackingConfig
@@ -44,6 +45,7 @@ from pipeline.training.schedules import step_context
 from pipeline.training.zero3 import require_precision
 
 _SQLITE = "sqlite:///"
+_KEY = re.compile(rb"[0-9a-f]{32}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +295,13 @@ def _shards(config: RunConfig, storage: Store) -> Store:
 def _run_key(run: Store) -> str:
     """The key that the first execution of the run has drawn."""
     run.create(layout.TRACKING_KEY, uuid.uuid4().hex.encode())
-    return run.read(layout.TRACKING_KEY).decode()
+    key = run.read(layout.TRACKING_KEY, limit="name_bytes")
+    if not _KEY.fullmatch(key):
+        raise PipelineError(
+            f"{run}/{layout.TRACKING_KEY} is damaged: {key[:40]!r} is no key of an MLflow run; "
+            "without the file the run gets a new one"
+        )
+    return key.decode()
 
 
 def _remove_leftovers(run: Store) -> None:
