@@ -17,7 +17,7 @@ from pipeline.losses.registry import LOSSES, another_loss, option_names, require
 from pipeline.presets import run_preset
 from pipeline.run import layout
 from pipeline.run.config_file import newest_run, read_file, stored_config
-from pipeline.run.ray_job import default_storage
+from pipeline.run.ray_submission import default_storage
 
 DEFAULT_PRESET = "digits"
 CONFIG = "--config"

@@ -7,7 +7,7 @@ import pytest
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.record_store import record_store
 from jobs.evaluation.sample_records import EvaluationError
-from pipeline.run.ray_job import default_storage
+from pipeline.run.ray_submission import default_storage
 from pipeline.tracking.client import TrackingConfig
 
 SUMMARY = types.SimpleNamespace(dataset="digits-test", split="test")
