@@ -9,11 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from data_shards.errors import ShardError
-from data_shards.sources.base import Source
+from data_shards.sources.base import Source, printable
+from data_shards.sources.folder_tree import HIDDEN
 from data_shards.storage.store import Store
+from data_shards.untrusted import text
 
 REPORT_FILE = "report.json"
 _LISTED = 1000
+_NAMED = 3  # of them in the summary
 
 
 def duplicates_of(
@@ -146,17 +149,25 @@ def report_to_json(content: dict[str, Any]) -> bytes:
 
 
 def summary(content: dict[str, Any]) -> str:
-    """Return one line that counts what was left out and found twice."""
+    """Return one line that counts what was left out and found twice, and names the first ones."""
     undecodable, duplicates = content["undecodable"], content["duplicates"]
     fate = "left out" if duplicates["dropped"] else "kept"
     between = duplicates.get("between_splits", 0)
     shared = f", of which {between} between train and test" if between else ""
-    not_taken = content.get("not_taken", {}).get("causes", {})  # sets written before have none
+    not_taken = content.get("not_taken", {})  # sets written before have none
     return (
-        f"{undecodable['count']} undecodable{_in_brackets(undecodable['causes'])}, "
+        f"{undecodable['count']} undecodable{_in_brackets(undecodable['causes'])}"
+        f"{_named(undecodable['first'])}, "
         f"{duplicates['count']} duplicates {fate}{shared}, "
-        f"{content['other_files']} other files{_in_brackets(not_taken)}"
+        f"{content['other_files']} other files{_in_brackets(not_taken.get('causes', {}))}"
+        f"{_named(not_taken.get('first', []))}"
     )
+
+
+def _named(listed: Sequence[dict[str, str]]) -> str:
+    shown = [entry["name"] for entry in listed if entry["cause"] != HIDDEN]
+    names = [text.printable(printable(name)) for name in shown]
+    return f": {', '.join(names[:_NAMED])}{', ...' * (len(names) > _NAMED)}" if names else ""
 
 
 def _in_brackets(causes: dict[str, int]) -> str:
