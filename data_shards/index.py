@@ -15,7 +15,7 @@ from data_shards.storage.store import Store
 from data_shards.writing.foreign_set import IndexOptions, index_foreign_set
 from data_shards.writing.process_pool import usable_cpus
 from data_shards.writing.shard_patterns import find_shards
-from data_shards.writing.write_report import REPORT_FILE, summary
+from data_shards.writing.write_report import reported
 
 _SMALL_SET = 256 << 20  # bytes; one process is done before others have started
 
@@ -77,8 +77,7 @@ def _run(
     what = "index written" if found.written else "already there, unchanged"
     sys.stdout.write(
         f"{store}: {what}: {counts} samples in {len(found.index.shards)} shards, digest "
-        f"{found.index.digest}\n{store}/{REPORT_FILE}: "
-        f"{summary(store.read_object(REPORT_FILE))}\n"
+        f"{found.index.digest}\n{reported(store)}"
     )
 
 

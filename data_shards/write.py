@@ -20,7 +20,7 @@ from data_shards.sources import SOURCES, Source
 from data_shards.storage.store import Store
 from data_shards.writing.process_pool import usable_cpus
 from data_shards.writing.shard_plan import WriteOptions
-from data_shards.writing.write_report import REPORT_FILE, summary
+from data_shards.writing.write_report import REPORT_FILE, reported
 from data_shards.writing.writer import write_shard_set
 
 __all__ = ["main", "write_shard_set"]
@@ -75,8 +75,7 @@ def _write(source: Source, output: Output) -> None:
         f"{store}: {what}: {counts} samples in {len(index.shards)} shards, digest {index.digest}\n"
     )
     if store.exists(REPORT_FILE):
-        report = store.read_object(REPORT_FILE)
-        sys.stdout.write(f"{store}/{REPORT_FILE}: {summary(report)}\n")
+        sys.stdout.write(reported(store))
 
 
 def _subcommand(make: Callable[..., Source]) -> Callable[..., None]:

@@ -160,9 +160,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _share(share: str | None, samples: str | None) -> str:
     """Certified accuracy with its interval, as far as a version's tags say."""
-    if share is None or samples is None:
-        return "?" if share is None else f"{float(share):.2%}"
-    return with_interval(float(share), int(samples))
+    try:
+        if share is None or samples is None:
+            return "?" if share is None else f"{float(share):.2%}"
+        return with_interval(float(share), int(samples))
+    except ValueError:  # a tag may be anybody's
+        return "?"
 
 
 def _console() -> Console:

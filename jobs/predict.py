@@ -258,7 +258,14 @@ def _formatted(file: Any, kind: str) -> Callable[[dict[str, Any]], object]:
         return lambda row: file.write(json.dumps(row, allow_nan=False) + "\n")
     table = csv.DictWriter(file, FIELDS, lineterminator="\n")
     table.writeheader()
-    return table.writerow
+    return lambda row: table.writerow({name: _encodable(cell) for name, cell in row.items()})
+
+
+def _encodable(cell: Any) -> Any:
+    """A cell as UTF-8 can have it: names of files need not be text."""
+    if not isinstance(cell, str):
+        return cell
+    return cell.encode("utf-8", "backslashreplace").decode()
 
 
 def _left_aside(others: Sequence[str]) -> str:

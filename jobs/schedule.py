@@ -231,11 +231,13 @@ def _due_now(when: str, config: ScheduleConfig, claims: Claims) -> bool:
     try:
         mark = claims.store.read_object(_mark(when))
         last = datetime.fromtimestamp(mark["at"], timezone.utc)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        due = trigger(when, config).get_next_fire_time(last, last)
+        if due is None:
+            raise ValueError(f"the rule has no time after {last}")
+    except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
         logger.warning("%s/%s: %s; the rule is applied now", claims.store, _mark(when), error)
         return True
-    due = trigger(when, config).get_next_fire_time(last, last)
-    return due is not None and due <= datetime.now(timezone.utc)
+    return bool(due <= datetime.now(timezone.utc))
 
 
 def _mark(when: str) -> str:

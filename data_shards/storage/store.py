@@ -144,7 +144,7 @@ class Store:
 
         Raises:
             FileNotFoundError: there is no such object.
-            OSError: it cannot be read.
+            OSError: it cannot be read, or is a device or a pipe.
             UntrustedError: it is larger than the limit.
         """
         in_process = self._scheme in _IN_PROCESS
@@ -152,9 +152,17 @@ class Store:
         if limit:
             require(size, limit, f"{self}/{name} has")
         if in_process:
-            return cast(bytes, self._fs().cat_file(self._path(name)))
+            return self._read_here(name)
         starts = range(0, size, _PIECE)
         return b"".join(self.read_ranges([(name, s, min(s + _PIECE, size)) for s in starts]))
+
+    def _read_here(self, name: str) -> bytes:
+        path = self._path(name)
+        if self._scheme == "file" and Path(path).exists():
+            kind = Path(path).stat().st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # without a size, or without an end
+                raise OSError(f"{self}/{name} is a device or a pipe, not a file")
+        return cast(bytes, self._fs().cat_file(path))
 
     def read_object(self, name: str) -> dict[str, Any]:
         """Return the JSON object that an object of the store holds.

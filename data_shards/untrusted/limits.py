@@ -27,6 +27,8 @@ class Limits:
     """Levels of a JSON text."""
     row_group_bytes: int = 64 << 20
     """A row group of a Parquet file, uncompressed."""
+    table_bytes: int = 1 << 30
+    """The samples of an evaluation: their Parquet file, and all of its row groups, uncompressed."""
     image_bytes: int = 256 << 20
     """An encoded image."""
     image_pixels: int = 200_000_000

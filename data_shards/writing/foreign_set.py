@@ -39,7 +39,7 @@ from data_shards.sources.base import VALIDATION, Source, hold_out, hold_out_test
 from data_shards.sources.convert import Recipe
 from data_shards.storage.store import Store
 from data_shards.writing.claim import PROGRESS, claim, or_finished_elsewhere
-from data_shards.writing.index_files import write_index
+from data_shards.writing.index_files import MAX_CLASSES, write_index
 from data_shards.writing.process_pool import Advance, run_tasks
 from data_shards.writing.progress_bar import ProgressBar
 from data_shards.writing.shard_patterns import ForeignShard
@@ -56,7 +56,6 @@ _logger = logging.getLogger(__name__)
 
 _VERSION = 1  # of the rules that turn shards into an index
 _FIRST_COPY = "test-00000.tar"
-_MAX_CLASSES = 1 << 20
 _LISTED = 5
 _SORTED = 0.5  # of the changes of class between neighbours that a shuffled order has
 
@@ -419,7 +418,7 @@ def _classes(root: Store, texts: list[str]) -> tuple[npt.NDArray[np.int64], tupl
     if all(is_number(text) for text in different):
         labels = np.array([int(text) for text in texts], dtype=np.int64)
         count = int(labels.max()) + 1
-        if count > _MAX_CLASSES:
+        if count > MAX_CLASSES:
             raise ShardError(
                 f"{root}: {len(different)} different labels, the largest is {count - 1}: these are "
                 "no numbers of classes"

@@ -36,6 +36,7 @@ from data_shards.format.index import (
 from data_shards.format.shard_scan import HashedFile, read_shard_file
 from data_shards.sources.base import VALIDATION, hold_out
 from data_shards.storage.store import Store
+from data_shards.writing.index_files import MAX_CLASSES
 from data_shards.writing.process_pool import Advance, run_tasks
 from data_shards.writing.progress_bar import ProgressBar
 
@@ -235,10 +236,10 @@ def _index(
         for number, survey in enumerate(surveys)
     )
     columns = _columns(surveys)
+    known = old.header or _default_header(store, surveys, columns["label"], notes)
     test = columns["split"] == "test"
     columns["validation"] = _validation(columns, ~test, old, notes)
     rows = rows_to_parquet(columns)
-    known = old.header or _default_header(store, surveys, columns["label"], notes)
     _check_shapes(surveys, known)
     header = dataclasses.replace(
         known,
@@ -294,6 +295,11 @@ def _default_header(
         )
     (image_shape,) = shapes["test"]
     name, count = str(store).rpartition("/")[2], int(labels.max()) + 1
+    if count > MAX_CLASSES:
+        raise ShardError(
+            f"{store}: the largest label is {count - 1}: without a header that says otherwise this "
+            "is no number of a class"
+        )
     notes.append(
         f": assumed: name {name!r}, {count} classes with names 'class 0' and so on, images "
         f"{image_shape}, no generator"

@@ -168,7 +168,9 @@ def per_class_scores(
     """Return clean and certified accuracy by true class; a class without samples is left out."""
     correct = label == column.prediction
     certified = np.where(correct, column.radius, 0.0)
-    classes = [(index, np.flatnonzero(label == index)) for index in range(num_classes)]
+    # Those that occur: a certificate may state any number of classes.
+    found = [int(index) for index in np.unique(label) if 0 <= index < num_classes]
+    classes = [(index, np.flatnonzero(label == index)) for index in found]
     return tuple(
         {
             "label": index,
@@ -177,7 +179,6 @@ def per_class_scores(
             **{ratio: float(np.mean(certified[rows] > eps_value(ratio))) for ratio in eps},
         }
         for index, rows in classes
-        if rows.size
     )
 
 

@@ -88,7 +88,7 @@ def evaluation_files(folder: Store) -> dict[str, bytes]:
     files = {name: folder.read(name, limit="json_bytes") for name in (CERTIFICATE, SUMMARY)}
     rows = parse_object(files[CERTIFICATE], CERTIFICATE)["shards"]["samples"]
     require_rows(folder.size(SAMPLES), rows, f"{folder}/{SAMPLES}")
-    return {**files, SAMPLES: folder.read(SAMPLES)}
+    return {**files, SAMPLES: folder.read(SAMPLES, limit="table_bytes")}
 
 
 def certificate_body(data: bytes) -> dict[str, Any]:
@@ -183,6 +183,8 @@ def _derived(summary: EvaluationSummary, body: Mapping[str, Any], table: pa.Tabl
     """Derive every number again that the samples hold."""
     if reason := contradiction(summary, body):
         raise EvaluationError(reason)
+    if len(table) != summary.samples:
+        raise EvaluationError(f"{SAMPLES} has {len(table)} rows for {summary.samples} samples")
     label = table["label"].to_numpy()
     records = {name: _records(table, name, body["columns"][name]) for name in COLUMNS}
     columns = {

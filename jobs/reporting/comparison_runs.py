@@ -28,6 +28,7 @@ from pipeline.run import layout
 from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.lease import read_record_object
 from pipeline.run.movable_urls import resolve
+from pipeline.tracking.outbox import read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -142,13 +143,12 @@ class Outcome:
     def _used(self) -> tuple[int, float]:
         """Steps and processor seconds that the records of the loop came to."""
         steps, seconds, before = 0, 0.0, 0.0
-        with (self.folder / layout.TRACKING / layout.SPOOL).open() as lines:
-            for row in map(json.loads, lines):
-                now = row.get("values", {}).get("train/processor_s")
-                if now is not None and row["step"] > steps:
-                    # A run that was continued counts from 0 again.
-                    seconds += now - before if now >= before else now
-                    steps, before = row["step"], now
+        for row in read_rows(self.folder / layout.TRACKING / layout.SPOOL, "metrics"):
+            now = row["values"].get("train/processor_s")
+            if now is not None and row["step"] > steps:
+                # A run that was continued counts from 0 again.
+                seconds += now - before if now >= before else now
+                steps, before = row["step"], now
         return steps, seconds
 
     @property

@@ -200,9 +200,9 @@ def _check_network(located: Located, info: ArtifactInfo) -> None:
 def _table(evaluation: Store, samples: int) -> bytes:
     try:
         require_rows(evaluation.size(SAMPLES), samples, f"{evaluation}/{SAMPLES}")
+        return evaluation.read(SAMPLES, limit="table_bytes")
     except UntrustedError as error:
         raise EvaluationError(str(error)) from error
-    return evaluation.read(SAMPLES)
 
 
 def _belong(field: str, stated: str, data: bytes, place: Store) -> None:

@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import itertools
 import os
+import re
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ from pipeline.training.data import Samples, open_samples
 from pipeline.training.zero3 import require_precision
 
 _SQLITE = "sqlite:///"
+_KEY = re.compile(rb"[0-9a-f]{32}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +235,13 @@ def _shards(config: RunConfig, storage: Store) -> Store:
 def _run_key(run: Store) -> str:
     """The key that the first execution of the run has drawn."""
     run.create(layout.TRACKING_KEY, uuid.uuid4().hex.encode())
-    return run.read(layout.TRACKING_KEY).decode()
+    key = run.read(layout.TRACKING_KEY, limit="name_bytes")
+    if not _KEY.fullmatch(key):
+        raise PipelineError(
+            f"{run}/{layout.TRACKING_KEY} is damaged: {key[:40]!r} is no key of an MLflow run; "
+            "without the file the run gets a new one"
+        )
+    return key.decode()
 
 
 def _remove_leftovers(run: Store) -> None:

@@ -156,7 +156,7 @@ def _driver() -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return done.stdout.splitlines()[0].strip()
+    return (done.stdout.splitlines() or ["unknown"])[0].strip()
 
 
 _SUM = """

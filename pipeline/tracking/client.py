@@ -87,6 +87,10 @@ class TrackingConfig:
         raise ValueError(f"tracking uri {uri!r} must start with sqlite:/// or http(s)://")
 
 
+class QuoteError(ValueError):
+    """A text that no MLflow search can hold."""
+
+
 class RunReference(NamedTuple):
     """A run on the MLflow server."""
 
@@ -228,7 +232,7 @@ class MlflowConnection:
             known["source_run"] = run_id  # two training runs may end in the same weights
         found = self._client.search_logged_models(
             [run.info.experiment_id],
-            filter_string=" and ".join(f"tags.{k} = '{v}'" for k, v in known.items()),
+            filter_string=" and ".join(f"tags.{k} = {quoted(v)}" for k, v in known.items()),
             max_results=1,
         )
         if found:
@@ -385,7 +389,7 @@ class MlflowConnection:
         return open_files(self._config, location)
 
     def _find_run(self, **tags: str) -> Any:
-        condition = " and ".join(f"tags.{tag} = '{value}'" for tag, value in tags.items())
+        condition = " and ".join(f"tags.{tag} = {quoted(value)}" for tag, value in tags.items())
         runs = self._client.search_runs([self._experiment_id], condition, max_results=1)
         return runs[0] if runs else None
 
@@ -395,7 +399,7 @@ class MlflowConnection:
         None if no training run, or more than one, ended in these weights.
         """
         models = self._client.search_logged_models(
-            [self._experiment_id], filter_string=f"tags.artifact_digest = '{artifact_digest}'"
+            [self._experiment_id], filter_string=f"tags.artifact_digest = {quoted(artifact_digest)}"
         )
         sources = {model.source_run_id for model in models if model.source_run_id}
         runs = [self._run(source) for source in sources]
@@ -481,6 +485,18 @@ def read_file(files: Any, name: str) -> bytes:
         path = Path(files.download_artifacts(name, folder))
         require(path.stat().st_size, "answer_bytes", f"{name} has")
         return path.read_bytes()
+
+
+def quoted(text: str) -> str:
+    """A text as a value of an MLflow search, which knows no escapes.
+
+    Raises:
+        QuoteError: it holds both kinds of quotes, or a backslash.
+    """
+    for quote in "'\"":
+        if quote not in text and "\\" not in text:
+            return f"{quote}{text}{quote}"
+    raise QuoteError(f"MLflow cannot search for {text!r}: both kinds of quotes, or a backslash")
 
 
 def flatten_params(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

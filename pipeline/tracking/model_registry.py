@@ -1,7 +1,6 @@
 """MLflow's model registry: versions with their evidence, aliases, and what makes them loadable.
 
 A registered version is the LoggedModel of a checkpoint, to which `package` adds a loader (models
-from data_shards.untrusted.json_input import parse_object
 from code, nothing pickled) and the certificate on which decisions rest. The weights stay where they
 are: the loader gets their address and digest.
 """
@@ -9,6 +8,7 @@ are: the loader gets their address and digest.
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +28,7 @@ from pipeline.tracking.client import (
     TrackingConfig,
     flatten_params,
     now_ms,
+    quoted,
     read_file,
 )
 from pipeline.tracking.reader import pages
@@ -35,6 +36,7 @@ from pipeline.tracking.relocation import follow
 from pipeline.tracking.server_answers import AddressError
 
 _EVIDENCE = "evidence"
+_DIGEST = re.compile("[0-9a-f]{64}")
 _PAGE = 1000
 
 
@@ -120,7 +122,7 @@ class Registry(MlflowConnection):
         """All versions, oldest first."""
         found, token = [], None
         while True:
-            page = self._client.search_model_versions(f"name = '{name}'", page_token=token)
+            page = self._client.search_model_versions(f"name = {quoted(name)}", page_token=token)
             # A search leaves the aliases out.
             found += [self._client.get_model_version(name, v.version) for v in page]
             token = page.token
@@ -230,7 +232,7 @@ class Registry(MlflowConnection):
         from mlflow.exceptions import MlflowException
 
         model_id = version.tags.get("model_id")
-        if model_id is None or not key:
+        if model_id is None or not _DIGEST.fullmatch(key):  # it becomes a path
             raise RegistryError(f"{version} carries no certificate: the gate did not register it")
         location = self._client.get_logged_model(model_id).artifact_location
         try:
@@ -266,7 +268,7 @@ class Registry(MlflowConnection):
 
     def evaluation_with(self, certificate_digest: str) -> str | None:
         """Id of the evaluation run that recorded a certificate, if it is in the experiment."""
-        condition = f"params.certificate_digest = '{certificate_digest}'"
+        condition = f"params.certificate_digest = {quoted(certificate_digest)}"
         runs = self._client.search_runs([self._experiment_id], condition, max_results=1)
         return str(runs[0].info.run_id) if runs else None
 
@@ -274,7 +276,7 @@ class Registry(MlflowConnection):
         """Keys of the comparisons that the gate made on a test set, by time, whatever came out."""
         condition = (
             "tags.stage = 'gate' and tags.`gate.action` = 'promote' and "
-            f"tags.`gate.index_digest` = '{index_digest}'"
+            f"tags.`gate.index_digest` = {quoted(index_digest)}"
         )
         runs = pages(self._client.search_runs, [self._experiment_id], condition, max_results=_PAGE)
         finished = [run for run in runs if run.info.status == "FINISHED"]

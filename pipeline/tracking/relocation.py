@@ -14,7 +14,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.json_input import read_object
 from pipeline.run.movable_urls import moved
 
 logger = logging.getLogger(__name__)
@@ -128,8 +128,8 @@ def _notes(database: Path) -> Path:
 
 def _noted(database: Path) -> list[str]:
     try:
-        notes = parse_object(_notes(database).read_bytes(), str(_notes(database)))
-        return [str(place) for place in notes["before"]]
+        with _notes(database).open("rb") as file:
+            return [str(place) for place in read_object(file, _notes(database))["before"]]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return []
 

@@ -24,6 +24,7 @@ from data_shards.streaming.stream import SampleStream
 from data_shards.verify import main as verify_main
 from data_shards.verify import verify
 from data_shards.writing import foreign_set
+from data_shards.writing.write_report import refuse_reported_leaks
 from tests.data_shards.foreign_shards import add, encoded, folders, img2dataset, stock, timm
 from tests.harness import forking_context
 from tests.object_store import upload
@@ -203,6 +204,34 @@ def test_what_cannot_be_used_is_named(tmp_path, capsys):
     assert list(verify(index)) == []
 
 
+def test_what_no_reader_would_take_is_left_out(tmp_path, monkeypatch):
+    """Else an index is written, after hours, that cannot be opened."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for i in range(12):
+            add(tar, f"{i}.png", encoded(i % 3, i))
+            add(tar, f"{i}.cls", f"class {i % 3}".encode())
+        add(tar, "k" * 1010 + ".png", encoded(0, 90))
+        add(tar, "k" * 1010 + ".cls", b"class 0")
+        add(tar, "label.png", encoded(0, 91))
+        add(tar, "label.cls", b"l" * 2000)
+        for i in range(300):
+            add(tar, f"other{i}.kind{i}", b"x")
+    command = ["--split", "train=a.tar", "--hold-out", "0.4"]
+    index = make(tmp_path, *command, out=tmp_path / "x")
+    assert len(index.rows) == 12
+    assert index.header.class_names == ("class 0", "class 1", "class 2")
+    causes = json.loads((tmp_path / "x/report.json").read_text())["not_taken"]["causes"]
+    assert causes["a key of about 1024 bytes or more"] == 1
+    assert causes[".cls holds a label of more than 1024 bytes"] == 1
+    assert len(causes) == 101
+    assert sum(causes.values()) == 302
+    # Header or report as a whole: said before anything is written.
+    monkeypatch.setenv("CERTIFIED_PRETRAIN_LIMIT_JSON_BYTES", "20000")
+    with pytest.raises(SystemExit, match=r"report\.json would have .*JSON_BYTES raises it"):
+        make(tmp_path, *command, out=tmp_path / "y")
+    assert not (tmp_path / "y/index.parquet").exists()
+
+
 def test_the_image_of_several(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for i in range(12):
@@ -286,6 +315,8 @@ def test_a_label_of_another_kind(plain):
         (["train=*.tar", "test=test-*.tar"], "test-0000.tar is of train and of test"),
         (["val=test-*.tar"], "'val=test-.*' is not train=PATTERN"),
         (["train=../x.tar"], "would leave the store"),
+        (["train=train-{0..999999}{0..999999}.tar"], "means more than 1000000 shards"),
+        (["train=train-{0..99999999999..3}.tar"], "means more than 1000000 shards"),
     ],
 )
 def test_patterns(plain, splits, message):
@@ -441,3 +472,16 @@ def test_shards_and_index_on_different_stores(plain, proxy, tmp_path):
     cached = trained_on(there, disk_cache=str(tmp_path / "cache"), cache_bytes=0)
     assert cached.keys() == trained_on(here).keys()
     assert any((tmp_path / "cache").rglob("*-*"))
+
+
+@pytest.mark.parametrize("report", [b"", b"{}", b'{"duplicates": 1}', b"[]", None])
+def test_a_set_without_a_report_is_the_same_set(plain, capsys, report):
+    index = make(plain, *PLAIN)
+    path = plain.parent / "index/report.json"
+    path.unlink()
+    if report is not None:
+        path.write_bytes(report)
+    assert make(plain, *PLAIN).digest == index.digest
+    assert "report.json: cannot be used: " in capsys.readouterr().out
+    with pytest.raises(ShardError, match="does not say that train and test images share no bytes"):
+        refuse_reported_leaks(Store(path.parent))

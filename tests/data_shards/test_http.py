@@ -96,6 +96,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         elif self.way == "empty" and self.once(2):
             body = b""
+        elif self.way == "endless":
+            body = body + bytes(64 << 20)
         self.send(206, body, headers)
 
     def once(self, times):
@@ -182,6 +184,7 @@ def test_ranges(numbers, serve):
         ("another", "the server sent another range: asked for bytes 100 to 109"),
         ("packed", r"the server sends the bytes packed \(gzip\)"),
         ("forbidden", "403"),
+        ("endless", "the server sends more than the 10 bytes asked for"),
     ],
 )
 def test_a_server_that_sends_other_bytes_is_named(numbers, serve, way, message):

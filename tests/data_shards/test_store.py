@@ -120,6 +120,21 @@ def test_arrow_reaches_the_same_objects(tmp_path):
             assert file.read() == b"content"
 
 
+def test_what_has_no_size_or_no_end_is_not_read(tmp_path):
+    """Its size says 0: it would be read for ever."""
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "file").write_bytes(b"{}")
+    store = Store(tmp_path)
+    for name in ("zeros", "pipe"):
+        with pytest.raises(OSError, match=f"{name} is a device or a pipe, not a file"):
+            store.read(name, limit="image_bytes")
+        with pytest.raises(OSError, match="a device or a pipe"):
+            store.read_object(name)
+    assert store.read_object("link") == {}
+
+
 class ListingsKept(MemoryFileSystem):
     """Remembers listings, as the clients of most object stores do unless told otherwise."""
 

@@ -246,7 +246,7 @@ def test_a_member_that_declares_ten_gigabytes(folder):
 
 
 def test_an_image_over_the_limit_is_not_read(folder, monkeypatch):
-    monkeypatch.setattr(shard_scan, "MAX_IMAGE", 2000)
+    monkeypatch.setenv("CERTIFIED_PRETRAIN_LIMIT_IMAGE_BYTES", "2000")
     members = read_members(folder / FILE)
     write_members(folder / FILE, [member("big.png", bytes(3000)), *members])
     reindex(folder, FILE)

@@ -80,10 +80,13 @@ class Machine:
                 "kind": "metrics",
                 "step": i + 1,
                 "values": {"train/processor_s": self.overrun * (i + 1) / SPEED[preset]},
+                "timestamp_ms": i,
             }
             for i in range(steps)
         ]
-        (folder / "tracking/spool.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        damaged = "\0" * 40  # as a machine that went down leaves it
+        lines = [damaged, *map(json.dumps, rows)]
+        (folder / "tracking/spool.jsonl").write_text("\n".join(lines) + "\n")
         best = 0.02 if preset == QUICK else 0.01
         score = 0.9 - abs(math.log2(settings["optim"]["lr"] / best)) / 10
         score -= float(given.get("train.seed", 0)) / 100

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,6 +23,7 @@ from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.runner import artifact_info, evaluation_keys
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.stored_result import read_result
+from jobs.registry.certificate_bundle import CertificateBundle
 from model.certify import certify
 from pipeline.run.evaluation_summary import EvaluationSummary
 from tests.fake_ray import gcs
@@ -274,6 +276,84 @@ def test_samples_and_certificate_of_another_digest_are_not_believed(finished, tm
     out.remove("samples.parquet")
     with pytest.raises(EvaluationError, match="no finished evaluation at"):
         read_result(out)
+
+
+def same_rows(table):
+    return table
+
+
+HOSTILE = {
+    "more row groups than memory": (
+        lambda table: pa.concat_tables([table] * 300), {}, "parquet takes .*, the limit is 1,000,0"
+    ),
+    "rows that nobody stated": (lambda table: pa.concat_tables([table] * 2), {}, "40 rows for 20"),
+    "no rows": (lambda table: table.slice(0, 0), {}, "0 rows for 20 samples"),
+    "no radii": (lambda table: table.drop_columns(["sound_radius"]), {}, "sound_radius"),
+    "labels of text": (
+        lambda table: table.set_column(
+            table.column_names.index("label"), "label", table["label"].cast(pa.string())
+        ),
+        {},
+        "cannot be used|does not follow",
+    ),
+    "lists": (
+        lambda table: table.append_column("x", pa.array([[1, 2]] * len(table))), {}, "is damaged"
+    ),
+    "a long text": (
+        lambda table: table.append_column("x", pa.array(["k" * 2000] * len(table))),
+        {},
+        "has in x a text of 2,000 bytes",
+    ),
+    "a billion classes": (same_rows, {"model__network__num_classes": 10**9}, ""),
+    "a billion samples": (same_rows, {"shards__samples": 10**9}, "samples of summary"),
+    "samples of text": (same_rows, {"shards__samples": "x"}, "cannot be used"),
+    "no samples": (same_rows, {"shards": {}}, "cannot be used: 'samples'"),
+}  # fmt: skip
+"""By what is wrong: rows, fields of the certificate, and what is said; all digests fit."""
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_samples_are_refused_before_they_take_memory(finished, what, tmp_path, monkeypatch):
+    change, fields, message = HOSTILE[what]
+    shutil.copytree(finished.out_url.removeprefix("file://"), tmp_path / "out")
+    out = Store(str(tmp_path / "out"))
+    genuine = pq.read_table(io.BytesIO(out.read("samples.parquet")))
+    pq.write_table(change(genuine), tmp_path / "out/samples.parquet", row_group_size=64)
+    body = json.loads(out.read("certificate.json"))
+    del body["digest"]
+    put(body, **fields)
+    body["samples_sha256"] = hashlib.sha256(out.read("samples.parquet")).hexdigest()
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    body["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    out.write("certificate.json", json.dumps(body).encode())
+    summary = json.loads(out.read("summary.json"))
+    out.write(
+        "summary.json", json.dumps({**summary, "certificate_digest": body["digest"]}).encode()
+    )
+    monkeypatch.setenv("CERTIFIED_PRETRAIN_LIMIT_TABLE_BYTES", "1000000")
+    if not message:  # what it states of classes is for the verifier to say
+        assert read_result(out).summary.samples == len(genuine)
+        return
+    with pytest.raises(EvaluationError, match=message):
+        read_result(out)
+    if what not in ("lists", "a long text"):  # of columns that the gate does not read
+        with pytest.raises(EvaluationError, match="cannot be read"):
+            CertificateBundle.read(out.url)
+
+
+def test_a_huge_file_of_samples_is_not_read(finished, tmp_path):
+    shutil.copytree(finished.out_url.removeprefix("file://"), tmp_path / "out")
+    out = Store(str(tmp_path / "out"))
+    os.truncate(tmp_path / "out/samples.parquet", 20 << 30)  # sparse: 20 GiB of nothing
+    for read in (lambda: read_result(out), lambda: CertificateBundle.read(out.url)):
+        with pytest.raises(EvaluationError, match=r"21,474,836,480 bytes; .* rows take at most"):
+            read()
+    body = json.loads(out.read("certificate.json"))
+    put(body, shards__samples=10**9)
+    out.write("certificate.json", json.dumps(body).encode())
+    for read in (lambda: read_result(out), lambda: CertificateBundle.read(out.url)):
+        with pytest.raises(EvaluationError, match="bytes, the limit is 1,073,741,824"):
+            read()
 
 
 def test_a_result_that_was_forged_is_made_again(fields, first, capsys):

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 
 import numpy as np
@@ -217,11 +218,26 @@ def test_a_huge_file_costs_its_own_row_alone(artifact, folder, tmp_path):
     shutil.copytree(folder, whole)
     with (whole / "huge.png").open("wb") as file:
         file.truncate(20 << 30)  # sparse: 20 GiB of nothing
+    os.mkfifo(whole / "pipe.png")
     before, _ = rows_of(artifact, folder)
     rows, _ = rows_of(artifact, whole)
     errors = [row["error"] for row in rows if row["path"].endswith("huge.png")]
     assert len(errors) == 1
     assert "huge.png has 21,474,836,480 bytes, the limit is 268,435,456" in errors[0]
-    assert [row["radius"] for row in rows if not row["path"].endswith("huge.png")] == [
+    errors = [row["error"] for row in rows if row["path"].endswith("pipe.png")]
+    assert len(errors) == 1
+    assert "is a device or a pipe" in errors[0]
+    assert [row["radius"] for row in rows if row["error"] is None] == [
         row["radius"] for row in before
     ]
+
+
+@pytest.mark.parametrize("form", ["rows.csv", "-"])
+def test_a_name_that_is_no_text_ends_no_table(artifact, folder, tmp_path, capfd, form):
+    (folder / os.fsdecode(b"\xff.png")).write_bytes(b"\x89PNG")
+    out = form if form == "-" else str(tmp_path / form)
+    assert main([artifact, str(folder), "--out", out, "--format", "csv"]) == 1
+    said = capfd.readouterr().out
+    text = said if form == "-" else (tmp_path / form).read_text()
+    assert len(list(csv.DictReader(io.StringIO(text)))) == 6
+    assert r"\udcff.png" in text

@@ -267,6 +267,24 @@ def planned(capsys, tmp_path, found, *options):
     return (json.loads(out) if out else {}), code, err
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: text.replace("40000000000.0", "Infinity"), "working_flops"),
+        (lambda text: text.replace("0.25", "NaN"), "step_efficiency"),
+        (lambda text: "[" * 100_000, "maximum recursion"),
+        (lambda text: text + " " * (16 << 20), "the limit is 16,777,216"),
+    ],
+)
+def test_what_was_measured_is_checked_before_it_is_believed(capsys, tmp_path, change, words):
+    path = tmp_path / "measured.json"
+    path.write_text(change(pieces().to_json()))
+    code, _, err = run_plan(capsys, "digits", "--gpus", "2", "--measured", str(path))
+    assert code == 2
+    assert f"--measured {path}: " in err
+    assert words in err
+
+
 def test_what_was_measured_replaces_data_sheets(capsys, tmp_path):
     plan, code, _ = planned(capsys, tmp_path, pieces())
     time, sent = plan["step_s"], plan["sent_per_rank_step"]
