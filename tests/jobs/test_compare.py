@@ -304,6 +304,13 @@ def test_an_unknown_preset_is_refused_before_anything_runs(machine, tmp_path):
     assert not machine.started
 
 
+def test_trials_without_optuna_say_what_to_install(machine, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(EvaluationError, match=r"pip install certified-pretrain\[compare\]"):
+        compare(config(tmp_path, trials=1))
+    compare(config(tmp_path))  # which needs none
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_has_sizes_to_try(family):
     preset = next(name for name in PRESETS if run_preset(name).model.kind == family)
