@@ -9,6 +9,7 @@ from pipeline.config import RunConfig, replaced
 from pipeline.errors import NoEffectError, PipelineError
 from pipeline.losses.registry import LOSSES, another_loss, option_names, require_options
 from pipeline.presets import fashion_mnist, linf, lipnext, liresnet, sll, soc
+from pipeline.presets.fit_to_data import fitted
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     **lipnext.PRESETS,
@@ -44,7 +45,8 @@ def parse_with_preset(
 ) -> Parsed:
     """Parse a command line whose first word may be a preset, on top of that preset.
 
-    `--loss.kind` exchanges the preset's loss; options that both losses have keep their values. An
+    `--data.shards` fits the network to the images (`fit_to_data`). `--loss.kind` exchanges the
+    preset's loss; options that both losses have keep their values. An
     option of the preset that a flag leaves without effect goes back to its default; one that was
     given is refused.
 
@@ -55,6 +57,7 @@ def parse_with_preset(
     Raises:
         PipelineError: unknown preset or loss, an option of another loss or one without effect. A
             bad flag or value exits with status 2 and says which.
+        ShardError: there is no shard set at `--data.shards`, from which the preset takes its shape.
     """
     name, words = DEFAULT_PRESET, list(arguments)
     if words and not words[0].startswith("-"):
@@ -70,7 +73,10 @@ def parse_with_preset(
             settled = replaced(config, error.option, error.default)
         return on_top_of(settled)  # every turn settles one option, so this ends
 
-    return on_top_of(_with_loss(run_preset(name), given))
+    preset = _with_loss(run_preset(name), given)
+    if (shards := given.get("data.shards")) and "data.unindexed_samples" not in given:
+        preset = fitted(preset, shards, given)
+    return on_top_of(preset)
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
