@@ -33,7 +33,14 @@ from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.suites import NO_ATTACK
 from model.errors import ModelError
 from pipeline.run.evaluation_summary import EvaluationSummary, report
-from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
+from pipeline.run.layout import (
+    BOUNDS_FIGURE,
+    CERTIFICATE,
+    CLOSEST_FIGURE,
+    CRA_FIGURE,
+    RADIUS_FIGURE,
+    SUMMARY,
+)
 from pipeline.run.open_servers import ExposureError
 from pipeline.tracking.client import EvaluationRecord, RunReference, log_evaluation, ui_command
 
@@ -92,7 +99,7 @@ def record(
     """Hand the result to `log`, or record it in `config.tracking` and return the run."""
     info = artifact_info(config.artifact)
     out = output(config)
-    files = [CRA_FIGURE, RADIUS_FIGURE, CERTIFICATE, SUMMARY]
+    files = [CRA_FIGURE, RADIUS_FIGURE, CLOSEST_FIGURE, CERTIFICATE, SUMMARY]
     files += [BOUNDS_FIGURE] * bool(summary.layers)
     row = EvaluationRecord(
         eval_key=summary.eval_key,

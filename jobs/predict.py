@@ -35,7 +35,7 @@ from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.runner import artifact_info, run_task, task_device
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.prediction.image_files import Picture, PreparedImage, find_pictures, prepare
-from jobs.prediction.predictor import SoundPredictor
+from jobs.prediction.predictor import SoundPredictor, artifact_url
 from jobs.registry.promotion import rule_of
 from model.artifact.artifact import ArtifactInfo
 from model.certification.eps import eps_value
@@ -45,8 +45,9 @@ from pipeline.run.ray_session import ray_session
 from pipeline.tracking.client import TrackingConfig
 from pipeline.tracking.model_registry import Registry, RegistryError
 
-FIELDS = ("path", "label", "radius", "norm", "eps", "certified", "size", "resize", "error")
+FIELDS = ("path", "label", "class", "radius", "norm", "eps", "certified", "size", "resize", "error")
 _TASKS_PER_WAVE = 64
+_NAMED = 3
 Run = Callable[[Sequence[Any]], list[Any]]
 
 
@@ -57,9 +58,10 @@ class PredictConfig:
     """Class, certified radius and verdict for images."""
 
     model: tyro.conf.Positional[str]
-    """models:/NAME@ALIAS, models:/NAME/VERSION, or the URL of a model artifact."""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or the URL of a model artifact or of a run: then
+    the artifact that was evaluated on its test split, else its newest."""
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Image files and folders (png, jpg, webp), paths or URLs."""
+    """Image files and folders (png, jpg, webp, bmp, gif, tiff), paths or URLs."""
     eps: str | None = None
     """Radius of the verdict; default: that of the registered model's rule, else 36/255."""
     resize: bool = False
@@ -109,6 +111,7 @@ class PredictTask:
             row |= {"path": picture.path, "norm": predictor.info.norm, "eps": self.eps}
             if isinstance(image, PreparedImage):
                 label, radius = next(answers)
+                row["class"] = predictor.info.class_name(label)
                 row |= {"label": label, "radius": radius, "certified": radius > eps_value(self.eps)}
                 row |= {"size": image.size, "resize": image.resize or "none"}
             else:
@@ -124,7 +127,8 @@ class Count:
     images: int = 0
     certified: int = 0
     failed: int = 0
-    others: int = 0
+    others: tuple[str, ...] = ()
+    """Files of the folders that are no images by their names."""
 
 
 def predict(
@@ -148,7 +152,7 @@ def predict(
         raise EvaluationError(f"the artifact at {url} has digest {info.digest}, not {digest}")
     device = task_device(config.device, launcher=config.launcher, num_gpus=config.num_gpus)
     artifact = ArtifactTask(url=Store(url).url, digest=info.digest, device=device)
-    count = Count(others=others)
+    count = Count(others=tuple(others))
     bar = ProgressBar("predicting", len(pictures), unit="images", shown=progress)
     with _runner(config) as run, bar:
         for row in _rows(config, artifact, info, pictures, eps, run):
@@ -198,6 +202,8 @@ def _resolve(config: PredictConfig) -> tuple[str, str | None, str]:
             raise RegistryError(f"{version} names no model artifact: the gate did not register it")
         registry.require_address(url)
         eps = eps or rule_of(registry, version.name).eps
+    else:
+        url = artifact_url(url)
     eps = eps or "36/255"
     eps_value(eps)
     return url, digest, eps
@@ -273,6 +279,13 @@ def _encodable(cell: Any) -> Any:
     return cell.encode("utf-8", "backslashreplace").decode()
 
 
+def _left_aside(others: Sequence[str]) -> str:
+    if not others:
+        return ""
+    more = ", ..." if len(others) > _NAMED else ""
+    return f"; no images by their names: {len(others)}, {', '.join(others[:_NAMED])}{more}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns 0, 1 if an image failed, 2 for bad input."""
 
@@ -280,9 +293,9 @@ def main(arguments: list[str] | None = None) -> int:
         config = parse_words(PredictConfig, arguments, prog="python -m jobs.predict")
         with _writer(config) as write:
             count = predict(config, write, progress=config.out != "-" or not sys.stdout.isatty())
-        ignored = f"; {count.others} other files ignored" if count.others else ""
         errors.print(
-            f"{count.images} images, {count.certified} certified, {count.failed} failed{ignored}",
+            f"{count.images} images, {count.certified} certified, {count.failed} failed"
+            f"{_left_aside(count.others)}",
             soft_wrap=True,
         )
         return 1 if count.failed else 0

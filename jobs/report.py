@@ -30,6 +30,7 @@ from data_shards.untrusted.text import code, markdown, shown
 from jobs.evaluation.console import exit_status
 from jobs.evaluation.plot_style import run_style
 from jobs.evaluation.sample_records import EvaluationError
+from jobs.reporting.classes import confusion_table, frequent_confusions, worst_classes
 from jobs.reporting.figures import cost_svg, curves_svg, time_unit
 from jobs.reporting.report_data import ComparisonGroup, Report, ReportEntry, collect
 from jobs.reporting.verify_page import VERIFY_PAGE, locate, page
@@ -166,6 +167,9 @@ _FILTERS: Mapping[str, Callable[..., object]] = {
     "share": with_interval,
     "per_point": per_point,
     "per_further_point": per_further_point,
+    "classes": worst_classes,
+    "confusion": confusion_table,
+    "confused": frequent_confusions,
     "code": code,
     "quoted": shlex.quote,
     "when": lambda ms: datetime.fromtimestamp(ms / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M"),

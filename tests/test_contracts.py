@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("pipeline", "model", "optim", "data_shards", "jobs")
+PACKAGES = ("certified_pretrain", "pipeline", "model", "optim", "data_shards", "jobs")
 
 FORBIDDEN = {
     "jobs.report": "pipeline.new_thing",
+    "jobs.predict": "certified_pretrain.networks",
+    "certified_pretrain.training": "pipeline.training.trainer",
     "jobs.gate": "pipeline.checkpoint.reader",
     "jobs.evaluation.plots": "jobs.registry.promotion",
     "model.networks.head": "optim.matrix_exp",

@@ -16,7 +16,7 @@ from pipeline.presets import PRESETS
 from pipeline.resilience.hang_detector import _WAITING
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("pipeline", "model", "optim", "data_shards", "jobs")
+PACKAGES = ("certified_pretrain", "pipeline", "model", "optim", "data_shards", "jobs")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 LONGEST_FUNCTION = 75
 FOLDERS = (*PACKAGES, "tests", "benchmarks", "docs", ".github")
@@ -147,12 +147,9 @@ def test_json_from_outside_is_parsed_in_one_place():
     assert found == set(OWN_JSON)
 
 
-def test_modules_named_in_the_readme_run():
-    modules = set(
-        re.findall(
-            r"python -m ((?:pipeline|jobs|data_shards)\.\w+)", (ROOT / "README.md").read_text()
-        )
-    )
+def test_modules_named_in_the_readme_and_the_tutorial_run():
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "docs/tutorial.md"))
+    modules = set(re.findall(r"python -m ((?:pipeline|jobs|data_shards)\.\w+)", text))
     assert {"pipeline.pretrain", "jobs.evaluate_cra", "data_shards.write"} <= modules
     for module in modules:
         source = (ROOT / f"{module.replace('.', '/')}.py").read_text()

@@ -43,6 +43,9 @@ _SCAN = b"\xff\xda"  # never inside coded pixels; a thumbnail has some of its ow
 _BASELINE = (0xC0, 0xC1)
 _PNG_DEPTH = 24  # place of the bits per channel in a PNG file
 
+_STILL = (b"BM", "BMP"), (b"GIF8", "GIF"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF")
+"""First bytes of formats that no shard holds; a source reads their single images."""
+
 Pixels = npt.NDArray[np.uint8]
 """(H, W, C), C = 1 or 3."""
 
@@ -62,6 +65,29 @@ def image_format(data: bytes) -> str:
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
     return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
+
+
+def still_format(data: bytes) -> str:
+    """Return "BMP", "GIF" or "TIFF", which a source reads and no shard holds, or ""."""
+    return next((kind for start, kind in _STILL if data.startswith(start)), "")
+
+
+def decode_still(data: bytes) -> Pixels:
+    """Decode a BMP, GIF or TIFF file that holds one image.
+
+    Args:
+        data: The encoded image, of a `still_format`.
+
+    Raises:
+        ShardError: as in `decode_pixels`, or more than one image: an animation, or pages.
+    """
+    kind = still_format(data)
+    with _opened(data, kind) as image:
+        with contextlib.suppress(EOFError):
+            image.seek(1)
+            raise ShardError(f"{kind} of {len(data)} bytes holds more than one image")
+        image.seek(0)
+    return _decode_pillow(data, kind)
 
 
 def decode_pixels(data: bytes, extension: str) -> Pixels:

@@ -208,6 +208,12 @@ class ShardIndex:
         return f"sample {self.rows.key[row].decode()!r} of shard {file}"
 
 
+def named_classes(header: Header) -> tuple[str, ...]:
+    """Return the names of all classes; empty where they have none, or not one each."""
+    names = header.class_names
+    return names if len(names) == header.num_classes else ()
+
+
 def shard_files(store: Store, header: Header) -> ShardFiles:
     """Return the files of the shards that a header lists."""
     return ShardFiles(store, {shard.file: shard.source for shard in header.shards})

@@ -10,11 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from data_shards.errors import ShardError
-from data_shards.sources.base import Source
+from data_shards.sources.base import Source, printable
+from data_shards.sources.folder_tree import HIDDEN
 from data_shards.storage.store import Store
+from data_shards.untrusted import text
 
 REPORT_FILE = "report.json"
 _LISTED = 1000
+_NAMED = 3  # of them in the summary
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 _LISTED_IN_ALL = 10_000
 _SAID = 10  # of them in one line
@@ -166,17 +169,25 @@ def reported(store: Store) -> str:
 
 
 def _summary(content: dict[str, Any]) -> str:
-    """Count in one line what was left out and found twice."""
+    """Count in one line what was left out and found twice, and name the first ones."""
     undecodable, duplicates = content["undecodable"], content["duplicates"]
     fate = "left out" if duplicates["dropped"] else "kept"
     between = duplicates.get("between_splits", 0)
     shared = f", of which {between} between train and test" if between else ""
-    not_taken = content.get("not_taken", {}).get("causes", {})  # sets written before have none
+    not_taken = content.get("not_taken", {})  # sets written before have none
     return (
-        f"{undecodable['count']} undecodable{_in_brackets(undecodable['causes'])}, "
+        f"{undecodable['count']} undecodable{_in_brackets(undecodable['causes'])}"
+        f"{_named(undecodable['first'])}, "
         f"{duplicates['count']} duplicates {fate}{shared}, "
-        f"{content['other_files']} other files{_in_brackets(not_taken)}"
+        f"{content['other_files']} other files{_in_brackets(not_taken.get('causes', {}))}"
+        f"{_named(not_taken.get('first', []))}"
     )
+
+
+def _named(listed: Sequence[dict[str, str]]) -> str:
+    shown = [entry["name"] for entry in listed if entry.get("cause") != HIDDEN]
+    names = [text.printable(printable(name)) for name in shown]
+    return f": {', '.join(names[:_NAMED])}{', ...' * (len(names) > _NAMED)}" if names else ""
 
 
 def _in_brackets(causes: dict[str, int]) -> str:

@@ -15,10 +15,11 @@ from model.certification.eps import check_table
 from pipeline.run import layout
 from pipeline.tracking.client import TrackingConfig
 
-_USUAL = {
+USUAL_EPS = {
     "l2": ("36/255", "72/255", "108/255", "255/255"),
     "linf": ("2/255", "8/255", "16/255", "25/255"),
 }
+"""Radii of a table by norm."""
 
 
 @pydantic.dataclasses.dataclass(
@@ -85,7 +86,7 @@ class EvaluationConfig:
 
     def for_norm(self, norm: str) -> EvaluationConfig:
         """Return the config with the usual radii of a norm, where none are named."""
-        return self if self.eps else dataclasses.replace(self, eps=_USUAL[norm])
+        return self if self.eps else dataclasses.replace(self, eps=USUAL_EPS[norm])
 
 
 def suite_config(

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model.certification.eps import eps_value
-from pipeline.run.evaluation_summary import ColumnScores
+from pipeline.run.evaluation_summary import MOST_CONFUSIONS, ColumnScores
 
 COLUMNS = ("nominal", "sound", "deployed")
 CURVE_EPS = {
@@ -180,6 +180,16 @@ def per_class_scores(
         }
         for index, rows in classes
     )
+
+
+def confusions(column: ColumnRecords, label: np.ndarray) -> tuple[tuple[int, int, int], ...]:
+    """Return (label, prediction, samples) of wrong predictions, the most frequent first."""
+    wrong = label != column.prediction
+    pairs = np.stack([label[wrong], column.prediction[wrong]], axis=1)
+    found, counts = np.unique(pairs, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:MOST_CONFUSIONS]
+    rows = np.column_stack([found, counts])[order].tolist()
+    return tuple((int(true), int(said), int(count)) for true, said, count in rows)
 
 
 def samples_parquet(parts: Sequence[ShardRecords]) -> bytes:

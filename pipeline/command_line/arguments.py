@@ -15,6 +15,7 @@ from pipeline.config import RunConfig, replaced
 from pipeline.errors import NoEffectError, PipelineError
 from pipeline.losses.registry import LOSSES, another_loss, option_names, require_options
 from pipeline.presets import run_preset
+from pipeline.presets.fit_to_data import fitted
 from pipeline.run import layout
 from pipeline.run.config_file import newest_run, read_file, stored_config
 from pipeline.run.ray_submission import default_storage
@@ -34,7 +35,8 @@ def parse_with_preset(
 ) -> Parsed:
     """Parse a command line on top of a preset, a file (`--config`) or an existing run (`--resume`).
 
-    The preset is the first word or `--preset`. `--loss.kind` exchanges the loss; options that both
+    The preset is the first word or `--preset`; `--data.shards` fits its network to the images
+    (`pipeline.presets.fit_to_data`). `--loss.kind` exchanges the loss; options that both
     losses have keep their values. An option below the command line that a flag leaves without
     effect goes back to its default; one that was given is refused.
 
@@ -45,6 +47,7 @@ def parse_with_preset(
     Raises:
         PipelineError: unknown preset or loss, a file or run that cannot be used, an option of
             another loss.
+        ShardError: there is no shard set at `--data.shards`, from which a preset takes its shape.
         NoEffectError: an option without effect.
         SystemExit: with status 2, after one line on a flag or a value that cannot be used.
     """
@@ -105,7 +108,11 @@ def _base(
         return _of_file(place, preset)
     if "--resume" in words:
         return _of_run(preset, given)
-    return run_preset(DEFAULT_PRESET if preset is None else preset)
+    found = run_preset(DEFAULT_PRESET if preset is None else preset)
+    shards = given.get("data.shards")
+    if not shards or "data.unindexed_samples" in given:
+        return found
+    return fitted(found, shards, given)
 
 
 def _of_run(preset: str | None, given: Mapping[str, str]) -> RunConfig:

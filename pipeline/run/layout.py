@@ -45,6 +45,7 @@ ARTIFACTS = "artifacts"
 CERTIFICATE, SAMPLES, SUMMARY = "certificate.json", "samples.parquet", "summary.json"
 PROGRESS = "progress.json"
 CRA_FIGURE, RADIUS_FIGURE, BOUNDS_FIGURE = "cra.png", "radius.png", "bounds.png"
+CLOSEST_FIGURE = "closest.png"
 """Files of an evaluation."""
 
 TRACKING = "tracking"

@@ -378,7 +378,8 @@ def _save_pyfunc(
     from mlflow.pyfunc import save_model
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
-    answer = {"label": "long", "radius": "double", "eps": "string", "certified": "boolean"}
+    answer = {"label": "long", "class": "string", "radius": "double", "eps": "string"}
+    answer["certified"] = "boolean"
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, *input_shape))]),
         outputs=Schema([ColSpec(kind, name) for name, kind in answer.items()]),

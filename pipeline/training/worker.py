@@ -208,6 +208,7 @@ def _saver(
         calibration=lambda: samples.calibration(config.train),
         emit=emit,
         writer=job.writer,
+        class_names=samples.class_names,
     )
 
 

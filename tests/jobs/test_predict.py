@@ -13,9 +13,9 @@ from data_shards.sources.base import encode_png
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.predict import FIELDS, PredictConfig, main, predict
 from jobs.prediction.image_files import find_pictures, prepare
-from jobs.prediction.predictor import SoundPredictor
+from jobs.prediction.predictor import CertifiedModel, SoundPredictor, artifact_url
 from model.certification.matrix_bounds import matrix_bound
-from tests.jobs.conftest import NETWORK
+from tests.jobs.conftest import NETWORK, export
 
 pytestmark = pytest.mark.integration
 
@@ -54,7 +54,7 @@ def test_rows_agree_with_the_network_and_its_certificate(artifact, network, fold
     assert [row["path"] for row in rows] == [
         str(folder / name) for name in ("0.png", "1.png", "2.png", "3.png", "deep/4.png")
     ]
-    assert (count.others, count.failed) == (1, 0)
+    assert (count.others, count.failed) == ((str(folder / "notes.txt"),), 0)
     pixels = torch.from_numpy(np.stack([image_of(seed) for seed in range(5)]))
     with torch.no_grad():
         logits = network(pixels / 255)
@@ -78,7 +78,7 @@ def test_no_perturbation_within_the_radius_changes_the_class(artifact, folder):
         lengths = noise.flatten(1).norm(dim=1)
         scale = 0.999 * found.radius / lengths
         moved = pixels.double() / 255 + scale[:, None, None, None] * noise
-        assert torch.equal(predictor._network(moved).argmax(1), found.prediction)
+        assert torch.equal(predictor._sound.network(moved).argmax(1), found.prediction)
 
 
 def test_bounds_of_other_weights_are_refused(artifact):
@@ -118,6 +118,57 @@ def test_colour_never_becomes_grey():
         prepare(png(image_of(0)), (1, 8, 8), resize=True)
 
 
+def test_three_equal_channels_are_grey_with_resize_and_said(tmp_path):
+    grey = image_of(0, (1, 8, 8))
+    for mode in ("RGB", "RGBA"):
+        file = io.BytesIO()
+        Image.fromarray(grey[0]).convert(mode).save(file, "PNG")
+        with pytest.raises(EvaluationError, match=r"--resize does it"):
+            prepare(file.getvalue(), (1, 8, 8), resize=False)
+        found = prepare(file.getvalue(), (1, 8, 8), resize=True)
+        assert np.array_equal(found.pixels.numpy(), grey)
+        assert found.resize == (
+            "8x8x3 to 8x8x1: one of 3 equal channels taken; the radius is of its pixels"
+        )
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF"])
+def test_other_formats_of_one_image_are_read(artifact, tmp_path, kind):
+    image = Image.fromarray(image_of(3).transpose(1, 2, 0)).quantize(200)
+    image.convert("RGB").save(tmp_path / "a.png")
+    image.save(tmp_path / f"a.{kind.lower()}", kind)
+    rows, count = rows_of(artifact, tmp_path)
+    assert count.failed == 0
+    assert len(rows) == 2
+    assert rows[0]["radius"] == rows[1]["radius"]
+
+
+def test_a_run_is_its_artifact_that_was_evaluated_on_test_else_its_newest(tmp_path, folder):
+    run = tmp_path / "run"
+    for step in (10, 20, 30):
+        export(run / f"artifacts/step-{step:08d}")
+    (run / "artifacts/step-00000040.bak").mkdir()
+    assert artifact_url(str(run)).endswith("run/artifacts/step-00000030")
+    result = run / "artifacts/step-00000020/evaluation/test/summary.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
+    artifact = artifact_url(str(run))
+    assert artifact.endswith("run/artifacts/step-00000020")
+    assert artifact_url(artifact) == artifact
+    assert len(rows_of(str(run), folder)[0]) == 5
+
+
+def test_rows_name_the_class(tmp_path, folder):
+    names = ("cat", "hot dog", "snow leopard", "fox")
+    named = export(tmp_path / "named", class_names=names)
+    rows, _ = rows_of(named, folder)
+    assert [row["class"] for row in rows] == [names[row["label"]] for row in rows]
+    answer = CertifiedModel(
+        artifact_url=named, artifact_digest=SoundPredictor(named).info.digest, eps="1/255"
+    ).predict(np.stack([image_of(seed) for seed in range(5)]))
+    assert answer["class"] == [row["class"] for row in rows]
+
+
 def test_a_damaged_file_has_a_row_with_its_error(artifact, folder):
     (folder / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
     rows, count = rows_of(artifact, folder)
@@ -142,7 +193,7 @@ def test_the_entry_writes_json_lines_and_csv(artifact, folder, tmp_path, capsys)
     rows = [json.loads(line) for line in captured.out.splitlines()]
     assert [tuple(row) for row in rows] == [FIELDS] * 5
     assert "5 images" in captured.err
-    assert "1 other files ignored" in captured.err
+    assert f"no images by their names: 1, {folder}/notes.txt" in captured.err
     out = tmp_path / "rows.csv"
     assert main([artifact, str(folder), "--out", str(out)]) == 0
     table = list(csv.DictReader(io.StringIO(out.read_text())))

@@ -406,6 +406,7 @@ def test_the_artifact_is_the_reference_average(outcomes):
     artifact = read_artifact(Store(kept.artifact_url).open)
     assert artifact.info.digest == kept.digest
     assert artifact.info.context == {"run": "plain", "step": STEPS}
+    assert artifact.info.class_names == tuple("0123456789")
     stored = {name: p.detach() for name, p in artifact.network.named_parameters()}
     matrices = 0
     for name, p in expected.named_parameters():
