@@ -13,10 +13,19 @@ class ImageProgress(ProgressBar):
         self._images = self._bytes = 0
         self._start = time.monotonic()
 
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        if self._shown and self._images:
+            self._console.print(
+                f"{self._label}: {self._done}{self._of()} images, {self._rate()}", soft_wrap=True
+            )
+
     def __call__(self, images: int, size: int) -> None:
         """Count images and their bytes."""
         self._images += images
         self._bytes += size
+        self.advance(images, self._rate())
+
+    def _rate(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-3)
-        rate = f"{self._images / seconds:.0f} images/s, {self._bytes / seconds / 1e6:.1f} MB/s"
-        self.advance(images, rate)
+        return f"{self._images / seconds:.0f} images/s, {self._bytes / seconds / 1e6:.1f} MB/s"

@@ -391,13 +391,13 @@ def test_a_run_that_was_stopped_goes_on(plain, monkeypatch):
 
 
 def index_there(folder, target, killed):
-    """Index a folder in a process of its own; `killed`: it dies in its third shard."""
+    """Index a folder in a process of its own; `killed`: it dies in its second shard of four."""
     if killed:
         scan, read = foreign_set._scan_shard, []
 
         def dying(*arguments):
             read.append(1)
-            if len(read) == 3:
+            if len(read) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             return scan(*arguments)
 

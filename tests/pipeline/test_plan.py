@@ -203,7 +203,7 @@ def test_what_cannot_fit_is_refused_with_its_reason_and_a_way_out(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("digist",), "did you mean"),
+        (("digist",), "nearest: digits"),
         (("digits", "--gpus", "7"), "not divisible by"),
         (("digits", "--device", "TPU"), "--device TPU: not one of B200"),
         (("digits", "--device", "TPU", "--tflops", "9"), "give --memory-gb as well"),
@@ -213,10 +213,10 @@ def test_what_cannot_fit_is_refused_with_its_reason_and_a_way_out(capsys):
         (("digits", "--measured", "none.json"), "--measured none.json: No such file"),
         (("digits", "--measured", "README.md"), "--measured README.md: "),
         (("digits", "--measured", "a.json", "--device", "H100"), "the file has its own"),
-        (("synthetic",), "give --images"),
+        (("synthetic",), "give --data.shards, or --images"),
         (
             ("digits", "--cluster.launcher", "local", "--train.processor-seconds", "9"),
-            "train.processor_seconds=9: a plan counts",
+            "--train.processor-seconds 9: a plan counts",
         ),
     ],
 )

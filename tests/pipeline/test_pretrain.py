@@ -28,7 +28,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_workers(monkeypatch):
-    def started(*arguments):
+    def started(*arguments, **options):
         raise AssertionError("Ray was started although the run is impossible")
 
     monkeypatch.setattr(pipeline.launch.ray_launcher, "ray_session", started)
@@ -178,7 +178,7 @@ def test_index_that_disagrees_with_the_shards(refusal, shards, tmp_path):
 
 def test_images_of_another_size(refusal, tmp_path):
     write_shard_set(synthetic(samples=40, size=16), str(tmp_path / "set"))
-    text = refusal(data=tmp_path / "set")
+    text = refusal("--model.input-shape", "1", "8", "8", data=tmp_path / "set")
     assert "3x16x16" in text
     assert "1x8x8" in text
 
@@ -258,13 +258,15 @@ def test_a_set_without_an_index_is_trained_and_never_certified(refusal, tmp_path
 def test_raw_images_need_a_crop_and_certify_on_the_test_split(refusal, tmp_path, shards):
     raw = shutil.copytree(shards, tmp_path / "raw")
     rewrite_header(raw, train_shape=None)
-    assert "(1, 8, 8): give crop=random-resized" in refusal(data=raw)
+    assert "(1, 8, 8): give" in refusal("--data.stream.crop", "none", data=raw)
     crop = ["--data.stream.crop", "random-resized"]
     validation = ["--data.train-split", "fit", "--data.test-split", "validation"]
     text = refusal(*crop, *validation, data=raw)
     assert "only the test split is stored at network size" in text
     # Whole images alone can be certified, so nothing is held out to choose checkpoints by.
-    assert "no checkpoint can be certified on another" in refusal(*crop, data=raw)
+    assert "no checkpoint can be certified on another" in refusal(
+        *crop, "--data.train-split", "fit", data=raw
+    )
     base = ["digits", "--storage", str(tmp_path), "--data.shards", str(raw)]
     base += ["--data.train-split", "train"]
     assert prepare(parse([*base, *crop]), world_size=2).samples.per_epoch == 1437
