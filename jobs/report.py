@@ -28,8 +28,8 @@ from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from data_shards.untrusted.text import code, markdown, shown
 from jobs.evaluation.console import exit_status
-from jobs.evaluation.plot_style import run_style
 from jobs.evaluation.sample_records import EvaluationError
+from jobs.figures.plot_style import run_style
 from jobs.reporting.classes import confusion_table, frequent_confusions, worst_classes
 from jobs.reporting.figures import cost_svg, curves_svg, time_unit
 from jobs.reporting.report_data import ComparisonGroup, Report, ReportEntry, collect

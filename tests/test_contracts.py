@@ -16,7 +16,7 @@ FORBIDDEN = {
     "jobs.predict": "certified_pretrain.networks",
     "certified_pretrain.training": "pipeline.training.trainer",
     "jobs.gate": "pipeline.checkpoint.reader",
-    "jobs.evaluation.plots": "jobs.registry.promotion",
+    "jobs.figures.plots": "jobs.registry.promotion",
     "model.networks.head": "optim.matrix_exp",
     "model.attacks": "data_shards.format.index",
     "model.certification.rounding": "model.networks.base",

@@ -1,6 +1,7 @@
 """Rules of this repository that no linter knows."""
 
 import ast
+import collections
 import dataclasses
 import functools
 import importlib.util
@@ -27,6 +28,11 @@ TEXTS = sorted(
     if path.name == "Makefile" or path.suffix in (".py", ".md", ".toml", ".yaml", ".yml")
 )
 MADE_BY_TESTS = ("model/artifact.json", "pipeline/new_thing.py", "pipeline.new_thing")
+
+
+def test_no_folder_is_too_long_to_read():
+    folders = collections.Counter(path.parent for path in SOURCES if path.name != "__init__.py")
+    assert [folder for folder, files in folders.items() if files > 16] == []
 
 
 def test_every_package_has_sources():

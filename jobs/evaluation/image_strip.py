@@ -12,9 +12,9 @@ from torch import Tensor
 from data_shards.format.index import ShardIndex
 from data_shards.streaming.sample_reader import decode, fetch
 from data_shards.untrusted.text import figure_text
-from jobs.evaluation import plot_style
-from jobs.evaluation.plot_style import ATTACK, PROOF, SMALL
 from jobs.evaluation.sample_records import ShardRecords, column_of, labels_of
+from jobs.figures import plot_style
+from jobs.figures.plot_style import ATTACK, PROOF, SMALL
 
 SHOWN = 16
 """Images of a strip."""

@@ -29,7 +29,6 @@ from jobs.evaluation.certify_tasks import (
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.image_strip import closest_images, strip_png
-from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
 from jobs.evaluation.progress import Counting, OnProgress
 from jobs.evaluation.sample_records import (
     COLUMNS,
@@ -45,6 +44,7 @@ from jobs.evaluation.sample_records import (
 )
 from jobs.evaluation.stored_result import read_result, require_bound
 from jobs.evaluation.suites import NO_ATTACK
+from jobs.figures.plots import bounds_png, cra_png, radius_histogram_png
 from model.artifact.artifact import ArtifactInfo, read_info, read_without_parameters
 from model.certification.eps import check_reach
 from model.certification.matrix_bounds import MatrixBound

@@ -9,9 +9,9 @@ from matplotlib._pylab_helpers import Gcf
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from data_shards.untrusted.terminal import PlainConsole
-from jobs.evaluation import plot_style
-from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
 from jobs.evaluation.sample_records import CURVE_EPS
+from jobs.figures import plot_style
+from jobs.figures.plots import bounds_png, cra_png, radius_histogram_png
 from model.certification.eps import eps_value
 from pipeline.run.evaluation_summary import (
     AttackScores,

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.lib.stride_tricks import sliding_window_view
 
-from jobs.evaluation import plot_style
-from jobs.evaluation.plot_style import ATTACK, DEPLOYED, LINE, LINE_WIDTH, MARK_SIZE, PROOF, SMALL
+from jobs.figures import plot_style
+from jobs.figures.plot_style import ATTACK, DEPLOYED, LINE, LINE_WIDTH, MARK_SIZE, PROOF, SMALL
 from model.certification.eps import eps_value
 from pipeline.run.evaluation_summary import AttackScores, ColumnScores, EvaluationSummary
 
