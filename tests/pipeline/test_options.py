@@ -158,7 +158,7 @@ def test_what_a_preset_says_steps_back_where_a_flag_leaves_it_without_effect():
     "words",
     [
         "--data.stream.disk-cache folder --storage s3://bucket/runs",
-        "--data.stream.disk-cache folder --data.shards s3://bucket/set",
+        "--data.stream.disk-cache folder --data.shards memory://bucket/set",
         "--checkpoint.every-steps 0 --train.rollbacks 1 --start-or-resume --name a",
         "--loss.eps-ramp 0.1 --loss.eps-start 0",
     ],

@@ -284,7 +284,7 @@ def test_a_stop_beyond_the_end_is_said_and_a_ratio_of_one_rank_refused(tmp_path,
 
 
 def test_how_samples_are_read_may_change_on_resume():
-    remote = ["digits", "--data.shards", "s3://bucket/set"]
+    remote = ["digits", "--data.shards", "memory://bucket/set"]
     base = parse(remote)
     other = parse([*remote, "--data.stream.workers", "3", "--data.stream.disk-cache", "x"])
     assert set(changes(base, other)) == {"data.stream.workers", "data.stream.disk_cache"}
