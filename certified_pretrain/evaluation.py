@@ -52,15 +52,16 @@ class Evaluation:
     @property
     def mean_radius(self) -> float:
         """Average certified radius; a wrong prediction counts as 0."""
-        return float(self._certified.mean())
+        return float(self.certified_radius.mean())
 
     @property
-    def _certified(self) -> Tensor:
+    def certified_radius(self) -> Tensor:
+        """Radius of the samples that are classified rightly; 0 of the others."""
         return torch.where(self.prediction == self.label, self.radius, 0.0)
 
     def curve(self, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
         """Radii (points,), from 0 to the largest certified one, and the accuracy proved at each."""
-        radii = np.sort(self._certified.numpy())
+        radii = np.sort(self.certified_radius.numpy())
         finite = radii[np.isfinite(radii)]
         eps = np.linspace(0, float(finite.max(initial=0.0)) or 1.0, points)
         return eps, 1 - np.searchsorted(radii, eps, side="right") / len(radii)
@@ -112,9 +113,10 @@ def evaluate(
     classes = net.network.num_classes
     if bool(((label < 0) | (label >= classes)).any()):
         raise ModelError(f"a label lies outside of 0..{classes - 1}")
-    proved = torch.where(prediction == label, radius, 0.0)
-    cra = {ratio: float((proved > eps_value(ratio)).double().mean()) for ratio in ratios}
-    return Evaluation(net.norm, label, prediction, radius, cra)
+    bare = Evaluation(net.norm, label, prediction, radius, {})
+    certified = bare.certified_radius
+    cra = {ratio: float((certified > eps_value(ratio)).double().mean()) for ratio in ratios}
+    return dataclasses.replace(bare, cra=cra)
 
 
 def _batches(

@@ -65,7 +65,7 @@ def _run() -> Iterator[str]:
     yield "\nNetworks and losses have settings of their own, by `model.kind` and `loss.kind`.\n"
     preset = run_preset(DEFAULT_PRESET)
     for group in groups(RunConfig, RunConfig(preset=preset.preset, model=preset.model)):
-        kinds: dict[str, Any] = {"model": _networks(), "loss": LOSSES}.get(group.name, {})
+        kinds: dict[str, Any] = {"model": networks(), "loss": LOSSES}.get(group.name, {})
         for kind, configuration in kinds.items():
             (own,) = groups(configuration)
             yield from _table(f"{group.name}, kind {kind}", own, prefix=f"{group.name}.")
@@ -73,7 +73,8 @@ def _run() -> Iterator[str]:
             yield from _table(group.name, group)
 
 
-def _networks() -> dict[str, type]:
+def networks() -> dict[str, type]:
+    """Configuration of each family of networks."""
     return {kind: family.config for kind, family in FAMILIES.items()}
 
 

@@ -68,7 +68,8 @@ def evaluate(
         train_run_id: MLflow run of the training; default: what the artifact's context says.
         step: training step of the artifact; default: what its context says, else 0.
         model_id: LoggedModel of the artifact; default: found by digest.
-        log: receives the record, e.g. `Tracker.log_evaluation`; default: `config.tracking`.
+        log: receives the record, e.g. `Tracker.log_evaluation`; default: the store that
+            `record_store` says.
         on_progress: called in this thread whenever a task has ended.
 
     Raises:
@@ -82,6 +83,9 @@ def evaluate(
     summary = compute(config, step=step, on_progress=on_progress)
     if config.record or log:
         try:
+            if log is None:
+                store = record_store(config, artifact_info(config.artifact), summary)
+                config = replace(config, tracking=store)
             record(config, summary, train_run_id=train_run_id, model_id=model_id, log=log)
         except Exception as error:
             logger.warning("%s is evaluated but not recorded: %s", config.artifact, error)
@@ -132,7 +136,7 @@ def record(
         },
     )
     if log is None:
-        return log_evaluation(record_store(config, info, summary), row)
+        return log_evaluation(config.tracking, row)
     log(row)
     return None
 

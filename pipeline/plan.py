@@ -7,6 +7,7 @@ Needs no GPU and no cluster. Exit codes: 0 it fits, 2 it does not, or the input 
 import dataclasses
 import functools
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from rich.table import Table
 from data_shards.command_line.catalogue import settings
 from data_shards.command_line.help_page import show_help
 from data_shards.command_line.parsing import as_typed, one_line, parse_words
+from data_shards.sources.base import HELD_OUT, MOST_HELD_OUT
 from data_shards.untrusted.terminal import PlainConsole
 from pipeline.command_line.arguments import DEFAULT_PRESET, parse_with_preset
 from pipeline.config import RunConfig
@@ -51,8 +53,6 @@ _SETS = {  # images of the training split, kB of one, images of the test split
     "fashion": (60_000, 0.5, 10_000),
     "digits": (1_437, 0.1, 360),
 }
-_FIT = 0.8
-"""Share of a training split that `data.train_split=fit` leaves, nearly."""
 _DRAWN = 1000
 """Images of a verification with `--sample`."""
 
@@ -182,7 +182,7 @@ class Request:
         known = (v for name, v in _SETS.items() if self.run.preset.startswith(name))
         images, kilobytes, test = next(known, (0, 0.0, 0))
         if data.train_split == "fit":
-            images = round(images * _FIT)
+            images -= min(math.ceil(images * HELD_OUT), MOST_HELD_OUT)
         return images, kilobytes, test
 
     def verification(self) -> Verification:

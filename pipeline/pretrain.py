@@ -17,7 +17,7 @@ from rich.console import Console
 from data_shards.command_line.catalogue import settings
 from data_shards.command_line.parsing import as_typed, one_line, parse_words
 from pipeline.command_line.arguments import DEFAULT_PRESET, parse_with_preset
-from pipeline.command_line.run_help import show_all_help, show_presets, show_short_help
+from pipeline.command_line.run_help import PROG, show_all_help, show_presets, show_short_help
 from pipeline.config import RunConfig
 from pipeline.driver.console import lenient_console
 from pipeline.driver.monitor import RunMonitor
@@ -32,7 +32,6 @@ from pipeline.run.distributed import join_process_group
 from pipeline.run.events import Emit, Event, Hung
 from pipeline.training.worker import run_rank
 
-_PROG = "python -m pipeline.pretrain"
 _SIGNALS = 128
 """Exit codes above are those of signals."""
 _PRINT, _HELP = "--print-config", ("-h", "--help")
@@ -47,7 +46,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     """
     return parse_with_preset(
         arguments,
-        lambda name, preset, words: parse_words(RunConfig, words, default=preset, prog=_PROG),
+        lambda name, preset, words: parse_words(RunConfig, words, default=preset, prog=PROG),
     )
 
 
@@ -72,7 +71,9 @@ def _main(arguments: Sequence[str], console: Console, stop: StopSignal) -> int:
         _run(config, console, stop)
     except (RunFailedError, ProcessDiedError) as error:
         message = _one_message(error, config)
-        _say(console, "failed", f"{message}; --resume goes on after the newest checkpoint")
+        if config is None or not config.train.processor_seconds:
+            message += "; --resume goes on after the newest checkpoint"
+        _say(console, "failed", message)
         return 1
     except (*REFUSALS, ValidationError) as error:
         _say(console, "refused", _one_message(error, config))

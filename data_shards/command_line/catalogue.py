@@ -35,8 +35,13 @@ class Setting:
         """Flag and what follows it."""
         if self.type or not self.flag.startswith("--"):
             return f"{self.flag} {self.type}".strip()
+        return f"{self.flag}, {self.negated}"
+
+    @property
+    def negated(self) -> str:
+        """What switches it off: `--train.no-flip`."""
         path, dot, name = self.flag.removeprefix("--").rpartition(".")
-        return f"{self.flag}, --{path}{dot}no-{name}"
+        return f"--{path}{dot}no-{name}"
 
 
 @dataclasses.dataclass(frozen=True)

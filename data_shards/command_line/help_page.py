@@ -1,6 +1,7 @@
 """Help that is read: settings with what follows them, their default and what they mean."""
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import docstring_parser
@@ -15,7 +16,13 @@ _WIDTH = 100
 _INDENT = 6
 
 
-def show_help(configuration: Any, default: Any, *, prog: str, examples: Mapping[str, str]) -> None:
+def show_help(
+    configuration: Any,
+    default: Any,
+    *,
+    prog: str,
+    examples: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Print all settings of an entry on standard output.
 
     Args:

@@ -42,7 +42,6 @@ def parse_words(
     *,
     prog: str,
     default: T | None = None,
-    examples: Mapping[str, str] | None = None,
 ) -> T:
     """Make an object of a dataclass, or call a function, as the command line says.
 
@@ -51,7 +50,6 @@ def parse_words(
         words: the command line; None: that of this process.
         prog: how the entry is called.
         default: an object of the dataclass that has the defaults.
-        examples: command lines for the help, with what they do.
 
     Raises:
         SystemExit: with status 2 after one line on standard error, or 0 after the help.
@@ -63,7 +61,7 @@ def parse_words(
         with _refusing(list, lambda: _flags_of_help(lambda: parse(args=["--help"])), prog):
             return parse(args=words)
     if any(word in ("-h", "--help") for word in words):
-        show_help(target, default, prog=prog, examples=examples or {})
+        show_help(target, default, prog=prog)
         raise SystemExit(0)
     known = functools.partial(settings, target, default)
     with _refusing(known, lambda: _flags(known()), prog):
@@ -235,8 +233,7 @@ def _flagged(text: str, name: str, setting: Setting) -> str:
     def typed(match: re.Match[str]) -> str:
         value = match[1]
         if value in ("True", "False") and not setting.type:
-            path, dot, last = setting.flag.removeprefix("--").rpartition(".")
-            return setting.flag if value == "True" else f"--{path}{dot}no-{last}"
+            return setting.flag if value == "True" else setting.negated
         return f"{setting.flag} {value}"
 
     edge = r"(?<![\w.-])"

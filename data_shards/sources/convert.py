@@ -15,14 +15,14 @@ import numpy.typing as npt
 from PIL import Image
 
 from data_shards.errors import ShardError
-from data_shards.format.image_pixels import decode_pixels, decode_still, still_format
+from data_shards.format.image_pixels import decode_pixels, decode_still, image_format, still_format
 from data_shards.sources.base import encode_png
 from data_shards.untrusted.limits import limits
 
 FILE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 """Names of image files that a folder is searched for; the content decides what they are."""
 _SHORT_SIDE = 256 / 224  # of the size that is cut out
-_SIGNATURES = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"))
+_EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 class UndecodableError(ShardError):
@@ -41,11 +41,8 @@ def image_extension(data: bytes) -> str:
     """
     if not data:
         raise UndecodableError("no bytes", "empty")
-    for signature, extension in _SIGNATURES:
-        if data.startswith(signature):
-            return extension
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
+    if kind := image_format(data):
+        return _EXTENSION_OF[kind]
     raise UndecodableError(
         f"{len(data)} bytes that begin with {data[:8].hex()}: not JPEG, PNG, WebP, BMP, GIF or "
         "TIFF",

@@ -5,6 +5,7 @@ The only file of the project that imports fsspec, besides the independent verifi
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -32,6 +33,7 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _TEMPORARY = ".tmp"
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _HTTP = ("http", "https")
 _IN_PROCESS = ("file", "memory")  # no network: nothing to retry
 _PIECE = 8 << 20  # a whole object is read in ranges of this, side by side
@@ -438,7 +440,8 @@ def _naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        # A block may read elsewhere meanwhile: what went wrong there is not of this file.
+        if error.errno in _OF_THE_DISK and error.filename is None:
             error.filename = str(path)
         raise
 

@@ -10,22 +10,22 @@ class ImageProgress(ProgressBar):
 
     def __init__(self, label: str, total: int, *, shown: bool, done: int = 0) -> None:
         super().__init__(label, total, unit="images", shown=shown, done=done)
-        self._images = self._bytes = 0
-        self._start = time.monotonic()
+        self._bytes = 0
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        if self._shown and self._images:
+        if self._shown and self._done > self._before:
             self._console.print(
                 f"{self._label}: {self._done}{self._of()} images, {self._rate()}", soft_wrap=True
             )
 
     def __call__(self, images: int, size: int) -> None:
         """Count images and their bytes."""
-        self._images += images
         self._bytes += size
-        self.advance(images, self._rate())
+        self._done += images
+        self.reach(self._done, self._total, self._rate())
 
     def _rate(self) -> str:
-        seconds = max(time.monotonic() - self._start, 1e-3)
-        return f"{self._images / seconds:.0f} images/s, {self._bytes / seconds / 1e6:.1f} MB/s"
+        seconds = max(time.monotonic() - self._begin, 1e-3)
+        images = self._done - self._before
+        return f"{images / seconds:.0f} images/s, {self._bytes / seconds / 1e6:.1f} MB/s"

@@ -1,6 +1,5 @@
 """What a writer left out or found twice: `report.json`, beside the index."""
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -145,13 +144,14 @@ def refuse_reported_leaks(store: Store) -> None:
     Raises:
         ShardError: it does, or it does not say.
     """
-    with contextlib.suppress(*_UNREADABLE):
+    unsaid = f"{store}/{REPORT_FILE} does not say that train and test images share no bytes"
+    try:
         duplicates = store.read_object(REPORT_FILE)["duplicates"]
         if duplicates["dropped"] or not duplicates.get("between_splits", 1):
             return
-    raise ShardError(
-        f"{store}/{REPORT_FILE} does not say that train and test images share no bytes"
-    )
+    except _UNREADABLE as error:
+        raise ShardError(f"{unsaid} ({type(error).__name__}: {error})") from error
+    raise ShardError(unsaid)
 
 
 def report_to_json(content: dict[str, Any]) -> bytes:

@@ -32,12 +32,13 @@ def artifact_url(url: str) -> str:
     run = Store(url)
     if run.exists(DESCRIPTION):  # no server need list anything for it
         return url
-    steps = {step: name for name in run.ls(layout.ARTIFACTS) if (step := layout.step_of(name))}
+    found = map(layout.step_of, run.ls(layout.ARTIFACTS))
+    steps = sorted((step for step in found if step is not None), reverse=True)
     result = layout.evaluation("test") + f"/{layout.SUMMARY}"
-    for step in sorted(steps, reverse=True):
+    for step in steps:
         if run.exists(f"{layout.artifact(step)}/{result}"):
             return run.child(layout.artifact(step)).url
-    return run.child(layout.artifact(max(steps))).url if steps else url
+    return run.child(layout.artifact(steps[0])).url if steps else url
 
 
 class SoundNetwork:

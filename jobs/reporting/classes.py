@@ -46,8 +46,8 @@ def worst_classes(summary: EvaluationSummary, eps: Sequence[str]) -> list[ClassR
 
 def confusion_table(summary: EvaluationSummary) -> list[ConfusionRow]:
     """The table of labels and predictions; empty for more than 12 classes."""
-    classes = sorted({int(row["label"]) for row in summary.per_class})
-    classes = sorted({*classes, *(said for _, said, _ in summary.confusions)})
+    labels = {int(row["label"]) for row in summary.per_class}
+    classes = sorted(labels | {said for _, said, _ in summary.confusions})
     if len(classes) > _MOST_COLUMNS:
         return []
     wrong = {(label, said): count for label, said, count in summary.confusions}

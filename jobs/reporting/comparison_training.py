@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.command_line.progress import ProgressBar
-from data_shards.format.index import load_index
 from data_shards.storage.store import Store
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.stored_result import StoredResult, read_result
@@ -132,13 +131,10 @@ class Outcome:
         """The certified table of the last artifact."""
         return self.result.summary
 
-    def samples(self, split: str) -> int:
-        """Samples of a split of the shard set that it was trained on."""
-        return len(
-            load_index(resolve(self.info.context["shards_url"], base=str(self.artifact))).select(
-                split
-            )
-        )
+    @property
+    def shards_url(self) -> str:
+        """The shard set that it was trained on."""
+        return resolve(self.info.context["shards_url"], base=str(self.artifact))
 
     @cached_property
     def _used(self) -> tuple[int, float]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import pydantic
 import tyro
 
+from data_shards.command_line.catalogue import settings
 from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.limits import UntrustedError
 from jobs.evaluation.config import EvaluationConfig, suite_config
 from jobs.evaluation.suites import EVALUATION_SUITES
 from pipeline.tracking.checkpoint_query import Checkpoint
-from pipeline.tracking.client import TrackingConfig
+from pipeline.tracking.client import SQLITE, TrackingConfig
 
 _STRICT = pydantic.ConfigDict(extra="forbid")
 _Seconds = Annotated[float, pydantic.Field(gt=0)]
@@ -115,7 +116,7 @@ class ScheduleConfig:
         """Folder of the claims."""
         if self.claims:
             return self.claims
-        return str(Path(self.tracking.uri.removeprefix("sqlite:///")).parent / "claims")
+        return str(Path(self.tracking.uri.removeprefix(SQLITE)).parent / "claims")
 
     def evaluation(self, suite: str, checkpoint: Checkpoint) -> EvaluationConfig:
         """Return the evaluation of a checkpoint by a suite, as its training would make it."""
@@ -133,12 +134,11 @@ class ScheduleConfig:
 def arguments(config: EvaluationConfig) -> list[str]:
     """Return the command line of `jobs.evaluate_cra` that says the same as a config."""
     words = []
-    hints = get_type_hints(EvaluationConfig, include_extras=True)
+    known = {one.option: one for one in settings(EvaluationConfig)}
     for name, value in _changed(config).items():
-        named = [part.name for part in get_args(hints.get(name)) if getattr(part, "name", None)]
-        flag = f"--{named[0] if named else name.replace('_', '-')}"
+        flag = known[name].flag
         if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+            words.append(flag if value else known[name].negated)
         elif isinstance(value, dict):
             words += [flag, *(word for pair in value.items() for word in pair)]
         elif isinstance(value, tuple):

@@ -23,7 +23,7 @@ from pipeline.config import RunConfig
 from pipeline.losses.registry import LOSSES
 from pipeline.presets import PRESETS, run_preset
 
-_PROG = "python -m pipeline.pretrain"
+PROG = "python -m pipeline.pretrain"
 OFTEN = (
     "data.shards",
     "data.train_split",
@@ -48,11 +48,11 @@ OFTEN = (
 )
 """The settings that people change."""
 EXAMPLES = {
-    f"{_PROG} digits": "trains and certifies the digits, in minutes on two CPU cores",
-    f"{_PROG} cifar10-L32W1024 --data.shards s3://bucket/cifar10 --name first": (
+    f"{PROG} digits": "trains and certifies the digits, in minutes on two CPU cores",
+    f"{PROG} cifar10-L32W1024 --data.shards s3://bucket/cifar10 --name first": (
         "trains a published network on a shard set"
     ),
-    f"{_PROG} --resume --name first --extend-to-epochs 900": (
+    f"{PROG} --resume --name first --extend-to-epochs 900": (
         "goes on with a run, with its own settings, to more epochs"
     ),
 }
@@ -105,7 +105,7 @@ def _config(arguments: Sequence[str]) -> RunConfig:
 
 
 def _show_head(console: Console) -> None:
-    console.print(f"usage: {_PROG} [PRESET] [--setting value ...]", soft_wrap=True)
+    console.print(f"usage: {PROG} [PRESET] [--setting value ...]", soft_wrap=True)
     console.print("\nTrain a network with certified radii and certify the result.")
     show_examples(console, EXAMPLES)
 

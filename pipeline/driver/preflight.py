@@ -38,13 +38,12 @@ from pipeline.run.ray_session import cluster_address
 from pipeline.run.ray_submission import default_storage, uploaded_code
 from pipeline.run.step_schedule import StepSchedule, make_step_schedule, world_sizes
 from pipeline.run.worker_spec import WorkerSpec
-from pipeline.tracking.client import TrackingConfig
+from pipeline.tracking.client import SQLITE, TrackingConfig
 from pipeline.tracking.server_answers import listed_addresses
 from pipeline.training.data import Samples, open_samples
 from pipeline.training.schedules import step_context
 from pipeline.training.zero3 import require_precision
 
-_SQLITE = "sqlite:///"
 _KEY = re.compile(rb"[0-9a-f]{32}")
 
 
@@ -160,7 +159,10 @@ def _prepare(
         raise PipelineError("cluster.device=cuda: this machine has no GPU that torch can use")
     tracking = _tracking(config, storage, samples)
     config, run, lease, before = _open_run(config, storage, hold)
-    notices = _notices(config, schedule, samples, before, committed(run) if before else ())
+    steps = committed(run) if before else {}
+    if config.resume and not steps:
+        raise PipelineError(f"--resume: {run.url} has no committed checkpoint")
+    notices = _notices(config, schedule, samples, before, steps)
     _remove_leftovers(run)
     name = config.name
     context = {
@@ -219,15 +221,17 @@ def _notices(
             f"--extend-to-epochs with more than {config.train.epochs:g} goes on"
         )
     elif before and config.train.epochs != before.train.epochs and config.extend_to_epochs:
-        yield _extension(before, config, samples, newest)
+        yield _extension(before, config, schedule, samples, newest)
 
 
-def _extension(before: RunConfig, config: RunConfig, samples: Samples, newest: int) -> str:
+def _extension(
+    before: RunConfig, config: RunConfig, schedule: StepSchedule, samples: Samples, newest: int
+) -> str:
     """What more epochs do to the schedule at the step where the run goes on."""
-    schedules = [
-        make_step_schedule(one.train, one.checkpoint, samples=samples.per_epoch, world_size=1)
-        for one in (before, config)
-    ]
+    shorter = make_step_schedule(
+        before.train, before.checkpoint, samples=samples.per_epoch, world_size=1
+    )
+    schedules = (shorter, schedule)
     old, new = (
         step_context(min(newest, plan.total_steps - 1), plan=plan, train=one.train, loss=one.loss)
         for one, plan in zip((before, config), schedules, strict=True)
@@ -252,7 +256,7 @@ def _tracking(config: RunConfig, storage: Store, samples: Samples) -> TrackingCo
     folder = storage.local_path() or Path.home() / "certified-pretrain"
     if not config.tracking.uri:
         folder.mkdir(parents=True, exist_ok=True)
-    uri = config.tracking.uri or f"{_SQLITE}{folder / 'mlflow.db'}"
+    uri = config.tracking.uri or f"{SQLITE}{folder / 'mlflow.db'}"
     try:
         tracking = TrackingConfig(
             uri=uri,
@@ -262,7 +266,7 @@ def _tracking(config: RunConfig, storage: Store, samples: Samples) -> TrackingCo
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise PipelineError(f"tracking.uri: {reason}") from None
-    if uri.startswith(_SQLITE) and not Path(tracking.uri.removeprefix(_SQLITE)).parent.is_dir():
+    if uri.startswith(SQLITE) and not Path(tracking.uri.removeprefix(SQLITE)).parent.is_dir():
         raise PipelineError(f"tracking.uri={uri}: there is no such folder")
     return tracking
 
@@ -270,9 +274,9 @@ def _tracking(config: RunConfig, storage: Store, samples: Samples) -> TrackingCo
 def _stated(tracking: TrackingConfig, run: Store, storage: Store) -> dict[str, str]:
     """The store of the run as its artifacts name it; one beside the runs moves with them."""
     uri = tracking.uri
-    if uri.startswith(_SQLITE):
+    if uri.startswith(SQLITE):
         artifact = run.child(layout.artifact(0)).url
-        uri = _SQLITE + relative(uri.removeprefix(_SQLITE), base=artifact, within=storage.url)
+        uri = SQLITE + relative(uri.removeprefix(SQLITE), base=artifact, within=storage.url)
     return {"uri": uri, "experiment": tracking.experiment}
 
 
@@ -380,8 +384,6 @@ def _continue(config: RunConfig, run: Store) -> RunConfig:
             + "; ".join(refused)
             + " (--accept-changes continues all the same)"
         )
-    if config.resume and not committed(run):
-        raise PipelineError(f"--resume: {run.url} has no committed checkpoint")
     return before
 
 

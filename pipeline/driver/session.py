@@ -175,7 +175,8 @@ def _show(
     if summaries:
         report(display.console, summaries)
     stopped, end = prepared.schedule.last_step, prepared.schedule.total_steps
-    if stopped < end:
+    # A run with a budget of time ends when it is spent, and is not continued.
+    if stopped < end and not prepared.job.config.train.processor_seconds:
         display.message(
             f"stopped after step {stopped} of {end}, as --train.stop-after says; to go on:\n"
             f"             {_resume_command(prepared.job.config)}"

@@ -30,7 +30,7 @@ from data_shards.format.index import load_index
 from data_shards.storage.store import Store
 from model.networks.lipnext.ops import c_compiler
 from pipeline.run.open_servers import TokenError, mlflow_exposure, ray_exposure
-from pipeline.tracking.client import connect
+from pipeline.tracking.client import SQLITE, connect
 
 PROJECT = "certified-pretrain"
 _GB = 1e9
@@ -280,7 +280,7 @@ def shards(url: str) -> Finding:
 def mlflow(uri: str) -> Finding:
     """An MLflow store answers with our credentials, and not to strangers."""
     if uri.startswith("sqlite:"):
-        database = Path(uri.removeprefix("sqlite:///"))
+        database = Path(uri.removeprefix(SQLITE))
         if not database.exists():
             return disk(str(database.parent))
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
+from data_shards.command_line.parsing import one_line
 from data_shards.errors import ShardError
 from data_shards.format.index import Header, load_header
 from data_shards.storage.store import Store
@@ -112,6 +113,6 @@ def _with_model(config: RunConfig, facts: dict[str, Any]) -> RunConfig | str:
     try:
         return replaced(config, "model", dataclasses.replace(config.model, **facts))
     except ValidationError as error:
-        return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+        return one_line(error)
     except (ModelError, PipelineError) as error:
         return str(error)

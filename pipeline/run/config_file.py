@@ -21,7 +21,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_STARTED = re.compile(r"-(\d{8}-\d{6}(?:-\d+)?)")
+_STARTED = re.compile(r"(.+)-(\d{8}-\d{6})(?:-(\d+))?")
 _HEAD = """\
 # The settings of this run, all of them. A run with the same ones, or with others beside them:
 # python -m pipeline.pretrain --config THIS_FILE --train.seed 1
@@ -55,15 +55,10 @@ def newest_run(storage: Store, preset: str | None) -> str:
         PipelineError: there is none.
         OSError: the store refused.
     """
-    started: dict[str, str] = {}
+    started: dict[str, tuple[str, int]] = {}
     for name in storage.ls(""):
-        match = _STARTED.search(name)
-        if (
-            match
-            and match.end() == len(name)
-            and name[: match.start()] == (preset or name[: match.start()])
-        ):
-            started[name] = match[1]
+        if (match := _STARTED.fullmatch(name)) and preset in (None, match[1]):
+            started[name] = (match[2], int(match[3] or 1))
     for name in sorted(started, key=lambda name: started[name], reverse=True):
         if storage.child(name).exists(layout.CONFIG):
             return name

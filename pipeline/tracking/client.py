@@ -27,8 +27,8 @@ import pydantic
 
 from data_shards.untrusted.limits import require
 from pipeline.run.ray_submission import default_storage
+from pipeline.tracking.relocation import SQLITE, relocate
 from pipeline.tracking.relocation import location as artifact_location
-from pipeline.tracking.relocation import relocate
 from pipeline.tracking.server_answers import (
     bound_answers,
     listed_addresses,
@@ -39,7 +39,6 @@ from pipeline.tracking.server_answers import (
 
 logger = logging.getLogger(__name__)
 
-SQLITE = "sqlite:///"
 METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
 PARAM_CHARACTERS = 6000
@@ -440,7 +439,7 @@ class MlflowConnection:
 
         location = None  # a server knows its own
         if config.uri.startswith("sqlite:"):  # else ./mlruns of whoever comes first
-            location = artifact_location(Path(config.uri.removeprefix("sqlite:///")))
+            location = artifact_location(Path(config.uri.removeprefix(SQLITE)))
         for attempt in (1, 2):
             experiment = self._client.get_experiment_by_name(config.experiment)
             what = f"experiment {config.experiment!r}"
@@ -477,7 +476,7 @@ def connect(uri: str) -> Any:
     if not uri.startswith("sqlite:"):
         bound_answers()
         return MlflowClient(uri)
-    database = Path(uri.removeprefix("sqlite:///"))
+    database = Path(uri.removeprefix(SQLITE))
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_name(database.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

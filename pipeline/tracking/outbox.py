@@ -403,15 +403,12 @@ class _Spool:
         return found
 
     def recorded(self, records: set[tuple[int, int]]) -> set[tuple[int, int]]:
-        rows = self._rows("metrics")
+        rows = read_rows(self.path, "metrics")
         return {found for row in rows if (found := (row["step"], row["timestamp_ms"])) in records}
 
     def evaluations(self) -> set[str]:
         """Keys of all evaluations."""
-        return {row["record"]["eval_key"] for row in self._rows("evaluation")}
-
-    def _rows(self, kind: str) -> Iterator[dict[str, Any]]:
-        return read_rows(self.path, kind)
+        return {row["record"]["eval_key"] for row in read_rows(self.path, "evaluation")}
 
     def _read_state(self) -> _State:
         """What the server has; nothing if a machine that went down has left a state beyond reason.

@@ -34,7 +34,7 @@ def step(model, optimizer, seed):
 
 
 def test_it_equals_the_reference_bit_for_bit():
-    """Over a synchronisation of Lookahead, polar retractions and a learning rate that changes."""
+    """Over a synchronisation of Lookahead, polar projections and a learning rate that changes."""
     ours, theirs = network(), network()
     config = OptimConfig(**SETTINGS)
     optimizer = cp.ManifoldAdam(ours.parameters(), **SETTINGS)

@@ -1,10 +1,8 @@
 """How settings reach a run: presets, files, existing runs; help, lists and their reference."""
 
 import re
-from pathlib import Path
 
 import pytest
-import tomllib
 import yaml
 
 import docs.settings_page
@@ -12,7 +10,6 @@ from data_shards.command_line.catalogue import settings
 from data_shards.sources import digits
 from data_shards.write import write_shard_set
 from jobs import predict, report, schedule
-from model.networks.registry import FAMILIES
 from pipeline import plan
 from pipeline.command_line.run_help import OFTEN
 from pipeline.config import RunConfig
@@ -22,7 +19,7 @@ from pipeline.losses.offset import OffsetLoss
 from pipeline.losses.registry import LOSSES
 from pipeline.presets import PRESETS, run_preset
 from pipeline.pretrain import main, parse
-from pipeline.run.config_file import to_yaml
+from pipeline.run.config_file import to_yaml, tomllib
 from tests.pipeline.prepared import prepare
 
 
@@ -242,8 +239,7 @@ def every_setting():
     yield from (
         ("run", one) for one in settings(RunConfig, RunConfig(preset="digits", model=model))
     )
-    kinds = {kind: family.config for kind, family in FAMILIES.items()}
-    for kind, configuration in {**kinds, **LOSSES}.items():
+    for kind, configuration in {**docs.settings_page.networks(), **LOSSES}.items():
         yield from ((kind, one) for one in settings(configuration))
     for entry, configuration in docs.settings_page.ENTRIES.items():
         yield from ((entry, one) for one in settings(configuration))
@@ -259,7 +255,7 @@ def test_every_setting_has_a_meaning_and_says_what_0_and_nothing_mean():
 
 
 def test_the_reference_of_settings_is_current():
-    assert Path(docs.settings_page.PAGE).read_text() == docs.settings_page.page(), (
+    assert docs.settings_page.PAGE.read_text() == docs.settings_page.page(), (
         "python -m docs.settings_page writes it"
     )
 
