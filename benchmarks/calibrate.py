@@ -31,16 +31,18 @@ from benchmarks.manifold_peers import Problem
 from benchmarks.optimizer_step import Manifold
 from benchmarks.processes import in_ranks
 from benchmarks.report import hardware
+from data_shards.command_line.help_page import show_help
+from data_shards.command_line.parsing import parse_words
 from data_shards.format.decode import decode_crop
 from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network
 from optim.collectives import ProcessGroupExchange
+from pipeline.command_line.arguments import parse_with_preset
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.planner.calibration import Measured
 from pipeline.planner.meta_step import DTYPES, rehearse
 from pipeline.planner.step_time import manifold_products
-from pipeline.presets import parse_with_preset
 from pipeline.run.distributed import DistributedContext, join_process_group
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import StepContext
@@ -51,6 +53,9 @@ DEPTH = 2  # blocks of the pass that is timed
 PICTURES = 16
 LARGE = 128  # from this size on images are cut from photographs of 375 x 500
 Work = Callable[[], object]
+
+
+_PROG = "python -m benchmarks.calibrate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,13 +251,17 @@ def measured_here(config: RunConfig, images: int) -> Measured:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write a file."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if any(word in words for word in ("-h", "--help")):
+        show_help(Request, None, prog=_PROG, examples={})
+        return
     request = parse_with_preset(
-        sys.argv[1:] if arguments is None else arguments,
-        lambda name, preset, words: tyro.cli(
+        words,
+        lambda name, preset, words: parse_words(
             Request,
+            words,
             default=Request(run=preset, out=tyro.MISSING),
-            args=words,
-            prog=f"python -m benchmarks.calibrate {name}",
+            prog=_PROG,
         ),
     )
     work = (measured_here, request.run, request.images)

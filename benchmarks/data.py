@@ -1,9 +1,10 @@
 """From object storage to batches on two cores: `python -m benchmarks.data [--peer-python PATH]`.
 
-JPEGs of 500 x 375 on a local S3-compatible server, random-resized crop to 224 x 224 and mirroring,
-batches of 128: the stream of this project beside WebDataset and MosaicML Streaming, each in a
-process of its own, in turn. MosaicML Streaming needs an environment of its own; `--peer-python` is
-its interpreter.
+Real photographs of mixed sizes as JPEGs on a local S3-compatible server, random-resized crop to
+224 x 224 and mirroring, batches of 128: the stream of this project beside WebDataset and MosaicML
+Streaming, each in a process of its own, in turn. MosaicML Streaming needs an environment of its
+own; `--peer-python` is its interpreter. The photographs are those of scikit-learn and, where it is
+installed, scikit-image.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import torch
 import tyro
 
 from benchmarks.data_peers import process_cpu_s
-from benchmarks.decode import SIZE, photographs
+from benchmarks.decode import SIZE, mixed_photographs, sizes_of
 from benchmarks.index import peak_mib, resident_mib
 from benchmarks.object_store import local_server
 from benchmarks.report import write_result
@@ -37,14 +38,15 @@ from data_shards.streaming.sampler import Cursor
 from data_shards.writing.writer import write_shard_set
 
 CORES, WORKERS = 2, 2
-IMAGES, DISTINCT, CLASSES, PER_SHARD = 4096, 256, 10, 128
-BATCH, STEPS = 128, 30  # with the first batch less than an epoch
-RESUMED = (0, 1357, 3900)  # positions, one in each turn
+IMAGES, DISTINCT, CLASSES, PER_SHARD = 3072, 256, 10, 128
+BATCH, STEPS = 128, 20  # with the first batch less than an epoch
+RESUMED = (0, 1357, 2900)  # positions, one in each turn
 OURS, SHARDS, PEER_SHARDS = "ours", "s3://bucket/images", "s3://bucket/mosaicml"
 NOTES = (
-    f"{IMAGES} JPEGs of 500 x 375, {PER_SHARD} per shard; batches of {BATCH}, {STEPS} after the "
-    f"first; {CORES} cores, {WORKERS} threads or processes decode. Medians of {len(RESUMED)} "
-    "turns; of first batches (index or set-up included, imports not) and memory the largest.",
+    f"{IMAGES} JPEGs, {PER_SHARD} per shard, of {DISTINCT} crops and scalings; batches of {BATCH}, "
+    f"{STEPS} after the first; {CORES} cores, {WORKERS} threads or processes decode. Medians of "
+    f"{len(RESUMED)} turns; of first batches (index or set-up included, imports not) and memory "
+    "the largest.",
     "The server takes its processor time from the same cores. WebDataset fetches each shard once "
     "by HTTP and keeps nothing; ours and MosaicML Streaming keep what they fetched on the disk.",
     f"With a full disk cache the stream is resumed at positions {RESUMED} of another epoch. "
@@ -66,14 +68,15 @@ class Contestant:
     keep: bool = False
 
 
-def make_images(root: Path) -> None:
-    """Write a tree of classes; every photograph occurs several times."""
-    images = photographs(DISTINCT, 375, 500)
+def make_images(root: Path) -> str:
+    """Write a tree of classes; every image occurs several times. Return where they are from."""
+    images, origin = mixed_photographs(DISTINCT)
     for part, count in (("train", IMAGES), ("val", 2 * CLASSES)):
         for number in range(count):
             folder = root / part / str(number % CLASSES)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{number:06d}.jpg").write_bytes(images[number % DISTINCT])
+    return f"Photographs of {origin}: {', '.join(sizes_of(images))}, quality 75 to 95."
 
 
 def upload(root: Path, peer_python: str) -> str:
@@ -205,13 +208,13 @@ def run(peer_python: str = "") -> None:
         local_server(latency_s=0, rate=1e12) as (server, address, _),
     ):
         os.environ.update(s3_environment(address), S3_ENDPOINT_URL=address, OMP_NUM_THREADS="1")
-        make_images(Path(folder))
+        images = make_images(Path(folder))
         missing = upload(Path(folder), peer_python)
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
         for name, figures in in_turn(address, "" if missing else peer_python, server):
             measured.setdefault(name, []).append(figures)
     load = f"Load average of the machine before: {before:.1f}, of which nothing is ours."
-    write_result("data", table(measured, missing), [*NOTES, load])
+    write_result("data", table(measured, missing), [images, *NOTES, load])
 
 
 def main() -> None:

@@ -1,27 +1,41 @@
 """Decoding and random-resized crop to 224, one thread: `python -m benchmarks.decode`.
 
 Peers that are not installed are reported as not run. All draw and cut the same parts and put uint8
-into the same contiguous (3, 224, 224) slot of a batch.
+into the same contiguous (3, 224, 224) slot of a batch. The limit is what libjpeg-turbo takes for
+the same images whole, by its own `tjbench` (Debian: libjpeg-turbo-progs), and torch for the resize.
 """
 
 import importlib
 import io
-from collections.abc import Callable
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from benchmarks.report import write_result
 from benchmarks.timing import interleaved
 from data_shards.format.crop_box import random_crop_box
 from data_shards.format.decode import decode_crop
+from data_shards.format.image_pixels import decode_part
 
 SIZE = 224
 COUNT = 64
-REPEATS = 15
+REPEATS = 9
+_SHIPPED = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
+_FPS = re.compile(r"Frame rate:\s+([\d.]+) fps")
+_TJBENCH_S = 0.2  # per image
 Words = npt.NDArray[np.uint64]
 Crop = Callable[[bytes, Words], torch.Tensor]
 """(JPEG, random words) -> uint8 (3, 224, 224) in any layout."""
@@ -51,6 +65,37 @@ def photographs(count: int, height: int, width: int, *, seed: int = 0) -> list[b
         Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
         images.append(buffer.getvalue())
     return images
+
+
+def mixed_photographs(count: int, *, seed: int = 0) -> tuple[list[bytes], str]:
+    """JPEGs of crops of real photographs, of mixed sizes and qualities, and where they are from.
+
+    Sources are the photographs that scikit-learn and, where it is installed, scikit-image ship.
+    Crops have half to all of each side, short sides of 240 to 640 pixels, qualities of 75 to 95.
+    """
+    found: list[npt.NDArray[np.uint8]] = list(load_sample_images().images)
+    origin = "scikit-learn"
+    try:
+        shipped = importlib.import_module("skimage.data")
+        found += [getattr(shipped, name)() for name in _SHIPPED]
+        origin += " and scikit-image"
+    except ImportError:
+        origin += " alone (scikit-image is not installed)"
+    generator = np.random.default_rng(seed)
+    images = []
+    for number in range(count):
+        whole = Image.fromarray(found[number % len(found)])
+        share, place = generator.uniform(0.5, 1, 2), generator.uniform(0, 1, 2)
+        edge = [round(s * part) for s, part in zip(whole.size, share, strict=True)]
+        left, top = (int((s - e) * p) for s, e, p in zip(whole.size, edge, place, strict=True))
+        scale = generator.uniform(240, 640) / min(edge)
+        size = (round(edge[0] * scale), round(edge[1] * scale))
+        box = (left, top, left + edge[0], top + edge[1])
+        picture = whole.resize(size, Image.Resampling.BICUBIC, box=box)
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=int(generator.integers(75, 96)))
+        images.append(buffer.getvalue())
+    return images, origin
 
 
 def ours(data: bytes, words: Words) -> torch.Tensor:
@@ -107,9 +152,8 @@ PEERS: dict[str, Callable[[], Crop]] = {
 }
 
 
-def measure(height: int, width: int, routes: dict[str, Crop]) -> dict[str, float]:
+def measure(images: Sequence[bytes], routes: dict[str, Crop]) -> dict[str, float]:
     """Images per second of every route."""
-    images = photographs(COUNT, height, width)
     drawn = np.random.Generator(np.random.Philox(1)).integers(0, 2**64, (COUNT, 4), dtype=np.uint64)
     samples = list(zip(images, drawn, strict=True))
     slot = torch.empty(3, SIZE, SIZE, dtype=torch.uint8)
@@ -123,7 +167,89 @@ def measure(height: int, width: int, routes: dict[str, Crop]) -> dict[str, float
 
     contestants = {name: all_images(route) for name, route in routes.items()}
     seconds = interleaved(contestants, torch.device("cpu"), repeats=REPEATS)
-    return {name: COUNT / taken for name, taken in seconds.items()}
+    return {name: len(images) / taken for name, taken in seconds.items()}
+
+
+def library_seconds(images: Sequence[bytes]) -> float:
+    """Processor seconds per image of libjpeg-turbo for whole images, by its own benchmark.
+
+    It tells frames per second by the clock; the process has the same share of a core all the time.
+
+    Raises:
+        FileNotFoundError: tjbench is not installed.
+    """
+    program = shutil.which("tjbench")
+    if program is None:
+        raise FileNotFoundError("tjbench is not installed")
+    options = ["-nowrite", "-benchtime", str(_TJBENCH_S), "-warmup", "0.02"]
+    taken = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "image.jpg")
+        for data in images:
+            file.write_bytes(data)
+            before, begin = os.times().children_user, time.perf_counter()
+            done = subprocess.run(
+                [program, str(file), *options], capture_output=True, text=True, check=True
+            )
+            seconds = time.perf_counter() - begin
+            rate = _FPS.search(done.stdout)
+            if rate is None:
+                raise RuntimeError(f"tjbench tells no rate: {done.stdout!r}")
+            share = (os.times().children_user - before) / seconds
+            taken.append(share / float(rate[1]))
+    return statistics.mean(taken)
+
+
+def parts_seconds(images: Sequence[bytes]) -> dict[str, float]:
+    """Processor seconds per image of our decoding alone, and of the resize that follows it."""
+    drawn = np.random.Generator(np.random.Philox(1)).integers(0, 2**64, (COUNT, 4), dtype=np.uint64)
+    samples = list(zip(images, drawn, strict=True))
+    parts = [decode_part(data, "jpg", (SIZE, SIZE), words) for data, words in samples]
+    slot = torch.empty(3, SIZE, SIZE, dtype=torch.uint8)
+
+    def decoding() -> None:
+        for data, words in samples:
+            decode_part(data, "jpg", (SIZE, SIZE), words)
+
+    def resizing() -> None:
+        for part in parts:
+            batch = torch.from_numpy(part).unsqueeze(0).permute(0, 3, 1, 2)
+            scaled = torch.nn.functional.interpolate(
+                batch, size=(SIZE, SIZE), mode="bilinear", antialias=True
+            )
+            slot.copy_(scaled[0])
+
+    contestants = {"decode": decoding, "resize": resizing}
+    seconds = interleaved(contestants, torch.device("cpu"), repeats=REPEATS)
+    return {name: taken / len(images) for name, taken in seconds.items()}
+
+
+def limit_rows(kind: str, images: Sequence[bytes], rate: float) -> list[dict[str, Any]]:
+    """Rows with the limit of the library beside our rate."""
+    own = parts_seconds(images)
+    try:
+        library = library_seconds(images)
+    except FileNotFoundError as error:
+        return [{"image": kind, "route": "limit", "images/s/core": f"not run: {error}"}]
+    limit = 1 / (library + own["resize"])
+    left = 1 / rate - own["decode"] - own["resize"]
+    return [
+        {
+            "image": kind,
+            "route": "limit: libjpeg-turbo, image whole, and the resize",
+            "images/s/core": round(limit, 1),
+            "ours / it": round(rate / limit, 2),
+            "ms": f"decode {1000 * library:.2f}, resize {1000 * own['resize']:.2f}",
+        },
+        {
+            "image": kind,
+            "route": "ours, its parts",
+            "images/s/core": round(rate, 1),
+            "ours / it": 1,
+            "ms": f"decode {1000 * own['decode']:.2f}, resize {1000 * own['resize']:.2f}, "
+            f"the rest {1000 * left:.2f}",
+        },
+    ]
 
 
 def _installed(make: Callable[[], Crop]) -> Crop | Exception:
@@ -131,6 +257,14 @@ def _installed(make: Callable[[], Crop]) -> Crop | Exception:
         return make()
     except (ImportError, RuntimeError) as error:
         return error
+
+
+def sizes_of(images: Sequence[bytes]) -> list[str]:
+    """Smallest, middle and largest width x height by area, and the mean kB."""
+    sizes = sorted((Image.open(io.BytesIO(data)).size for data in images), key=np.prod)
+    chosen = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
+    kilobytes = sum(map(len, images)) / len(images) / 1000
+    return [*(f"{width} x {height}" for width, height in chosen), f"{kilobytes:.0f} kB on average"]
 
 
 def main() -> None:
@@ -145,22 +279,36 @@ def main() -> None:
         else:
             routes[name] = found
     rows: list[dict[str, Any]] = []
-    for height, width in ((375, 500), (1200, 1600)):
-        rates = measure(height, width, routes)
+    real, origin = mixed_photographs(COUNT)
+    sets = {
+        "500 x 375": photographs(COUNT, 375, 500),
+        "1600 x 1200": photographs(COUNT, 1200, 1600),
+        "real, mixed": real,
+    }
+    before = os.getloadavg()[0]
+    for kind, images in sets.items():
+        rates = measure(images, routes)
         for name in ("ours", *PEERS):
-            row: dict[str, Any] = {"image": f"{width} x {height}", "route": name}
+            row: dict[str, Any] = {"image": kind, "route": name}
             if name in rates:
                 row["images/s/core"] = round(rates[name], 1)
                 row["ours / it"] = round(rates["ours"] / rates[name], 2)
             else:
                 row["images/s/core"] = missing[name]
             rows.append(row)
+        rows += limit_rows(kind, images, rates["ours"])
     write_result(
         "decode",
         rows,
         [
-            f"{COUNT} JPEGs, quality 90, 4:2:0; random-resized crop (scale 0.08-1, ratio 3/4-4/3) "
-            f"to {SIZE} x {SIZE} uint8; processor time, median of {REPEATS} turns.",
+            f"{COUNT} JPEGs, 4:2:0, quality 90 of random images with the spectrum of photographs; "
+            f"real, mixed: {', '.join(sizes_of(real))} of {origin}, quality 75 to 95.",
+            f"Random-resized crop (scale 0.08-1, ratio 3/4-4/3) to {SIZE} x {SIZE} uint8; "
+            f"processor time, median of {REPEATS} turns.",
+            "limit: libjpeg-turbo decodes images whole (tjbench, processor time), torch resizes. "
+            "Ours stops at the last row of the part and decodes large images at a part of their "
+            "size, so it may be over it.",
+            f"Load average of the machine before: {before:.1f}, of which nothing is ours.",
             "Targets at 500 x 375: at least 1.6 times Pillow, no slower than the best peer.",
         ],
     )

@@ -57,7 +57,7 @@ def evaluation_rows(artifact: str, shards: str) -> list[Row]:
         attack = fields | {"launcher": "local", "attack": "fast", "out": f"{folder}/attack"}
         rows.append({"what": "with --attack fast", "seconds": seconds(lambda: evaluate(attack))})
         command = [sys.executable, "-m", "model.verify", f"{folder}/one"]
-        command += ["--artifact", artifact, "--shards", shards]
+        command += ["--artifact", artifact, "--data.shards", shards]
         verify = seconds(lambda: subprocess.run(command, check=True, capture_output=True))
         rows.append({"what": "python -m model.verify, all samples", "seconds": verify})
     columns = found[0].columns

@@ -104,7 +104,7 @@ def scheduler_row(folder: Path, shards: str, evaluations: int) -> Row:
     scheduler.look(config.suites)
     scheduler.tick()
     seconds = (time.perf_counter() - begin) / evaluations
-    while scheduler.busy:
+    while scheduler.waiting:
         time.sleep(0.5)
         scheduler.tick()
     if scheduler.failures:

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import RESULTS
-from data_shards.storage.store import Store
-from jobs.evaluation.stored_result import read_result
-from model.artifact.artifact import read_info
+from jobs.reporting.comparison_training import Outcome, RunRequest
 from model.networks.registry import parameter_count
 from pipeline.presets import PRESETS, run_preset
 from pipeline.run import layout
@@ -107,18 +105,16 @@ def run_record(folder: Path) -> dict[str, Any]:
     Raises:
         EvaluationError: it was not, or what lies there contradicts itself.
     """
-    artifact = max((folder / layout.ARTIFACTS).iterdir(), key=lambda path: path.name)
-    evaluation = artifact / layout.evaluation("test")
-    found = read_result(Store(str(evaluation)))
-    certificate = evaluation / layout.CERTIFICATE
-    info = read_info(Store(str(artifact)).open)
-    sound = found.summary.columns["sound"]
-    settings = json.loads((folder / layout.CONFIG).read_text())
+    run = Outcome(RunRequest(preset="", role="final", values={}), folder)
+    sound = run.summary.columns["sound"]
+    certificate = run.artifact / layout.evaluation(run.summary.split) / layout.CERTIFICATE
     return {
-        "preset": settings["preset"],
-        "seed": settings["train"]["seed"],
-        "commit": info.context["code"]["commit"],
-        "samples": found.summary.samples,
+        "preset": run.setting("preset"),
+        "seed": run.setting("train.seed"),
+        "commit": run.info.context["code"]["commit"],
+        "processor_s": round(run.seconds),
+        "steps": run.steps,
+        "samples": run.summary.samples,
         "clean": sound.clean,
         "certified": sound.cra,
         "certificate_sha256": hashlib.sha256(certificate.read_bytes()).hexdigest(),
@@ -138,7 +134,8 @@ def page(records: Iterable[Mapping[str, Any]]) -> str:
         "# Presets of the papers",
         "",
         "Per cent, clean and certified at the radii. Ours: mean over the seeds, column `sound` on "
-        "the test split. `none read`: no source with a figure of this network was at hand.",
+        "the test split, and the processor seconds of training. `none read`: no source with a "
+        "figure of this network was at hand.",
         "",
         "| preset | parameters | radii | published | source | ours |",
         "|---|---|---|---|---|---|",
@@ -178,7 +175,8 @@ def _ours(records: Sequence[Mapping[str, Any]], radii: Sequence[str]) -> str:
     seeds = ", ".join(str(record["seed"]) for record in records)
     commits = ", ".join(sorted({record["commit"][:7] for record in records}))
     means = _figures([100 * statistics.fmean(column) for column in columns])
-    return f"{means} (seeds {seeds}; {commits})"
+    used = statistics.fmean(record["processor_s"] for record in records)
+    return f"{means} (seeds {seeds}; {used:.0f} processor s each; {commits})"
 
 
 def _figures(values: Sequence[float | None]) -> str:

@@ -11,10 +11,12 @@ import torch
 import tyro
 from rich.table import Table
 
+from data_shards.command_line.parsing import parse_words
+from data_shards.command_line.progress import ProgressBar
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError, exit_on_error
 from data_shards.format.index import ShardIndex, load_index
-from data_shards.streaming.sampler import ORDER, Cursor, EpochOrder
+from data_shards.streaming.sampler import Cursor, EpochOrder
 from data_shards.streaming.shuffle_quality import ShuffleQuality, shuffle_quality
 from data_shards.streaming.stream import SampleStream
 from data_shards.untrusted.terminal import PlainConsole
@@ -42,6 +44,10 @@ class Figures:
     """Processor time of the whole process, the simulated steps' sleep not included."""
     steps: int
     images: int
+    requests_per_image: float
+    """Ranges asked of the store, those of images read ahead included; so are the bytes."""
+    read_mb_per_s: float
+    """Bytes read from the store, in 10^6 per second."""
     retries: int
     """Requests to the store that were repeated."""
     damaged: int
@@ -59,6 +65,7 @@ def measure(
     steps: int = 40,
     step_ms: float = 0.0,
     cursor: Cursor,
+    progress: bool = False,
 ) -> Figures:
     """Take a first batch and `steps` more from a stream.
 
@@ -71,6 +78,7 @@ def measure(
         step_ms: Milliseconds that the consumer sleeps after each batch, as a training step on an
             accelerator would.
         cursor: Where to begin.
+        progress: Show a bar on standard error.
 
     Raises:
         ShardError: of the stream, or fewer than one step.
@@ -80,10 +88,15 @@ def measure(
     waits = []
     images = size = 0
     begin = time.perf_counter()
-    with SampleStream(index, config, split=split, global_batch=batch, cursor=cursor) as stream:
+    with (
+        SampleStream(index, config, split=split, global_batch=batch, cursor=cursor) as stream,
+        ProgressBar(f"reading {split}", steps, unit="batches", shown=progress) as bar,
+    ):
         next(stream)
         start = time.perf_counter()
         first, cpu = start - begin, time.process_time()
+        traffic = index.files.traffic
+        requests, size_read = traffic.requests, traffic.bytes
         for _ in range(steps):
             time.sleep(step_ms / 1000)
             before = stream.waited_s
@@ -91,6 +104,7 @@ def measure(
             waits.append(1000 * (stream.waited_s - before))
             images += len(rows)
             size += int(index.rows.size[rows].sum())
+            bar.advance()
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         return Figures(
             index_s=0.0,
@@ -103,6 +117,8 @@ def measure(
             cpu_ms_per_image=1000 * cpu / images,
             steps=steps,
             images=images,
+            requests_per_image=(traffic.requests - requests) / images,
+            read_mb_per_s=(traffic.bytes - size_read) / seconds / _MB,
             retries=stream.retries,
             damaged=stream.damaged.total(),
             shuffle=_quality(index, split, stream.cursor, batch),
@@ -111,13 +127,7 @@ def measure(
 
 def _quality(index: ShardIndex, split: str, cursor: Cursor, batch: int) -> ShuffleQuality:
     counts = np.unique(index.rows.shard[index.select(split)], return_counts=True)[1]
-    order = EpochOrder(
-        counts.tolist(),
-        seed=cursor.seed,
-        lanes=cursor.lanes,
-        window=cursor.window,
-        version=cursor.order,
-    )
+    order = EpochOrder(counts.tolist(), seed=cursor.seed, lanes=cursor.lanes, window=cursor.window)
     return shuffle_quality(order, batch)
 
 
@@ -131,6 +141,8 @@ def _show(title: str, figures: Figures) -> None:
             "stall per step: median, 95 %, largest",
             f"{figures.stall_ms:.1f}, {figures.stall_ms_p95:.1f}, {figures.stall_ms_max:.1f} ms",
         ),
+        ("requests per image", f"{figures.requests_per_image:.2f}"),
+        ("MB/s (read from the store)", f"{figures.read_mb_per_s:.1f}"),
         ("CPU per image", f"{figures.cpu_ms_per_image:.3f} ms"),
         ("index loaded in", f"{figures.index_s:.2f} s"),
         ("first batch after", f"{figures.first_batch_s:.2f} s"),
@@ -185,12 +197,16 @@ def _run(
     loaded = time.perf_counter() - begin
     if index.stored_shape(split) is None:
         stream = dataclasses.replace(stream, crop="random-resized")
-    cursor = Cursor(seed=seed)
-    if epoch or position:
-        order = {"order": ORDER, "lanes": stream.lanes, "window": stream.window}
-        cursor = Cursor(seed=seed, epoch=epoch, position=position, **order)
+    cursor = Cursor(seed=seed, epoch=epoch, position=position)
     figures = measure(
-        index, stream, split=split, batch=batch, steps=steps, step_ms=step_ms, cursor=cursor
+        index,
+        stream,
+        split=split,
+        batch=batch,
+        steps=steps,
+        step_ms=step_ms,
+        cursor=cursor,
+        progress=True,
     )
     figures = dataclasses.replace(figures, index_s=loaded)
     if json_output:
@@ -202,7 +218,7 @@ def _run(
 def main(arguments: list[str] | None = None) -> None:
     """Run the entry; one line on standard error and exit status 1 on a refused request."""
     with exit_on_error():
-        tyro.cli(_run, args=arguments, prog="data_shards.bench")
+        parse_words(_run, arguments, prog="python -m data_shards.bench")
 
 
 if __name__ == "__main__":

@@ -38,9 +38,10 @@ class StreamConfig:
     """Augmentation: cut a random part of each image and scale it to the set's image shape; needed
     where the train images differ in shape."""
     randaugment: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Augmentation: share of the images that RandAugment changes."""
+    """Augmentation: share of the images that RandAugment changes; 0: none."""
     shift_pixels: int = Field(default=0, ge=0)
-    """Augmentation: translate by up to this many pixels in each direction, zeros move in."""
+    """Augmentation: translate by up to this many pixels in each direction, zeros move in; 0: not at
+    all."""
     flip: bool = False
     """Augmentation: mirror half of the images left to right."""
 

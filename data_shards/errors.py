@@ -4,6 +4,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from data_shards.untrusted.limits import UntrustedError
+
 _INTERRUPTED = 130
 
 
@@ -23,7 +25,7 @@ def exit_on_error(kept: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (ShardError, OSError) as error:  # OSError: a full disk, a store that is not there
+    except (ShardError, UntrustedError, OSError) as error:  # OSError: a full disk, an absent store
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         if not kept:

@@ -9,13 +9,14 @@ from typing import Annotated
 
 import tyro
 
+from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError, exit_on_error
 from data_shards.format.foreign_scan import Layout
 from data_shards.storage.store import Store
 from data_shards.writing.foreign_set import IndexOptions, index_foreign_set
 from data_shards.writing.process_pool import usable_cpus
 from data_shards.writing.shard_patterns import find_shards
-from data_shards.writing.write_report import REPORT_FILE, summary
+from data_shards.writing.write_report import reported
 
 _SMALL_SET = 256 << 20  # bytes; one process is done before others have started
 
@@ -77,15 +78,14 @@ def _run(
     what = "index written" if found.written else "already there, unchanged"
     sys.stdout.write(
         f"{store}: {what}: {counts} samples in {len(found.index.shards)} shards, digest "
-        f"{found.index.digest}\n{store}/{REPORT_FILE}: "
-        f"{summary(store.read_object(REPORT_FILE))}\n"
+        f"{found.index.digest}\n{reported(store)}"
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the entry; one line on standard error and exit status 1 on a refused request."""
     with exit_on_error("what was read is kept for the next run"):
-        tyro.cli(_run, args=arguments, prog="data_shards.index")
+        parse_words(_run, arguments, prog="python -m data_shards.index")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Lists every disagreement between index and shards; exit status 1 if there is one
 the index is made anew from the shards, if those are intact.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterator
@@ -13,15 +14,16 @@ import numpy as np
 import tyro
 import xxhash
 
+from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError, exit_on_error
-from data_shards.format.decode import decode_image
 from data_shards.format.foreign_scan import read_adopted
-from data_shards.format.index import Shard, ShardIndex, load_index
+from data_shards.format.image_pixels import decoded_shape
+from data_shards.format.index import Rows, Shard, ShardIndex, load_index
 from data_shards.format.shard_scan import HashedFile, StoredSample, read_shard_file
 from data_shards.storage.store import Store
 from data_shards.writing.process_pool import Advance, run_tasks, usable_cpus
-from data_shards.writing.progress_bar import ProgressBar
-from data_shards.writing.repair import repair
+from data_shards.writing.progress_bar import ImageProgress
+from data_shards.writing.rebuild_index import repair
 
 _LISTED = 20  # disagreements of one shard
 _SMALL_SET = 20_000  # images; one process is done before others have started
@@ -49,10 +51,19 @@ def verify(
     for key in keys[counts > 1]:
         yield f"{index.store}: key {key.decode()!r} occurs more than once in the index"
     present = [shard for shard in index.shards if shard.file in sizes]
-    tasks = [(index.part(shard.split, shard), shard, sizes[shard.file]) for shard in present]
+    first, end = (
+        np.searchsorted(index.rows.shard, [shard.number for shard in present], side=side)
+        for side in ("left", "right")
+    )
+    tasks = [
+        (index.rows.take(slice(*extent)), shard, sizes[shard.file])
+        for *extent, shard in zip(first, end, present, strict=True)
+    ]
     total = sum(shard.samples for shard in present)
-    task = functools.partial(_verify_shard, decode)
-    with ProgressBar("verifying", total, shown=progress) as bar:
+    # Sent once to each process: it lists all shards.
+    without_rows = dataclasses.replace(index, rows=index.rows.take(slice(0)))
+    task = functools.partial(_verify_shard, without_rows, decode)
+    with ImageProgress("verifying", total, shown=progress) as bar:
         for place, problems in run_tasks(task, tasks, workers, bar):
             name = index.files.describe(present[place].file)
             yield from (f"{name}: {problem}" for problem in problems[:_LISTED])
@@ -60,13 +71,16 @@ def verify(
                 yield f"{name}: and {len(problems) - _LISTED} more"
 
 
-def _verify_shard(decode: bool, task: tuple[ShardIndex, Shard, int], advance: Advance) -> list[str]:
+def _verify_shard(
+    whole: ShardIndex, decode: bool, task: tuple[Rows, Shard, int], advance: Advance
+) -> list[str]:
     """Compare one shard with its rows."""
-    index, shard, size = task
+    rows, shard, size = task
+    index = dataclasses.replace(whole, rows=rows)
     problems = []
     if size != shard.size:
         problems.append(f"{size} bytes, the index states {shard.size}")
-    file = HashedFile(*index.files.locate(shard.file), size)
+    file = HashedFile(*whole.files.locate(shard.file), size)
     missing = {key.decode(): row for row, key in enumerate(index.rows.key)}
     try:
         for found in _samples(index, shard, file, size):
@@ -128,7 +142,7 @@ def _compare(
         yield f"{key}: {name} {value!r} in the shard, {stated!r} in the index"
     if decode and not differing:
         try:
-            shape = tuple(decode_image(found.data, found.extension).shape)
+            shape = decoded_shape(found.data, found.extension)
         except ShardError as error:
             yield f"{key}: {error}"
             return
@@ -189,7 +203,7 @@ def _repair(url: str, workers: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the entry; exit status 1 on a disagreement or an unreadable set."""
     with exit_on_error():
-        tyro.cli(_run, args=arguments, prog="data_shards.verify")
+        parse_words(_run, arguments, prog="python -m data_shards.verify")
 
 
 if __name__ == "__main__":

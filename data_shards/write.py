@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from data_shards.command_line.parsing import parse_subcommand
 from data_shards.config import MIB
 from data_shards.errors import exit_on_error
 from data_shards.format.index import HEADER_FILE
@@ -20,7 +21,7 @@ from data_shards.sources import SOURCES, Source
 from data_shards.storage.store import Store
 from data_shards.writing.process_pool import usable_cpus
 from data_shards.writing.shard_plan import WriteOptions
-from data_shards.writing.write_report import REPORT_FILE, summary
+from data_shards.writing.write_report import REPORT_FILE, reported
 from data_shards.writing.writer import write_shard_set
 
 __all__ = ["main", "write_shard_set"]
@@ -75,8 +76,7 @@ def _write(source: Source, output: Output) -> None:
         f"{store}: {what}: {counts} samples in {len(index.shards)} shards, digest {index.digest}\n"
     )
     if store.exists(REPORT_FILE):
-        report = store.read_object(REPORT_FILE)
-        sys.stdout.write(f"{store}/{REPORT_FILE}: {summary(report)}\n")
+        sys.stdout.write(reported(store))
 
 
 def _subcommand(make: Callable[..., Source]) -> Callable[..., None]:
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the entry; one line on standard error and exit status 1 on a refused request."""
     entries = {name: _subcommand(make) for name, make in SOURCES.items()}
     with exit_on_error("finished shards are kept for the next run"):
-        tyro.extras.subcommand_cli_from_dict(entries, args=arguments, prog="data_shards.write")
+        parse_subcommand(entries, arguments, prog="python -m data_shards.write")
 
 
 if __name__ == "__main__":

@@ -14,17 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-from pydantic import ValidationError
-
+from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError
 from data_shards.format.index import load_index
 from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_report import System, by_norm, comparison_png, markdown
-from jobs.reporting.comparison_runs import RunRequest, Runs
 from jobs.reporting.comparison_search import Search, preset_config
+from jobs.reporting.comparison_training import RunRequest, Runs
 from model.networks.registry import parameter_count
 from pipeline.config import RunConfig
 from pipeline.tracking.client import log_comparison, ui_command
@@ -70,9 +68,11 @@ def compare(config: CompareConfig) -> list[System]:
 
 
 def _require_size(config: CompareConfig, presets: Mapping[str, RunConfig]) -> None:
+    if config.budget != "parameters":
+        return
     for name, preset in presets.items():
         size = parameter_count(preset.model)
-        if config.budget == "parameters" and size > config.amount:
+        if size > config.amount:
             raise EvaluationError(
                 f"{name} has {size:,} parameters, the budget allows {config.amount:,.0f}"
             )
@@ -80,13 +80,14 @@ def _require_size(config: CompareConfig, presets: Mapping[str, RunConfig]) -> No
 
 def _samples(config: CompareConfig, runs: Runs) -> Callable[[str], int]:
     """Samples of a split of the shard set, which the first run makes where none is given."""
-    if config.shards:
-        index = load_index(config.shards)
-        return lambda split: len(index.select(split))
-    # Several runs at once would each write it.
-    first = RunRequest(config.presets[0], "shards", {"train.stop-after": 1}, certify=False)
-    [made] = runs.run([first])
-    return made.samples
+    url = config.shards
+    if not url:
+        # Several runs at once would each write it.
+        first = RunRequest(config.presets[0], "shards", {"train.stop-after": 1}, certify=False)
+        [made] = runs.run([first])
+        url = made.shards_url
+    index = load_index(url)
+    return lambda split: len(index.select(split))
 
 
 def _length(
@@ -115,7 +116,7 @@ def _tune(
     if not config.trials:
         return {name: {} for name in presets}, scores
     most = config.amount if config.budget == "parameters" else None
-    searches = {name: Search(name, most) for name in presets}
+    searches = {name: Search(preset, most) for name, preset in presets.items()}
     amount = config.trial_amount or config.amount
     for _ in range(config.trials):
         asked = {name: search.ask() for name, search in searches.items()}
@@ -170,12 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = PlainConsole()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
-        config = tyro.cli(CompareConfig, args=arguments, prog="jobs.compare")
+        config = parse_words(CompareConfig, arguments, prog="python -m jobs.compare")
         page = write(config, compare(config))
-    except ValidationError as error:
-        messages = "; ".join(part["msg"] for part in error.errors())
-        PlainConsole(stderr=True).print(f"refused: {messages}", soft_wrap=True)
-        return 2
     except (EvaluationError, ShardError) as error:
         PlainConsole(stderr=True).print(str(error), soft_wrap=True)
         return 1

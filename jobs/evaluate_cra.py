@@ -1,6 +1,6 @@
 """Certified robust accuracy of a model artifact on a shard set.
 
-    python -m jobs.evaluate_cra --artifact URL --shards URL [--attack fast]
+    python -m jobs.evaluate_cra --artifact URL --data.shards URL [--attack fast]
 
 Writes a certificate that `python -m model.verify` re-derives, its samples, a summary and figures to
 the output URL, and records the result in MLflow. The driver of a training calls `evaluate` by
@@ -12,25 +12,35 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import tyro
 from pydantic import TypeAdapter
 from rich.console import Console
 
+from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.console import exit_status, following
 from jobs.evaluation.progress import OnProgress
+from jobs.evaluation.record_store import record_store
 from jobs.evaluation.runner import (
     artifact_info,
     compute,
     output,
 )
 from jobs.evaluation.sample_records import EvaluationError
+from jobs.evaluation.suites import NO_ATTACK
 from model.errors import ModelError
 from pipeline.run.evaluation_summary import EvaluationSummary, report
-from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
+from pipeline.run.layout import (
+    BOUNDS_FIGURE,
+    CERTIFICATE,
+    CLOSEST_FIGURE,
+    CRA_FIGURE,
+    RADIUS_FIGURE,
+    SUMMARY,
+)
 from pipeline.run.open_servers import ExposureError
 from pipeline.tracking.client import EvaluationRecord, RunReference, log_evaluation, ui_command
 
@@ -58,7 +68,8 @@ def evaluate(
         train_run_id: MLflow run of the training; default: what the artifact's context says.
         step: training step of the artifact; default: what its context says, else 0.
         model_id: LoggedModel of the artifact; default: found by digest.
-        log: receives the record, e.g. `Tracker.log_evaluation`; default: `config.tracking`.
+        log: receives the record, e.g. `Tracker.log_evaluation`; default: the store that
+            `record_store` says.
         on_progress: called in this thread whenever a task has ended.
 
     Raises:
@@ -72,6 +83,9 @@ def evaluate(
     summary = compute(config, step=step, on_progress=on_progress)
     if config.record or log:
         try:
+            if log is None:
+                store = record_store(config, artifact_info(config.artifact), summary)
+                config = replace(config, tracking=store)
             record(config, summary, train_run_id=train_run_id, model_id=model_id, log=log)
         except Exception as error:
             logger.warning("%s is evaluated but not recorded: %s", config.artifact, error)
@@ -89,7 +103,7 @@ def record(
     """Hand the result to `log`, or record it in `config.tracking` and return the run."""
     info = artifact_info(config.artifact)
     out = output(config)
-    files = [CRA_FIGURE, RADIUS_FIGURE, CERTIFICATE, SUMMARY]
+    files = [CRA_FIGURE, RADIUS_FIGURE, CLOSEST_FIGURE, CERTIFICATE, SUMMARY]
     files += [BOUNDS_FIGURE] * bool(summary.layers)
     row = EvaluationRecord(
         eval_key=summary.eval_key,
@@ -138,15 +152,19 @@ def main(
     """
 
     def act(console: Console, errors: Console) -> int:
-        config = tyro.cli(EvaluationConfig, args=arguments, prog="jobs.evaluate_cra")
-        with following(errors) as on_progress:
+        config = parse_words(EvaluationConfig, arguments, prog="python -m jobs.evaluate_cra")
+        label = "certifying" if config.attack == NO_ATTACK else "certifying, attacking"
+        with following(errors, label) as on_progress:
             summary = compute(config, on_progress=on_progress)
         report(console, [summary])
         if before_record:
             before_record()
-        run = record(config, summary) if config.record else None
+        if not config.record:
+            return 0
+        store = record_store(config, artifact_info(config.artifact), summary)
+        run = record(replace(config, tracking=store), summary)
         if run is not None:
-            command, path = ui_command(config.tracking.uri, run)
+            command, path = ui_command(store.uri, run)
             console.print(f"MLflow: {command}\n  then open {path}", soft_wrap=True)
         return 0
 

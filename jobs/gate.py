@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from data_shards.command_line.parsing import parse_subcommand
 from data_shards.errors import ShardError
 from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation.console import exit_status
@@ -153,16 +154,19 @@ def main(arguments: list[str] | None = None) -> int:
         "status": _status,
     }
     return exit_status(
-        lambda *_: tyro.extras.subcommand_cli_from_dict(acts, args=arguments, prog="jobs.gate"),
+        lambda *_: parse_subcommand(acts, arguments, prog="python -m jobs.gate"),
         (RegistryError, EvaluationError, ShardError, ModelError, FileNotFoundError),
     )
 
 
 def _share(share: str | None, samples: str | None) -> str:
     """Certified accuracy with its interval, as far as a version's tags say."""
-    if share is None or samples is None:
-        return "?" if share is None else f"{float(share):.2%}"
-    return with_interval(float(share), int(samples))
+    try:
+        if share is None or samples is None:
+            return "?" if share is None else f"{float(share):.2%}"
+        return with_interval(float(share), int(samples))
+    except ValueError:  # a tag may be anybody's
+        return "?"
 
 
 def _console() -> Console:

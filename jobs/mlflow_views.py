@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pydantic
-import tyro
 from rich.console import Console
 
+from data_shards.command_line.parsing import parse_words
 from jobs.evaluation.console import exit_status
 from jobs.reporting.report_data import differing_settings
 from model.certification.eps import eps_value
@@ -59,7 +59,7 @@ _LOOP = (
 class ViewsConfig:
     """Save the views of docs/mlflow.md into an experiment and print their links."""
 
-    tracking: TrackingConfig = TrackingConfig(uri="sqlite:///runs/mlflow.db", experiment="")
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow store and experiment; an empty experiment: the only one that has training runs."""
 
 
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _save(arguments: list[str] | None, console: Console) -> int:
-    tracking = tyro.cli(ViewsConfig, args=arguments, prog="jobs.mlflow_views").tracking
+    tracking = parse_words(ViewsConfig, arguments, prog="python -m jobs.mlflow_views").tracking
     runs = Reader(tracking).training_runs()
     experiments = sorted({run.experiment for run in runs})
     if len(experiments) != 1:

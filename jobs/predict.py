@@ -1,7 +1,7 @@
 """Class, certified radius and verdict for images.
 
     python -m jobs.predict models:/digits@champion photos/ more.png --eps 36/255
-    python -m jobs.predict s3://bucket/artifacts/step-1 s3://bucket/images --launcher ray
+    python -m jobs.predict s3://bucket/artifacts/step-1 s3://bucket/images --cluster.launcher ray
 
 The radius is the sound one: no perturbation of the pixels smaller than it changes the class that
 this float64 program returns. One row per image, in the order of the inputs; exit status 0, 1 if an
@@ -24,6 +24,8 @@ import torch
 import tyro
 from rich.console import Console
 
+from data_shards.command_line.parsing import parse_words
+from data_shards.command_line.progress import ProgressBar
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from data_shards.untrusted.limits import UntrustedError
@@ -33,7 +35,7 @@ from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.runner import artifact_info, run_task, task_device
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.prediction.image_files import Picture, PreparedImage, find_pictures, prepare
-from jobs.prediction.serving import SoundPredictor
+from jobs.prediction.predictor import SoundPredictor, artifact_url
 from jobs.registry.promotion import rule_of
 from model.artifact.artifact import ArtifactInfo
 from model.certification.eps import eps_value
@@ -43,8 +45,9 @@ from pipeline.run.ray_session import ray_session
 from pipeline.tracking.client import TrackingConfig
 from pipeline.tracking.model_registry import Registry, RegistryError
 
-FIELDS = ("path", "label", "radius", "norm", "eps", "certified", "size", "resize", "error")
+FIELDS = ("path", "label", "class", "radius", "norm", "eps", "certified", "size", "resize", "error")
 _TASKS_PER_WAVE = 64
+_NAMED = 3
 Run = Callable[[Sequence[Any]], list[Any]]
 
 
@@ -55,9 +58,10 @@ class PredictConfig:
     """Class, certified radius and verdict for images."""
 
     model: tyro.conf.Positional[str]
-    """models:/NAME@ALIAS, models:/NAME/VERSION, or the URL of a model artifact."""
+    """models:/NAME@ALIAS, models:/NAME/VERSION, or the URL of a model artifact or of a run: then
+    the artifact that was evaluated on its test split, else its newest."""
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Image files and folders (png, jpg, webp), paths or URLs."""
+    """Image files and folders (png, jpg, webp, bmp, gif, tiff), paths or URLs."""
     eps: str | None = None
     """Radius of the verdict; default: that of the registered model's rule, else 36/255."""
     resize: bool = False
@@ -69,15 +73,15 @@ class PredictConfig:
     """auto: by the name of the file, jsonl on the standard output."""
     batch_size: Annotated[int, pydantic.Field(gt=0)] = 64
     """Images per forward pass and task."""
-    launcher: Literal["local", "ray"] = "local"
+    launcher: Annotated[Literal["local", "ray"], tyro.conf.arg(name="cluster.launcher")] = "local"
     """ray: batches as Ray tasks."""
     max_in_flight: Annotated[int, pydantic.Field(gt=0)] = 2
     """Ray tasks under way at the same time."""
     num_gpus: Annotated[float, pydantic.Field(ge=0)] = 0.0
-    """GPUs, or a fraction of one, of each Ray task."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """GPUs, or a fraction of one, of each Ray task; 0: none."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(name="cluster.device")] = "auto"
     """Device of the forward pass; auto: cuda where the process or the task may use one."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     """MLflow store of registered models."""
 
 
@@ -107,6 +111,7 @@ class PredictTask:
             row |= {"path": picture.path, "norm": predictor.info.norm, "eps": self.eps}
             if isinstance(image, PreparedImage):
                 label, radius = next(answers)
+                row["class"] = predictor.info.class_name(label)
                 row |= {"label": label, "radius": radius, "certified": radius > eps_value(self.eps)}
                 row |= {"size": image.size, "resize": image.resize or "none"}
             else:
@@ -122,11 +127,19 @@ class Count:
     images: int = 0
     certified: int = 0
     failed: int = 0
-    others: int = 0
+    others: tuple[str, ...] = ()
+    """Files of the folders that are no images by their names."""
 
 
-def predict(config: PredictConfig, write: Callable[[dict[str, Any]], object]) -> Count:
+def predict(
+    config: PredictConfig, write: Callable[[dict[str, Any]], object], *, progress: bool = False
+) -> Count:
     """Predict all inputs, handing rows to `write` in the order of the inputs.
+
+    Args:
+        config: the model and the inputs.
+        write: receives the rows.
+        progress: show a bar on standard error.
 
     Raises:
         EvaluationError, RegistryError, ModelError: the model, or an input that is not there.
@@ -139,10 +152,12 @@ def predict(config: PredictConfig, write: Callable[[dict[str, Any]], object]) ->
         raise EvaluationError(f"the artifact at {url} has digest {info.digest}, not {digest}")
     device = task_device(config.device, launcher=config.launcher, num_gpus=config.num_gpus)
     artifact = ArtifactTask(url=Store(url).url, digest=info.digest, device=device)
-    count = Count(others=others)
-    with _runner(config) as run:
+    count = Count(others=tuple(others))
+    bar = ProgressBar("predicting", len(pictures), unit="images", shown=progress)
+    with _runner(config) as run, bar:
         for row in _rows(config, artifact, info, pictures, eps, run):
             write(row)
+            bar.advance()
             count.images += 1
             count.failed += row["error"] is not None
             count.certified += bool(row["certified"])
@@ -187,6 +202,8 @@ def _resolve(config: PredictConfig) -> tuple[str, str | None, str]:
             raise RegistryError(f"{version} names no model artifact: the gate did not register it")
         registry.require_address(url)
         eps = eps or rule_of(registry, version.name).eps
+    else:
+        url = artifact_url(url)
     eps = eps or "36/255"
     eps_value(eps)
     return url, digest, eps
@@ -233,7 +250,7 @@ def _writer(config: PredictConfig) -> Iterator[Callable[[dict[str, Any]], object
         yield _formatted(sys.stdout, kind)
         return
     folder, _, name = config.out.rpartition("/")
-    with Store(folder or ".").open(name, "wb") as file:
+    with Store(folder or ".").durable(name) as file:
         yield _formatted(_Text(file), kind)
 
 
@@ -252,19 +269,33 @@ def _formatted(file: Any, kind: str) -> Callable[[dict[str, Any]], object]:
         return lambda row: file.write(json.dumps(row, allow_nan=False) + "\n")
     table = csv.DictWriter(file, FIELDS, lineterminator="\n")
     table.writeheader()
-    return table.writerow
+    return lambda row: table.writerow({name: _encodable(cell) for name, cell in row.items()})
+
+
+def _encodable(cell: Any) -> Any:
+    """A cell as UTF-8 can have it: names of files need not be text."""
+    if not isinstance(cell, str):
+        return cell
+    return cell.encode("utf-8", "backslashreplace").decode()
+
+
+def _left_aside(others: Sequence[str]) -> str:
+    if not others:
+        return ""
+    more = ", ..." if len(others) > _NAMED else ""
+    return f"; no images by their names: {len(others)}, {', '.join(others[:_NAMED])}{more}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns 0, 1 if an image failed, 2 for bad input."""
 
     def act(_: Console, errors: Console) -> int:
-        config = tyro.cli(PredictConfig, args=arguments, prog="jobs.predict")
+        config = parse_words(PredictConfig, arguments, prog="python -m jobs.predict")
         with _writer(config) as write:
-            count = predict(config, write)
-        ignored = f"; {count.others} other files ignored" if count.others else ""
+            count = predict(config, write, progress=config.out != "-" or not sys.stdout.isatty())
         errors.print(
-            f"{count.images} images, {count.certified} certified, {count.failed} failed{ignored}",
+            f"{count.images} images, {count.certified} certified, {count.failed} failed"
+            f"{_left_aside(count.others)}",
             soft_wrap=True,
         )
         return 1 if count.failed else 0

@@ -14,6 +14,7 @@ import base64
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import field
 from datetime import datetime, timezone
 from typing import Annotated, Any
 
@@ -22,12 +23,14 @@ import pydantic
 import tyro
 from rich.console import Console
 
+from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from data_shards.untrusted.text import code, markdown, shown
 from jobs.evaluation.console import exit_status
-from jobs.evaluation.plot_style import run_style
 from jobs.evaluation.sample_records import EvaluationError
+from jobs.figures.plot_style import run_style
+from jobs.reporting.classes import confusion_table, frequent_confusions, worst_classes
 from jobs.reporting.figures import cost_svg, curves_svg, time_unit
 from jobs.reporting.report_data import ComparisonGroup, Report, ReportEntry, collect
 from jobs.reporting.verify_page import VERIFY_PAGE, locate, page
@@ -50,17 +53,18 @@ class ReportConfig:
     """Names or MLflow ids of training runs; none: all of the experiment."""
     out: str = "report"
     """URL of the folder for report.html and report.md."""
-    tracking: TrackingConfig = TrackingConfig(uri="sqlite:///runs/mlflow.db", experiment="")
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow store; an empty experiment stands for all of them."""
     verify: str = ""
     """Write verify.html for one LipNeXt instead: URL of a training run (its last evaluated
-    artifact), of an artifact (its evaluation of `test`, or its only one), or of an evaluation."""
+    artifact), of an artifact (its evaluation of `test`, or its only one), or of an evaluation.
+    Empty: report.html."""
     verify_samples: Annotated[int, pydantic.Field(ge=1)] | None = None
     """Images on verify.html, spread evenly over the split; default: all, or as many as fit."""
     verify_artifact: str = ""
     """URL of the artifact of verify.html; default: two folders above the evaluation, or the one
     that its summary names."""
-    verify_shards: str = ""
+    verify_shards: Annotated[str, tyro.conf.arg(name="data.shards")] = ""
     """URL of the shard set of verify.html; default: the one that the summary names."""
 
     @pydantic.model_validator(mode="after")
@@ -71,7 +75,7 @@ class ReportConfig:
                 f"{', '.join(self.runs)}"
             )
         if not self.verify and (self.verify_samples or self.verify_artifact or self.verify_shards):
-            raise ValueError("verify_samples, verify_artifact and verify_shards need verify")
+            raise ValueError("--verify-samples, --verify-artifact and --data.shards need --verify")
         return self
 
 
@@ -163,6 +167,9 @@ _FILTERS: Mapping[str, Callable[..., object]] = {
     "share": with_interval,
     "per_point": per_point,
     "per_further_point": per_further_point,
+    "classes": worst_classes,
+    "confusion": confusion_table,
+    "confused": frequent_confusions,
     "code": code,
     "quoted": shlex.quote,
     "when": lambda ms: datetime.fromtimestamp(ms / 1000, timezone.utc).strftime("%Y-%m-%d %H:%M"),
@@ -173,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns 0, 2 for bad input or 1 for a failure."""
 
     def act(console: Console, errors: Console) -> int:
-        config = tyro.cli(ReportConfig, args=arguments, prog="jobs.report")
+        config = parse_words(ReportConfig, arguments, prog="python -m jobs.report")
         if config.verify:
             console.print(f"page: {_write_verify_page(config)}", soft_wrap=True)
             return 0

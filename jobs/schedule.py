@@ -19,7 +19,6 @@ from datetime import datetime, timezone
 from types import FrameType
 from typing import Any
 
-import tyro
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.blocking import BlockingScheduler
 from apscheduler.triggers.cron import CronTrigger
@@ -27,6 +26,8 @@ from apscheduler.triggers.interval import IntervalTrigger
 from pydantic import ValidationError
 from rich.console import Console
 
+from data_shards.command_line.parsing import parse_words
+from data_shards.command_line.progress import ProgressBar
 from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation.sample_records import EvaluationError
@@ -100,9 +101,9 @@ class Scheduler:
         self.failures = 0
 
     @property
-    def busy(self) -> bool:
-        """Whether anything is under way or waits for its turn."""
-        return bool(self._open or self._running)
+    def waiting(self) -> int:
+        """Evaluations that are under way or wait for their turn."""
+        return len(self._open) + len(self._running)
 
     def look(self, suites: Sequence[str]) -> None:
         """Queue what is open; a store that does not answer is asked again the next time."""
@@ -187,11 +188,14 @@ def _describe(entry: BacklogEntry) -> str:
 def run_once(scheduler: Scheduler, config: ScheduleConfig) -> int:
     """Evaluate all that is open now; returns 1 if an evaluation failed."""
     scheduler.look(config.suites)
-    while True:
-        scheduler.tick()
-        if not scheduler.busy:
-            return 1 if scheduler.failures else 0
-        time.sleep(_TICK_S)
+    total = scheduler.waiting
+    with ProgressBar("evaluating checkpoints", total, unit="evaluations") as bar:
+        while True:
+            scheduler.tick()
+            if not scheduler.waiting:
+                return 1 if scheduler.failures else 0
+            bar.reach(total - scheduler.waiting, total)
+            time.sleep(_TICK_S)
 
 
 def run_forever(scheduler: Scheduler, config: ScheduleConfig, claims: Claims) -> None:
@@ -231,15 +235,22 @@ def _due_now(when: str, config: ScheduleConfig, claims: Claims) -> bool:
     try:
         mark = claims.store.read_object(_mark(when))
         last = datetime.fromtimestamp(mark["at"], timezone.utc)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        due = trigger(when, config).get_next_fire_time(last, last)
+        if due is None:
+            raise ValueError(f"the rule has no time after {last}")
+    except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
         logger.warning("%s/%s: %s; the rule is applied now", claims.store, _mark(when), error)
         return True
-    due = trigger(when, config).get_next_fire_time(last, last)
-    return due is not None and due <= datetime.now(timezone.utc)
+    return bool(due <= datetime.now(timezone.utc))
 
 
 def _mark(when: str) -> str:
     return f"rule.{hashlib.sha256(when.encode()).hexdigest()[:8]}"
+
+
+def _watched(config: ScheduleConfig) -> tuple[str, ...]:
+    """Names of the experiments whose checkpoints are evaluated; none: all."""
+    return (config.tracking.experiment,) if config.tracking.experiment else ()
 
 
 def _run(config: ScheduleConfig, console: Console) -> int:
@@ -247,7 +258,7 @@ def _run(config: ScheduleConfig, console: Console) -> int:
         trigger(when, config)
     require_closed(ray=config.address, mlflow=config.tracking.uri)
     claims = Claims(config.claims_url, lease_s=config.lease_s, attempts=config.attempts)
-    watch = CheckpointQuery(config.tracking.uri, (config.tracking.experiment,), config.models)
+    watch = CheckpointQuery(config.tracking.uri, _watched(config), config.models)
     backlog = Backlog(config, claims, watch)
     if config.status:
         page(console, config, claims, backlog.look(config.suites))
@@ -278,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _stop)
     try:
-        return _run(tyro.cli(ScheduleConfig, args=argv, prog="jobs.schedule"), console)
+        return _run(parse_words(ScheduleConfig, argv, prog="python -m jobs.schedule"), console)
     except (EvaluationError, LeaseError, ExposureError, ValidationError, ConnectionError) as error:
         console.print(f"error: {error}", soft_wrap=True)
         return 2

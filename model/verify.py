@@ -1,4 +1,4 @@
-"""Derive a certificate again: `python -m model.verify CERTIFICATE --artifact URL --shards URL`.
+"""Derive a certificate again: `python -m model.verify CERTIFICATE --artifact URL --data.shards S`.
 
 Follows docs/certificate.md with an implementation of its own, `model/verifier/`, that imports
 nothing else of the project. Exit status 0: everything derived agrees and every radius of `sound`

@@ -67,7 +67,7 @@ class OptimConfig:
     """Update rule of the Euclidean parameters."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay of the Euclidean parameters."""
+    """Decoupled weight decay of the Euclidean parameters; 0: none."""
 
     lookahead_steps: Count = 6
     """Steps between two Lookahead synchronisations; 0 switches Lookahead off."""
@@ -76,7 +76,7 @@ class OptimConfig:
     """Share of the fast way that the slow copy follows at a synchronisation."""
 
     polar_every: Count = 200
-    """Steps between two polar retractions to the manifold; 0 switches them off."""
+    """Steps between two polar projections to the manifold; 0 switches them off."""
 
     audit_every: Count = 50
     """Steps between two measurements of ||X^T X - I||_F of every matrix; 0 switches them off."""

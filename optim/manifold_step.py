@@ -48,7 +48,7 @@ class ManifoldStep:
 
     @property
     def projects(self) -> bool:
-        """Whether this step ends with a polar retraction."""
+        """Whether this step ends with a polar projection."""
         every = self.config.polar_every
         return every > 0 and self.state["step"] % every == 0
 

@@ -1,7 +1,7 @@
 """Manifold Adam in one process, on whole matrices: the definition that the sharded one must equal.
 
 LipNeXt's optimizer as reconstructed from ORTH: Adam moments in the Lie algebra, FastExp, manifold
-Lookahead and polar retraction. Written to be read, not to be fast.
+Lookahead and polar projection. Written to be read, not to be fast.
 """
 
 from collections.abc import Callable

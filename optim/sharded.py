@@ -4,7 +4,7 @@ Per round an all-to-all assembles whole matrices at their owners, one large matr
 ones each. The owner forms the Lie-algebra gradient, which returns to the flat layout; there Adam's
 moments are advanced, element by element; the increment goes to the owner, which applies the
 exponential, and the matrix returns. Per rank and step this sends 20 N / W bytes (X, G, A, D, X in
-float32), 24 N / W at a Lookahead synchronisation, and 8 N / W more at a polar retraction without
+float32), 24 N / W at a Lookahead synchronisation, and 8 N / W more at a polar projection without
 one. What a round sends travels during the products of others (`optim.manifold_step`).
 
 Every whole-matrix product sees one matrix on one rank, and the rest is element-wise, so for a given
@@ -161,7 +161,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
         """One step of every flat tensor that is in a group now. Collective.
 
         Raises:
-            OptimizerError: A flat tensor is not bound or has no gradient; or a polar retraction
+            OptimizerError: A flat tensor is not bound or has no gradient; or a polar projection
                 fails, be it due or because of an audit (then on every rank, naming the matrix).
         """
         if closure is not None:

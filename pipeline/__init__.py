@@ -1,0 +1,3 @@
+from data_shards.untrusted.shadowed import refuse_shadowed
+
+refuse_shadowed(__name__)

@@ -29,7 +29,7 @@ from pipeline.errors import NoEffectError, PipelineError
 from pipeline.losses.emma import EmmaLoss
 from pipeline.losses.registry import AnyLoss
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 RESERVED_NAMES = ("data", "claims", "mlartifacts", "mlflow.db", "mlflow.db.lock")
 """What lies beside the runs in their storage."""
 _LONGEST_NAME = 255
@@ -104,7 +104,7 @@ class TrainConfig:
     """Steps in a row that may be skipped on all ranks because a loss or gradient is not finite."""
     rollbacks: int = Field(default=0, ge=0)
     """How often a run with more of them goes back to its newest checkpoint and on with the samples
-    after them, instead of ending."""
+    after them, instead of ending; 0: it ends."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass from the first step on; without it that begins when
     memory does not suffice."""
@@ -134,11 +134,12 @@ class ZeroConfig:
     sub_group_size: int = Field(default=1_000_000_000, ge=1)
     """Elements of one optimizer sub-group; cut at whole parameters."""
     reduce_bucket_size: int = Field(default=0, ge=0)
-    """Elements of one gradient reduction."""
+    """Elements of one gradient reduction. 0: four times those of the largest parameter."""
     prefetch_bucket_size: int = Field(default=0, ge=0)
-    """Elements gathered ahead of use."""
+    """Elements gathered ahead of use. 0: those of the largest block."""
     max_live_parameters: int = Field(default=0, ge=0)
-    """Gathered elements kept on a rank; small values free a block as soon as it was used."""
+    """Gathered elements kept on a rank; small values free a block as soon as it was used.
+    0: three times those of the largest block."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -209,9 +210,9 @@ class ClusterConfig:
     those that divide the batch; ranks come and go with nodes. 0: always `workers`."""
     max_failures: int = Field(default=0, ge=-1)
     """Restarts from the newest checkpoint after ranks, also while they start, or Ray Train's
-    controller have died; -1 is unlimited."""
+    controller have died; 0: none, -1: any number."""
     max_preemptions: int = Field(default=-1, ge=-1)
-    """The same after nodes that were taken away with notice, counted on its own."""
+    """The same after nodes that were taken away with notice, counted on its own; -1: any number."""
     collective_timeout_s: int = Field(default=600, ge=1)
     """A collective that waits longer stops the run."""
     hang_timeout_s: int = Field(default=300, ge=0)
@@ -241,13 +242,23 @@ class ClusterConfig:
         return dict.fromkeys(names, f"launcher={self.launcher}")
 
 
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrackingSettings:
+    """The MLflow store of a run."""
+
+    uri: str = ""
+    """MLflow store: an http(s) server or sqlite:///path. Empty: `mlflow.db` beside the runs."""
+    experiment: str = ""
+    """MLflow experiment. Empty: name of the shard set."""
+
+
 # The whole input would be repeated in every message, with whatever a URL holds.
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", hide_input_in_errors=True))
 class RunConfig:
     """Everything that defines one pretraining run."""
 
     preset: str
-    """Name of the preset it started from."""
+    """Named run whose settings the others change; on the command line also the first word."""
     model: AnyNetwork
     """The network."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -264,24 +275,28 @@ class RunConfig:
     """Checkpoints."""
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
     """Workers."""
-    mlflow: str = ""
-    """MLflow store: an http(s) server or sqlite:///path. Empty: `mlflow.db` beside the runs."""
-    experiment: str = ""
-    """MLflow experiment. Empty: name of the shard set."""
+    tracking: TrackingSettings = dataclasses.field(default_factory=TrackingSettings)
+    """Where MLflow records the run."""
     storage: str = ""
     """URL of all runs and data. Empty: `./runs`, in a Ray job `~/certified-pretrain`."""
     name: str = ""
-    """Name of the run. Empty: preset, date and time; with --resume the newest run of the preset."""
+    """Name of the run. Empty: preset, date and time; with --resume the run started last."""
     profile: int = Field(default=0, ge=0)
-    """Steps of which rank 0 writes a trace and what they held in memory, to `<run>/profile`."""
+    """Steps of which rank 0 writes a trace and what they held in memory, to `<run>/profile`; 0:
+    none."""
     resume: bool = False
-    """Continue from the newest committed checkpoint of the run."""
+    """Continue the run of this --name, or the one that was started last, from its newest committed
+    checkpoint, with its own settings; those of the command line change them."""
     start_or_resume: bool = False
     """Continue the run of this --name if there is one, else start it: for jobs that are submitted
     again by a machine."""
     wait_for_lease: bool = False
     """Wait until the process that trains the run of this --name has ended, and then go on; without
     it a second one is refused."""
+    extend_to_epochs: float = Field(default=0.0, ge=0)
+    """Continue a run to more epochs in all than it has: from its newest checkpoint on, learning
+    rate and training radius are those of a run that was this long from its start, which may raise
+    the learning rate; what changes is said. 0: the epochs that it has."""
     accept_changes: bool = False
     """Continue a run although settings differ that decide what is computed. The network and the
     kinds of optimizer state must fit its checkpoints; the order of the samples stays that of the
@@ -291,7 +306,7 @@ class RunConfig:
         """Rules that involve two parts, and what must not be saved beside every checkpoint."""
         for name, url in (
             ("storage", self.storage),
-            ("mlflow", self.mlflow),
+            ("tracking.uri", self.tracking.uri),
             ("data.shards", self.data.shards),
         ):
             if "@" in urlsplit(url).netloc:
@@ -365,7 +380,8 @@ class RunConfig:
         """Settings that another part leaves without effect, and how."""
         found: dict[str, str] = {}
         if not (self.resume or self.start_or_resume):
-            found["accept_changes"] = "resume=False and start_or_resume=False"
+            names: tuple[str, ...] = ("accept_changes", "extend_to_epochs")
+            found |= dict.fromkeys(names, "resume=False and start_or_resume=False")
         if self.resume:
             found["start_or_resume"] = "resume=True"
         if self.data.shards:
@@ -478,7 +494,15 @@ def replaced(config: RunConfig, option: str, value: Any) -> RunConfig:
 
 MATHEMATICS = ("model", "data", "optim", "loss", "train")
 """Parts that must not change when a run is resumed."""
-_HOW_TO_CONTINUE = ("name", "resume", "start_or_resume", "wait_for_lease", "accept_changes")
+HOW_TO_CONTINUE = (
+    "name",
+    "resume",
+    "start_or_resume",
+    "wait_for_lease",
+    "accept_changes",
+    "extend_to_epochs",
+)
+"""Settings of one execution: no later one takes them over."""
 _FREE_ON_RESUME = {
     "train.accumulation",  # as the number of ranks: it changes the rounding of sums
     "train.activation_checkpointing",  # what is recomputed is the same
@@ -511,7 +535,7 @@ def changes(old: RunConfig, new: RunConfig) -> dict[str, str]:
     return {
         key: f"{before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if key not in _HOW_TO_CONTINUE and before.get(key) != after.get(key)
+        if key not in HOW_TO_CONTINUE and before.get(key) != after.get(key)
     }
 
 

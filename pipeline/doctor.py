@@ -1,4 +1,4 @@
-"""Entry: `python -m pipeline.doctor [--storage URL] [--mlflow URI] [--shards URL] [--address RAY]`.
+"""Entry: `python -m pipeline.doctor [--storage URL] [--tracking.uri URI] [--data.shards URL] ...`.
 
 Looks at the environment in which a run would start and says what to fix. Exit codes: 0 nothing
 fails, 1 something does.
@@ -9,11 +9,13 @@ import json as json_format
 import os
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import tyro
 from rich.table import Table
 from rich.text import Text
 
+from data_shards.command_line.parsing import parse_words
 from data_shards.untrusted.terminal import PlainConsole
 from pipeline.planner.environment_checks import Finding, all_checks, bounded
 
@@ -22,9 +24,9 @@ _COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "bold red"}
 
 def examine(
     storage: str = "runs",
-    mlflow: str = "",
-    shards: str = "",
-    address: str = "",
+    mlflow: Annotated[str, tyro.conf.arg(name="tracking.uri")] = "",
+    shards: Annotated[str, tyro.conf.arg(name="data.shards")] = "",
+    address: Annotated[str, tyro.conf.arg(name="cluster.address")] = "",
     json: bool = False,
     timeout_s: float = 60.0,
 ) -> int:
@@ -67,7 +69,7 @@ def _table(found: dict[str, Finding]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the entry; returns the exit code."""
-    return tyro.cli(examine, args=arguments, prog="python -m pipeline.doctor")
+    return parse_words(examine, arguments, prog="python -m pipeline.doctor")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Entry: `python -m pipeline.plan [PRESET] --nodes N --gpus G [--overrides]`.
+"""Entry: `python -m pipeline.plan [PRESET] --nodes N --gpus G [--setting value ...]`.
 
 Says what a run needs before anybody pays for it: memory of a rank, FLOPs, traffic, time, cost.
 Needs no GPU and no cluster. Exit codes: 0 it fits, 2 it does not, or the input is wrong.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -19,16 +20,30 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from data_shards.command_line.catalogue import settings
+from data_shards.command_line.help_page import show_help
+from data_shards.command_line.parsing import as_typed, one_line, parse_words
+from data_shards.sources.base import HELD_OUT, MOST_HELD_OUT
 from data_shards.untrusted.terminal import PlainConsole
+from pipeline.command_line.arguments import DEFAULT_PRESET, parse_with_preset
 from pipeline.config import RunConfig
 from pipeline.errors import REFUSALS, PipelineError
 from pipeline.planner import memory as budget
 from pipeline.planner.calibration import Measured
 from pipeline.planner.estimate import Estimate, estimate, trials, weights_of, with_increment
-from pipeline.planner.step_time import DEVICES, Device, device_of
-from pipeline.planner.verification import GFLOPS, Verification, verification
-from pipeline.presets import CHOICES, parse_with_preset
+from pipeline.planner.step_time import Device, device_of
+from pipeline.planner.verify_time import GFLOPS, Verification, verification
+from pipeline.presets import run_preset
+from pipeline.training.data import Samples, open_samples
 
+_PROG = "python -m pipeline.plan"
+_EXAMPLES = {
+    f"{_PROG} imagenet-L32W4096 --nodes 2 --gpus 8 --device H100": "a published network on 16 GPUs",
+    f"{_PROG} cifar10-L32W1024 --data.shards s3://bucket/set --train.epochs 100": (
+        "on a shard set, with settings of `python -m pipeline.pretrain --help-all`"
+    ),
+    f"{_PROG} imagenet-L32W4096 --sweep 8,16,32": "a table with a row for each number of GPUs",
+}
 _DEFAULT_DEVICE = "H100"
 _GB = 1e9
 _SETS = {  # images of the training split, kB of one, images of the test split
@@ -47,28 +62,30 @@ _DRAWN = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to plan.
+    """Says what a run needs: memory, FLOPs, traffic, time, cost; needs no GPU.
 
     Attributes:
-        run: the run, with the same overrides as `python -m pipeline.pretrain`.
+        run: the run, with the settings of `python -m pipeline.pretrain`.
         nodes: machines.
         gpus: devices of each.
-        device: B200, H200, H100 (the default), A100, L40S, V100, or another name with the three
-            values below.
+        device: B200, H200, H100, A100, L40S, V100, or another name with the three values below.
+            Empty: H100, or that of measured.
         measured: a file of `python -m benchmarks.calibrate`, for the device that it was made on.
+            Empty: data sheets.
         tflops: 10^12 FLOP/s of a device in the run's precision; 0: measured, or its data sheet.
         memory_gb: 10^9 bytes of a device; 0: measured, or its data sheet.
         link_gbps: 10^9 bits per second from a device to the others; 0: measured, or 0.8 of its
             data sheet within one node and of 400 over the network.
         efficiency: share of the peak that products reach; 0: measured, or 0.75 of the best shape's.
         price_per_gpu_hour: in any currency; 0: cluster.price-per-device-hour.
-        images: samples of an epoch; 0: of the preset's data set.
-        image_kb: 10^3 bytes of an encoded image; 0: of the preset's data set.
-        test_images: samples of the certified split; 0: of the preset's data set.
+        images: samples of an epoch; 0: of --data.shards, or of the preset's data set.
+        image_kb: 10^3 bytes of an encoded image; 0: as of images.
+        test_images: samples of the certified split; 0: as of images.
         verify_gflops: 10^9 float64 operations per second of one process of `model.verify`.
         verify_processes: its `--processes`.
         json: print JSON instead of tables.
-        sweep: numbers of devices, as in 8,16,32: a Markdown table with one row for each.
+        sweep: numbers of devices, as in 8,16,32: a Markdown table with one row for each; empty: one
+            number.
     """
 
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
@@ -155,17 +172,27 @@ class Request:
         """Samples of an epoch and bytes of one; 0.0: not known.
 
         Raises:
-            PipelineError: the data set of the preset is not known.
+            PipelineError: the data set of the preset is not known, or the network does not fit it.
+            ShardError: there is no such shard set.
         """
         images, kilobytes, _ = self._known
         if not (self.images or images):
-            raise PipelineError(f"preset {self.run.preset!r}: give --images, samples of an epoch")
+            raise PipelineError(
+                f"preset {self.run.preset!r}: give --data.shards, or --images, samples of an epoch"
+            )
         return self.images or images, 1e3 * (self.image_kb or kilobytes)
 
-    @property
+    @functools.cached_property
     def _known(self) -> tuple[int, float, int]:
+        """Samples of an epoch, kB of one and samples of the certified split; 0: not known."""
+        data = self.run.data
+        if data.shards:
+            return _counted(open_samples(data.shards, data, self.run.model, certify=False))
         known = (v for name, v in _SETS.items() if self.run.preset.startswith(name))
-        return next(known, (0, 0.0, 0))
+        images, kilobytes, test = next(known, (0, 0.0, 0))
+        if data.train_split == "fit":
+            images -= min(math.ceil(images * HELD_OUT), MOST_HELD_OUT)
+        return images, kilobytes, test
 
     def verification(self) -> Verification:
         """What it takes to verify the certificate of the result."""
@@ -196,6 +223,15 @@ class Request:
         return found
 
 
+def _counted(samples: Samples) -> tuple[int, float, int]:
+    """What the index of a shard set says; see `Request._known`."""
+    if samples.index is None:
+        return samples.per_epoch, 0.0, 0
+    sizes = samples.index.rows.size[samples.index.select(samples.data.train_split)]
+    test = len(samples.index.select(samples.data.test_split))
+    return samples.per_epoch, float(sizes.mean()) / 1e3, test
+
+
 def parse(arguments: Sequence[str]) -> Request:
     """What the command line asks for.
 
@@ -204,12 +240,8 @@ def parse(arguments: Sequence[str]) -> Request:
     """
     request = parse_with_preset(
         arguments,
-        lambda name, preset, words: tyro.cli(
-            Request,
-            default=Request(run=preset),
-            args=words,
-            prog=f"python -m pipeline.plan {name}",
-            description=f"Plan a run without a GPU. {CHOICES} Devices: {', '.join(DEVICES)}.",
+        lambda name, preset, words: parse_words(
+            Request, words, default=Request(run=preset), prog=_PROG
         ),
     )
     request.require()
@@ -235,6 +267,7 @@ def report(found: Estimate, request: Request) -> dict[str, Any]:
         "host": found.host,
         "flops_per_image": found.least_flops,
         "flops_per_rank_step": found.rehearsal.flops * request.run.train.accumulation,
+        "operations_per_image": request.run.model.operations(),
         "flops_epoch": found.least_flops and found.least_flops * found.images,
         "sent_per_rank_step": dataclasses.asdict(found.sent),
         "step_s": dataclasses.asdict(found.time)
@@ -383,7 +416,11 @@ def _figures(found: Estimate, facts: dict[str, Any]) -> Iterator[tuple[str, str]
     yield "blocks", "recomputed in the backward pass" if found.recomputed else "kept"
     yield "steps", f"{found.counts.total_steps:,}"
     yield "least FLOPs per image", f"{known:.4g}" if known else "not known for this family"
-    yield "FLOPs per rank and step", f"{facts['flops_per_rank_step']:.4g}, as counted"
+    flops = facts["flops_per_rank_step"]
+    yield "FLOPs per rank and step", f"{flops:.4g}, as counted" if flops else "no products"
+    if operations := facts["operations_per_image"]:
+        counts = ", ".join(f"{count:.4g} {name}" for name, count in operations.items())
+        yield "of distances, per image", f"{counts}; the times leave them out"
     yield "FLOPs per epoch", f"{facts['flops_epoch']:.4g}" if known else "not known"
     yield "images per second", f"{found.images_per_s:,.0f}"
     yield "MFU", f"{found.mfu:.1%}" if found.mfu is not None else "not known"
@@ -468,10 +505,16 @@ def _show(request: Request, console: Console) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the entry; returns the exit code."""
     console = PlainConsole()
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if any(word in words for word in ("-h", "--help")):
+        show_help(Request, None, prog=_PROG, examples=_EXAMPLES)
+        return 0
     try:
-        return _show(parse(sys.argv[1:] if arguments is None else arguments), console)
+        return _show(parse(words), console)
     except (*REFUSALS, ValidationError) as error:
-        PlainConsole(stderr=True, soft_wrap=True).print(f"refused: {error}")
+        known = settings(RunConfig, run_preset(DEFAULT_PRESET))
+        text = one_line(error, known) if isinstance(error, ValidationError) else str(error)
+        PlainConsole(stderr=True, soft_wrap=True).print(f"refused: {as_typed(text, known)}")
         return 2
 
 

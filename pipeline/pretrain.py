@@ -1,4 +1,4 @@
-"""Entry: `python -m pipeline.pretrain [PRESET] [--overrides]`.
+"""Entry: `python -m pipeline.pretrain [PRESET] [--setting value ...]`.
 
 Parses, prepares, launches, shows. Exit codes: 0 done, 1 failed, 2 refused before anything was
 trained, 124 hung without Ray, 130 or 143 stopped (`docs/faults.md`).
@@ -11,25 +11,30 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
-import tyro
 from pydantic import ValidationError
 from rich.console import Console
 
+from data_shards.command_line.catalogue import settings
+from data_shards.command_line.parsing import as_typed, one_line, parse_words
+from pipeline.command_line.arguments import DEFAULT_PRESET, parse_with_preset
+from pipeline.command_line.run_help import PROG, show_all_help, show_presets, show_short_help
 from pipeline.config import RunConfig
 from pipeline.driver.console import lenient_console
 from pipeline.driver.monitor import RunMonitor
 from pipeline.driver.preflight import prepare
 from pipeline.driver.session import run_session
-from pipeline.errors import REFUSALS, ProcessDiedError, RunFailedError
-from pipeline.presets import CHOICES, parse_with_preset
+from pipeline.errors import REFUSALS, PipelineError, ProcessDiedError, RunFailedError
+from pipeline.presets import run_preset
 from pipeline.resilience.oom import fit_here, fit_in_memory
 from pipeline.resilience.signals import StopSignal
+from pipeline.run.config_file import to_yaml
 from pipeline.run.distributed import join_process_group
 from pipeline.run.events import Emit, Event, Hung
 from pipeline.training.worker import run_rank
 
 _SIGNALS = 128
 """Exit codes above are those of signals."""
+_PRINT, _HELP = "--print-config", ("-h", "--help")
 
 
 def parse(arguments: Sequence[str]) -> RunConfig:
@@ -41,13 +46,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     """
     return parse_with_preset(
         arguments,
-        lambda name, preset, words: tyro.cli(
-            RunConfig,
-            default=preset,
-            args=words,
-            prog=f"python -m pipeline.pretrain {name}",
-            description=f"Pretrain a certified network. {CHOICES}",
-        ),
+        lambda name, preset, words: parse_words(RunConfig, words, default=preset, prog=PROG),
     )
 
 
@@ -63,13 +62,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str], console: Console, stop: StopSignal) -> int:
     config = None
     try:
-        config = parse(arguments)
+        if _asked(arguments):
+            return 0
+        config = parse([word for word in arguments if word != _PRINT])
+        if _PRINT in arguments:
+            sys.stdout.write(to_yaml(config))
+            return 0
         _run(config, console, stop)
     except (RunFailedError, ProcessDiedError) as error:
-        _say(console, "failed", f"{error}; --resume goes on after the newest checkpoint")
+        message = _one_message(error, config)
+        if config is None or not config.train.processor_seconds:
+            message += "; --resume goes on after the newest checkpoint"
+        _say(console, "failed", message)
         return 1
     except (*REFUSALS, ValidationError) as error:
-        _say(console, "refused", _one_message(error))
+        _say(console, "refused", _one_message(error, config))
         return 2
     except KeyboardInterrupt:
         console.print("interrupted")
@@ -84,6 +91,19 @@ def _main(arguments: Sequence[str], console: Console, stop: StopSignal) -> int:
             console.print("stopped by a signal; --resume goes on after the newest checkpoint")
         return code
     return 0
+
+
+def _asked(arguments: Sequence[str]) -> bool:
+    """Show what the command line asks to read instead of training."""
+    if "--list" in arguments:
+        show_presets()
+    elif "--help-all" in arguments:
+        show_all_help([word for word in arguments if word != "--help-all"])
+    elif any(word in arguments for word in _HELP):
+        show_short_help([word for word in arguments if word not in _HELP])
+    else:
+        return False
+    return True
 
 
 def _signal_status(code: object) -> int:
@@ -102,13 +122,12 @@ def _say(console: Console, what: str, message: str) -> None:
     console.print(message, soft_wrap=True)
 
 
-def _one_message(error: Exception) -> str:
+def _one_message(error: Exception, config: RunConfig | None) -> str:
+    """The error in one line, its settings named as they are typed."""
+    known = settings(RunConfig, config or run_preset(DEFAULT_PRESET))
     if isinstance(error, ValidationError):
-        return "; ".join(
-            f"{'.'.join(map(str, part['loc']))}: {part['msg']} (got {part['input']!r})"
-            for part in error.errors()
-        )
-    return str(error)
+        return one_line(error, known)
+    return as_typed(str(error), known)
 
 
 def _run(config: RunConfig, console: Console, stop: StopSignal) -> None:
@@ -152,8 +171,9 @@ def _run_here(config: RunConfig, console: Console, stop: StopSignal) -> None:
                     monitor = stack.enter_context(run_session(prepared, console))
                     job, emit = monitor.stamp(prepared.job), _last_words(monitor)
                 except REFUSALS as refusal:
-                    error = _one_message(refusal)
-            world.agree(error)
+                    error = str(refusal)
+            if told := world.share(error):  # of the settings: no rank has done anything yet
+                raise PipelineError(told)
             with stop.deferred():
                 shared = world.share(job)
                 fit_here(lambda: run_rank(shared, emit, stop), ranks=world.size)

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("pipeline", "model", "optim", "data_shards", "jobs")
+PACKAGES = ("certified_pretrain", "pipeline", "model", "optim", "data_shards", "jobs")
 
 FORBIDDEN = {
     "jobs.report": "pipeline.new_thing",
+    "jobs.predict": "certified_pretrain.networks",
+    "certified_pretrain.training": "pipeline.training.trainer",
     "jobs.gate": "pipeline.checkpoint.reader",
-    "jobs.evaluation.plots": "jobs.registry.promotion",
+    "jobs.figures.plots": "jobs.registry.promotion",
     "model.networks.head": "optim.matrix_exp",
     "model.attacks": "data_shards.format.index",
     "model.certification.rounding": "model.networks.base",
@@ -22,6 +24,7 @@ FORBIDDEN = {
     "pipeline.driver.usage": "deepspeed",
     "pipeline.plan": "ray",
     "data_shards.format.tar": "s3fs",
+    "data_shards.sources.convert": "torch",
     "data_shards.storage.store": "data_shards.format.index",
     "optim.matmul": "data_shards.rng",
 }

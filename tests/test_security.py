@@ -113,7 +113,7 @@ def test_a_run_that_crashes_leaves_no_secret_in_its_traceback(tmp_path):
     assert leaks(tmp_path, done) == []
 
 
-@pytest.mark.parametrize("option", ["--storage", "--mlflow", "--data.shards"])
+@pytest.mark.parametrize("option", ["--storage", "--tracking.uri", "--data.shards"])
 def test_credentials_in_a_url_are_refused_and_not_repeated(option, capsys):
     with pytest.raises(SystemExit) as refused:
         parse(["digits", option, f"https://ada:{FAKE['RAY_AUTH_TOKEN']}@host.invalid/x"])

@@ -1,127 +1,40 @@
-"""Encoded image bytes to uint8 tensors, for an allow-list of formats.
+"""Encoded image bytes to uint8 tensors: what streams, evaluations and predictions see.
 
-The content decides the format: ImageNet has a PNG and CMYK files among its `.JPEG` names. Pixels
-are taken as stored: EXIF orientation is not applied, as everywhere in the field. Palettes become
-RGB, alpha is dropped and CMYK is converted as Pillow does; 16-bit images are refused.
+What writes and checks shards uses `image_pixels` alone and needs no torch.
 """
 
-import contextlib
-import io
-import math
-import re
-import struct
-from collections.abc import Iterator
-from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
-import simplejpeg
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data_shards.errors import ShardError
-from data_shards.format.crop_box import RATIO, SCALE, Box, random_crop_box
-from data_shards.untrusted.limits import UntrustedError, require
-
-EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-MAX_SCANNED = 1 << 29
-"""Pixels times scans of a JPEG: a decoder goes through all pixels once per scan, in some seconds.
-Usual progressive files have ten scans; a small file may state thousands."""
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which would warn below that of `_check_size`
-_JPEG_COLOURS = {"Gray": "GRAY", "YCbCr": "RGB", "RGB": "RGB"}
-# Pillow's mode -> the modes it goes through. RGBA first: a palette may have transparent entries.
-_CONVERSIONS = {
-    "L": (), "RGB": (), "1": ("L",), "LA": ("L",), "P": ("RGBA", "RGB"), "PA": ("RGBA", "RGB"),
-    "RGBA": ("RGB",), "RGBX": ("RGB",), "CMYK": ("RGB",), "YCbCr": ("RGB",),
-}  # fmt: skip
-_PILLOW_FAILURES = (
-    OSError,
-    ValueError,
-    SyntaxError,
-)
-# Of rows that are not decoded, and in files of the official sets, which Pillow accepts too.
-_LEFT_OVER = re.compile("extraneous bytes before marker")
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_MARGIN = 8
-_SCAN = b"\xff\xda"  # never inside coded pixels; a thumbnail has some of its own
-_BASELINE = (0xC0, 0xC1)
-_PNG_DEPTH = 24  # place of the bits per channel in a PNG file
-
-Pixels = npt.NDArray[np.uint8]
-"""(H, W, C), C = 1 or 3."""
-
-
-class _Header(NamedTuple):
-    height: int
-    width: int
-    colours: str
-
-
-def image_format(data: bytes) -> str:
-    """Return what the first bytes say: "JPEG", "PNG", "WEBP", or "" for anything else."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
+from data_shards.format.crop_box import RATIO, SCALE, Words
+from data_shards.format.image_pixels import decode_part, decode_pixels
 
 
 def decode_image(data: bytes, extension: str) -> Tensor:
-    """Decode one image.
-
-    Args:
-        data: The encoded image.
-        extension: One of `EXTENSIONS`; the content may be in the format of another one.
-
-    Returns:
-        uint8 tensor (C, H, W): C = 1 for greyscale, 3 for RGB. Grey is never copied to three
-        channels here: that would multiply l2 distances.
+    """Return `decode_pixels` as a uint8 tensor (C, H, W).
 
     Raises:
-        ShardError: a format outside the list, damaged bytes, 16 bits per channel, more pixels than
-            the limit, or more than `MAX_SCANNED` pixels times scans.
+        ShardError: as there.
     """
-    kind = _format(data, extension)
-    header = _jpeg_header(data) if kind == "JPEG" else None
-    if header is None:
-        pixels = _decode_pillow(data, kind)
-    else:
-        pixels = _decode_jpeg(data, header, header.height, factor=1)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def probe_shape(data: bytes, extension: str) -> tuple[int, int, int]:
-    """Return the (C, H, W) that `decode_image` would return, from the header of an image alone.
-
-    Raises:
-        ShardError: as in `decode_image`, apart from damage behind the header.
-    """
-    kind = _format(data, extension)
-    header = _jpeg_header(data) if kind == "JPEG" else None
-    if header is not None:
-        return 1 if header.colours == "GRAY" else 3, header.height, header.width
-    with _opened(data, kind) as image:
-        grey = "L" in (image.mode, *_CONVERSIONS[image.mode])
-        return 1 if grey else 3, image.height, image.width
+    return torch.from_numpy(decode_pixels(data, extension)).permute(2, 0, 1).contiguous()
 
 
 def decode_crop(
     data: bytes,
     extension: str,
     size: tuple[int, int],
-    words: npt.NDArray[np.uint64],
+    words: Words,
     *,
     channels: int = 3,
     scale: tuple[float, float] = SCALE,
     ratio: tuple[float, float] = RATIO,
 ) -> Tensor:
-    """Decode a random part of an image, scaled to one size: `random_crop_box`, then bilinear.
+    """Decode a random part of an image (`decode_part`) and scale it to one size, bilinear.
 
-    Scaling is antialiased. A JPEG is decoded down to the last row of the part alone, and at 1/2,
-    1/4 or 1/8 of its size where the part still has the pixels asked for; edges that fall between
-    reduced pixels are kept as fractions. On photographs that differs from the full route by about
-    one grey level on average (docs/how-it-works.md). Only random crops of training come this way.
+    Scaling is antialiased. Where a JPEG is decoded at a part of its size, the result differs on
+    photographs by about one grey level on average from the full route (docs/how-it-works.md). Only
+    random crops of training come this way.
 
     Args:
         data: The encoded image.
@@ -137,18 +50,9 @@ def decode_crop(
         uint8 (channels, *size), not always contiguous.
 
     Raises:
-        ShardError: as in `decode_image`, or colour where one channel is asked for.
+        ShardError: as in `decode_part`, or colour where one channel is asked for.
     """
-    kind = _format(data, extension)
-    header = _jpeg_header(data) if kind == "JPEG" else None
-    if header is None:
-        whole = _decode_pillow(data, kind)
-        height, width, _ = whole.shape
-        box = random_crop_box(height, width, words, scale=scale, ratio=ratio)
-        pixels = whole[box.top : box.bottom, box.left : box.right]
-    else:
-        box = random_crop_box(header.height, header.width, words, scale=scale, ratio=ratio)
-        pixels = _decode_jpeg_part(data, header, box, size)  # of `size` already, where reduced
+    pixels = decode_part(data, extension, size, words, scale=scale, ratio=ratio)
     found = pixels.shape[2]
     if found != channels and (found, channels) != (1, 3):
         raise ShardError(f"image of {found} channels where {channels} is asked for")
@@ -156,133 +60,3 @@ def decode_crop(
     batch = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
     scaled = torch.nn.functional.interpolate(batch, size=size, mode="bilinear", antialias=True)[0]
     return scaled.expand(channels, *size)
-
-
-def _format(data: bytes, extension: str) -> str:
-    if extension not in EXTENSIONS:
-        raise ShardError(f"image extension {extension!r} is not one of {', '.join(EXTENSIONS)}")
-    kind = image_format(data)
-    if not kind:
-        raise ShardError(
-            f"damaged .{extension} image of {len(data)} bytes: it begins with {data[:8].hex()!r}, "
-            "like no PNG, JPEG or WebP"
-        )
-    return kind
-
-
-def _jpeg_header(data: bytes) -> _Header | None:
-    """Return what simplejpeg can decode; None for CMYK, YCCK and what else Pillow may know."""
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    if colours not in _JPEG_COLOURS:
-        return None
-    _check_size(width, height)
-    _check_scans(data, width * height)
-    return _Header(height, width, _JPEG_COLOURS[colours])
-
-
-def _decode_jpeg_part(data: bytes, header: _Header, box: Box, size: tuple[int, int]) -> Pixels:
-    fits = min((box.bottom - box.top) // size[0], (box.right - box.left) // size[1])
-    factor = next((f for f in (8, 4, 2) if f <= fits), 1)
-    # Rows below are never looked at; a margin lets chroma be interpolated as in the whole image.
-    pixels = _decode_jpeg(data, header, min(header.height, box.bottom + _MARGIN), factor)
-    if factor == 1:
-        return pixels[box.top : box.bottom, box.left : box.right]
-    return _scaled(pixels, tuple(edge / factor for edge in box), size)
-
-
-def _scaled(pixels: Pixels, box: tuple[float, ...], size: tuple[int, int]) -> Pixels:
-    """Scale the part between fractional edges (top, bottom, left, right), bilinear, antialiased."""
-    top, bottom, left, right = box
-    rows, columns = pixels.shape[:2]
-    up, first = math.floor(top), math.floor(left)
-    part = pixels[up : math.ceil(bottom), first : math.ceil(right)]
-    image = Image.fromarray(part[:, :, 0] if pixels.shape[2] == 1 else part)
-    edges = (left - first, top - up, min(right, columns) - first, min(bottom, rows) - up)
-    scaled = np.array(image.resize(size[::-1], Image.Resampling.BILINEAR, box=edges))
-    return scaled.reshape(*size, -1)
-
-
-def _decode_jpeg(data: bytes, header: _Header, rows: int, factor: int) -> Pixels:
-    """Decode the first `rows` rows or more, at 1 / factor of the size."""
-    place = _height_place(data) if rows < header.height else None
-    source: bytes | bytearray = data
-    if place is None:
-        rows = header.height
-    else:
-        source = bytearray(data)
-        source[place : place + 2] = struct.pack(">H", rows)
-    height, width = -(-rows // factor), -(-header.width // factor)
-    pixels = np.empty((height, width, 1 if header.colours == "GRAY" else 3), dtype=np.uint8)
-    try:
-        simplejpeg.decode_jpeg(
-            source, colorspace=header.colours, min_height=height, min_width=width, buffer=pixels
-        )
-    except ValueError as error:
-        # libjpeg went on to the last row. What rots later is found by the digest, not by a decoder.
-        if not _LEFT_OVER.search(str(error)):
-            raise ShardError(f"damaged JPEG of {len(data)} bytes: {error}") from error
-    return pixels
-
-
-def _height_place(data: bytes) -> int | None:
-    """Return where a JPEG states its height; None if its rows are not coded one after another."""
-    place = 2
-    while place + 9 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker in _BASELINE:
-            return place + 5
-        if marker == 0xFF:  # a fill byte
-            place += 1
-        elif 0xC0 <= marker < 0xD0 and marker not in (0xC4, 0xC8, 0xCC):
-            return None  # progressive, lossless or arithmetic
-        else:
-            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return None
-
-
-def _decode_pillow(data: bytes, kind: str) -> Pixels:
-    with _opened(data, kind) as image:
-        plain: Image.Image = image
-        for mode in _CONVERSIONS[image.mode]:
-            plain = plain.convert(mode)
-        pixels = np.array(plain)
-    return pixels if pixels.ndim == 3 else pixels[:, :, None]
-
-
-@contextlib.contextmanager
-def _opened(data: bytes, kind: str) -> Iterator[Image.Image]:
-    """Open an image that can be decoded; what Pillow meets later becomes a ShardError, too."""
-    if kind == "PNG" and data[_PNG_DEPTH : _PNG_DEPTH + 1] == b"\x10":
-        raise ShardError(f"PNG of {len(data)} bytes has 16 bits per channel, 8 are possible")
-    try:
-        with Image.open(io.BytesIO(data), formats=[kind]) as image:
-            _check_size(*image.size)
-            if kind == "JPEG":
-                _check_scans(data, image.width * image.height)
-            if image.mode not in _CONVERSIONS:
-                raise ShardError(f"{kind} colour mode {image.mode} is not greyscale or RGB")
-            yield image
-    except ShardError:
-        raise
-    except _PILLOW_FAILURES as error:
-        text = _ADDRESS.sub("", str(error))  # reports are the same every time
-        raise ShardError(f"damaged {kind} of {len(data)} bytes: {text}") from error
-
-
-def _check_size(width: int, height: int) -> None:
-    try:
-        require(width * height, "image_pixels", f"image of {width} x {height} has")
-    except UntrustedError as error:
-        raise ShardError(str(error)) from error
-
-
-def _check_scans(data: bytes, pixels: int) -> None:
-    scans = data.count(_SCAN)
-    if pixels * scans > MAX_SCANNED:
-        raise ShardError(
-            f"JPEG of {pixels} pixels in {scans} scans: over the limit of {MAX_SCANNED} for both "
-            "multiplied"
-        )

@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_shards.errors import ShardError
-from data_shards.format.decode import EXTENSIONS
+from data_shards.format.image_pixels import EXTENSIONS
 from data_shards.format.index import Shard, ShardIndex
-from data_shards.format.shard_scan import MAX_IMAGE, HashedFile, StoredSample
+from data_shards.format.shard_scan import HashedFile, StoredSample
 from data_shards.format.tar import Member, walk
 from data_shards.untrusted.json_input import parse_json
+from data_shards.untrusted.limits import limits
 
 _MAX_LABEL = 1 << 20  # bytes of a member with a label
+_LISTED = 5  # kinds of members in a message
+_LONGEST_FILE = "train-00000000.tar"
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _NEGATIVE = re.compile(r"-[0-9]+")
@@ -108,7 +111,7 @@ def read_foreign(
         if extension in parts:
             yield Unusable(member.name, "a member twice in one sample")
         elif extension == layout.label_member or _is_image(extension):
-            limit = MAX_IMAGE if _is_image(extension) else _MAX_LABEL
+            limit = limits().image_bytes if _is_image(extension) else _MAX_LABEL
             file.seek(member.offset)
             body = file.read(member.size) if member.size <= limit else b""
             parts[extension] = member, body
@@ -169,10 +172,12 @@ def _finished(
                 "(tar --sort=name)"
             )
         seen.add(key)
+        if len(row_key(_LONGEST_FILE, key).encode()) > limits().name_bytes:  # no reader takes it
+            raise _UnusableError(f"a key of about {limits().name_bytes} bytes or more")
         extension = _image(parts, layout)
         member, data = parts[extension]
         if len(data) < member.size:
-            raise _UnusableError(f"an image of more than {MAX_IMAGE} bytes")
+            raise _UnusableError(f"an image of more than {limits().image_bytes} bytes")
         label = _label(key, parts, layout)
         kind = extension.rpartition(".")[2]
         yield ForeignSample(key, member.name, kind, member.offset, data, label)
@@ -190,7 +195,7 @@ def _image(parts: dict[str, Any], layout: Layout) -> str:
         raise _UnusableError("more than one image; --image says which")
     if not images:
         kinds = Counter(extension.rpartition(".")[2] for extension in parts)
-        raise _UnusableError(f"no image among .{', .'.join(sorted(kinds))}")
+        raise _UnusableError(f"no image among .{', .'.join(sorted(kinds)[:_LISTED])}")
     return images[0]
 
 
@@ -231,6 +236,8 @@ def _checked(label: str, what: str) -> str:
     label = label.strip()
     if not label or not label.isprintable():
         raise _UnusableError(f"{what} holds no label")
+    if len(label.encode()) > limits().name_bytes:
+        raise _UnusableError(f"{what} holds a label of more than {limits().name_bytes} bytes")
     if _NEGATIVE.fullmatch(label):
         raise _UnusableError(f"{what} holds a negative number")
     return label

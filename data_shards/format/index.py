@@ -21,7 +21,7 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 from data_shards.errors import ShardError
-from data_shards.format.decode import EXTENSIONS
+from data_shards.format.image_pixels import EXTENSIONS
 from data_shards.format.shard_files import ShardFiles
 from data_shards.format.tar import BLOCK
 from data_shards.storage.store import Store
@@ -113,6 +113,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.shard)
 
+    def take(self, chosen: slice | npt.NDArray[np.int64]) -> "Rows":
+        """Return some of the rows."""
+        columns = dataclasses.fields(self)
+        return Rows(**{column.name: getattr(self, column.name)[chosen] for column in columns})
+
 
 @dataclasses.dataclass(frozen=True)
 class ShardIndex:
@@ -182,9 +187,7 @@ class ShardIndex:
         """
         rows = self.select(split)
         rows = rows[self.rows.shard[rows] == shard.number]
-        columns = dataclasses.fields(Rows)
-        kept = Rows(**{column.name: getattr(self.rows, column.name)[rows] for column in columns})
-        return dataclasses.replace(self, rows=kept)
+        return dataclasses.replace(self, rows=self.rows.take(rows))
 
     def require(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
         """Check that a network of this input and output fits the set.
@@ -203,6 +206,12 @@ class ShardIndex:
         """Return where a sample lies, for messages."""
         file = self.files.describe(self.shards[self.rows.shard[row]].file)
         return f"sample {self.rows.key[row].decode()!r} of shard {file}"
+
+
+def named_classes(header: Header) -> tuple[str, ...]:
+    """Return the names of all classes; empty where they have none, or not one each."""
+    names = header.class_names
+    return names if len(names) == header.num_classes else ()
 
 
 def shard_files(store: Store, header: Header) -> ShardFiles:

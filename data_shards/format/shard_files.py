@@ -2,10 +2,29 @@
 
 import dataclasses
 import functools
+import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from data_shards.storage.store import Store
+
+
+class Traffic:
+    """Ranges asked of the stores and the bytes that came; threads share it, processes do not."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.requests = 0
+        self.bytes = 0
+
+    def __reduce__(self) -> tuple[type["Traffic"], tuple[()]]:
+        return Traffic, ()
+
+    def add(self, requests: int, size: int) -> None:
+        """Count ranges that were read."""
+        with self._lock:
+            self.requests += requests
+            self.bytes += size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,10 +35,12 @@ class ShardFiles:
         store: Directory of the set.
         sources: Name -> where the file of another program lies, relative to the set or as a URL;
             None for a file of the set's own.
+        traffic: What was read so far.
     """
 
     store: Store
     sources: Mapping[str, str | None]
+    traffic: Traffic = dataclasses.field(default_factory=Traffic, compare=False)
 
     @functools.cached_property
     def _located(self) -> dict[str, tuple[Store, str]]:
@@ -86,6 +107,7 @@ class ShardFiles:
         for store, places in by_store.items():
             wanted = [(self._located[ranges[i][0]][1], *ranges[i][1:]) for i in places]
             found |= zip(places, store.read_ranges(wanted), strict=True)
+        self.traffic.add(len(ranges), sum(map(len, found.values())))
         return [found[place] for place in range(len(ranges))]
 
     def read_range(self, file: str, start: int, stop: int) -> bytes:

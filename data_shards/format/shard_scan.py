@@ -10,13 +10,12 @@ import re
 from collections.abc import Iterator
 
 from data_shards.errors import ShardError
-from data_shards.format.decode import EXTENSIONS
+from data_shards.format.image_pixels import EXTENSIONS
 from data_shards.format.tar import Member, walk
 from data_shards.storage.store import Store
 from data_shards.untrusted.limits import limits
 
 _BLOCK = 8 << 20
-MAX_IMAGE = limits().image_bytes
 _MAX_LABEL = 16
 _NAME = re.compile(rf"([A-Za-z0-9_-]+)\.({'|'.join(EXTENSIONS)}|cls)")
 _LABEL = re.compile(rb"[0-9]{1,9}")
@@ -145,7 +144,7 @@ def _problem(member: Member) -> str | None:
     match = _NAME.fullmatch(member.name)
     if match is None:
         return f"{name} is not KEY.cls or KEY with one of {', '.join(EXTENSIONS)}; it was not read"
-    limit = _MAX_LABEL if match[2] == "cls" else MAX_IMAGE
+    limit = _MAX_LABEL if match[2] == "cls" else limits().image_bytes
     if member.size > limit:
         return f"{name} has {member.size} bytes, more than {limit}; it was not read"
     return None

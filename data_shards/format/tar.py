@@ -20,6 +20,7 @@ _ZEROS_AT_ONCE = 1 << 16
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
 _PAX, _PAX_GLOBAL = tarfile.XHDTYPE, tarfile.XGLTYPE
 _LONG_NAME, _LONG_LINK = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
+_SPARSE = "GNU.sparse"
 _KINDS = {
     tarfile.LNKTYPE: "a hard link",
     tarfile.SYMTYPE: "a symbolic link",
@@ -85,6 +86,11 @@ def walk(file: Seekable, start: int, stop: int, where: str) -> Iterator[Member]:
                 f"{where}: member {name!r} at offset {offset} declares {size} bytes, "
                 f"{stop - body} are left"
             )
+        if header.type == tarfile.GNUTYPE_SPARSE or _SPARSE in extended:
+            raise ShardError(
+                f"{where}: member {name!r} at offset {offset} is a sparse file, stored without its "
+                "holes: write the archive without tar --sparse"
+            )
         if is_extension:
             extended |= _extension(file, header, body, where)
         else:
@@ -127,7 +133,7 @@ def _header(file: Seekable, offset: int, stop: int, where: str) -> tarfile.TarIn
 
 
 def _extension(file: Seekable, header: tarfile.TarInfo, body: int, where: str) -> dict[str, str]:
-    """Return what an extended header says of the next member: its "path" and "size"."""
+    """Return what an extended header says of the next member: "path", "size", if it is sparse."""
     if header.size > _MAX_EXTENDED:
         raise ShardError(
             f"{where}: extended header of {header.size} bytes at offset {body}, more than "
@@ -150,7 +156,9 @@ def _extension(file: Seekable, header: tarfile.TarInfo, body: int, where: str) -
             raise ShardError(f"{where}: damaged extended header at offset {body}")
         found[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
         data = data[length:]
-    return {key: found[key] for key in ("path", "size") if key in found}
+    if any(key.startswith(_SPARSE) for key in found):
+        found[_SPARSE] = "yes"
+    return {key: found[key] for key in ("path", "size", _SPARSE) if key in found}
 
 
 def _check_end(file: Seekable, offset: int, stop: int, where: str) -> None:

@@ -15,8 +15,9 @@ from data_shards.errors import ShardError
 from data_shards.rng import philox_words
 
 TEST, VALIDATION = 200, 201  # purposes of the words that choose the parts
-_HELD_OUT = 0.2
-_MOST_HELD_OUT = 10_000
+HELD_OUT = 0.2
+MOST_HELD_OUT = 10_000
+"""Share of a training split that is its validation part, and the most images of it."""
 _SPLIT_SEED = 0
 
 Pixels = npt.NDArray[np.uint8]
@@ -97,8 +98,8 @@ def hold_out(
     among: npt.NDArray[np.bool_],
     purpose: int,
     *,
-    fraction: float = _HELD_OUT,
-    most: int = _MOST_HELD_OUT,
+    fraction: float = HELD_OUT,
+    most: int = MOST_HELD_OUT,
 ) -> npt.NDArray[np.bool_]:
     """Flag a part of the samples in `among`, rounded up in all; by default a fifth, at most 10,000.
 

@@ -1,8 +1,9 @@
 """From the bytes of an archive to the bytes of a shard.
 
-Train images keep their bytes wherever a stream can decode them. Test images are brought to the size
-of the network once, here, by the rule of the field (short side to 256/224 of the size, bilinear and
-antialiased, then the centre), and stored losslessly: a certificate speaks of the stored pixels.
+Train images keep their bytes wherever a stream can decode them; BMP, GIF and TIFF become PNG. Test
+images are brought to the size of the network once, here, by the rule of the field (short side to
+256/224 of the size, bilinear and antialiased, then the centre), and stored losslessly: a
+certificate speaks of the stored pixels.
 """
 
 import dataclasses
@@ -14,12 +15,14 @@ import numpy.typing as npt
 from PIL import Image
 
 from data_shards.errors import ShardError
-from data_shards.format.decode import decode_image
+from data_shards.format.image_pixels import decode_pixels, decode_still, image_format, still_format
 from data_shards.sources.base import encode_png
 from data_shards.untrusted.limits import limits
 
+FILE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+"""Names of image files that a folder is searched for; the content decides what they are."""
 _SHORT_SIDE = 256 / 224  # of the size that is cut out
-_SIGNATURES = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"))
+_EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 class UndecodableError(ShardError):
@@ -38,14 +41,27 @@ def image_extension(data: bytes) -> str:
     """
     if not data:
         raise UndecodableError("no bytes", "empty")
-    for signature, extension in _SIGNATURES:
-        if data.startswith(signature):
-            return extension
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
+    if kind := image_format(data):
+        return _EXTENSION_OF[kind]
     raise UndecodableError(
-        f"{len(data)} bytes that begin with {data[:8].hex()}: not JPEG, PNG or WebP", "format"
+        f"{len(data)} bytes that begin with {data[:8].hex()}: not JPEG, PNG, WebP, BMP, GIF or "
+        "TIFF",
+        "format",
     )
+
+
+def readable(data: bytes) -> bytes:
+    """Return what a shard may hold: a BMP, GIF or TIFF file of one image as PNG, others unchanged.
+
+    Raises:
+        UndecodableError: such a file cannot be decoded, or holds several images.
+    """
+    if not still_format(data):
+        return data
+    try:
+        return encode_png(_plain(decode_still(data)))
+    except ShardError as error:
+        raise UndecodableError(str(error), "decode") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +99,10 @@ class Recipe:
         Raises:
             UndecodableError: the image cannot be decoded or does not fit the set.
         """
+        data = readable(data)
         extension = image_extension(data)
         try:
-            found = decode_image(data, extension).permute(1, 2, 0).numpy()
+            found = decode_pixels(data, extension)
         except ShardError as error:
             raise UndecodableError(str(error), "decode") from error
         if self.uniform:

@@ -7,9 +7,11 @@ import stat
 from collections.abc import Iterator
 
 from data_shards.errors import ShardError
+from data_shards.sources.convert import FILE_EXTENSIONS
 from data_shards.storage.store import Store
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+EXTENSIONS = tuple(f".{extension}" for extension in FILE_EXTENSIONS)
+HIDDEN = "hidden"
 _LISTINGS = 16  # in flight
 
 NotTaken = list[tuple[str, str]]
@@ -88,7 +90,7 @@ class FolderTree:
             entries = sorted(found, key=lambda entry: entry.name)
         for entry in entries:
             name = f"{folder}/{entry.name}".lstrip("/")
-            cause = "hidden" if entry.name.startswith(".") else ""
+            cause = HIDDEN if entry.name.startswith(".") else ""
             if not cause and entry.is_symlink():
                 cause = self._link(root, name)
             if cause:
@@ -117,4 +119,4 @@ class FolderTree:
 
 def _remote(entries: dict[str, int | None]) -> Iterator[tuple[str, int | None, str]]:
     for name, size in sorted(entries.items()):
-        yield name, size, "hidden" if name.rpartition("/")[2].startswith(".") else ""
+        yield name, size, HIDDEN if name.rpartition("/")[2].startswith(".") else ""

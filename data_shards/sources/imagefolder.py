@@ -106,7 +106,9 @@ def imagefolder_set(
     hold_out: float | None = None,
     follow_links: bool = False,
 ) -> Source:
-    """A tree train/CLASS/**, val/CLASS/** (or test/) or CLASS/** of JPEG, PNG and WebP files.
+    """A tree train/CLASS/**, val/CLASS/** (or test/) or CLASS/** of images.
+
+    JPEG, PNG, WebP, and single images of BMP, GIF and TIFF files, which are stored as PNG.
 
     Args:
         source: Root of the tree.

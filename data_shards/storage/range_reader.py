@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from data_shards.storage.http_objects import check_range, http_chunks
-from data_shards.storage.retry import Describe, RetryBudget, RetryCount
+from data_shards.storage.retry import Describe, RangeRefusedError, RetryBudget, RetryCount
 
 IN_FLIGHT = 32
 """Requests under way at the same time, per process."""
@@ -68,7 +68,8 @@ async def _read_range(
         seen = len(parts)
         try:
             limit = stall_s + (stop - begin) / _SLOWEST
-            await asyncio.wait_for(_collect(chunks(path, begin, stop), parts), limit)
+            pieces = chunks(path, begin, stop)
+            await asyncio.wait_for(_collect(pieces, stop - begin, parts), limit)
             if len(parts) == seen:
                 break  # the object ends here
         except Exception as error:
@@ -83,14 +84,18 @@ async def _read_range(
             await asyncio.sleep(patience.pause(failure))
         elif begin < stop:
             count.add()  # a body that ended early without an error
-    data = parts[0] if len(parts) == 1 else b"".join(parts)
-    return data[: stop - start]
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-async def _collect(pieces: AsyncIterator[bytes], parts: list[bytes]) -> None:
+async def _collect(pieces: AsyncIterator[bytes], most: int, parts: list[bytes]) -> None:
+    """Append what arrives, one by one: an error loses nothing that came."""
+    left = most
     async for piece in pieces:
+        left -= len(piece)
+        if left < 0:  # a body may have no end
+            raise RangeRefusedError(f"the server sends more than the {most} bytes asked for")
         if piece:
-            parts.append(piece)  # noqa: PERF401 - one by one: an error loses nothing that came
+            parts.append(piece)
 
 
 def chunks_of(filesystem: Any) -> Chunks:

@@ -5,9 +5,11 @@ The only file of the project that imports fsspec, besides the independent verifi
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import logging
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 import fsspec
 from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from data_shards.errors import ShardError
 from data_shards.storage.http_objects import http_size
@@ -30,6 +33,7 @@ _logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _TEMPORARY = ".tmp"
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _HTTP = ("http", "https")
 _IN_PROCESS = ("file", "memory")  # no network: nothing to retry
 _PIECE = 8 << 20  # a whole object is read in ranges of this, side by side
@@ -115,13 +119,21 @@ class Store:
     def durable(self, name: str) -> Iterator[BinaryIO]:
         """Open one object for writing; after the block its bytes are on the disk or in the store.
 
-        A block that fails may leave a part of them.
+        A block that fails may leave a part of them in a local file; an object store, where nobody
+        could tell a part from the whole, keeps what it had.
         """
-        with self.open(name, "wb") as stream:
-            yield stream
+        with _naming(self._path(name)), self.open(name, "wb") as stream:
+            try:
+                yield stream
+            except BaseException:
+                if isinstance(stream, AbstractBufferedFile):
+                    stream.discard()
+                    stream.closed = True  # closing would send what is there
+                raise
             if self.local_path() is not None:
                 stream.flush()
-                os.fsync(stream.fileno())
+                if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                    os.fsync(stream.fileno())
         if self.local_path() is not None:
             _sync_directory(Path(self._path(name)).parent)
 
@@ -134,7 +146,7 @@ class Store:
 
         Raises:
             FileNotFoundError: there is no such object.
-            OSError: it cannot be read.
+            OSError: it cannot be read, or is a device or a pipe.
             UntrustedError: it is larger than the limit.
         """
         in_process = self._scheme in _IN_PROCESS
@@ -142,9 +154,17 @@ class Store:
         if limit:
             require(size, limit, f"{self}/{name} has")
         if in_process:
-            return cast(bytes, self._fs().cat_file(self._path(name)))
+            return self._read_here(name)
         starts = range(0, size, _PIECE)
         return b"".join(self.read_ranges([(name, s, min(s + _PIECE, size)) for s in starts]))
+
+    def _read_here(self, name: str) -> bytes:
+        path = self._path(name)
+        if self._scheme == "file" and Path(path).exists():
+            kind = Path(path).stat().st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # without a size, or without an end
+                raise OSError(f"{self}/{name} is a device or a pipe, not a file")
+        return cast(bytes, self._fs().cat_file(path))
 
     def read_object(self, name: str) -> dict[str, Any]:
         """Return the JSON object that an object of the store holds.
@@ -170,7 +190,7 @@ class Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}{_TEMPORARY}"
         try:
-            with temporary.open("xb") as file:
+            with _naming(target), temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -414,6 +434,18 @@ class Store:
         return f"{self._root.rstrip('/')}/{name}" if name else self._root
 
 
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Add the file to an error of the system that names none, such as a full disk."""
+    try:
+        yield
+    except OSError as error:
+        # A block may read elsewhere meanwhile: what went wrong there is not of this file.
+        if error.errno in _OF_THE_DISK and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def _code(error: Exception) -> str:
     """Return the store's own name of an error, "" if it has none."""
     for known in (error, error.__cause__):
@@ -432,8 +464,10 @@ def _options(scheme: str, *, streams: bool) -> dict[str, Any]:
     """Return the options of a filesystem; what fsspec's own configuration says wins."""
     if scheme == "file":
         return {"auto_mkdir": True}
+    # A cached listing would hide what other processes wrote.
+    options = {"use_listings_cache": False, **fsspec.config.conf.get(scheme, {})}
     if scheme != "s3":
-        return {}
+        return options
     configured = fsspec.config.conf.get("s3", {})
     endpoint = configured.get("endpoint_url") or os.environ.get(
         "AWS_ENDPOINT_URL_S3", os.environ.get("AWS_ENDPOINT_URL")
@@ -450,10 +484,7 @@ def _options(scheme: str, *, streams: bool) -> dict[str, Any]:
         config["s3"] = {"addressing_style": "path"}  # other stores have no host name per bucket
     if not streams:
         config["retries"] = {"mode": "standard", "total_max_attempts": 1}
-    # A cached listing would hide what other processes wrote. The endpoint also separates the
-    # filesystem objects that fsspec keeps.
-    options = {"use_listings_cache": False, **configured}
-    if endpoint:
+    if endpoint:  # it also separates the filesystem objects that fsspec keeps
         options["endpoint_url"] = endpoint
     return {**options, "config_kwargs": {**config, **configured.get("config_kwargs", {})}}
 

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,8 @@ _logger = logging.getLogger(__name__)
 BLOCK = 4 * MIB
 _AT_ONCE = 8  # blocks under way to the disk, held in memory
 _PART = ".part"
+_SET = re.compile(r"[0-9a-f]{24}")  # folder of a set in the cache
+_BLOCK_NAME = re.compile(rf"\d{{6,}}-\d{{6,}}({re.escape(_PART)})?")
 _POLL_S = 0.02
 _SCANS = 64  # bytes written between two looks at the size of the cache, as a part of its bound
 
@@ -226,7 +229,7 @@ class BlockCache:
                 return
             files = []
             for directory in self._root.iterdir():
-                if directory.is_dir():
+                if _SET.fullmatch(directory.name) and directory.is_dir():
                     files += list(_files(directory))
             total = sum(size for _, size, _ in files)
             if total <= self._max_bytes:
@@ -239,8 +242,10 @@ class BlockCache:
 
 
 def _files(directory: Path) -> Iterator[tuple[int, int, str]]:
-    """Yield time of last use, size and path of each block."""
+    """Yield time of last use, size and path of each block; other files are somebody's own."""
     for entry in os.scandir(directory):
+        if not _BLOCK_NAME.fullmatch(entry.name):
+            continue
         with contextlib.suppress(FileNotFoundError):
             status = entry.stat(follow_symlinks=False)
             yield status.st_mtime_ns, status.st_size, entry.path

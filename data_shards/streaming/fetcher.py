@@ -138,7 +138,6 @@ class SplitReader:
             seed=cursor.seed,
             lanes=self._cursor.lanes,
             window=self._cursor.window,
-            version=self._cursor.order,
         )
         self.cache = self._open_cache()
 

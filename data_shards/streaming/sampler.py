@@ -9,7 +9,6 @@ Nothing here depends on W, except which part a rank takes.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,13 +17,10 @@ import numpy.typing as npt
 
 from data_shards.errors import ShardError
 from data_shards.rng import WORDS_PER_COUNTER, philox_words, unit_interval
-from data_shards.untrusted.json_input import parse_object
 
 # Purposes of random words that share the key (seed, epoch).
 _SHARDS, _ROTATION, _WINDOW, AUGMENT, REPLACE, CROP, RANDAUGMENT, _LANES = range(8)
-_FIRST_ORDER, ORDER = 1, 2  # the first one had no rotation of lanes
-_SCHEMA = 2
-_FIRST_SCHEMA = 1  # without the order
+ORDER = 2  # version of the rules by which samples are ordered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,29 +48,6 @@ class Cursor:
         """Return the cursor `count` samples later, for epochs of `samples` samples."""
         epochs, position = divmod(self.position + count, samples)
         return dataclasses.replace(self, epoch=self.epoch + epochs, position=position)
-
-    def to_json(self) -> str:
-        """Return the cursor as one line of JSON."""
-        return json.dumps({"schema": _SCHEMA, **dataclasses.asdict(self)})
-
-    @classmethod
-    def from_json(cls, text: str) -> "Cursor":
-        """Read what `to_json` wrote.
-
-        Raises:
-            ShardError: not a cursor, or one of another schema.
-        """
-        try:
-            fields = parse_object(text, "a data cursor")
-            schema = fields.pop("schema")
-        except (ValueError, KeyError) as error:
-            raise ShardError(f"not a data cursor: {text[:80]!r}") from error
-        expected = {"seed", "epoch", "position"}
-        if schema != _FIRST_SCHEMA:
-            expected |= {"order", "lanes", "window"}
-        if schema not in (_FIRST_SCHEMA, _SCHEMA) or set(fields) != expected:
-            raise ShardError(f"not a data cursor of schema {_SCHEMA}: {text[:200]!r}")
-        return cls(**fields)
 
 
 class Span(NamedTuple):
@@ -127,11 +100,11 @@ def rank_spans(
 def begin_order(
     cursor: Cursor, samples: int, *, lanes: int, window: int, cached_whole: bool
 ) -> Cursor:
-    """Return the cursor with the order that its sequence has, chosen now if it begins here.
+    """Return the cursor with the order that its sequence has, chosen now where it states none.
 
     A set that is cached whole, or that has no more samples than all windows together, is permuted
     as a whole: nothing is read twice for it, and no more is held. A cursor of a run under way keeps
-    its order; one of an earlier version does not state it and has that of the options.
+    its order.
 
     Args:
         cursor: Where the stream begins.
@@ -143,12 +116,10 @@ def begin_order(
     Raises:
         ShardError: an order that this program does not know.
     """
-    if cursor.order > ORDER:
-        raise ShardError(f"the cursor has order {cursor.order}, this program knows up to {ORDER}")
-    if cursor.order:
+    if cursor.order == ORDER:
         return cursor
-    if cursor.epoch or cursor.position:
-        return dataclasses.replace(cursor, order=_FIRST_ORDER, lanes=lanes, window=window)
+    if cursor.order:
+        raise ShardError(f"the cursor has order {cursor.order}, this program knows order {ORDER}")
     if cached_whole or samples <= lanes * window:
         lanes, window = 1, samples
     return dataclasses.replace(cursor, order=ORDER, lanes=lanes, window=window)
@@ -162,19 +133,9 @@ class EpochOrder:
         seed: Key of all permutations, in [0, 2**64).
         lanes: Most lanes to use; fewer where a lane would be shorter than the window.
         window: Shuffle window W in samples: inside its lane a sample moves less than W places.
-        version: Of the rules. Since 2 every lane is rotated: otherwise lanes would pass through
-            their shards in step, and far neighbours meet in every epoch.
     """
 
-    def __init__(
-        self,
-        shard_samples: Sequence[int],
-        *,
-        seed: int,
-        lanes: int,
-        window: int,
-        version: int = ORDER,
-    ) -> None:
+    def __init__(self, shard_samples: Sequence[int], *, seed: int, lanes: int, window: int) -> None:
         self.shard_samples = np.asarray(shard_samples, dtype=np.int64)
         self.samples = int(self.shard_samples.sum())
         if self.samples < 1:
@@ -184,13 +145,13 @@ class EpochOrder:
         self.seed = seed
         self.window = window
         self.lanes = max(1, min(lanes, self.samples // window))
-        self._version = version
         self._recent: dict[int, npt.NDArray[np.int64]] = {}
 
     def sequence(self, epoch: int) -> npt.NDArray[np.int64]:
         """Return all samples before the lanes' shuffle: shards permuted, laid end to end, rotated.
 
-        Lane j is the j-th of `lanes` consecutive pieces, each rotated once more.
+        Lane j is the j-th of `lanes` consecutive pieces, each rotated once more: otherwise lanes
+        would pass through their shards in step, and far neighbours meet in every epoch.
         """
         starts = np.cumsum(self.shard_samples) - self.shard_samples
         shards = philox_words(self.seed, epoch, purpose=_SHARDS, count=len(starts))[:, 0]
@@ -200,7 +161,7 @@ class EpochOrder:
         ]
         rotation = philox_words(self.seed, epoch, purpose=_ROTATION, count=1)[0, 0]
         whole = np.roll(np.concatenate(pieces), int(rotation % np.uint64(self.samples)))
-        if self._version == _FIRST_ORDER or self.lanes == 1:
+        if self.lanes == 1:
             return whole
         turns = philox_words(self.seed, epoch, purpose=_LANES, count=self.lanes)[:, 0]
         lengths = [len(range(lane, self.samples, self.lanes)) for lane in range(self.lanes)]

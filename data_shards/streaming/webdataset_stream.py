@@ -25,6 +25,7 @@ from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
 from data_shards.format import decode as codec
 from data_shards.format.crop_box import Words
+from data_shards.format.image_pixels import EXTENSIONS
 from data_shards.storage.store import Store
 from data_shards.streaming.batcher import Batch, put
 from data_shards.streaming.prefetch import Prefetcher
@@ -158,7 +159,7 @@ def _samples(
     import webdataset
     from webdataset import tariterators
 
-    wanted = (*codec.EXTENSIONS, _LABEL)
+    wanted = (*EXTENSIONS, _LABEL)
     seen: collections.Counter[str] = collections.Counter()
 
     def is_wanted(name: str) -> bool:
@@ -256,7 +257,7 @@ class _Producer:
                     ) from error
 
     def _decode(self, sample: dict[str, Any], crop: Words) -> tuple[Tensor, int]:
-        extensions = [name for name in codec.EXTENSIONS if name in sample]
+        extensions = [name for name in EXTENSIONS if name in sample]
         text = sample.get(_LABEL, b"").decode(errors="replace")
         if not extensions or not text.isascii() or not text.isdigit() or int(text) >= self._classes:
             raise ShardError(f"no image, or label {text!r} not in [0, {self._classes})")

@@ -27,10 +27,15 @@ class Limits:
     """Levels of a JSON text."""
     row_group_bytes: int = 64 << 20
     """A row group of a Parquet file, uncompressed."""
+    table_bytes: int = 1 << 30
+    """The samples of an evaluation: their Parquet file, and all of its row groups, uncompressed."""
     image_bytes: int = 256 << 20
     """An encoded image."""
     image_pixels: int = 200_000_000
     """Height times width of an image."""
+    image_scanned_pixels: int = 1 << 29
+    """Pixels times scans of a JPEG: a decoder goes through all pixels once per scan, in some
+    seconds. Usual progressive files have ten scans; a small file may state thousands."""
     answer_bytes: int = 64 << 20
     """An answer of the tracking server, or a file that it holds, uncompressed."""
 
@@ -41,16 +46,7 @@ def limits() -> Limits:
     Raises:
         UntrustedError: a variable that is no positive whole number.
     """
-    found = {}
-    for field in dataclasses.fields(Limits):
-        variable = PREFIX + field.name.upper()
-        text = os.environ.get(variable)
-        if text is None:
-            continue
-        if not (text.isascii() and text.isdigit() and int(text)):
-            raise UntrustedError(f"{variable}={text!r} is not a positive whole number")
-        found[field.name] = int(text)
-    return Limits(**found)
+    return Limits(**{field.name: _allowed(field.name) for field in dataclasses.fields(Limits)})
 
 
 def require(value: int, limit: str, what: str) -> None:
@@ -64,12 +60,22 @@ def require(value: int, limit: str, what: str) -> None:
     Raises:
         UntrustedError: it is larger; the message has both and says what raises the limit.
     """
-    allowed = getattr(limits(), limit)
+    allowed = _allowed(limit)
     if value > allowed:
         unit = {"depth": "levels"}.get(unit := limit.rpartition("_")[2], unit)
         raise UntrustedError(
             f"{what} {value:,} {unit}, the limit is {allowed:,} ({PREFIX}{limit.upper()} raises it)"
         )
+
+
+def _allowed(limit: str) -> int:
+    variable = PREFIX + limit.upper()
+    text = os.environ.get(variable)
+    if text is None:
+        return int(getattr(Limits, limit))
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise UntrustedError(f"{variable}={text!r} is not a positive whole number")
+    return int(text)
 
 
 def require_name(name: str | bytes, what: str) -> None:

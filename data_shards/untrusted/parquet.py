@@ -10,7 +10,6 @@ from data_shards.untrusted.limits import UntrustedError, limits, require
 
 _LEAST, _PER_ROW = 1 << 20, 1 << 9
 """Bytes of a file's own description, and of the numbers and digests of a row."""
-_INDEX_BITS = 32  # of a text in memory: an entry of a dictionary
 
 
 def require_rows(size: int, rows: int, place: object) -> None:
@@ -49,14 +48,18 @@ def open_parquet(data: bytes, place: object) -> pq.ParquetFile:
         # Not `read_table` of a Python file: its background clean-up can abort the interpreter's
         # exit (apache/arrow 34314, 33975).
         file = pq.ParquetFile(buffer, pre_buffer=False, read_dictionary=texts)
-        bits = sum(_INDEX_BITS if f.name in texts else f.type.bit_width for f in schema)
-        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+        sizes = _sizes(file)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise UntrustedError(f"{place} is damaged: {error}") from error
-    for group in groups:
-        size = max(group.total_byte_size, group.num_rows * bits // 8)
-        require(size, "row_group_bytes", f"a row group of {place} takes")
+    require(max(sizes, default=0), "row_group_bytes", f"a row group of {place} takes")
     return file
+
+
+def _sizes(file: pq.ParquetFile) -> list[int]:
+    """Bytes of every row group, uncompressed; a text is an entry of a dictionary."""
+    bits = sum(field.type.bit_width for field in file.schema_arrow)
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    return [max(group.total_byte_size, group.num_rows * bits // 8) for group in groups]
 
 
 def read_column(file: pq.ParquetFile, name: str, place: object) -> pa.ChunkedArray:
@@ -79,15 +82,26 @@ def read_table(data: bytes, place: object, names: Sequence[str] | None = None) -
     """All columns of a Parquet file, or those of the names, texts as plain texts.
 
     Raises:
-        UntrustedError: see `open_parquet` and `read_column`, or a name that it lacks.
+        UntrustedError: see `open_parquet` and `read_column`, a name that it lacks, or more of all
+            than a table may take.
     """
     file = open_parquet(data, place)
+    taken = sum(_sizes(file))
+    require(taken, "table_bytes", f"{place} takes")
     wanted = file.schema_arrow.names if names is None else names
     if lacking := sorted(set(wanted) - set(file.schema_arrow.names)):
         raise UntrustedError(f"{place} lacks the columns {', '.join(lacking)}")
     columns = {}
     for name in wanted:
         column = read_column(file, name, place)
-        plain = pa.types.is_dictionary(column.type)
-        columns[name] = column.cast(pa.string()) if plain else column
+        if pa.types.is_dictionary(column.type):
+            taken += sum(_written_out(chunk) for chunk in column.chunks)
+            require(taken, "table_bytes", f"{place} takes")
+            column = column.cast(pa.string())
+        columns[name] = column
     return pa.table(columns)
+
+
+def _written_out(texts: pa.DictionaryArray) -> int:
+    lengths = pc.binary_length(texts.dictionary)
+    return int(pc.sum(lengths.take(texts.indices)).as_py() or 0)

@@ -23,8 +23,8 @@ import pyarrow as pa
 import xxhash
 
 from data_shards.errors import ShardError
-from data_shards.format.decode import decode_image, probe_shape
 from data_shards.format.foreign_scan import Layout, Unusable, is_number, read_foreign, row_key
+from data_shards.format.image_pixels import decoded_shape, probe_shape
 from data_shards.format.index import (
     HEADER_FILE,
     SCHEMA_VERSION,
@@ -38,9 +38,10 @@ from data_shards.sources.archive import Members
 from data_shards.sources.base import VALIDATION, Source, hold_out, hold_out_test, printable
 from data_shards.sources.convert import Recipe
 from data_shards.storage.store import Store
-from data_shards.writing.index_files import write_index
+from data_shards.writing.claim import PROGRESS, claim, or_finished_elsewhere
+from data_shards.writing.index_files import MAX_CLASSES, write_index
 from data_shards.writing.process_pool import Advance, run_tasks
-from data_shards.writing.progress_bar import ProgressBar
+from data_shards.writing.progress_bar import ImageProgress
 from data_shards.writing.shard_patterns import ForeignShard
 from data_shards.writing.shard_plan import ShardPlan, StoredSplit, WriteOptions, plan_split
 from data_shards.writing.shard_record import ShardRecord
@@ -49,13 +50,12 @@ from data_shards.writing.write_report import (
     refuse_leaks,
     refuse_reported_leaks,
 )
-from data_shards.writing.writer import PROGRESS, write_shard
+from data_shards.writing.writer import write_shard
 
 _logger = logging.getLogger(__name__)
 
 _VERSION = 1  # of the rules that turn shards into an index
 _FIRST_COPY = "test-00000.tar"
-_MAX_CLASSES = 1 << 20
 _LISTED = 5
 _SORTED = 0.5  # of the changes of class between neighbours that a shuffled order has
 
@@ -147,7 +147,8 @@ def index_foreign_set(
             refuse_reported_leaks(out)
         return Indexed(load_index(out), [], written=False)
     notes: list[str] = []
-    run.write(notes)
+    with or_finished_elsewhere(out):
+        run.write(notes)
     with contextlib.suppress(OSError):
         out.remove(PROGRESS, recursive=True)
     return Indexed(load_index(out), notes)
@@ -186,7 +187,14 @@ class _Run:
             )
 
     def write(self, notes: list[str]) -> None:
-        self._claim()
+        self._refuse_to_overwrite()
+        with claim(self.out, self.folder):
+            if self.out.exists(HEADER_FILE):  # another process was faster
+                self.refuse_other_set()
+            else:
+                self._write(notes)
+
+    def _write(self, notes: list[str]) -> None:
         parts = self._scan()
         not_taken = [(name, cause) for part in parts for _, name, cause in part.left_out]
         scans = self._join(parts, notes)
@@ -207,23 +215,16 @@ class _Run:
         notes += _notes(scans, taken, source, self.root)
         self._finish(scans, source, parts, taken, copies, duplicates)
 
-    def _claim(self) -> None:
-        """Mark the folder as ours before a shard is written there, and write over nobody's."""
+    def _refuse_to_overwrite(self) -> None:
+        """Refuse a folder with shards of another program named as our copies will be."""
         copied = self.options.hold_out is not None or any(s.split == "test" for s in self.shards)
-        names = self.out.ls(PROGRESS)
-        if others := [name for name in names if name != self.folder]:
-            raise ShardError(
-                f"{self.out} holds an unfinished set ({others[0]}) of other shards or options. "
-                "Choose another --out or remove it first"
-            )
-        if not names:
+        if not self.out.ls(PROGRESS):
             present = [n for n in self.out.ls() if n.startswith("test-") and n.endswith(".tar")]
             if copied and present:
                 raise ShardError(
                     f"test images are copied into {_FIRST_COPY} and so on beside the index, and "
                     f"{self.out} holds {present[0]} already: give --out with another URL"
                 )
-            self.out.write(f"{self.folder}/claim.json", b"{}\n")
 
     def _scan(self) -> list[ShardRecord]:
         """Read the shards that earlier runs did not; return what is known of all."""
@@ -234,7 +235,7 @@ class _Run:
         missing = [place for place in range(len(self.shards)) if place not in found]
         task = functools.partial(_scan_shard, self.root, self.options)
         tasks = [self.shards[place] for place in missing]
-        with ProgressBar("reading shards", 0, shown=self.shown) as bar:
+        with ImageProgress("reading shards", 0, shown=self.shown) as bar:
             for number, data in run_tasks(task, tasks, self.workers, bar):
                 self.out.write(self._record(missing[number]), data)
                 found[missing[number]] = ShardRecord.from_bytes(data)
@@ -335,7 +336,7 @@ class _Run:
         missing = [plan for plan in plans if plan.file not in found]
         task = functools.partial(write_shard, source, self.out, self.folder)
         total = sum(len(plan.members) for plan in missing)
-        with ProgressBar("copying test images", total, shown=self.shown) as bar:
+        with ImageProgress("copying test images", total, shown=self.shown) as bar:
             for place, data in run_tasks(task, missing, self.workers, bar):
                 found[missing[place].file] = ShardRecord.from_bytes(data)
         return [(plan, found[plan.file]) for plan in plans]
@@ -384,9 +385,8 @@ def _scan_shard(root: Store, options: IndexOptions, shard: ForeignShard, advance
             unusable.append((len(rows), f"{shard.name}/{found.name}", found.cause))
             continue
         try:
-            shape = probe_shape(found.data, found.extension)
-            if options.decode:
-                decode_image(found.data, found.extension)
+            look = decoded_shape if options.decode else probe_shape
+            shape = look(found.data, found.extension)
         except ShardError as error:
             cause = "an image that cannot be decoded" if found.data else "an empty image"
             unusable.append((len(rows), f"{shard.name}/{found.member}", cause))
@@ -418,7 +418,7 @@ def _classes(root: Store, texts: list[str]) -> tuple[npt.NDArray[np.int64], tupl
     if all(is_number(text) for text in different):
         labels = np.array([int(text) for text in texts], dtype=np.int64)
         count = int(labels.max()) + 1
-        if count > _MAX_CLASSES:
+        if count > MAX_CLASSES:
             raise ShardError(
                 f"{root}: {len(different)} different labels, the largest is {count - 1}: these are "
                 "no numbers of classes"

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from data_shards.errors import ShardError
 from data_shards.format.index import (
     HEADER_FILE,
     ROWS_FILE,
@@ -20,7 +21,11 @@ from data_shards.format.index import (
 )
 from data_shards.sources.base import Source
 from data_shards.storage.store import Store
+from data_shards.untrusted.limits import UntrustedError, require, require_name
 from data_shards.writing.write_report import REPORT_FILE, report, report_to_json
+
+MAX_CLASSES = 1 << 20
+"""Most classes of a set whose labels are numbers, of which the largest says how many there are."""
 
 
 def write_index(
@@ -45,6 +50,9 @@ def write_index(
         left_out: See `report`.
         duplicates: See `report`.
         dropped: See `report`.
+
+    Raises:
+        ShardError: header or report hold more than a reader takes; nothing is written then.
     """
     table = pa.concat_tables(tables)
     rows = rows_to_parquet({name: table[name] for name in table.column_names})
@@ -62,7 +70,15 @@ def write_index(
         rows_sha256=hashlib.sha256(rows).hexdigest(),
         generator=dict(generator),
     )
-    content = report(source, len(table), left_out, duplicates, dropped)
+    content = report_to_json(report(source, len(table), left_out, duplicates, dropped))
+    last = header_to_json(header)
+    try:  # before a reader refuses what took hours
+        for name in (header.name, *header.class_names):
+            require_name(name, f"{store}/{HEADER_FILE}")
+        for file, data in ((REPORT_FILE, content), (HEADER_FILE, last)):
+            require(len(data), "json_bytes", f"{store}/{file} would have")
+    except UntrustedError as error:
+        raise ShardError(str(error)) from error
     store.write(ROWS_FILE, rows)
-    store.write(REPORT_FILE, report_to_json(content))
-    store.write(HEADER_FILE, header_to_json(header))
+    store.write(REPORT_FILE, content)
+    store.write(HEADER_FILE, last)

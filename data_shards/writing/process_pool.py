@@ -9,8 +9,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import torch
-
 from data_shards.errors import ShardError
 
 Advance = Callable[[int, int], None]
@@ -86,7 +84,6 @@ def _results(
 def _start(function: Callable[[Any, Advance], Any], counts: Any) -> None:
     _Worker.function = function
     _Worker.counts = counts
-    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

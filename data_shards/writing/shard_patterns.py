@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import re
 from collections.abc import Sequence
+from itertools import islice
 
 import braceexpand
 
@@ -15,6 +16,7 @@ _PACKED = re.compile(r".*\.(tar\.(gz|zst|bz2|xz|lz4)|tgz|tzst|tbz2?|txz)")
 _MAGIC = ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2"),
           (b"\xfd7zXZ", "xz"))  # fmt: skip
 _MAX_SHARDS = 1_000_000
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 _LISTED = 5
 
 
@@ -84,14 +86,17 @@ def _matches(root: Store, pattern: str) -> dict[str, int]:
 
 
 def _expand(pattern: str) -> list[str]:
-    counts = [abs(int(last) - int(first)) + 1 for first, last in
-              re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)]  # fmt: skip
-    if max(counts, default=1) > _MAX_SHARDS:
-        raise ShardError(f"pattern {pattern!r} means more than {_MAX_SHARDS} shards")
+    counts = [abs(int(last) - int(first)) + 1 for first, last in _RANGE.findall(pattern)]
+    too_many = f"pattern {pattern!r} means more than {_MAX_SHARDS} shards"
+    if max(counts, default=1) > _MAX_SHARDS:  # each range is written out first
+        raise ShardError(too_many)
     try:
-        return list(braceexpand.braceexpand(pattern))
+        found = list(islice(braceexpand.braceexpand(pattern), _MAX_SHARDS + 1))
     except ValueError as error:
         raise ShardError(f"pattern {pattern!r}: {error}") from error
+    if len(found) > _MAX_SHARDS:
+        raise ShardError(too_many)
+    return found
 
 
 def _refuse_packed(root: Store, names: Sequence[str]) -> None:

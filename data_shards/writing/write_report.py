@@ -9,11 +9,18 @@ import numpy as np
 import numpy.typing as npt
 
 from data_shards.errors import ShardError
-from data_shards.sources.base import Source
+from data_shards.sources.base import Source, printable
+from data_shards.sources.folder_tree import HIDDEN
 from data_shards.storage.store import Store
+from data_shards.untrusted import text
 
 REPORT_FILE = "report.json"
 _LISTED = 1000
+_NAMED = 3  # of them in the summary
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
+_LISTED_IN_ALL = 10_000
+_SAID = 10  # of them in one line
+_CAUSES = 100  # that are counted apart: names of members may stand in them
 
 
 def duplicates_of(
@@ -47,8 +54,8 @@ def report(
 ) -> dict[str, Any]:
     """Return the content of `report.json`: counts, and the first 1000 of each kind by name.
 
-    Of the entries of a source that were not taken, those are the first 1000 of each cause. Bytes of
-    a name that are not UTF-8 stand as lone surrogates, as `os.fsdecode` has them.
+    Of the entries of a source that were not taken, those are the first 1000 of each cause, 10,000
+    in all. Bytes of a name that are not UTF-8 stand as lone surrogates, as `os.fsdecode` has them.
 
     Args:
         source: The images.
@@ -91,16 +98,20 @@ def report(
 
 
 def causes_of(causes: Iterable[str]) -> dict[str, int]:
-    """Return how often each cause occurs, by name."""
-    return dict(sorted(Counter(causes).items()))
+    """Return how often each cause occurs, by name; of very many the rare ones together."""
+    counts = Counter(causes)
+    found = dict(counts.most_common(_CAUSES))
+    if rest := counts.total() - sum(found.values()):
+        found["other causes"] = rest
+    return dict(sorted(found.items()))
 
 
 def _some(not_taken: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     seen: Counter[str] = Counter()
-    listed = []
+    listed: list[tuple[str, str]] = []
     for name, cause in not_taken:
         seen[cause] += 1
-        if seen[cause] <= _LISTED:
+        if seen[cause] <= _LISTED and len(listed) < _LISTED_IN_ALL:
             listed.append((name, cause))
     return listed
 
@@ -133,11 +144,14 @@ def refuse_reported_leaks(store: Store) -> None:
     Raises:
         ShardError: it does, or it does not say.
     """
-    duplicates = store.read_object(REPORT_FILE)["duplicates"]
-    if not duplicates["dropped"] and duplicates.get("between_splits", 1):
-        raise ShardError(
-            f"{store}/{REPORT_FILE} does not say that train and test images share no bytes"
-        )
+    unsaid = f"{store}/{REPORT_FILE} does not say that train and test images share no bytes"
+    try:
+        duplicates = store.read_object(REPORT_FILE)["duplicates"]
+        if duplicates["dropped"] or not duplicates.get("between_splits", 1):
+            return
+    except _UNREADABLE as error:
+        raise ShardError(f"{unsaid} ({type(error).__name__}: {error})") from error
+    raise ShardError(unsaid)
 
 
 def report_to_json(content: dict[str, Any]) -> bytes:
@@ -145,20 +159,40 @@ def report_to_json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
-def summary(content: dict[str, Any]) -> str:
-    """Return one line that counts what was left out and found twice."""
+def reported(store: Store) -> str:
+    """Return one line about the report of a set, which is none the worse without it."""
+    try:
+        said = _summary(store.read_object(REPORT_FILE))
+    except _UNREADABLE as error:
+        said = f"cannot be used: {type(error).__name__}: {error}"
+    return f"{store}/{REPORT_FILE}: {said}\n"
+
+
+def _summary(content: dict[str, Any]) -> str:
+    """Count in one line what was left out and found twice, and name the first ones."""
     undecodable, duplicates = content["undecodable"], content["duplicates"]
     fate = "left out" if duplicates["dropped"] else "kept"
     between = duplicates.get("between_splits", 0)
     shared = f", of which {between} between train and test" if between else ""
-    not_taken = content.get("not_taken", {}).get("causes", {})  # sets written before have none
+    not_taken = content.get("not_taken", {})  # sets written before have none
     return (
-        f"{undecodable['count']} undecodable{_in_brackets(undecodable['causes'])}, "
+        f"{undecodable['count']} undecodable{_in_brackets(undecodable['causes'])}"
+        f"{_named(undecodable['first'])}, "
         f"{duplicates['count']} duplicates {fate}{shared}, "
-        f"{content['other_files']} other files{_in_brackets(not_taken)}"
+        f"{content['other_files']} other files{_in_brackets(not_taken.get('causes', {}))}"
+        f"{_named(not_taken.get('first', []))}"
     )
 
 
+def _named(listed: Sequence[dict[str, str]]) -> str:
+    shown = [entry["name"] for entry in listed if entry.get("cause") != HIDDEN]
+    names = [text.printable(printable(name)) for name in shown]
+    return f": {', '.join(names[:_NAMED])}{', ...' * (len(names) > _NAMED)}" if names else ""
+
+
 def _in_brackets(causes: dict[str, int]) -> str:
-    named = ", ".join(f"{count} {cause}" for cause, count in causes.items())
-    return f" ({named})" if named else ""
+    first = sorted(causes.items(), key=lambda item: -item[1])[:_SAID]
+    named = [f"{count} {cause}" for cause, count in first]
+    if len(causes) > _SAID:
+        named.append(f"{len(causes) - _SAID} further causes")
+    return f" ({', '.join(named)})" if named else ""

@@ -33,9 +33,10 @@ from data_shards.format.tar import add_end, add_member
 from data_shards.sources.base import Source
 from data_shards.sources.convert import UndecodableError, image_extension
 from data_shards.storage.store import Store
+from data_shards.writing.claim import PROGRESS, claim, or_finished_elsewhere
 from data_shards.writing.index_files import write_index
 from data_shards.writing.process_pool import Advance, run_tasks
-from data_shards.writing.progress_bar import ProgressBar
+from data_shards.writing.progress_bar import ImageProgress
 from data_shards.writing.shard_plan import (
     ShardPlan,
     WriteOptions,
@@ -52,7 +53,6 @@ from data_shards.writing.write_report import (
 
 _logger = logging.getLogger(__name__)
 
-PROGRESS = ".progress"
 _AT_ONCE = 64  # images loaded together: enough to overlap requests, some megabytes
 _HASHED_AT_ONCE = 1 << 14  # images per task of the search for duplicates
 _UNDECODABLE_SHARE = 0.1  # of a shard; more is not damage of single files
@@ -92,12 +92,8 @@ def write_shard_set(
     options = options or WriteOptions(samples_per_shard=samples_per_shard)
     run = _Run(source, store, options, workers, progress, no_leaks)
     if not store.exists(HEADER_FILE):
-        try:
+        with or_finished_elsewhere(store):
             run.write()
-        except FileNotFoundError:
-            # Another process that writes the same set may have finished and tidied up meanwhile.
-            if not store.exists(HEADER_FILE):
-                raise
     run.refuse_other_set()
     if no_leaks:
         refuse_reported_leaks(store)
@@ -136,7 +132,13 @@ class _Run:
             )
 
     def write(self) -> None:
-        self._refuse_other_progress()
+        with claim(self.store, self.folder):
+            if self.store.exists(HEADER_FILE):  # another process was faster
+                self.refuse_other_set()
+            else:
+                self._write()
+
+    def _write(self) -> None:
         kept = np.ones(len(self.source.labels), dtype=bool)
         duplicates = (np.zeros(0, dtype=np.int64),) * 2
         if self.no_leaks and not self.options.drop_duplicates:
@@ -154,14 +156,6 @@ class _Run:
             duplicates = duplicates_of(hashes, numbers, self.source.test[numbers])
         self._finish(plans, records, duplicates)
 
-    def _refuse_other_progress(self) -> None:
-        others = [name for name in self.store.ls(PROGRESS) if name != self.folder]
-        if others:
-            raise ShardError(
-                f"{self.store} holds an unfinished set ({others[0]}) of another source, of other "
-                "options or of other encoders. Choose another URL or remove it first"
-            )
-
     def _refuse_strays(self, plans: Sequence[ShardPlan]) -> None:
         tars = {name for name in self.store.ls() if name.endswith(".tar")}
         strays = sorted(tars - {plan.file for plan in plans})
@@ -178,7 +172,9 @@ class _Run:
         done = sum(len(plan.members) for plan in plans if plan.file in found)
         total = sum(len(plan.members) for plan in plans)
         task = functools.partial(write_shard, self.source, self.store, self.folder)
-        with ProgressBar(f"writing {self.source.name}", total, shown=self.shown, done=done) as bar:
+        with ImageProgress(
+            f"writing {self.source.name}", total, shown=self.shown, done=done
+        ) as bar:
             for place, data in run_tasks(task, missing, self.workers, bar):
                 found[missing[place].file] = ShardRecord.from_bytes(data)
         return [found[plan.file] for plan in plans]
@@ -205,7 +201,7 @@ class _Run:
         parts = np.array_split(numbers, -(-len(numbers) // _HASHED_AT_ONCE))
         task = functools.partial(_hash_images, self.source, self.store, self.folder)
         hashes = np.zeros(len(numbers), dtype=np.uint64)
-        with ProgressBar("looking for duplicates", len(numbers), shown=self.shown) as bar:
+        with ImageProgress("looking for duplicates", len(numbers), shown=self.shown) as bar:
             for place, found in run_tasks(task, parts, self.workers, bar):
                 hashes[parts[place]] = found
         return duplicates_of(hashes, numbers, self.source.test)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated, Any, Literal
 
 import pydantic
+import tyro
 
 from data_shards.storage.store import Store
 from jobs.evaluation.sample_records import EvaluationError
@@ -14,10 +15,11 @@ from model.certification.eps import check_table
 from pipeline.run import layout
 from pipeline.tracking.client import TrackingConfig
 
-_USUAL = {
+USUAL_EPS = {
     "l2": ("36/255", "72/255", "108/255", "255/255"),
     "linf": ("2/255", "8/255", "16/255", "25/255"),
 }
+"""Radii of a table by norm."""
 
 
 @pydantic.dataclasses.dataclass(
@@ -28,7 +30,7 @@ class EvaluationConfig:
 
     artifact: str
     """URL of the model artifact (a directory on any fsspec store)."""
-    shards: str | None = None
+    shards: Annotated[str | None, tyro.conf.arg(name="data.shards")] = None
     """URL of the shard set; default: the one that the artifact was trained on."""
     out: str | None = None
     """URL for the certificate, the summary and the figures; default: evaluation/<split> beside the
@@ -47,23 +49,26 @@ class EvaluationConfig:
     """Seed of the attacks' random starts."""
     batch_size: Annotated[int, pydantic.Field(gt=0)] = 256
     """Images per forward pass."""
-    launcher: Literal["ray", "local"] = "ray"
+    launcher: Annotated[Literal["ray", "local"], tyro.conf.arg(name="cluster.launcher")] = "ray"
     """ray: one task per shard; local: the same function in this process."""
     max_in_flight: Annotated[int, pydantic.Field(gt=0)] = 2
     """Ray tasks under way at the same time."""
     max_retries: Annotated[int, pydantic.Field(ge=0)] = 2
     """How often a task whose worker died is started again."""
     num_gpus: Annotated[float, pydantic.Field(ge=0)] = 0.0
-    """GPUs (or a fraction of one) that each Ray task asks for; a task also asks for one CPU."""
-    placement: dict[str, str] = dataclasses.field(default_factory=dict)
+    """GPUs (or a fraction of one) that each Ray task asks for; a task also asks for one CPU.
+    0: none."""
+    placement: Annotated[dict[str, str], tyro.conf.arg(name="cluster.placement")] = (
+        dataclasses.field(default_factory=dict)
+    )
     """Labels of the nodes that may run the tasks, as pairs of Ray's label selectors:
     `role evaluation` or `role !training`. Default: any node, also beside a training."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(name="cluster.device")] = "auto"
     """Device of the forward pass; auto: cuda where the task sees one."""
     record: bool = True
     """Record the result in MLflow."""
-    tracking: TrackingConfig = TrackingConfig()
-    """MLflow store of the record."""
+    tracking: TrackingConfig = TrackingConfig(uri="")
+    """MLflow store of the record; default: the store of the run that made the artifact."""
 
     @pydantic.field_validator("eps")
     @classmethod
@@ -81,7 +86,7 @@ class EvaluationConfig:
 
     def for_norm(self, norm: str) -> EvaluationConfig:
         """Return the config with the usual radii of a norm, where none are named."""
-        return self if self.eps else dataclasses.replace(self, eps=_USUAL[norm])
+        return self if self.eps else dataclasses.replace(self, eps=USUAL_EPS[norm])
 
 
 def suite_config(

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
 
+from data_shards.command_line.progress import ProgressBar
 from data_shards.untrusted.terminal import PlainConsole
-from jobs.evaluation.progress import EvaluationProgress, OnProgress
-
-_LINE_EVERY_S = 30.0
+from jobs.evaluation.progress import OnProgress
 
 
 def exit_status(
@@ -37,25 +33,12 @@ def exit_status(
 
 
 @contextlib.contextmanager
-def following(console: Console) -> Iterator[OnProgress]:
-    """Show the tasks that have ended and their scores so far: a bar, in a log a line at times."""
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    last = time.monotonic()
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
+def following(console: Console, label: str) -> Iterator[OnProgress]:
+    """Show the tasks that have ended, their scores so far and the time that is left.
 
-        def show(progress: EvaluationProgress) -> None:
-            nonlocal last
-            bar.update(
-                task, completed=progress.done, total=progress.total, description=str(progress)
-            )
-            if not console.is_terminal and time.monotonic() - last >= _LINE_EVERY_S:
-                console.print(str(progress), soft_wrap=True)
-                last = time.monotonic()
-
-        yield show
+    Args:
+        console: where.
+        label: what is done.
+    """
+    with ProgressBar(label, 0, unit="tasks", console=console) as bar:
+        yield lambda progress: bar.reach(progress.done, progress.total, progress.scores)

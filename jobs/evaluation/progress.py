@@ -37,12 +37,16 @@ class EvaluationProgress:
     clean: float | None = None
     cra_sound: dict[str, float] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        text = f"{self.done} of {self.total} tasks"
+    @property
+    def scores(self) -> str:
+        """What the samples so far say; empty before the first shard."""
         if self.clean is None:
-            return text
+            return ""
         scores = "  ".join(f"{ratio} {value:.2%}" for ratio, value in self.cra_sound.items())
-        return f"{text}; {self.samples} samples so far: clean {self.clean:.2%}, cra_sound {scores}"
+        return f"{self.samples} samples so far: clean {self.clean:.2%}, cra_sound {scores}"
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, (f"{self.done} of {self.total} tasks", self.scores)))
 
 
 OnProgress = Callable[[EvaluationProgress], object]

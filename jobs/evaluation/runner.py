@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_shards.format.index import ShardIndex, load_index
+from data_shards.format.index import ShardIndex, load_index, named_classes
 from data_shards.storage.store import Store
 from jobs.evaluation.attack_task import attack_tasks, merge_attack
 from jobs.evaluation.certificate_file import certificate, to_json
@@ -28,13 +28,14 @@ from jobs.evaluation.certify_tasks import (
 )
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.executor import map_inline, map_shards
-from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
+from jobs.evaluation.image_strip import closest_images, strip_png
 from jobs.evaluation.progress import Counting, OnProgress
 from jobs.evaluation.sample_records import (
     COLUMNS,
     EvaluationError,
     ShardRecords,
     column_of,
+    confusions,
     labels_of,
     merge,
     per_class_scores,
@@ -43,6 +44,7 @@ from jobs.evaluation.sample_records import (
 )
 from jobs.evaluation.stored_result import read_result, require_bound
 from jobs.evaluation.suites import NO_ATTACK
+from jobs.figures.plots import bounds_png, cra_png, radius_histogram_png
 from model.artifact.artifact import ArtifactInfo, read_info, read_without_parameters
 from model.certification.eps import check_reach
 from model.certification.matrix_bounds import MatrixBound
@@ -54,6 +56,7 @@ from pipeline.run.evaluation_summary import AttackScores, ColumnScores, Evaluati
 from pipeline.run.layout import (
     BOUNDS_FIGURE,
     CERTIFICATE,
+    CLOSEST_FIGURE,
     CRA_FIGURE,
     PROGRESS,
     RADIUS_FIGURE,
@@ -138,16 +141,27 @@ def compute(
         attack=found.attack,
         certificate_digest=body["digest"],
         family=info.network.kind,
+        class_names=named_classes(index.header),
+        confusions=confusions(column_of(found.records, "sound"), labels_of(found.records)),
     )
     out.write(SAMPLES, samples)
     out.write(CERTIFICATE, to_json(body))
+    _write_figures(out, summary, index, found)
+    out.write(SUMMARY, summary.to_json())  # last: it says that the others are complete
+    out.remove(PROGRESS)
+    return summary
+
+
+def _write_figures(
+    out: Store, summary: EvaluationSummary, index: ShardIndex, found: Findings
+) -> None:
     out.write(CRA_FIGURE, cra_png(summary))
     out.write(RADIUS_FIGURE, radius_histogram_png(summary, **_certified_radii(found.records)))
     if summary.layers:
         out.write(BOUNDS_FIGURE, bounds_png(summary))
-    out.write(SUMMARY, summary.to_json())  # last: it says that the others are complete
-    out.remove(PROGRESS)
-    return summary
+    images = closest_images(index, summary.split, found.records, summary.class_names)
+    title = f"{summary.dataset}, step {summary.step}"
+    out.write(CLOSEST_FIGURE, strip_png(images, norm=summary.norm, title=title))
 
 
 def _find(
@@ -203,7 +217,8 @@ def _fitting_index(
     url = config.shards or (stated and resolve(stated, base=config.artifact))
     if not url:
         raise EvaluationError(
-            f"artifact {config.artifact} does not say which shard set it belongs to: give --shards"
+            f"artifact {config.artifact} does not say which shard set it belongs to: "
+            "give --data.shards"
         )
     index = load(url)
     index.require(info.native_input_shape, info.network.num_classes)

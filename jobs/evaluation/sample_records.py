@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model.certification.eps import eps_value
-from pipeline.run.evaluation_summary import ColumnScores
+from pipeline.run.evaluation_summary import MOST_CONFUSIONS, ColumnScores
 
 COLUMNS = ("nominal", "sound", "deployed")
 CURVE_EPS = {
@@ -168,7 +168,9 @@ def per_class_scores(
     """Return clean and certified accuracy by true class; a class without samples is left out."""
     correct = label == column.prediction
     certified = np.where(correct, column.radius, 0.0)
-    classes = [(index, np.flatnonzero(label == index)) for index in range(num_classes)]
+    # Those that occur: a certificate may state any number of classes.
+    found = [int(index) for index in np.unique(label) if 0 <= index < num_classes]
+    classes = [(index, np.flatnonzero(label == index)) for index in found]
     return tuple(
         {
             "label": index,
@@ -177,8 +179,17 @@ def per_class_scores(
             **{ratio: float(np.mean(certified[rows] > eps_value(ratio))) for ratio in eps},
         }
         for index, rows in classes
-        if rows.size
     )
+
+
+def confusions(column: ColumnRecords, label: np.ndarray) -> tuple[tuple[int, int, int], ...]:
+    """Return (label, prediction, samples) of wrong predictions, the most frequent first."""
+    wrong = label != column.prediction
+    pairs = np.stack([label[wrong], column.prediction[wrong]], axis=1)
+    found, counts = np.unique(pairs, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:MOST_CONFUSIONS]
+    rows = np.column_stack([found, counts])[order].tolist()
+    return tuple((int(true), int(said), int(count)) for true, said, count in rows)
 
 
 def samples_parquet(parts: Sequence[ShardRecords]) -> bytes:

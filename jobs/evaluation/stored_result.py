@@ -25,6 +25,7 @@ from jobs.evaluation.sample_records import (
     COLUMNS,
     ColumnRecords,
     EvaluationError,
+    confusions,
     per_class_scores,
     scores,
 )
@@ -33,7 +34,7 @@ from model.artifact.artifact import ArtifactInfo
 from model.certification.matrix_bounds import MatrixBound
 from model.empirical_lipschitz import refute
 from model.networks.base import CertifiedNetwork
-from pipeline.run.evaluation_summary import EvaluationSummary, LayerRow
+from pipeline.run.evaluation_summary import MOST_CONFUSIONS, EvaluationSummary, LayerRow
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
 
 
@@ -87,7 +88,7 @@ def evaluation_files(folder: Store) -> dict[str, bytes]:
     files = {name: folder.read(name, limit="json_bytes") for name in (CERTIFICATE, SUMMARY)}
     rows = parse_object(files[CERTIFICATE], CERTIFICATE)["shards"]["samples"]
     require_rows(folder.size(SAMPLES), rows, f"{folder}/{SAMPLES}")
-    return {**files, SAMPLES: folder.read(SAMPLES)}
+    return {**files, SAMPLES: folder.read(SAMPLES, limit="table_bytes")}
 
 
 def certificate_body(data: bytes) -> dict[str, Any]:
@@ -147,7 +148,21 @@ def contradiction(summary: EvaluationSummary, body: Mapping[str, Any]) -> str | 
         parts = math.fsum(row[name] * row["samples"] for row in summary.per_class)
         if not math.isclose(parts, share * count, rel_tol=1e-9, abs_tol=1e-9):
             return f"{name} by class in {SUMMARY} does not sum up to that of {CERTIFICATE}"
-    return _of_attack(summary)
+    return _of_classes(summary, body) or _of_attack(summary)
+
+
+def _of_classes(summary: EvaluationSummary, body: Mapping[str, Any]) -> str | None:
+    """Names and confusions, as far as they can be held against the certificate."""
+    classes, names = body["model"]["network"]["num_classes"], summary.class_names
+    if names and len(names) != classes:
+        return f"{SUMMARY} names {len(names)} classes of {classes}"
+    wrong = round((1 - summary.columns["sound"].clean) * summary.samples)
+    pairs = summary.confusions
+    confused = sum(count for _, _, count in pairs)
+    outside = any(not 0 <= label < classes for pair in pairs for label in pair[:2])
+    if outside or confused > wrong or (len(pairs) < MOST_CONFUSIONS and confused != wrong):
+        return f"the confusions of {SUMMARY} are not those of {CERTIFICATE}"
+    return None
 
 
 def _of_attack(summary: EvaluationSummary) -> str | None:
@@ -168,6 +183,8 @@ def _derived(summary: EvaluationSummary, body: Mapping[str, Any], table: pa.Tabl
     """Derive every number again that the samples hold."""
     if reason := contradiction(summary, body):
         raise EvaluationError(reason)
+    if len(table) != summary.samples:
+        raise EvaluationError(f"{SAMPLES} has {len(table)} rows for {summary.samples} samples")
     label = table["label"].to_numpy()
     records = {name: _records(table, name, body["columns"][name]) for name in COLUMNS}
     columns = {
@@ -188,6 +205,7 @@ def _derived(summary: EvaluationSummary, body: Mapping[str, Any], table: pa.Tabl
         samples=len(label),
         columns=columns,
         per_class=per_class_scores(records["sound"], label, body["eps"], classes),
+        confusions=confusions(records["sound"], label),
     )
     for field in dataclasses.fields(again):
         if getattr(again, field.name) != getattr(summary, field.name):

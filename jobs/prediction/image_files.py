@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from data_shards.format.decode import EXTENSIONS, decode_image
-from data_shards.sources.convert import Recipe, image_extension
+from data_shards.format.decode import decode_image
+from data_shards.sources.base import encode_png
+from data_shards.sources.convert import FILE_EXTENSIONS, Recipe, image_extension, readable
 from data_shards.storage.store import Store
 from jobs.evaluation.sample_records import EvaluationError
 
@@ -39,8 +40,8 @@ class PreparedImage(NamedTuple):
     """What was done to the pixels before the network, in words; None: nothing."""
 
 
-def find_pictures(inputs: list[str]) -> tuple[list[Picture], int]:
-    """Image files among files and folders, and how many other files the folders hold.
+def find_pictures(inputs: list[str]) -> tuple[list[Picture], list[str]]:
+    """Image files among files and folders, and the paths of the other files in the folders.
 
     Args:
         inputs: paths or URLs; folders are searched with everything below them, in sorted order.
@@ -49,7 +50,7 @@ def find_pictures(inputs: list[str]) -> tuple[list[Picture], int]:
         EvaluationError: an input is not there or is no image by its name, or there is no image.
     """
     found: list[Picture] = []
-    others = 0
+    others: list[str] = []
     for text in inputs:
         if _is_image(text):
             url = str(text)
@@ -63,13 +64,16 @@ def find_pictures(inputs: list[str]) -> tuple[list[Picture], int]:
         names = list(_below(store, ""))
         if not names:
             raise EvaluationError(
-                f"{text} is neither a folder of images nor a .{', .'.join(EXTENSIONS)} file"
+                f"{text} is neither a folder of images nor a .{', .'.join(FILE_EXTENSIONS)} file"
             )
         images = [name for name in names if _is_image(name)]
-        others += len(names) - len(images)
+        others += [Picture(store.url, name).path for name in names if not _is_image(name)]
         found += [Picture(store.url, name) for name in images]
     if not found:
-        raise EvaluationError(f"no .{', .'.join(EXTENSIONS)} file among {others} files")
+        raise EvaluationError(
+            f"no .{', .'.join(FILE_EXTENSIONS)} file among {len(others)} files; the first is "
+            f"{others[0]}"
+        )
     return found, others
 
 
@@ -77,8 +81,9 @@ def prepare(data: bytes, shape: tuple[int, int, int], *, resize: bool) -> Prepar
     """Decode one file for a network.
 
     With `resize` it goes the way of a test set's images (`data_shards.sources.convert`): grey is
-    copied to three channels for a colour network, the short side is brought to 256/224 of the
-    network's, bilinear and antialiased, and the centre is cut out.
+    copied to three channels for a colour network, of three equal channels a grey network gets one,
+    the short side is brought to 256/224 of the network's, bilinear and antialiased, and the centre
+    is cut out.
 
     Args:
         data: the encoded image.
@@ -90,20 +95,23 @@ def prepare(data: bytes, shape: tuple[int, int, int], *, resize: bool) -> Prepar
         EvaluationError: another shape than the network's, and no `resize`; or colour for a network
             of grey images.
     """
-    extension = image_extension(data)
-    image = decode_image(data, extension)
+    data = readable(data)
+    image = decode_image(data, image_extension(data))
     channels, height, width = image.shape
     size = f"{width}x{height}x{channels}"
     if tuple(image.shape) == shape:
         return PreparedImage(image, size, None)
     wanted = f"{shape[2]}x{shape[1]}x{shape[0]}"
-    if channels > shape[0]:
+    if channels > shape[0] and not bool((image == image[:1]).all()):
         raise EvaluationError(f"the image is {size}, in colour; the network takes grey ones only")
     if not resize:
         raise EvaluationError(
             f"the image is {size}, the network takes {wanted} (width x height x channels): "
-            "resizing or copying channels changes what a radius means; --resize does it and says so"
+            "resizing, copying or dropping channels changes what a radius means; --resize does it "
+            "and says so"
         )
+    if channels > shape[0]:
+        data = encode_png(image[0].numpy())
     uniform = (height, width) == shape[1:]
     if not uniform and shape[1] != shape[2]:
         raise EvaluationError(f"the image is {size}; only square networks have a resize rule")
@@ -114,8 +122,10 @@ def prepare(data: bytes, shape: tuple[int, int, int], *, resize: bool) -> Prepar
 
 def _words(size: str, wanted: str, recipe: Recipe, short: int, channels: int) -> str:
     steps = []
-    if channels != recipe.channels:
+    if channels < recipe.channels:
         steps.append(f"grey copied to {recipe.channels} channels")
+    elif channels > recipe.channels:
+        steps.append(f"one of {channels} equal channels taken")
     route = recipe.parameters()["test_route"]
     if not recipe.uniform:
         verb = "enlarged" if int(route["resize"].split()[-1]) > short else "resized"
@@ -124,7 +134,7 @@ def _words(size: str, wanted: str, recipe: Recipe, short: int, channels: int) ->
 
 
 def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in EXTENSIONS
+    return name.rpartition(".")[2].lower() in FILE_EXTENSIONS
 
 
 def _below(store: Store, prefix: str) -> Iterator[str]:

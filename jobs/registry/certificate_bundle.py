@@ -27,6 +27,8 @@ from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
 
 FILES = (CERTIFICATE, SAMPLES, SUMMARY)
+_IDENTITY = ("shard", "key", "pixels_sha256", "label")
+_COLUMNS = (*_IDENTITY, "sound_prediction", "sound_radius")
 VERIFY_TIMEOUT_S = 6 * 3600.0
 
 
@@ -76,7 +78,13 @@ class CertificateBundle:
         for what, (found, derived) in checks.items():
             if found != derived:
                 raise EvaluationError(f"{place}: {what} is {found}, not {derived}")
-        return cls({name: files[name] for name in FILES}, {**body, "digest": stated}, summary)
+        found = cls({name: files[name] for name in FILES}, {**body, "digest": stated}, summary)
+        try:
+            _require_rows(found._table, body["shards"]["samples"])
+            _ = (found.model_digest, found.index_digest, found.dataset)
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(f"{place} cannot be read: {error!r}") from error
+        return found
 
     @classmethod
     def read(cls, url: str) -> CertificateBundle:
@@ -136,9 +144,10 @@ class CertificateBundle:
 
     def same_samples(self, other: CertificateBundle) -> bool:
         """Whether both speak of the same images in the same order."""
-        identity = ["shard", "key", "pixels_sha256", "label"]
         mine, theirs = self.body["shards"], other.body["shards"]
-        return mine == theirs and self._table.select(identity).equals(other._table.select(identity))
+        return mine == theirs and self._table.select(_IDENTITY).equals(
+            other._table.select(_IDENTITY)
+        )
 
     def verify(self, sample: int | None, seed: int) -> str:
         """Run the independent verifier on exactly these bytes; all weights are derived again.
@@ -158,7 +167,7 @@ class CertificateBundle:
                 Path(folder, name).write_bytes(self.files[name])
             command = [sys.executable, "-m", "model.verify", folder]
             command += ["--artifact", self.summary.artifact_url]
-            command += ["--shards", self.summary.shards_url]
+            command += ["--data.shards", self.summary.shards_url]
             if sample is not None:
                 command += ["--sample", str(sample), "--seed", str(seed)]
             try:
@@ -176,4 +185,14 @@ class CertificateBundle:
 
     @cached_property
     def _table(self) -> pa.Table:
-        return read_table(self.files[SAMPLES], SAMPLES)
+        return read_table(self.files[SAMPLES], SAMPLES, _COLUMNS)
+
+
+def _require_rows(table: pa.Table, samples: int) -> None:
+    if table.num_rows != samples:
+        raise ValueError(f"{SAMPLES} has {table.num_rows} rows for {samples} samples")
+    whole, real = pa.types.is_integer, pa.types.is_floating
+    for name, right in {"label": whole, "sound_prediction": whole, "sound_radius": real}.items():
+        kind = table.schema.field(name).type
+        if not right(kind):
+            raise ValueError(f"{SAMPLES} has {name} of type {kind}")

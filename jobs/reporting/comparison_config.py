@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Literal
 
 import pydantic
+import tyro
 
-from pipeline.tracking.client import TrackingConfig
+from pipeline.tracking.client import SQLITE, TrackingConfig
 
 
 @pydantic.dataclasses.dataclass(
@@ -33,19 +35,19 @@ class CompareConfig:
     sizes and, where the family has one, the pool."""
     parallel: Annotated[int, pydantic.Field(ge=1)] = 1
     """Runs at the same time, at most one per core."""
-    workers: Annotated[int, pydantic.Field(ge=1)] = 1
+    workers: Annotated[int, pydantic.Field(ge=1), tyro.conf.arg(name="cluster.workers")] = 1
     """Ranks of a run; more than one trains on Ray."""
-    threads: Annotated[int, pydantic.Field(ge=1)] = 1
+    threads: Annotated[int, pydantic.Field(ge=1), tyro.conf.arg(name="cluster.cpus-per-worker")] = 1
     """Compute threads of a rank."""
-    shards: str = ""
+    shards: Annotated[str, tyro.conf.arg(name="data.shards")] = ""
     """URL of the shard set; empty: what the preset makes itself."""
     extra: tuple[str, ...] = ()
     """More words for every run's command line, each as one word: `--extra=--train.log-every=5`."""
     out: str = "runs/compare"
     """Local folder of the runs, the table and the figures. A run that is finished there is not
     repeated, so a comparison that was stopped goes on when it is given again."""
-    tracking: TrackingConfig | None = None
-    """MLflow store; default: mlflow.db in `out`."""
+    tracking: TrackingConfig = TrackingConfig(uri="")
+    """MLflow store; default: mlflow.db in `out`, experiment compare."""
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> CompareConfig:
@@ -63,6 +65,8 @@ class CompareConfig:
 
     def store(self) -> TrackingConfig:
         """The MLflow store of all runs and of the comparison."""
-        return self.tracking or TrackingConfig(
-            uri=f"sqlite:///{self.out}/mlflow.db", experiment="compare"
+        return dataclasses.replace(
+            self.tracking,
+            uri=self.tracking.uri or f"{SQLITE}{self.out}/mlflow.db",
+            experiment=self.tracking.experiment or "compare",
         )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from jobs.evaluation.sample_records import EvaluationError
 from model.networks.registry import parameter_count
 from pipeline.config import RunConfig, replaced, value_of
@@ -53,14 +51,14 @@ class Search:
     So a comparison that was stopped asks for the same trials again, whose runs are there.
 
     Args:
-        preset: its name.
+        config: settings of the preset.
         most_parameters: values that a network may have; None: any number.
 
     Raises:
-        EvaluationError: no such preset, or Optuna is not installed.
+        EvaluationError: Optuna is not installed.
     """
 
-    def __init__(self, preset: str, most_parameters: float | None = None) -> None:
+    def __init__(self, config: RunConfig, most_parameters: float | None = None) -> None:
         try:
             import optuna  # an extra: a comparison without trials does without
         except ImportError as error:
@@ -68,7 +66,7 @@ class Search:
                 "trials need Optuna: pip install certified-pretrain[compare]"
             ) from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._preset, self._config, self._most = preset, preset_config(preset), most_parameters
+        self._config, self._most = config, most_parameters
         self._space = search_space(self._config)
         sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=_RANDOM_TRIALS)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -87,7 +85,9 @@ class Search:
             if self._fits(trial.params):
                 return trial.number, trial.params
             self._study.tell(trial, state=TrialState.FAIL)
-        raise EvaluationError(f"{self._preset}: {_DRAWS} draws made no network that is allowed")
+        raise EvaluationError(
+            f"{self._config.preset}: {_DRAWS} draws made no network that is allowed"
+        )
 
     def tell(self, number: int, score: float) -> None:
         """Say what a trial came to; more is better."""
@@ -103,7 +103,7 @@ class Search:
         try:
             for name, value in values.items():
                 config = replaced(config, name, value)
-        except (PipelineError, ValidationError, ValueError):
+        except ValueError:
             return False  # such as a width that no patch fits into: another draw takes its place
         return self._most is None or parameter_count(config.model) <= self._most
 

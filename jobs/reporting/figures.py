@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_shards.untrusted.text import figure_text
-from jobs.evaluation import plot_style
+from jobs.figures import plot_style
 from jobs.reporting.report_data import ComparisonGroup, ReportEntry
 from model.certification.eps import eps_value
 

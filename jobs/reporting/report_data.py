@@ -13,11 +13,13 @@ from jobs.evaluation.stored_result import certificate_body, contradiction
 from jobs.reporting.cost import Cost, training_cost
 from model.certification.eps import eps_value
 from pipeline.run.evaluation_summary import EvaluationSummary
-from pipeline.run.layout import CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
+from pipeline.run.layout import CERTIFICATE, CLOSEST_FIGURE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
 from pipeline.tracking.reader import Reader, TrackedModel, TrackedRun
 
-FIGURES = (CRA_FIGURE, RADIUS_FIGURE)
-NOT_SETTINGS = frozenset({"name", "storage", "mlflow", "experiment", "resume"})
+FIGURES = (CLOSEST_FIGURE, CRA_FIGURE, RADIUS_FIGURE)
+NOT_SETTINGS = frozenset(
+    {"name", "storage", "tracking.uri", "tracking.experiment", "resume", "extend_to_epochs"}
+)
 """Parameters that say which run it is, not how it was trained."""
 
 

@@ -73,7 +73,7 @@ def locate(url: str, artifact: str = "", shards: str = "") -> Located:
         found = above
     else:
         found = Store(_named(summary, "artifact_url", evaluation, "--verify-artifact"))
-    shards = shards or _named(summary, "shards_url", evaluation, "--verify-shards")
+    shards = shards or _named(summary, "shards_url", evaluation, "--data.shards")
     return Located(evaluation, found, shards)
 
 
@@ -200,9 +200,9 @@ def _check_network(located: Located, info: ArtifactInfo) -> None:
 def _table(evaluation: Store, samples: int) -> bytes:
     try:
         require_rows(evaluation.size(SAMPLES), samples, f"{evaluation}/{SAMPLES}")
+        return evaluation.read(SAMPLES, limit="table_bytes")
     except UntrustedError as error:
         raise EvaluationError(str(error)) from error
-    return evaluation.read(SAMPLES)
 
 
 def _belong(field: str, stated: str, data: bytes, place: Store) -> None:
@@ -219,7 +219,7 @@ def _samples_in(index: ShardIndex, split: str, keys: list[str]) -> npt.NDArray[n
     if [key.decode() for key in index.rows.key[chosen]] != keys:
         raise EvaluationError(
             f"shard set {index.store} does not hold the {len(keys)} samples of the certificate in "
-            "this order; name another one: --verify-shards"
+            "this order; name another one: --data.shards"
         )
     return chosen
 

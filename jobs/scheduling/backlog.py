@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from data_shards.errors import ShardError
 from data_shards.format.index import ShardIndex, load_index
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.runner import evaluation_keys
@@ -16,13 +15,11 @@ from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.suites import EVALUATION_SUITES
 from jobs.scheduling.claims import ClaimPhase, Claims, State
 from jobs.scheduling.config import ScheduleConfig
-from model.errors import ModelError
 from pipeline.run.lease import Lease
 from pipeline.tracking.checkpoint_query import Checkpoint, CheckpointQuery
-from pipeline.tracking.server_answers import AddressError
 
 _KEY_CHARACTERS = 16
-_UNREADABLE = (EvaluationError, ShardError, ModelError, AddressError, OSError)
+_UNREADABLE = (ValueError, LookupError, TypeError, OSError)  # one record must not hide all others
 
 
 @dataclass(frozen=True)
@@ -105,8 +102,8 @@ class Backlog:
         name = _name(checkpoint, suite)
         if name in self._done:
             return BacklogEntry(checkpoint, suite, ClaimPhase.DONE)
-        config = self._config.evaluation(suite, checkpoint)
         try:
+            config = self._config.evaluation(suite, checkpoint)
             if name not in self._keys:
                 self._config.tracking.require_address(checkpoint.artifact_url)
                 self._keys[name] = evaluation_keys(config, view.load)

@@ -9,13 +9,15 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import pydantic
+import tyro
 
+from data_shards.command_line.catalogue import settings
 from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.limits import UntrustedError
 from jobs.evaluation.config import EvaluationConfig, suite_config
 from jobs.evaluation.suites import EVALUATION_SUITES
 from pipeline.tracking.checkpoint_query import Checkpoint
-from pipeline.tracking.client import TrackingConfig
+from pipeline.tracking.client import SQLITE, TrackingConfig
 
 _STRICT = pydantic.ConfigDict(extra="forbid")
 _Seconds = Annotated[float, pydantic.Field(gt=0)]
@@ -25,13 +27,15 @@ _Seconds = Annotated[float, pydantic.Field(gt=0)]
 class TaskConfig:
     """How a scheduled evaluation runs; nothing here changes a result."""
 
-    launcher: Literal["ray", "local"] = "ray"
+    launcher: Annotated[Literal["ray", "local"], tyro.conf.arg(name="cluster.launcher")] = "ray"
     """ray: tasks; local: in the process of the evaluation."""
     max_in_flight: Annotated[int, pydantic.Field(gt=0)] = 2
     """Ray tasks of one evaluation under way at the same time."""
     num_gpus: Annotated[float, pydantic.Field(ge=0)] = 0.0
-    """GPUs (or a fraction of one) of each task."""
-    placement: dict[str, str] = dataclasses.field(default_factory=dict)
+    """GPUs (or a fraction of one) of each task; 0: none."""
+    placement: Annotated[dict[str, str], tyro.conf.arg(name="cluster.placement")] = (
+        dataclasses.field(default_factory=dict)
+    )
     """Labels of the nodes that may run the tasks, e.g. `role !training`; see jobs.evaluate_cra."""
 
 
@@ -45,21 +49,21 @@ class ScheduleConfig:
     as `30m`, `6h`, `1d`, or a cron expression such as `0 3 * * *`."""
     newest: bool = False
     """Evaluate only the newest checkpoint of every training run."""
-    tracking: TrackingConfig = TrackingConfig()
-    """MLflow store; its experiment is the one that is watched."""
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    """MLflow store; its experiment is the one that is watched, all without one."""
     models: tuple[str, ...] = ()
     """Registered models whose versions are watched as well."""
     claims: str = ""
     """URL of a folder that all schedulers of the store share. Default: `claims` beside an sqlite
     store; an MLflow server needs one."""
-    address: str = ""
+    address: Annotated[str, tyro.conf.arg(name="cluster.address")] = ""
     """Ray cluster (http://HOST:8265) that gets the evaluations as Ray jobs. Default: processes of
     this machine."""
     runtime_env: str = "{}"
     """Runtime environment of the Ray jobs, as JSON."""
-    shards: str | None = None
+    shards: Annotated[str | None, tyro.conf.arg(name="data.shards")] = None
     """URL of the shard set; default: what each artifact was trained on."""
-    tasks: TaskConfig = TaskConfig()
+    tasks: Annotated[TaskConfig, tyro.conf.arg(name="")] = TaskConfig()
     """How an evaluation runs."""
     parallel: Annotated[int, pydantic.Field(gt=0)] = 1
     """Evaluations of this scheduler under way at the same time."""
@@ -112,7 +116,7 @@ class ScheduleConfig:
         """Folder of the claims."""
         if self.claims:
             return self.claims
-        return str(Path(self.tracking.uri.removeprefix("sqlite:///")).parent / "claims")
+        return str(Path(self.tracking.uri.removeprefix(SQLITE)).parent / "claims")
 
     def evaluation(self, suite: str, checkpoint: Checkpoint) -> EvaluationConfig:
         """Return the evaluation of a checkpoint by a suite, as its training would make it."""
@@ -130,10 +134,11 @@ class ScheduleConfig:
 def arguments(config: EvaluationConfig) -> list[str]:
     """Return the command line of `jobs.evaluate_cra` that says the same as a config."""
     words = []
+    known = {one.option: one for one in settings(EvaluationConfig)}
     for name, value in _changed(config).items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = known[name].flag
         if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+            words.append(flag if value else known[name].negated)
         elif isinstance(value, dict):
             words += [flag, *(word for pair in value.items() for word in pair)]
         elif isinstance(value, tuple):
@@ -150,7 +155,8 @@ def _changed(config: EvaluationConfig) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value, usual = getattr(config, field.name), getattr(default, field.name)
         if field.name == "tracking":
-            found |= {"tracking.uri": value.uri, "tracking.experiment": value.experiment}
+            named = {"tracking.uri": value.uri, "tracking.experiment": value.experiment}
+            found |= {name: given for name, given in named.items() if given}
             if value.addresses:
                 found["tracking.addresses"] = value.addresses
         elif value != usual:

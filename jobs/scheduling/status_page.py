@@ -23,7 +23,9 @@ def page(
     console: Console, config: ScheduleConfig, claims: Claims, entries: Sequence[BacklogEntry]
 ) -> None:
     """Print the state of every suite, then what is under way and what failed."""
-    console.print(f"MLflow  {config.tracking.uri}, experiment {config.tracking.experiment}")
+    console.print(
+        f"MLflow  {config.tracking.uri}, experiment {config.tracking.experiment or 'any'}"
+    )
     console.print(f"claims  {claims.store}")
     console.print(f"rules   {', '.join(config.rules)} ({config.timezone})")
     counts = Counter((entry.suite, entry.phase) for entry in entries)

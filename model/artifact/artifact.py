@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from data_shards.untrusted.json_input import read_object
-from data_shards.untrusted.limits import UntrustedError
+from data_shards.untrusted.limits import UntrustedError, require_name
 from model.artifact.safetensors_io import (
     TensorRange,
     TensorSpec,
@@ -71,6 +71,12 @@ class ArtifactInfo:
     """sha256 over the network configuration and weights_sha256: identifies the function."""
     context: dict[str, Any]
     """Where it comes from: run, step, code version."""
+    class_names: tuple[str, ...] = ()
+    """Name of every class in the order of the logits; empty: they have none."""
+
+    def class_name(self, label: int) -> str:
+        """Name of a class; its number where the classes have no names."""
+        return self.class_names[label] if self.class_names else str(label)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +108,7 @@ def write_artifact(
     network_config: NetworkConfig,
     tensors: Iterable[tuple[str, Tensor]],
     context: Mapping[str, Any],
+    class_names: Sequence[str] = (),
     order: Sequence[str] | None = None,
 ) -> ArtifactInfo:
     """Write an artifact while its tensors arrive; only one is held at a time.
@@ -111,11 +118,14 @@ def write_artifact(
         network_config: the network.
         tensors: all parameters and buffers, any floating type and device; stored in float32.
         context: JSON values that say where the weights come from.
+        class_names: one per class, or none.
         order: names in the order in which the tensors arrive; default: parameters, then buffers.
 
     Raises:
-        ModelError: a tensor is missing, surplus, out of order, of a wrong shape or not finite.
+        ModelError: a tensor is missing, surplus, out of order, of a wrong shape or not finite, or
+            there are more or fewer names than classes.
     """
+    _check_names(class_names, network_config)
     network = _on_meta(network_config)
     parameters = _stored_tensors(network)
     residuals: dict[str, float] = {}
@@ -149,6 +159,7 @@ def write_artifact(
         weights_bytes=weights.size,
         digest=_model_digest(network_config, weights.sha256),
         context=dict(context),
+        class_names=tuple(class_names),
     )
     text = json.dumps(_as_json(info), indent=1, sort_keys=True, allow_nan=False)
     with open_binary(DESCRIPTION, "wb") as stream:
@@ -172,6 +183,7 @@ def read_info(open_binary: OpenBinary) -> ArtifactInfo:
                 f"{DESCRIPTION} has schema_version={version}; this code reads {SCHEMA_VERSION}"
             )
         info = TypeAdapter(ArtifactInfo).validate_python(body)
+        _check_names(info.class_names, info.network)
     except ValidationError as error:
         raise ModelError(f"{DESCRIPTION} is damaged: {error}") from error
     except UntrustedError as error:
@@ -184,6 +196,15 @@ def read_info(open_binary: OpenBinary) -> ArtifactInfo:
     _check_size(open_binary, info)
     _check_units(info)
     return info
+
+
+def _check_names(names: Sequence[str], network: NetworkConfig) -> None:
+    for name in names:
+        require_name(name, f"a class of {DESCRIPTION}")
+    if names and len(names) != network.num_classes:
+        raise ModelError(
+            f"{len(names)} class names for {network.num_classes} classes: one for each, or none"
+        )
 
 
 _SMALL = 1 << 16

@@ -55,12 +55,14 @@ class CertifiedNetwork(nn.Module, ABC):
     its manifold. Most families have a `head`, of which the logits and their factors come.
 
     Attributes:
+        configuration: what it was built from.
         norm: norm on images, `l2` or `linf`.
         input_shape: (C, H, W) of the images.
         num_classes: number K of logits.
         checkpoint_blocks: recompute each block in the backward pass instead of storing it.
     """
 
+    configuration: NetworkConfig
     norm: Literal["l2", "linf"]
     input_shape: tuple[int, int, int]
     num_classes: int
@@ -68,6 +70,7 @@ class CertifiedNetwork(nn.Module, ABC):
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
+        self.configuration = config
         self.input_shape, self.num_classes = config.input_shape, config.num_classes
 
     @abstractmethod

@@ -32,6 +32,13 @@ class NetworkConfig:
         if min(self.input_shape) < 1:
             raise ModelError(f"input_shape={self.input_shape} must have positive sides")
 
+    def operations(self) -> dict[str, float]:
+        """Operations of one image's forward and backward pass that are no products, by name.
+
+        Of a network whose features are products there are none worth counting.
+        """
+        return {}
+
     def least_flops(self) -> float | None:
         """Least FLOPs of one image's forward and backward pass, from a formula.
 

@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="model.verify", description="Derive a certificate again.")
     parser.add_argument("certificate", help="URL of its folder or of certificate.json")
     parser.add_argument("--artifact", required=True, help="URL of the model artifact")
-    parser.add_argument("--shards", required=True, help="URL of the shard set")
+    parser.add_argument("--data.shards", dest="shards", required=True, help="URL of the shard set")
     parser.add_argument("--sample", type=_natural, help="evaluate so many samples; default: all")
     parser.add_argument("--seed", type=_natural, help="of the choice of samples; default: drawn")
     parser.add_argument("--processes", type=_natural, default=1, help="bound matrices side by side")

@@ -11,6 +11,7 @@ from model.verifier.families.base import Family
 from model.verifier.files import Body, Table
 from model.verifier.mathematics.arithmetic import PROGRAMS, Floats
 from model.verifier.mathematics.radii import Judged, image_norms, judge, nominal
+from model.verifier.progress import Progress
 from model.verifier.refusal import (
     DisagreementError,
     Near,
@@ -47,12 +48,14 @@ def check_samples(
     shape = tuple(network.config["input_shape"])
     largest: Largest = dict.fromkeys(COLUMNS, (0.0, 0.0, 0.0))
     unknown: Unknown = dict.fromkeys(COLUMNS, 0)
+    progress = Progress("samples", len(chosen))
     for rows, pixels in load_images(images, samples, chosen, shape, at_once):
         for name, found in check_batch(network, pixels, samples, rows, body).items():
             seen = (found.error, *found.error_ball)
             pairs = zip(largest[name], seen, strict=True)
             largest[name] = tuple(max(old, float(new.max())) for old, new in pairs)  # type: ignore[assignment]
             unknown[name] += int((~found.compared).sum())
+        progress.add(len(rows))
     return largest, unknown
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -69,6 +69,7 @@ class AsyncSaver:
         calibration: training images for networks with stored means, uint8 (B, C, H, W).
         emit: receives CheckpointSaved and CheckpointFailed, on rank 0.
         writer: number of the run's lease under which this process writes.
+        class_names: of the samples; every artifact carries them.
     """
 
     def __init__(
@@ -84,11 +85,12 @@ class AsyncSaver:
         calibration: Callable[[], Iterable[Tensor]],
         emit: Emit,
         writer: int = 0,
+        class_names: Sequence[str] = (),
     ) -> None:
         self._run, self._world, self._engine = run, world, engine
         self._network, self._config, self._timeout_s = network, config, timeout_s
         self._context, self._calibration, self._emit = context, calibration, emit
-        self._writer = writer
+        self._writer, self._class_names = writer, class_names
         self._memory = HostMemory()
         # The same on all ranks, new in each execution: a dead one's reports are not taken for ours.
         self._attempt: str = world.share(secrets.token_hex(8))
@@ -189,7 +191,11 @@ class AsyncSaver:
                 # First: a run that dies in between must not resume past a step without artifact.
                 context = {**self._context, "step": writing.step}
                 writing.info = write_export(
-                    writing.artifact, export, context=context, calibration=self._calibration
+                    writing.artifact,
+                    export,
+                    context=context,
+                    class_names=self._class_names,
+                    calibration=self._calibration,
                 )
             attempt = f"{self._attempt}-{writing.step}"
             write_snapshot(writing.checkpoint, snapshot, attempt)

@@ -1,7 +1,7 @@
 """From the ranks' partitions to one model artifact."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ def write_export(
     export: Export,
     *,
     context: Mapping[str, Any],
+    class_names: Sequence[str] = (),
     calibration: Callable[[], Iterable[Tensor]],
 ) -> ArtifactInfo:
     """Write an artifact. Networks with centred layers get their stored means first.
@@ -61,6 +62,7 @@ def write_export(
         folder: the artifact.
         export: its weights.
         context: facts about its origin.
+        class_names: one per class, or none.
         calibration: batches of training images, uint8 (B, C, H, W).
 
     Raises:
@@ -74,6 +76,7 @@ def write_export(
         tensors=_with_means(export, calibration) if means else export.weights.items(),
         order=[*export.weights, *means],
         context=context,
+        class_names=class_names,
     )
 
 

@@ -4,7 +4,8 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -15,8 +16,9 @@ from data_shards.untrusted.terminal import PlainConsole
 from pipeline.run.events import Metrics, Started
 
 _PLAIN_INTERVAL_S = 5.0
-_SMOOTHING = 0.05
-_SMOOTHED = ("train/loss", "train/clean", "train/certified", "train/images_per_s", "perf/mfu")
+_WINDOW = 20
+"""Steps over which the line takes means, or those of one record if it has more."""
+_AVERAGED = ("train/loss", "train/clean", "train/certified", "train/images_per_s", "perf/mfu")
 
 
 class _Lenient:
@@ -54,13 +56,14 @@ class RunConsole:
     """Shows the progress of one run.
 
     On a terminal one live line; in logs (Ray jobs, CI) a plain line every few seconds. Loss,
-    accuracies, rate and MFU are exponential averages over about 20 records; goodput is of the run
-    so far.
+    accuracies, rate and MFU are means over the last 20 steps, or over the last record where it has
+    more; goodput is of the run so far.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._average: dict[str, float] = {}
+        self._records: deque[tuple[int, Mapping[str, float]]] = deque()
+        self._step = 0
         self._total = 0
         self._task: TaskID | None = None
         self._first: tuple[int, float] | None = None
@@ -80,7 +83,8 @@ class RunConsole:
         """Print the facts of the run and begin the progress line."""
         for name, value in event.facts.items():
             self.console.print(Text.assemble((f"{name}:", "dim"), f" {value}"))
-        self._total = event.total_steps
+        self._total, self._step = event.total_steps, event.step
+        self._records.clear()
         self._peak = " of measured" if event.measured_flops else ""
         if self.console.is_terminal:
             self._task = self._bar.add_task("", total=event.total_steps, completed=event.step)
@@ -88,12 +92,10 @@ class RunConsole:
 
     def metrics(self, event: Metrics) -> None:
         """Advance the progress line."""
-        for name in _SMOOTHED:
-            if name not in event.values:  # all steps of the record were skipped
-                continue
-            value = event.values[name]
-            old = self._average.setdefault(name, value)
-            self._average[name] = old + _SMOOTHING * (value - old)
+        self._records.append((max(1, event.step - self._step), event.values))
+        self._step = event.step
+        while sum(steps for steps, _ in self._records) - self._records[0][0] >= _WINDOW:
+            self._records.popleft()
         if self._task is not None:
             self._bar.update(self._task, completed=event.step, description=self._summary(event))
             return
@@ -115,18 +117,27 @@ class RunConsole:
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
     def _summary(self, event: Metrics) -> str:
-        mean = self._average
+        mean = self._means()
         if "train/loss" not in mean:
             return f"{event.values['train/skipped']:.0f} steps skipped"
         return (
             f"loss {mean['train/loss']:.4f}  clean {mean['train/clean']:.1%}  "
             f"certified {mean['train/certified']:.1%}  lr {event.values['train/lr']:.2e}  "
             f"eps {event.values['train/eps']:.3f}  {mean['train/images_per_s']:.0f} img/s"
-            f"{self._use(event)}"
+            f"{self._use(event, mean)}"
         )
 
-    def _use(self, event: Metrics) -> str:
-        mfu, goodput = self._average.get("perf/mfu"), event.values.get("perf/goodput")
+    def _means(self) -> dict[str, float]:
+        """Means over the steps of the window; records whose steps were all skipped have none."""
+        found = {}
+        for name in _AVERAGED:
+            rows = [(steps, row[name]) for steps, row in self._records if name in row]
+            if rows:
+                found[name] = sum(steps * value for steps, value in rows) / sum(n for n, _ in rows)
+        return found
+
+    def _use(self, event: Metrics, mean: Mapping[str, float]) -> str:
+        mfu, goodput = mean.get("perf/mfu"), event.values.get("perf/goodput")
         text = "" if mfu is None else f"  MFU {mfu:.1%}{self._peak}"
         return text if goodput is None else f"{text}  goodput {goodput:.1%}"
 

@@ -6,9 +6,10 @@ import datetime
 import functools
 import itertools
 import os
+import re
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +18,33 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_shards.sources import SOURCES
 from data_shards.storage.store import Store
-from data_shards.untrusted.limits import UntrustedError
 from data_shards.write import write_shard_set
 from model.artifact.release import release
 from pipeline.checkpoint.reader import committed, name_strays
 from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.errors import PipelineError
 from pipeline.run import layout
+from pipeline.run.config_file import newest_run, stored_config, to_yaml
 from pipeline.run.lease import (
     Lease,
     LeaseHeldError,
     end_without_lease,
     hold_run,
-    read_record,
     write_record,
 )
 from pipeline.run.movable_urls import relative
 from pipeline.run.open_servers import require_closed
-from pipeline.run.ray_job import is_ray_job, uploaded_code
 from pipeline.run.ray_session import cluster_address
-from pipeline.run.step_schedule import make_step_schedule, world_sizes
+from pipeline.run.ray_submission import default_storage, uploaded_code
+from pipeline.run.step_schedule import StepSchedule, make_step_schedule, world_sizes
 from pipeline.run.worker_spec import WorkerSpec
-from pipeline.tracking.client import TrackingConfig
+from pipeline.tracking.client import SQLITE, TrackingConfig
 from pipeline.tracking.server_answers import listed_addresses
 from pipeline.training.data import Samples, open_samples
+from pipeline.training.schedules import step_context
 from pipeline.training.zero3 import require_precision
 
-_SQLITE = "sqlite:///"
+_KEY = re.compile(rb"[0-9a-f]{32}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,8 @@ class PreparedRun:
         run_key: by which MLflow knows the run, also where its spool is lost.
         spool: local folder of the metrics spool.
         changed: settings of a continued run that are not those it had before.
-        notice: what a person should know of the settings and cannot see; mostly empty.
+        schedule: its steps.
+        notices: what a person should know of the settings and cannot see; mostly none.
     """
 
     job: WorkerSpec
@@ -68,13 +70,15 @@ class PreparedRun:
     run_key: str
     spool: Path
     changed: dict[str, str]
-    notice: str = ""
+    schedule: StepSchedule
+    notices: tuple[str, ...] = ()
 
     def accept(self) -> None:
         """Keep changed settings as those of the run; once its ranks have loaded a checkpoint."""
         if self.changed:
             body = self.job.config.to_json().encode()
             write_record(self.run, layout.CONFIG, self.job.writer, body)
+            self.run.write(layout.SETTINGS, to_yaml(self.job.config).encode())
 
     def params(self) -> dict[str, Any]:
         """Parameters of the tracked run: the resolved configuration and the code version."""
@@ -111,7 +115,7 @@ def prepare(
         elsewhere = cluster_address(cluster.address) if cluster.launcher == "ray" else ""
     except ConnectionError as error:
         raise PipelineError(str(error)) from error
-    require_closed(ray=elsewhere, mlflow=config.mlflow)
+    require_closed(ray=elsewhere, mlflow=config.tracking.uri)
     no_gpu = not elsewhere and not torch.cuda.is_available()
     if cluster.device == "cpu" or no_gpu:
         require_precision(config.train.precision)
@@ -153,6 +157,9 @@ def _require_own_gpus(config: RunConfig) -> None:
 def _prepare(
     config: RunConfig, world_size: int, hold: Callable[[Store], Lease], *, no_gpu: bool
 ) -> PreparedRun:
+    if config.extend_to_epochs:
+        train = dataclasses.replace(config.train, epochs=config.extend_to_epochs)
+        config = dataclasses.replace(config, train=train)
     storage = storage_root(config)
     shards = _shards(config, storage)
     samples = open_samples(
@@ -163,14 +170,16 @@ def _prepare(
     )
     config.require_effects(world_size=world_size)
     _require_own_gpus(config)
-    stop, end = config.train.stop_after, schedule.total_steps
-    notice = f"train.stop_after={stop} is never reached: the run ends after step {end}"
     if config.cluster.launcher == "ray":
         world_sizes(config.cluster, config.train)
     if config.cluster.device == "cuda" and no_gpu:
         raise PipelineError("cluster.device=cuda: this machine has no GPU that torch can use")
     tracking = _tracking(config, storage, samples)
-    config, run, lease, changed = _open_run(config, storage, hold)
+    config, run, lease, before = _open_run(config, storage, hold)
+    steps = committed(run) if before else {}
+    if config.resume and not steps:
+        raise PipelineError(f"--resume: {run.url} has no committed checkpoint")
+    notices = _notices(config, schedule, samples, before, steps)
     _remove_leftovers(run)
     name = config.name
     context = {
@@ -180,6 +189,7 @@ def _prepare(
             shards.url, base=run.child(layout.artifact(0)).url, within=storage.url
         ),
         "shards_digest": samples.digest,
+        "tracking": _stated(tracking, run, storage),
         "code": code_version(),
     }
     job = WorkerSpec(
@@ -197,38 +207,94 @@ def _prepare(
         run_key=_run_key(run),
         spool=(run.local_path() or Path.home() / ".cache/certified-pretrain" / name)
         / layout.TRACKING,
-        changed=changed,
-        notice=notice if stop > end and not config.train.processor_seconds else "",
+        changed=changes(before, config) if before else {},
+        schedule=schedule,
+        notices=tuple(notices),
+    )
+
+
+def _notices(
+    config: RunConfig,
+    schedule: StepSchedule,
+    samples: Samples,
+    before: RunConfig | None,
+    steps: Collection[int],
+) -> Iterator[str]:
+    """What follows from the settings and the checkpoints of the run.
+
+    Raises:
+        PipelineError: the run is to stop before the step at which it goes on.
+    """
+    stop, end, newest = config.train.stop_after, schedule.total_steps, max(steps, default=0)
+    if stop > end and not config.train.processor_seconds:
+        yield f"train.stop_after={stop} is never reached: the run ends after step {end}"
+    if stop and newest > stop:
+        raise PipelineError(
+            f"train.stop_after={stop} lies before step {newest}, at which the run goes on"
+        )
+    if newest and newest >= schedule.last_step:
+        yield (
+            f"run {config.name} is at step {newest} of {end} already: nothing is trained; "
+            f"--extend-to-epochs with more than {config.train.epochs:g} goes on"
+        )
+    elif before and config.train.epochs != before.train.epochs and config.extend_to_epochs:
+        yield _extension(before, config, schedule, samples, newest)
+
+
+def _extension(
+    before: RunConfig, config: RunConfig, schedule: StepSchedule, samples: Samples, newest: int
+) -> str:
+    """What more epochs do to the schedule at the step where the run goes on."""
+    shorter = make_step_schedule(
+        before.train, before.checkpoint, samples=samples.per_epoch, world_size=1
+    )
+    schedules = (shorter, schedule)
+    old, new = (
+        step_context(min(newest, plan.total_steps - 1), plan=plan, train=one.train, loss=one.loss)
+        for one, plan in zip((before, config), schedules, strict=True)
+    )
+    steps = " to ".join(str(plan.total_steps) for plan in schedules)
+    return (
+        f"extended from {before.train.epochs:g} to {config.train.epochs:g} epochs ({steps} steps): "
+        f"from step {newest} on the schedule is that of a run of this length; there the learning "
+        f"rate is {config.optim.lr * new.lr_factor:.2e} in place of "
+        f"{before.optim.lr * old.lr_factor:.2e}, the training radius {new.eps:.3g} in place of "
+        f"{old.eps:.3g}"
     )
 
 
 def storage_root(config: RunConfig) -> Store:
     """Where runs and data live; never the throw-away working directory of a Ray job."""
-    if config.storage:
-        return Store(config.storage)
-    if is_ray_job():
-        return Store(str(Path.home() / "certified-pretrain"))
-    return Store("runs")
+    return Store(config.storage or default_storage())
 
 
 def _tracking(config: RunConfig, storage: Store, samples: Samples) -> TrackingConfig:
     """Where the run is recorded. A server may be away; a folder that is missing never comes."""
     folder = storage.local_path() or Path.home() / "certified-pretrain"
-    if not config.mlflow:
+    if not config.tracking.uri:
         folder.mkdir(parents=True, exist_ok=True)
-    uri = config.mlflow or f"{_SQLITE}{folder / 'mlflow.db'}"
+    uri = config.tracking.uri or f"{SQLITE}{folder / 'mlflow.db'}"
     try:
         tracking = TrackingConfig(
             uri=uri,
-            experiment=config.experiment or samples.name,
+            experiment=config.tracking.experiment or samples.name,
             addresses=(storage.url, *listed_addresses()),
         )
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise PipelineError(f"mlflow: {reason}") from None
-    if uri.startswith(_SQLITE) and not Path(tracking.uri.removeprefix(_SQLITE)).parent.is_dir():
-        raise PipelineError(f"mlflow={uri}: there is no such folder")
+        raise PipelineError(f"tracking.uri: {reason}") from None
+    if uri.startswith(SQLITE) and not Path(tracking.uri.removeprefix(SQLITE)).parent.is_dir():
+        raise PipelineError(f"tracking.uri={uri}: there is no such folder")
     return tracking
+
+
+def _stated(tracking: TrackingConfig, run: Store, storage: Store) -> dict[str, str]:
+    """The store of the run as its artifacts name it; one beside the runs moves with them."""
+    uri = tracking.uri
+    if uri.startswith(SQLITE):
+        artifact = run.child(layout.artifact(0)).url
+        uri = SQLITE + relative(uri.removeprefix(SQLITE), base=artifact, within=storage.url)
+    return {"uri": uri, "experiment": tracking.experiment}
 
 
 def _shards(config: RunConfig, storage: Store) -> Store:
@@ -250,7 +316,13 @@ def _shards(config: RunConfig, storage: Store) -> Store:
 def _run_key(run: Store) -> str:
     """The key that the first execution of the run has drawn."""
     run.create(layout.TRACKING_KEY, uuid.uuid4().hex.encode())
-    return run.read(layout.TRACKING_KEY).decode()
+    key = run.read(layout.TRACKING_KEY, limit="name_bytes")
+    if not _KEY.fullmatch(key):
+        raise PipelineError(
+            f"{run}/{layout.TRACKING_KEY} is damaged: {key[:40]!r} is no key of an MLflow run; "
+            "without the file the run gets a new one"
+        )
+    return key.decode()
 
 
 def _remove_leftovers(run: Store) -> None:
@@ -266,31 +338,21 @@ def _new_name(config: RunConfig) -> str:
     return f"{config.preset}-{now:%Y%m%d-%H%M%S}"
 
 
-def _newest_run(config: RunConfig, storage: Store) -> str:
-    names = sorted(
-        (entry for entry in storage.ls("") if entry.startswith(f"{config.preset}-")), reverse=True
-    )
-    for name in names:
-        if storage.child(name).exists(layout.CONFIG):
-            return name
-    raise PipelineError(f"--resume: no run of preset {config.preset!r} under {storage.url}")
-
-
 def _open_run(
     config: RunConfig, storage: Store, hold: Callable[[Store], Lease]
-) -> tuple[RunConfig, Store, Lease, dict[str, str]]:
-    """The configuration with its name, the run's folder, created or checked, and what has changed.
+) -> tuple[RunConfig, Store, Lease, RunConfig | None]:
+    """The configuration with its name, the run's folder, created or checked, and its old settings.
 
     Nothing is written into the folder before its lease is held.
     """
     if config.name or config.resume:
-        named = dataclasses.replace(config, name=config.name or _newest_run(config, storage))
+        named = dataclasses.replace(config, name=config.name or newest_run(storage, config.preset))
         run = storage.child(named.name)
         _require_run(named, run)  # before the lease: a refused run leaves no folder
         lease = hold(run)
         if run.exists(layout.CONFIG) or config.resume or not _created(named, run):
             return named, run, lease, _continue(named, run)
-        return named, run, lease, {}
+        return named, run, lease, None
     base = _new_name(config)
     for number in itertools.count(1):  # a second one of the same second is numbered
         named = dataclasses.replace(config, name=base if number == 1 else f"{base}-{number}")
@@ -299,12 +361,15 @@ def _open_run(
             with contextlib.suppress(LeaseHeldError):  # it belongs to one that has just begun
                 lease = hold(run)
                 if _created(named, run):
-                    return named, run, lease, {}
+                    return named, run, lease, None
     raise AssertionError("unreachable")
 
 
 def _created(config: RunConfig, run: Store) -> bool:
-    return run.create(layout.CONFIG, config.to_json().encode())
+    if not run.create(layout.CONFIG, config.to_json().encode()):
+        return False
+    run.write(layout.SETTINGS, to_yaml(config).encode())
+    return True
 
 
 def _require_run(config: RunConfig, run: Store) -> None:
@@ -318,11 +383,17 @@ def _require_run(config: RunConfig, run: Store) -> None:
         )
 
 
-def _continue(config: RunConfig, run: Store) -> dict[str, str]:
-    """Check that an existing run may be continued with this config; what differs from before."""
+def _continue(config: RunConfig, run: Store) -> RunConfig:
+    """Check that an existing run may be continued with this config; its settings before."""
     _require_run(config, run)
     name_strays(run)
-    changed = changes(_stored_config(run), config)
+    before = stored_config(run)
+    more, epochs = config.extend_to_epochs, before.train.epochs
+    if more and more < epochs:
+        raise PipelineError(f"--extend-to-epochs {more:g}: run {config.name} has {epochs:g}")
+    changed = changes(before, config)
+    if more:
+        changed.pop("train.epochs", None)
     refused = [f"{name}: {values}" for name, values in changed.items() if decides_result(name)]
     if refused and not config.accept_changes:
         raise PipelineError(
@@ -330,19 +401,7 @@ def _continue(config: RunConfig, run: Store) -> dict[str, str]:
             + "; ".join(refused)
             + " (--accept-changes continues all the same)"
         )
-    if config.resume and not committed(run):
-        raise PipelineError(f"--resume: {run.url} has no committed checkpoint")
-    return changed
-
-
-def _stored_config(run: Store) -> RunConfig:
-    try:
-        stored = read_record(run, layout.CONFIG) or run.read(layout.CONFIG, limit="json_bytes")
-        return RunConfig.from_json(stored)
-    except (PipelineError, UntrustedError) as error:
-        raise PipelineError(
-            f"{run}/{layout.CONFIG} cannot be used: {error}; restore it, or give another --name"
-        ) from error
+    return before
 
 
 def code_version() -> dict[str, str]:

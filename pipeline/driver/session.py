@@ -2,13 +2,17 @@
 
 import contextlib
 import functools
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 
+from data_shards.command_line.catalogue import settings
+from data_shards.command_line.parsing import as_typed
 from model.networks.registry import FAMILIES
 from pipeline.checkpoint.retention import retain
+from pipeline.config import RunConfig
 from pipeline.driver.console import RunConsole
 from pipeline.driver.evaluations import Evaluations, Splits
 from pipeline.driver.event_log import EventLog
@@ -20,7 +24,7 @@ from pipeline.errors import failing
 from pipeline.planner.meta_step import training_flops
 from pipeline.run import layout
 from pipeline.run.evaluation_summary import EvaluationSummary, local_path, report
-from pipeline.run.ray_job import submission_tags
+from pipeline.run.ray_submission import submission_tags
 from pipeline.tracking.client import ui_command
 from pipeline.tracking.outbox import Tracker
 
@@ -74,8 +78,8 @@ def run_session(prepared: PreparedRun, console: Console) -> Iterator[RunMonitor]
             f"checkpoint.keep_best={config.checkpoint.keep_best} chooses none, and the newest is "
             f"certified once, on {config.data.test_split}"
         )
-    if prepared.notice:
-        display.message(prepared.notice)
+    for notice in prepared.notices:
+        display.message(as_typed(notice, settings(RunConfig, config)))
     if prepared.changed:
         display.message("changed: " + "; ".join(f"{k}: {v}" for k, v in prepared.changed.items()))
         event_log.note("Changed", settings=prepared.changed)
@@ -155,6 +159,12 @@ def _results(evaluations: Evaluations | None, console: Console) -> list[Evaluati
         return evaluations.results()
 
 
+def _resume_command(config: RunConfig) -> str:
+    """The command line that goes on with a run."""
+    words = ["python", "-m", "pipeline.pretrain", "--resume", "--name", config.name]
+    return shlex.join([*words, *(["--storage", config.storage] if config.storage else [])])
+
+
 def _show(
     summaries: list[EvaluationSummary],
     prepared: PreparedRun,
@@ -164,6 +174,13 @@ def _show(
     """The final table, where everything lies, and how to open the MLflow UI."""
     if summaries:
         report(display.console, summaries)
+    stopped, end = prepared.schedule.last_step, prepared.schedule.total_steps
+    # A run with a budget of time ends when it is spent, and is not continued.
+    if stopped < end and not prepared.job.config.train.processor_seconds:
+        display.message(
+            f"stopped after step {stopped} of {end}, as --train.stop-after says; to go on:\n"
+            f"             {_resume_command(prepared.job.config)}"
+        )
     artifacts = f"{local_path(prepared.job.run_url)}/{layout.ARTIFACTS}"
     display.message(f"artifacts:   {artifacts}")
     if tracker.run is not None:

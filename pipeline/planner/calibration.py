@@ -9,10 +9,12 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
+from data_shards.untrusted.json_input import read_object
+from data_shards.untrusted.limits import UntrustedError
 from pipeline.errors import PipelineError
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Measured:
     """Rates of one rank while all ranks do the same; those between ranks are 0 for one rank."""
 
@@ -66,8 +68,9 @@ class Measured:
             PipelineError: it cannot be read, or is not such a file.
         """
         try:
-            return TypeAdapter(cls).validate_json(path.read_bytes())
+            with path.open("rb") as file:
+                return TypeAdapter(cls).validate_python(read_object(file, path.name))
         except OSError as error:
             raise PipelineError(f"--measured {path}: {error.strerror or error}") from error
-        except ValidationError as error:
+        except (UntrustedError, ValidationError) as error:
             raise PipelineError(f"--measured {path}: {error}") from error

@@ -34,7 +34,7 @@ from model.certification.library_overrides import library_overrides
 from model.networks.lipnext.ops import c_compiler
 from pipeline.planner.step_time import NETWORK_GBPS
 from pipeline.run.open_servers import TokenError, mlflow_exposure, ray_exposure
-from pipeline.tracking.client import connect
+from pipeline.tracking.client import SQLITE, connect
 
 PROJECT = "certified-pretrain"
 _GB = 1e9
@@ -169,7 +169,7 @@ def _driver() -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return done.stdout.splitlines()[0].strip()
+    return (done.stdout.splitlines() or ["unknown"])[0].strip()
 
 
 _SUM = """
@@ -341,7 +341,7 @@ def shards(url: str) -> Finding:
 def mlflow(uri: str) -> Finding:
     """An MLflow store answers with our credentials, and not to strangers."""
     if uri.startswith("sqlite:"):
-        database = Path(uri.removeprefix("sqlite:///"))
+        database = Path(uri.removeprefix(SQLITE))
         if not database.exists():
             return disk(str(database.parent))
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"

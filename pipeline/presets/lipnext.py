@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 from data_shards.config import StreamConfig
 from model.networks.lipnext.config import LipNeXtConfig
@@ -142,6 +144,42 @@ def imagenet_2b() -> RunConfig:
     return _imagenet("imagenet-2B", dataclasses.replace(_IMAGENET, depth=64), workers=16)
 
 
+class Size(NamedTuple):
+    """A LipNeXt named by its size alone: what is not here comes from its shard set."""
+
+    width: int
+    depth: int
+    images_seen: int
+    """Training images of a whole run, repeats included; the epochs follow from it."""
+
+
+SIZES = {
+    "lipnext-S": Size(width=128, depth=4, images_seen=40_000),
+    "lipnext-M": Size(width=512, depth=8, images_seen=4_000_000),
+    "lipnext-L": Size(width=1024, depth=32, images_seen=40_000_000),
+    "lipnext-XL": Size(width=2048, depth=32, images_seen=40_000_000),
+}
+"""S trains on a laptop's cores, M on a small GPU; L and XL are the published ones of CIFAR-10."""
+
+
+def _sized(name: str) -> RunConfig:
+    """Before it has met a shard set, the shape is that of CIFAR-10."""
+    size = SIZES[name]
+    model = dataclasses.replace(_CIFAR10, width=size.width, depth=size.depth)
+    if size.width >= _CIFAR10.width:
+        published = _small_images(name, model, shift_pixels=4)
+        return dataclasses.replace(published, data=DataConfig(stream=StreamConfig(workers=4)))
+    return RunConfig(
+        preset=name,
+        model=model,
+        data=DataConfig(train_split="fit"),
+        optim=OptimConfig(lr=1e-2, betas=(0.9, 0.99), lookahead_factor=0.8),
+        loss=EmmaLoss(eps=36 / 255, eps_start=1.0, eps_end=1.0, scale=10.0),
+        train=TrainConfig(epochs=40, global_batch=64, warmup_epochs=2),
+        checkpoint=CheckpointConfig(every_steps=500),
+    )
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
     "digits-dense": digits_dense,
@@ -151,4 +189,5 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "tiny-imagenet-L32W2048": tiny_imagenet_l32w2048,
     "imagenet-L32W4096": imagenet_l32w4096,
     "imagenet-2B": imagenet_2b,
+    **{name: partial(_sized, name) for name in SIZES},
 }

@@ -48,11 +48,12 @@ class DistributedContext:
         """Raise on every rank if any rank reports an error, instead of leaving the others waiting.
 
         Raises:
-            PipelineError: of that kind, the first reported error, with its rank.
+            PipelineError: of that kind, the first reported error, with its rank if it is one of
+                several.
         """
         for rank, report in enumerate(self.gather(error)):
             if report is not None:
-                raise kind(f"rank {rank}: {report}")
+                raise kind(f"rank {rank}: {report}" if self.size > 1 else report)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, on every rank (small picklable objects)."""

@@ -22,7 +22,14 @@ from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.limits import UntrustedError
 from model.certification.wilson_interval import wilson
 from model.verifier import supported
-from pipeline.run.layout import BOUNDS_FIGURE, CERTIFICATE, CRA_FIGURE, RADIUS_FIGURE, SUMMARY
+from pipeline.run.layout import (
+    BOUNDS_FIGURE,
+    CERTIFICATE,
+    CLOSEST_FIGURE,
+    CRA_FIGURE,
+    RADIUS_FIGURE,
+    SUMMARY,
+)
 from pipeline.run.movable_urls import moved, roots
 
 
@@ -93,6 +100,11 @@ class LayerRow:
     lower: float
 
 
+_CONFUSIONS_TOLD = 3
+MOST_CONFUSIONS = 200
+"""Pairs of classes that a summary lists: all of up to 14 classes."""
+
+
 @dataclass(frozen=True)
 class EvaluationSummary:
     """The result of an evaluation; the same for every number of tasks.
@@ -109,6 +121,9 @@ class EvaluationSummary:
         attack: accuracy under attack, if one was asked for.
         certificate_digest: digest of certificate.json.
         family: kind of the network.
+        class_names: one per class; empty: they have none.
+        confusions: (label, prediction, samples) of the wrong predictions of the sound column, the
+            most frequent first, at most `MOST_CONFUSIONS`.
     """
 
     norm: str
@@ -131,6 +146,8 @@ class EvaluationSummary:
     attack: AttackScores | None
     certificate_digest: str
     family: str
+    class_names: tuple[str, ...] = ()
+    confusions: tuple[tuple[int, int, int], ...] = ()
 
     def found_at(self, out_url: str) -> Self:
         """The same after the storage was copied or moved: with addresses of where it lies now.
@@ -146,6 +163,10 @@ class EvaluationSummary:
             shards_url=here(self.shards_url),
             out_url=here(self.out_url),
         )
+
+    def class_name(self, label: int) -> str:
+        """Name of a class; its number where the classes have no names."""
+        return self.class_names[label] if self.class_names else str(label)
 
     @property
     def verifiable(self) -> bool:
@@ -264,13 +285,32 @@ def _lines(summary: EvaluationSummary) -> Iterator[str]:
         yield _attack_line(summary.attack)
     out = local_path(summary.out_url)
     yield f"CRA curve:   {out}/{CRA_FIGURE}"
-    others = [RADIUS_FIGURE] + [BOUNDS_FIGURE] * bool(summary.layers)
-    yield f"figures:     {', '.join(others)} beside it"
+    others = [CLOSEST_FIGURE, RADIUS_FIGURE] + [BOUNDS_FIGURE] * bool(summary.layers)
+    yield f"figures:     {', '.join(others)} beside it; the first shows the test images"
+    yield from _confused(summary)
     yield f"certificate: {out}/{CERTIFICATE}"
     if summary.verifiable:
         artifact, shards = local_path(summary.artifact_url), local_path(summary.shards_url)
-        words = ("python", "-m", "model.verify", out, "--artifact", artifact, "--shards", shards)
+        words = (
+            "python",
+            "-m",
+            "model.verify",
+            out,
+            "--artifact",
+            artifact,
+            "--data.shards",
+            shards,
+        )
         yield f"check it:    {shlex.join(words)}"
+
+
+def _confused(summary: EvaluationSummary) -> Iterator[str]:
+    if summary.confusions and summary.class_names:
+        pairs = "; ".join(
+            f"{summary.class_name(label)} as {summary.class_name(prediction)} {count}x"
+            for label, prediction, count in summary.confusions[:_CONFUSIONS_TOLD]
+        )
+        yield f"taken for:   {pairs}"
 
 
 def _attack_line(attack: AttackScores) -> str:

@@ -1,6 +1,7 @@
 """The one place that says where things lie in a run's folder, as names relative to it.
 
     run.json                               resolved configuration
+    config.yaml                            the same for `--config`
     tracking.key                           by which MLflow knows the run, on any machine
     events.jsonl                           everything that is not a metric
     memory-0001.json, rollbacks-0001.json  micro-batches that did not fit, samples left out
@@ -21,6 +22,7 @@ import re
 from collections.abc import Callable
 
 CONFIG = "run.json"
+SETTINGS = "config.yaml"
 TRACKING_KEY = "tracking.key"
 EVENTS = "events.jsonl"
 OUT_OF_MEMORY = "memory.json"
@@ -43,6 +45,7 @@ ARTIFACTS = "artifacts"
 CERTIFICATE, SAMPLES, SUMMARY = "certificate.json", "samples.parquet", "summary.json"
 PROGRESS = "progress.json"
 CRA_FIGURE, RADIUS_FIGURE, BOUNDS_FIGURE = "cra.png", "radius.png", "bounds.png"
+CLOSEST_FIGURE = "closest.png"
 """Files of an evaluation."""
 
 TRACKING = "tracking"

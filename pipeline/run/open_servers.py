@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import ipaddress
 import os
+import re
 import socket
 import ssl
 import urllib.error
@@ -25,7 +26,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from data_shards.untrusted.json_input import parse_object
-from data_shards.untrusted.limits import limits
+from data_shards.untrusted.limits import PREFIX, limits
 from pipeline.errors import ExposureError, TokenError
 
 TRUST = "CERTIFIED_PRETRAIN_TRUST_NETWORK"
@@ -41,6 +42,7 @@ _NODES = "/api/v0/nodes?limit=10000"
 _EXPERIMENTS = "/api/2.0/mlflow/experiments/search?max_results=1"
 _GCS = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
 _CLIENT = "/ray.rpc.RayletDriver/ClusterInfo"
+_HOST = re.compile(r"[\w.:%-]{1,253}")
 _REFUSED = (401, 403)
 _NO_TOKEN = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 _TURNED_AWAY = (
@@ -135,9 +137,11 @@ def _nodes_of_dashboard(url: str, headers: Mapping[str, str]) -> list[_Node]:
         return []
     if status in _REFUSED:
         raise TokenError(_no_token(url))
+    if len(body) > limits().json_bytes:
+        raise _too_many(url)
     try:
         found = parse_object(body, url)["data"]["result"]["result"]
-        return [_Node(n["node_ip"], _AGENT_PORT, bool(n["is_head_node"])) for n in found]
+        return [_node(n["node_ip"], _AGENT_PORT, bool(n["is_head_node"])) for n in found]
     except (ValueError, LookupError, TypeError):  # no dashboard of Ray
         return []
 
@@ -148,17 +152,42 @@ def _nodes_of_gcs(address: str, headers: Mapping[str, str]) -> list[_Node]:
     except _CallError as error:
         if error.status in _NO_TOKEN:
             raise TokenError(_no_token(address)) from None
+        if error.status == "RESOURCE_EXHAUSTED":
+            raise _too_many(address) from None
         return []
     except ConnectionError:
         return []
+    from google.protobuf.message import DecodeError
     from ray.core.generated import gcs_pb2, gcs_service_pb2
 
     alive = gcs_pb2.GcsNodeInfo.ALIVE
-    return [
-        _Node(n.node_manager_address, n.dashboard_agent_listen_port, n.is_head_node)
-        for n in gcs_service_pb2.GetAllNodeInfoReply.FromString(answer).node_info_list
-        if n.state == alive
-    ]
+    try:
+        return [
+            _node(n.node_manager_address, n.dashboard_agent_listen_port, n.is_head_node)
+            for n in gcs_service_pb2.GetAllNodeInfoReply.FromString(answer).node_info_list
+            if n.state == alive
+        ]
+    except (DecodeError, ValueError):  # no GCS of Ray
+        return []
+
+
+def _node(host: str, agent_port: int, head: bool) -> _Node:
+    """A node that a server names: a host and nothing else, for it will be asked.
+
+    Raises:
+        ValueError, TypeError: something else, such as a path on another server.
+    """
+    if not _HOST.fullmatch(host):
+        raise ValueError(f"{host!r} is no host")
+    return _Node(host, agent_port, head)
+
+
+def _too_many(address: str) -> ExposureError:
+    allowed = limits().json_bytes
+    return ExposureError(
+        f"{address} names its nodes in more than {allowed:,} bytes, so they cannot be asked "
+        f"({PREFIX}JSON_BYTES raises the limit)"
+    )
 
 
 def _open_on(node: _Node) -> str:
@@ -194,7 +223,8 @@ def _call(address: str, method: str, metadata: Mapping[str, str]) -> bytes:
         socket.create_connection(split_address(address), _CONNECT_S).close()
     except OSError as error:
         raise ConnectionError(f"{address}: {error}") from None
-    options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)]
+    most = limits().json_bytes  # a stranger may send for ever
+    options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", most)]
     with grpc.insecure_channel(address, options) as channel:
         try:
             grpc.channel_ready_future(channel).result(_ANSWER_S)
@@ -301,7 +331,7 @@ def _get(url: str, headers: Mapping[str, str] | None = None) -> tuple[int, bytes
     except urllib.error.HTTPError as error:
         answer = error
     with answer:
-        return answer.status, answer.read(limits().json_bytes)  # a stranger may send for ever
+        return answer.status, answer.read(limits().json_bytes + 1)  # a stranger may send on
 
 
 def split_address(address: str) -> tuple[str, int]:

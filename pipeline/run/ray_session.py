@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_shards.untrusted.shadowed import hidden_by
 from pipeline.run.open_servers import own_addresses, require_closed, split_address
 
 _LOOPBACK = "127.0.0.1"
@@ -63,7 +64,8 @@ def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[A
 
     Raises:
         ExposureError: the cluster serves strangers.
-        ConnectionError: no cluster answers at the address.
+        ConnectionError: no cluster answers at the address, or a file of the current folder, which
+            Ray's processes search first, hides a package of this project.
         ImportError: Ray is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -73,6 +75,8 @@ def ray_session(address: str = "", *, num_cpus: int | None = None) -> Iterator[A
     if ray.is_initialized():
         yield ray
         return
+    if hidden := hidden_by(Path.cwd()):
+        raise ConnectionError(hidden)
     address = cluster_address(address)
     require_closed(ray=address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

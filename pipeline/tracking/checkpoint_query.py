@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.tracking.client import connect
+from pipeline.tracking.client import connect, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class CheckpointQuery:
 
     Args:
         uri: MLflow store, as TrackingConfig has it.
-        experiments: names of the experiments whose checkpoints count.
+        experiments: names of the experiments whose checkpoints count; none: all of the store.
         models: names of registered models whose versions count as well.
     """
 
@@ -67,14 +67,16 @@ class CheckpointQuery:
     def checkpoints(self) -> list[Checkpoint]:
         """Return all checkpoints, oldest first; an experiment that does not exist yet has none."""
         found: dict[str, Any] = {}
-        ids = [e.experiment_id for e in map(self._experiment, self._experiments) if e]
+        named = map(self._experiment, self._experiments)
+        every = named if self._experiments else self._client.search_experiments()
+        ids = [e.experiment_id for e in every if e]
         if ids:
             for model in self._logged_models(ids):
                 found[model.model_id] = model
         for name in self._models:
             for version in self._versions(name):
-                model = self._client.get_logged_model(_model_id(version))
-                found[model.model_id] = model
+                if model := self._model_of(version):
+                    found[model.model_id] = model
         runs = self._runs({model.experiment_id for model in found.values()})
         checkpoints = []
         for model in found.values():
@@ -84,6 +86,19 @@ class CheckpointQuery:
                 except (ValueError, TypeError) as error:  # one record must not hide all others
                     self._pass_over(model.model_id, error)
         return sorted(checkpoints, key=lambda c: (c.created_s, c.run_name, c.step))
+
+    def _model_of(self, version: Any) -> Any:
+        """The LoggedModel of a registered version; None where somebody has deleted it."""
+        from mlflow.exceptions import MlflowException
+
+        model_id = _model_id(version)
+        try:
+            return self._client.get_logged_model(model_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            self._pass_over(model_id, error)
+            return None
 
     def _pass_over(self, record: str, error: Exception) -> None:
         if record not in self._passed_over:
@@ -101,7 +116,7 @@ class CheckpointQuery:
         for run_id in set(run_ids):
             condition = (
                 "tags.stage = 'cra-eval' and attributes.status = 'FINISHED' "
-                f"and tags.train_run_id = '{run_id}'"
+                f"and tags.train_run_id = {quoted(run_id)}"
             )
             for run in self._search_runs(ids, condition):
                 if key := run.data.tags.get("eval_key"):
@@ -111,10 +126,12 @@ class CheckpointQuery:
     def _checkpoint(self, model: Any, runs: dict[str, Any]) -> Checkpoint:
         run = runs.get(model.source_run_id)
         params = run.data.params if run else {}
+        run_id = run.info.run_id if run else ""
+        quoted(run_id)  # else `recorded` could not search for it
         return Checkpoint(
             model_id=model.model_id,
             experiment=self._name(model.experiment_id),
-            run_id=run.info.run_id if run else "",
+            run_id=run_id,
             run_name=run.info.run_name if run else model.name,
             step=int(model.params.get("step", 0)),
             artifact_url=model.tags["artifact_url"],
@@ -146,7 +163,7 @@ class CheckpointQuery:
 
     def _versions(self, name: str) -> Iterator[Any]:
         search = self._client.search_model_versions
-        yield from _pages(lambda token: search(f"name = '{name}'", page_token=token))
+        yield from _pages(lambda token: search(f"name = {quoted(name)}", page_token=token))
 
     def _runs(self, experiment_ids: Iterable[str]) -> dict[str, Any]:
         found = self._search_runs(sorted(experiment_ids), "tags.stage = 'train'")
@@ -173,4 +190,4 @@ def _pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
 def _model_id(version: Any) -> str:
     """The LoggedModel of a registered version, which an embedded store knows by a tag only."""
     known = version.model_id or version.tags.get("model_id")
-    return str(known or version.source.rpartition("/")[2])
+    return str(known or (version.source or "").rpartition("/")[2])

@@ -9,6 +9,7 @@ MLflow itself is imported inside functions: a process that never tracks never pa
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -25,8 +26,9 @@ from typing import Any, NamedTuple
 import pydantic
 
 from data_shards.untrusted.limits import require
+from pipeline.run.ray_submission import default_storage
+from pipeline.tracking.relocation import SQLITE, relocate
 from pipeline.tracking.relocation import location as artifact_location
-from pipeline.tracking.relocation import relocate
 from pipeline.tracking.server_answers import (
     bound_answers,
     listed_addresses,
@@ -52,6 +54,11 @@ _ENVIRONMENT = {  # defaults; what the user has set wins
 }
 
 
+def default_uri() -> str:
+    """The store of the runs that name none: beside them, in the default storage."""
+    return f"{SQLITE}{default_storage() / 'mlflow.db'}"
+
+
 @pydantic.dataclasses.dataclass(
     frozen=True,
     kw_only=True,
@@ -60,10 +67,11 @@ _ENVIRONMENT = {  # defaults; what the user has set wins
 class TrackingConfig:
     """Where runs are recorded."""
 
-    uri: str = "sqlite:///mlflow.db"
-    """MLflow store: sqlite:///path/mlflow.db (embedded) or the http(s) address of a server."""
-    experiment: str = "certified-pretrain"
-    """MLflow experiment; one per dataset."""
+    uri: str = field(default_factory=default_uri)
+    """MLflow store: sqlite:///path/mlflow.db (embedded) or the http(s) address of a server.
+    Default: `mlflow.db` beside the runs."""
+    experiment: str = ""
+    """MLflow experiment, one per shard set. Empty: all of them, or the one that it is about."""
     addresses: tuple[str, ...] = field(default_factory=listed_addresses)
     """URL prefixes under which an MLflow server may name artifacts and files of runs; what it keeps
     itself needs none. Default: those of CERTIFIED_PRETRAIN_ADDRESSES, separated by blanks."""
@@ -79,12 +87,21 @@ class TrackingConfig:
     @pydantic.field_validator("uri")
     @classmethod
     def _supported_uri(cls, uri: str) -> str:
-        """Make sqlite paths absolute: workers run in other directories."""
-        if uri.startswith("sqlite:///"):
-            return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+        """Make sqlite paths absolute: workers run in other directories.
+
+        Empty is left to who knows what it is about.
+        """
+        if uri.startswith(SQLITE):
+            return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
+        if not uri:
+            return uri
         if uri.startswith(("http://", "https://")):
             return uri.rstrip("/")
         raise ValueError(f"tracking uri {uri!r} must start with sqlite:/// or http(s)://")
+
+
+class QuoteError(ValueError):
+    """A text that no MLflow search can hold."""
 
 
 class RunReference(NamedTuple):
@@ -169,7 +186,11 @@ class MlflowConnection:
     def __init__(self, config: TrackingConfig) -> None:
         self._config = config
         self._client = connect(config.uri)
-        self._experiment_id = self._find_or_create_experiment(config)
+
+    @functools.cached_property
+    def _experiment_id(self) -> str:
+        """The experiment of the config, made when something is first recorded in it."""
+        return self._find_or_create_experiment(self._config)
 
     def start_run(
         self,
@@ -228,7 +249,7 @@ class MlflowConnection:
             known["source_run"] = run_id  # two training runs may end in the same weights
         found = self._client.search_logged_models(
             [run.info.experiment_id],
-            filter_string=" and ".join(f"tags.{k} = '{v}'" for k, v in known.items()),
+            filter_string=" and ".join(f"tags.{k} = {quoted(v)}" for k, v in known.items()),
             max_results=1,
         )
         if found:
@@ -385,7 +406,7 @@ class MlflowConnection:
         return open_files(self._config, location)
 
     def _find_run(self, **tags: str) -> Any:
-        condition = " and ".join(f"tags.{tag} = '{value}'" for tag, value in tags.items())
+        condition = " and ".join(f"tags.{tag} = {quoted(value)}" for tag, value in tags.items())
         runs = self._client.search_runs([self._experiment_id], condition, max_results=1)
         return runs[0] if runs else None
 
@@ -395,7 +416,7 @@ class MlflowConnection:
         None if no training run, or more than one, ended in these weights.
         """
         models = self._client.search_logged_models(
-            [self._experiment_id], filter_string=f"tags.artifact_digest = '{artifact_digest}'"
+            [self._experiment_id], filter_string=f"tags.artifact_digest = {quoted(artifact_digest)}"
         )
         sources = {model.source_run_id for model in models if model.source_run_id}
         runs = [self._run(source) for source in sources]
@@ -418,7 +439,7 @@ class MlflowConnection:
 
         location = None  # a server knows its own
         if config.uri.startswith("sqlite:"):  # else ./mlruns of whoever comes first
-            location = artifact_location(Path(config.uri.removeprefix("sqlite:///")))
+            location = artifact_location(Path(config.uri.removeprefix(SQLITE)))
         for attempt in (1, 2):
             experiment = self._client.get_experiment_by_name(config.experiment)
             what = f"experiment {config.experiment!r}"
@@ -434,6 +455,14 @@ class MlflowConnection:
         raise AssertionError("unreachable")
 
 
+def missing_store(uri: str) -> str:
+    """What to say of an embedded store that is not there; empty for every other one."""
+    database = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or database.is_file():
+        return ""
+    return f"there is no MLflow store {database}: give --tracking.uri"
+
+
 def connect(uri: str) -> Any:
     """Return a client of `uri`; one process at a time creates an sqlite schema."""
     for name, value in _ENVIRONMENT.items():
@@ -447,7 +476,7 @@ def connect(uri: str) -> Any:
     if not uri.startswith("sqlite:"):
         bound_answers()
         return MlflowClient(uri)
-    database = Path(uri.removeprefix("sqlite:///"))
+    database = Path(uri.removeprefix(SQLITE))
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_name(database.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -481,6 +510,18 @@ def read_file(files: Any, name: str) -> bytes:
         path = Path(files.download_artifacts(name, folder))
         require(path.stat().st_size, "answer_bytes", f"{name} has")
         return path.read_bytes()
+
+
+def quoted(text: str) -> str:
+    """A text as a value of an MLflow search, which knows no escapes.
+
+    Raises:
+        QuoteError: it holds both kinds of quotes, or a backslash.
+    """
+    for quote in "'\"":
+        if quote not in text and "\\" not in text:
+            return f"{quote}{text}{quote}"
+    raise QuoteError(f"MLflow cannot search for {text!r}: both kinds of quotes, or a backslash")
 
 
 def flatten_params(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,7 +1,6 @@
 """MLflow's model registry: versions with their evidence, aliases, and what makes them loadable.
 
 A registered version is the LoggedModel of a checkpoint, to which `package` adds a loader (models
-from data_shards.untrusted.json_input import parse_object
 from code, nothing pickled) and the certificate on which decisions rest. The weights stay where they
 are: the loader gets their address and digest.
 """
@@ -9,6 +8,8 @@ are: the loader gets their address and digest.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,9 @@ from pipeline.tracking.client import (
     RunReference,
     TrackingConfig,
     flatten_params,
+    missing_store,
     now_ms,
+    quoted,
     read_file,
 )
 from pipeline.tracking.reader import pages
@@ -35,7 +38,10 @@ from pipeline.tracking.relocation import follow
 from pipeline.tracking.server_answers import AddressError
 
 _EVIDENCE = "evidence"
+_DIGEST = re.compile("[0-9a-f]{64}")
 _PAGE = 1000
+_GATE = "gate"
+"""Experiment of what the gate does, where none is named."""
 
 
 class RegistryError(ValueError):
@@ -81,10 +87,26 @@ class Predictor(Protocol):
 
 
 class Registry(MlflowConnection):
-    """The registry of one MLflow store; runs go to the experiment of the config."""
+    """The registry of one MLflow store.
+
+    What the gate does is recorded in the experiment of the config, without one in `gate`; what was
+    evaluated and compared is looked for in that of the config, without one in all.
+
+    Raises:
+        RegistryError: there is no such store.
+    """
 
     def __init__(self, config: TrackingConfig) -> None:
-        super().__init__(config)
+        if missing := missing_store(config.uri):
+            raise RegistryError(missing)
+        super().__init__(dataclasses.replace(config, experiment=config.experiment or _GATE))
+        self._everywhere = not config.experiment
+
+    def _searched(self) -> list[str]:
+        """Ids of the experiments that are looked at."""
+        if not self._everywhere:
+            return [self._experiment_id]
+        return [e.experiment_id for e in pages(self._client.search_experiments)]
 
     def require_address(self, address: str) -> str:
         """Return an address that a version or an evaluation names, if it may be opened.
@@ -120,7 +142,7 @@ class Registry(MlflowConnection):
         """All versions, oldest first."""
         found, token = [], None
         while True:
-            page = self._client.search_model_versions(f"name = '{name}'", page_token=token)
+            page = self._client.search_model_versions(f"name = {quoted(name)}", page_token=token)
             # A search leaves the aliases out.
             found += [self._client.get_model_version(name, v.version) for v in page]
             token = page.token
@@ -230,7 +252,7 @@ class Registry(MlflowConnection):
         from mlflow.exceptions import MlflowException
 
         model_id = version.tags.get("model_id")
-        if model_id is None or not key:
+        if model_id is None or not _DIGEST.fullmatch(key):  # it becomes a path
             raise RegistryError(f"{version} carries no certificate: the gate did not register it")
         location = self._client.get_logged_model(model_id).artifact_location
         try:
@@ -265,18 +287,18 @@ class Registry(MlflowConnection):
         return RecordedEvaluation(run_id, run.data.tags, run.data.params, summary)
 
     def evaluation_with(self, certificate_digest: str) -> str | None:
-        """Id of the evaluation run that recorded a certificate, if it is in the experiment."""
-        condition = f"params.certificate_digest = '{certificate_digest}'"
-        runs = self._client.search_runs([self._experiment_id], condition, max_results=1)
+        """Id of the evaluation run that recorded a certificate, if one is found."""
+        condition = f"params.certificate_digest = {quoted(certificate_digest)}"
+        runs = self._client.search_runs(self._searched(), condition, max_results=1)
         return str(runs[0].info.run_id) if runs else None
 
     def comparisons(self, index_digest: str) -> list[str]:
         """Keys of the comparisons that the gate made on a test set, by time, whatever came out."""
         condition = (
             "tags.stage = 'gate' and tags.`gate.action` = 'promote' and "
-            f"tags.`gate.index_digest` = '{index_digest}'"
+            f"tags.`gate.index_digest` = {quoted(index_digest)}"
         )
-        runs = pages(self._client.search_runs, [self._experiment_id], condition, max_results=_PAGE)
+        runs = pages(self._client.search_runs, self._searched(), condition, max_results=_PAGE)
         finished = [run for run in runs if run.info.status == "FINISHED"]
         finished.sort(key=lambda run: (run.info.start_time, run.info.run_id))
         keys = (run.data.tags.get("gate.comparison", run.info.run_id) for run in finished)
@@ -356,7 +378,8 @@ def _save_pyfunc(
     from mlflow.pyfunc import save_model
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
-    answer = {"label": "long", "radius": "double", "eps": "string", "certified": "boolean"}
+    answer = {"label": "long", "class": "string", "radius": "double", "eps": "string"}
+    answer["certified"] = "boolean"
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, *input_shape))]),
         outputs=Schema([ColSpec(kind, name) for name, kind in answer.items()]),

@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter
 
-from data_shards.untrusted.json_input import parse_object
-from data_shards.untrusted.limits import UntrustedError, require
+from data_shards.untrusted.json_input import parse_object, read_object
+from data_shards.untrusted.limits import UntrustedError, limits, require
 from data_shards.untrusted.text import printable
 from pipeline.run.append_log import AppendLog
 from pipeline.run.layout import SPOOL
@@ -318,6 +318,36 @@ def _row(line: bytes) -> dict[str, Any]:
     return row if fields and fields <= row.keys() else _DAMAGED
 
 
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The whole lines from here on; an empty one for each that no record can be as long as.
+
+    A machine that went down may have left any number of NUL bytes without a newline.
+    """
+    most = limits().json_bytes + len(b"\n")
+    while line := file.readline(most):
+        while not line.endswith(b"\n"):
+            line = file.readline(most)
+            if not line:
+                return  # it is being written
+            line = line[-1:]  # of what is too long only the end counts
+        yield line
+
+
+def read_rows(spool: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """Records of one kind, one at a time: a spool may be larger than the memory.
+
+    Args:
+        spool: the file.
+        kind: "metrics", "evaluation" and so on; damaged lines are passed over.
+    """
+    begin = json.dumps({"kind": kind}).encode()[:-1]
+    with spool.open("rb") as file:
+        for line in _lines(file):
+            row = _row(line) if line.startswith(begin) else _DAMAGED
+            if row is not _DAMAGED:
+                yield row
+
+
 class _Spool:
     """Append-only JSON lines, and per server the acknowledged offset and the ids received."""
 
@@ -357,43 +387,28 @@ class _Spool:
 
     def read(self, limit: int) -> list[tuple[dict[str, Any], int]]:
         """Return up to `limit` rows that are not acknowledged, each with its end offset."""
-        rows: list[tuple[dict[str, Any], int]] = []
         with self.path.open("rb") as file:
-            end = file.seek(self.acknowledged)
-            for line in islice(file, limit):
-                if line.endswith(b"\n"):  # else it is being written
-                    end += len(line)
-                    rows.append((_row(line), end))
-        return rows
+            file.seek(self.acknowledged)
+            return [(_row(line), file.tell()) for line in islice(_lines(file), limit)]
 
     def last_value(self, name: str, until: int | None) -> float | None:
         quoted = json.dumps(name).encode()
         found = None
         with self.path.open("rb") as file:
-            for line in file:
-                if quoted in line and line.endswith(b"\n"):
+            for line in _lines(file):
+                if quoted in line:
                     row = _row(line)
                     if until is None or row.get("step", 0) <= until:
                         found = row.get("values", {}).get(name, found)
         return found
 
     def recorded(self, records: set[tuple[int, int]]) -> set[tuple[int, int]]:
-        rows = self._rows("metrics")
+        rows = read_rows(self.path, "metrics")
         return {found for row in rows if (found := (row["step"], row["timestamp_ms"])) in records}
 
     def evaluations(self) -> set[str]:
         """Keys of all evaluations."""
-        return {row["record"]["eval_key"] for row in self._rows("evaluation")}
-
-    def _rows(self, kind: str) -> Iterator[dict[str, Any]]:
-        """Rows of one kind, one at a time: a spool may be larger than the memory."""
-        begin = json.dumps({"kind": kind}).encode()[:-1]
-        with self.path.open("rb") as file:
-            for line in file:
-                if line.startswith(begin) and line[-1:] == b"\n":
-                    row = _row(line)
-                    if row is not _DAMAGED:
-                        yield row
+        return {row["record"]["eval_key"] for row in read_rows(self.path, "evaluation")}
 
     def _read_state(self) -> _State:
         """What the server has; nothing if a machine that went down has left a state beyond reason.
@@ -401,7 +416,8 @@ class _Spool:
         All lines are then shipped once more, which leaves no trace.
         """
         try:
-            state = _STATE.validate_python(parse_object(self._state.read_bytes(), self._state))
+            with self._state.open("rb") as file:
+                state = _STATE.validate_python(read_object(file, self._state))
         except (FileNotFoundError, ValueError):
             return _State()
         return state if state.acknowledged <= self.end else _State()
@@ -415,13 +431,14 @@ class _Spool:
 
     def _first_run_key(self) -> str | None:
         with self.path.open("rb") as file:
-            keys = (_row(line).get("run_key") for line in file)
+            keys = (_row(line).get("run_key") for line in _lines(file))
             return next((str(key) for key in keys if key), None)
 
     def _name_damage(self) -> None:
         """Say how many lines are passed over, so that nobody looks for their records in vain."""
         with self.path.open("rb") as file:
-            damaged = [number for number, line in enumerate(file, 1) if _row(line) is _DAMAGED]
+            lines = enumerate(_lines(file), 1)
+            damaged = [number for number, line in lines if _row(line) is _DAMAGED]
         if damaged:
             logger.warning(
                 "%s: %d damaged lines are not recorded, first line %d",

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.tracking.client import TrackingConfig, connect, open_files, read_file
+from pipeline.tracking.client import (
+    TrackingConfig,
+    connect,
+    missing_store,
+    open_files,
+    quoted,
+    read_file,
+)
+
+logger = logging.getLogger(__name__)
 
 _RUNS_PER_PAGE = 1000
 _MODELS_PER_PAGE = 50  # what every MLflow store allows
@@ -86,10 +95,8 @@ class Reader:
     """
 
     def __init__(self, config: TrackingConfig) -> None:
-        if config.uri.startswith("sqlite:///"):
-            database = Path(config.uri.removeprefix("sqlite:///"))
-            if not database.is_file():  # else connecting would make an empty one
-                raise TrackingError(f"there is no MLflow store {database}: give --tracking.uri")
+        if missing := missing_store(config.uri):  # else connecting would make an empty one
+            raise TrackingError(missing)
         self._config = config
         self._client = connect(config.uri)
         names = {e.experiment_id: str(e.name) for e in pages(self._client.search_experiments)}
@@ -123,7 +130,7 @@ class Reader:
         """Return the finished evaluations of a training run, oldest first."""
         condition = (
             "tags.stage = 'cra-eval' and attributes.status = 'FINISHED' "
-            f"and tags.train_run_id = '{train_run.run_id}'"
+            f"and tags.train_run_id = {quoted(train_run.run_id)}"
         )
         return self._runs(condition)
 
@@ -133,22 +140,28 @@ class Reader:
         found = pages(
             search,
             [train_run.experiment_id],
-            filter_string=f"source_run_id = '{train_run.run_id}'",
+            filter_string=f"source_run_id = {quoted(train_run.run_id)}",
             max_results=_MODELS_PER_PAGE,
         )
         registered = self._registered()
-        models = [
-            TrackedModel(
-                model_id=model.model_id,
-                name=model.name,
-                step=int(model.params.get("step", 0)),
-                artifact_url=model.tags.get("artifact_url", ""),
-                artifact_digest=model.tags.get("artifact_digest", ""),
-                params=dict(model.params),
-                registered=tuple(registered.get(model.model_id, ())),
+        models = []
+        for model in found:
+            try:
+                step = int(model.params.get("step", 0))
+            except (ValueError, TypeError) as error:  # one record must not hide all others
+                logger.warning("MLflow record %r is passed over: %s", model.model_id, error)
+                continue
+            models.append(
+                TrackedModel(
+                    model_id=model.model_id,
+                    name=model.name,
+                    step=step,
+                    artifact_url=model.tags.get("artifact_url", ""),
+                    artifact_digest=model.tags.get("artifact_digest", ""),
+                    params=dict(model.params),
+                    registered=tuple(registered.get(model.model_id, ())),
+                )
             )
-            for model in found
-        ]
         return sorted(models, key=lambda model: model.step)
 
     def series(self, run_id: str, metric: str) -> list[Point]:

@@ -14,7 +14,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.json_input import read_object
 from pipeline.run.movable_urls import moved
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 ARTIFACTS = "mlartifacts"
 """Folder of MLflow's own artifacts, beside the database."""
 _BUSY_S = 5
-_SQLITE = "sqlite:///"
+SQLITE = "sqlite:///"
+"""What the address of an embedded store begins with."""
 _ADDRESSES = {
     "experiments": ("artifact_location",),
     "runs": ("artifact_uri",),
@@ -69,8 +70,8 @@ def follow(uri: str, address: str) -> str:
         uri: the store.
         address: URL or path, perhaps of the place where the store was when the file was written.
     """
-    if uri.startswith(_SQLITE):
-        database = Path(uri.removeprefix(_SQLITE))
+    if uri.startswith(SQLITE):
+        database = Path(uri.removeprefix(SQLITE))
         for before in _noted(database):
             address = moved(address, before=f"file://{before}", now=f"file://{database.parent}")
     return address
@@ -128,8 +129,8 @@ def _notes(database: Path) -> Path:
 
 def _noted(database: Path) -> list[str]:
     try:
-        notes = parse_object(_notes(database).read_bytes(), str(_notes(database)))
-        return [str(place) for place in notes["before"]]
+        with _notes(database).open("rb") as file:
+            return [str(place) for place in read_object(file, _notes(database))["before"]]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return []
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from data_shards.format.index import ShardIndex, load_index
+from data_shards.format.index import ShardIndex, load_index, named_classes
 from data_shards.streaming.corruption_log import CorruptionLog
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream, require_crop
@@ -39,6 +39,11 @@ class Samples:
     def name(self) -> str:
         """Name of the set."""
         return self.index.header.name if self.index else "unindexed"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name per class; empty where the index has none, or there is no index."""
+        return named_classes(self.index.header) if self.index else ()
 
     @property
     def digest(self) -> str:

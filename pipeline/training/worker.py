@@ -230,6 +230,7 @@ def _saver(
         calibration=lambda: samples.calibration(config.train),
         emit=emit,
         writer=job.writer,
+        class_names=samples.class_names,
     )
 
 

@@ -11,6 +11,7 @@ def record(preset, seed, clean, *certified):
         "preset": preset,
         "seed": seed,
         "commit": "0123456789ab",
+        "processor_s": 60,
         "clean": clean,
         "certified": dict(zip(radii, certified, strict=True)),
     }
@@ -27,7 +28,7 @@ def test_a_row_has_what_was_published_and_the_mean_of_what_was_run():
     rows = {row.split("`")[1]: row for row in published.page(records).splitlines() if "`" in row}
     row = rows[name]
     assert "| 73.3 / 64.8 |" in row
-    assert "| 72.5 / 64.5 (seeds 0, 1; 0123456) |" in row
+    assert "| 72.5 / 64.5 (seeds 0, 1; 60 processor s each; 0123456) |" in row
     assert rows["cifar10-cpl-XL"].endswith("| not run |")
     assert "| none read |" in rows["cifar10-sll-M"]
 

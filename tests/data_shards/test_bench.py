@@ -24,6 +24,10 @@ def test_figures_of_a_stream(synthetic_set):
     assert found.cpu_ms_per_image > 0
     assert found.first_batch_s > 0
     assert (found.damaged, found.retries) == (0, 0)
+    traffic = index.files.traffic  # with the first batch and what was read ahead
+    assert traffic.bytes >= 8 * 16 * size.min()
+    assert 0 < traffic.requests <= traffic.bytes / size.min()
+    assert found.requests_per_image * found.images <= traffic.requests
 
 
 def test_command(synthetic_set, capsys):

@@ -101,8 +101,15 @@ def test_the_bound_holds_for_all_sets_together(index, tmp_path):
     old.mkdir()
     (old / "000000-000000").write_bytes(bytes(50 * BLOCK))
     os.utime(old / "000000-000000", (1, 1))
+    # A folder that holds other things too: nothing but blocks is ever removed.
+    others = [tmp_path / "photos" / "000000-000000", old / "notes.txt", tmp_path / "list.txt"]
+    others[0].parent.mkdir()
+    for other in others:
+        other.write_bytes(bytes(50 * BLOCK))
+        os.utime(other, (1, 1))
     BlockCache(index, str(tmp_path), 20 * BLOCK).read_ranges(wanted(index, [0]))
     assert not (old / "000000-000000").exists()
+    assert all(other.exists() for other in others)
     assert len(blocks(tmp_path)) >= 1
 
 

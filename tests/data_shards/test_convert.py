@@ -102,7 +102,8 @@ def test_causes():
     recipe = Recipe(channels=3, size=32)
     cases = {
         b"": "empty",
-        b"GIF89a....": "format",
+        b"FORMAT....": "format",
+        b"GIF89a....": "decode",
         picture(60, 50, kind="JPEG")[:700]: "decode",
         picture(60, 50)[:-40]: "decode",
         picture(1, 5000): "shape",
@@ -134,3 +135,31 @@ def test_pixels_of_a_stored_test_image_survive():
     with Image.open(io.BytesIO(stored)) as image:
         assert (image.format, image.mode) == ("PNG", "RGB")
         assert (np.asarray(image) == decode_image(stored, "png").permute(1, 2, 0).numpy()).all()
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF"])
+@pytest.mark.parametrize("test", [False, True])
+def test_single_images_of_other_formats_are_stored_as_png_with_the_same_pixels(kind, test):
+    image = Image.fromarray(pixels_of(1, 2, (32, 32))).quantize(200)
+    stored = Recipe(channels=3, size=32, uniform=True)(encode(image, kind), test)
+    assert image_extension(stored) == "png"
+    expected = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    assert np.array_equal(decode_image(stored, "png").numpy(), expected)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF"])
+def test_a_file_of_several_images_is_refused(kind):
+    images = [Image.fromarray(pixels_of(1, seed, (32, 32))) for seed in range(2)]
+    file = io.BytesIO()
+    images[0].save(file, kind, save_all=True, append_images=images[1:])
+    with pytest.raises(UndecodableError, match=f"{kind} .* holds more than one image"):
+        Recipe(channels=3, size=32)(file.getvalue(), False)
+
+
+def test_damage_and_depth_of_other_formats_are_refused():
+    whole = picture(32, 32, kind="TIFF")
+    with pytest.raises(UndecodableError, match="damaged TIFF"):
+        Recipe(channels=3, size=32)(whole[: len(whole) // 2], False)
+    deep = encode(Image.fromarray(np.full((32, 32), 40_000, dtype=np.uint16)), "TIFF")
+    with pytest.raises(UndecodableError, match="colour mode I;16"):
+        Recipe(channels=1, size=32)(deep, False)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.format import decode
+from data_shards.format import decode, image_pixels
 from data_shards.format.index import load_index
 from data_shards.sources import synthetic
 from data_shards.streaming.sample_reader import read_shard
@@ -138,13 +138,13 @@ def test_randaugment_changes_what_was_shifted_and_mirrored(folder):
 def test_certification_never_reduces(synthetic_set, monkeypatch):
     """Every JPEG of the test split is decoded whole and at its own size."""
     index, factors = load_index(str(synthetic_set)), []
-    plain = decode._decode_jpeg
+    plain = image_pixels._decode_jpeg
 
     def watched(data, header, rows, factor):
         factors.append((factor, rows == header.height))
         return plain(data, header, rows, factor)
 
-    monkeypatch.setattr(decode, "_decode_jpeg", watched)
+    monkeypatch.setattr(image_pixels, "_decode_jpeg", watched)
     monkeypatch.setattr(decode, "decode_crop", None)
     for shard in index.shards_of("test"):
         for _ in read_shard(index, shard, 8):

@@ -244,20 +244,24 @@ def test_size_limit(kind, extension, monkeypatch):
         decode_image(encoded(COLOUR, kind), extension)
 
 
-def test_a_small_jpeg_of_many_scans_is_refused():
+@pytest.mark.parametrize("progressive", [True, False])
+def test_a_small_jpeg_of_many_scans_is_refused(progressive):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 9, (40, 40, 3), np.uint8))
     buffer = io.BytesIO()
-    picture.resize((2000, 2000)).save(buffer, "JPEG", progressive=True, quality=30)
+    picture.resize((2000, 2000)).save(buffer, "JPEG", progressive=progressive, quality=30)
     data = buffer.getvalue()
     assert decode_image(data, "jpg").shape == (3, 2000, 2000)
     last = data.rindex(b"\xff\xda")
     many = data[:last] + 200 * data[last:-2] + data[-2:]
+    if not progressive:  # all colours in one scan: a decoder stops behind it
+        assert decode_image(data + 200 * b"\xff\xda", "jpg").shape == (3, 2000, 2000)
+        many = many[: last + 4] + b"\1" + many[last + 5 :]
     words = np.zeros(4, dtype=np.uint64)
     for decoded in (
         lambda d: decode_image(d, "jpg"),
         lambda d: decode_crop(d, "jpg", (8, 8), words),
     ):
         with pytest.raises(
-            ShardError, match=r"JPEG of 4000000 pixels in 2.. scans: over the limit"
+            ShardError, match=r"JPEG of 2000 x 2000 in 2.. scans: multiplied .* the limit is"
         ):
             decoded(many)

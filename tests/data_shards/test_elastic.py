@@ -12,7 +12,7 @@ from data_shards.config import StreamConfig
 from data_shards.format.index import load_index
 from data_shards.sources import synthetic
 from data_shards.storage.store import Store
-from data_shards.streaming.sampler import Cursor
+from data_shards.streaming.sampler import ORDER, Cursor
 from data_shards.streaming.stream import SampleStream
 from data_shards.write import write_shard_set
 from tests.faulty_proxy import Weather
@@ -93,10 +93,9 @@ def test_every_stop_and_every_new_world_size_give_one_sequence(index, undisturbe
     for stop, cursor in enumerate([Cursor(seed=5), *cursors]):
         assert cursor == Cursor(seed=5).advance(stop * BATCH, SAMPLES)
         workers = WORKERS[(stop + world) % len(WORKERS)]
-        saved = Cursor.from_json(cursor.to_json())
         # Two steps say whether it goes on at the right place, and one run goes on to the end.
         steps = STEPS - stop if stop == 1 else min(2, STEPS - stop)
-        assert train(index, world, workers, saved, steps)[0] == undisturbed[stop : stop + steps]
+        assert train(index, world, workers, cursor, steps)[0] == undisturbed[stop : stop + steps]
 
 
 any_history = given(
@@ -112,7 +111,7 @@ unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
 
 
 def goes_on(index, seed, history, fields):
-    cursor = Cursor(seed=seed, epoch=1, position=17)
+    cursor = Cursor(seed=seed, epoch=1, position=17, order=ORDER, lanes=3, window=32)
     total = sum(steps for _, _, steps in history)
     expected, _ = train(index, 1, 0, cursor, total)
     seen = []
@@ -146,17 +145,17 @@ def read_on_s3(rank, world_size, endpoint, url, cursor, steps, folder):
             global_batch=BATCH,
             rank=rank,
             world_size=world_size,
-            cursor=Cursor.from_json(cursor),
+            cursor=cursor,
         ) as stream:
             rows = [next(stream).rows for _ in range(steps)]
             keys = [index.rows.key[part].tolist() for part in rows]
-            return keys, stream.cursor.to_json(), stream.retries
+            return keys, stream.cursor, stream.retries
 
 
 @pytest.mark.distributed
 def test_processes_on_s3_in_bad_weather(proxy, s3_set, small_keys, tmp_path):
     proxy.weather = Weather(unavailable=0.1, reset=0.1, reset_at=500)
-    cursor, seen, retries = Cursor(seed=5).to_json(), [], 0
+    cursor, seen, retries = Cursor(seed=5), [], 0
     for world, steps in ((3, 1), (2, 2)):  # three epochs of one batch
         place = str(tmp_path / "cache")
         ranks = run_ranks(read_on_s3, world, proxy.url, s3_set, cursor, steps, place)

@@ -1,7 +1,10 @@
 import gzip
 import json
+import os
 import re
+import signal
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +24,9 @@ from data_shards.streaming.stream import SampleStream
 from data_shards.verify import main as verify_main
 from data_shards.verify import verify
 from data_shards.writing import foreign_set
+from data_shards.writing.write_report import refuse_reported_leaks
 from tests.data_shards.foreign_shards import add, encoded, folders, img2dataset, stock, timm
+from tests.harness import forking_context
 from tests.object_store import upload
 
 PLAIN = ["--split", "train=train-{0000..0001}.tar", "--split", "test=test-000[01].tar"]
@@ -199,6 +204,34 @@ def test_what_cannot_be_used_is_named(tmp_path, capsys):
     assert list(verify(index)) == []
 
 
+def test_what_no_reader_would_take_is_left_out(tmp_path, monkeypatch):
+    """Else an index is written, after hours, that cannot be opened."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for i in range(12):
+            add(tar, f"{i}.png", encoded(i % 3, i))
+            add(tar, f"{i}.cls", f"class {i % 3}".encode())
+        add(tar, "k" * 1010 + ".png", encoded(0, 90))
+        add(tar, "k" * 1010 + ".cls", b"class 0")
+        add(tar, "label.png", encoded(0, 91))
+        add(tar, "label.cls", b"l" * 2000)
+        for i in range(300):
+            add(tar, f"other{i}.kind{i}", b"x")
+    command = ["--split", "train=a.tar", "--hold-out", "0.4"]
+    index = make(tmp_path, *command, out=tmp_path / "x")
+    assert len(index.rows) == 12
+    assert index.header.class_names == ("class 0", "class 1", "class 2")
+    causes = json.loads((tmp_path / "x/report.json").read_text())["not_taken"]["causes"]
+    assert causes["a key of about 1024 bytes or more"] == 1
+    assert causes[".cls holds a label of more than 1024 bytes"] == 1
+    assert len(causes) == 101
+    assert sum(causes.values()) == 302
+    # Header or report as a whole: said before anything is written.
+    monkeypatch.setenv("CERTIFIED_PRETRAIN_LIMIT_JSON_BYTES", "20000")
+    with pytest.raises(SystemExit, match=r"report\.json would have .*JSON_BYTES raises it"):
+        make(tmp_path, *command, out=tmp_path / "y")
+    assert not (tmp_path / "y/index.parquet").exists()
+
+
 def test_the_image_of_several(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for i in range(12):
@@ -282,6 +315,8 @@ def test_a_label_of_another_kind(plain):
         (["train=*.tar", "test=test-*.tar"], "test-0000.tar is of train and of test"),
         (["val=test-*.tar"], "'val=test-.*' is not train=PATTERN"),
         (["train=../x.tar"], "would leave the store"),
+        (["train=train-{0..999999}{0..999999}.tar"], "means more than 1000000 shards"),
+        (["train=train-{0..99999999999..3}.tar"], "means more than 1000000 shards"),
     ],
 )
 def test_patterns(plain, splits, message):
@@ -355,6 +390,39 @@ def test_a_run_that_was_stopped_goes_on(plain, monkeypatch):
     assert index.shards == whole.shards
 
 
+def index_there(folder, target, killed):
+    """Index a folder in a process of its own; `killed`: it dies in its second shard of four."""
+    if killed:
+        scan, read = foreign_set._scan_shard, []
+
+        def dying(*arguments):
+            read.append(1)
+            if len(read) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return scan(*arguments)
+
+        foreign_set._scan_shard = dying
+    make(Path(folder), *PLAIN, out=target)
+
+
+@pytest.mark.integration
+def test_two_processes_at_once_and_one_that_was_killed(plain, tmp_path):
+    context, target = forking_context(), str(tmp_path / "index")
+    for killed in (True, False):
+        processes = [
+            context.Process(target=index_there, args=(str(plain), target, killed)) for _ in range(2)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [-signal.SIGKILL if killed else 0] * 2
+        assert (tmp_path / "index" / "index.json").exists() != killed
+    assert list(verify(load_index(target))) == []
+    whole = make(plain, *PLAIN, out=tmp_path / "whole")
+    assert load_index(target).header.rows_sha256 == whole.header.rows_sha256
+
+
 def test_the_same_command_again_and_another_one(plain, capsys):
     digest = make(plain, *PLAIN).digest
     assert make(plain, *PLAIN).digest == digest
@@ -389,8 +457,12 @@ def test_a_cut_shard_is_named_before_anything_is_written(plain):
     assert not (plain.parent / "index" / "index.json").exists()
 
 
-def test_shards_on_an_object_store_and_the_index_here(plain, proxy, tmp_path):
+def test_shards_and_index_on_different_stores(plain, proxy, tmp_path):
     here = make(plain, *PLAIN)
+    elsewhere = make(plain, *PLAIN, "--name", "index", out=f"s3://bucket/{tmp_path.name}")
+    assert elsewhere.header.shards[0].source == f"file://{plain}/train-0000.tar"
+    assert list(verify(elsewhere)) == []
+    assert trained_on(elsewhere).keys() == trained_on(here).keys()
     url = upload(plain)
     main([url, "--out", str(tmp_path / "there"), *PLAIN, "--name", "index"])
     there = load_index(str(tmp_path / "there"))
@@ -400,3 +472,16 @@ def test_shards_on_an_object_store_and_the_index_here(plain, proxy, tmp_path):
     cached = trained_on(there, disk_cache=str(tmp_path / "cache"), cache_bytes=0)
     assert cached.keys() == trained_on(here).keys()
     assert any((tmp_path / "cache").rglob("*-*"))
+
+
+@pytest.mark.parametrize("report", [b"", b"{}", b'{"duplicates": 1}', b"[]", None])
+def test_a_set_without_a_report_is_the_same_set(plain, capsys, report):
+    index = make(plain, *PLAIN)
+    path = plain.parent / "index/report.json"
+    path.unlink()
+    if report is not None:
+        path.write_bytes(report)
+    assert make(plain, *PLAIN).digest == index.digest
+    assert "report.json: cannot be used: " in capsys.readouterr().out
+    with pytest.raises(ShardError, match="does not say that train and test images share no bytes"):
+        refuse_reported_leaks(Store(path.parent))

@@ -24,6 +24,10 @@ from tests.object_store import s3_clients
 # An answer of S3 to all who do not sign with this key.
 CODES = {"ExpiredToken": "NEWKEY", "RequestTimeTooSkewed": "NEWKEY", "NoSuchBucket": "NEWKEY"}
 
+# Of buckets of another region than the one that was signed for.
+MOVED = b"<Error><Code>%s</Code><Region>eu-west-1</Region></Error>"
+REDIRECTS = {"PermanentRedirect": 301, "AuthorizationHeaderMalformed": 400}
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves a folder by ranges and lists nothing; `way` says what it does wrong."""
@@ -47,7 +51,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.seen[self.command] += 1
         path = self.folder / self.path.lstrip("/").partition("?")[0]
         if refused := self.refused(head):
-            self.send(*refused)
+            status, body = refused
+            self.send(status, body, {"x-amz-bucket-region": "eu-west-1"})
         elif not path.is_file():
             self.send(404, b"")
         elif head:
@@ -64,6 +69,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return 503, b""
         if self.way == "forbidden":
             return 403, b""
+        if self.way in REDIRECTS and "/eu-west-1/s3/" not in self.headers.get("Authorization", ""):
+            return REDIRECTS[self.way], MOVED % self.way.encode()
         if self.way in CODES and CODES[self.way] not in self.headers.get("Authorization", ""):
             return 403, f"<Error><Code>{self.way}</Code><Message>x</Message></Error>".encode()
         return None
@@ -89,6 +96,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         elif self.way == "empty" and self.once(2):
             body = b""
+        elif self.way == "endless":
+            body = body + bytes(64 << 20)
         self.send(206, body, headers)
 
     def once(self, times):
@@ -175,6 +184,7 @@ def test_ranges(numbers, serve):
         ("another", "the server sent another range: asked for bytes 100 to 109"),
         ("packed", r"the server sends the bytes packed \(gzip\)"),
         ("forbidden", "403"),
+        ("endless", "the server sends more than the 10 bytes asked for"),
     ],
 )
 def test_a_server_that_sends_other_bytes_is_named(numbers, serve, way, message):
@@ -243,6 +253,14 @@ def test_what_s3_says_is_said(s3, way, message):
         store.read_range("x.bin", 100, 110)
     assert seen["GET"] == 1
     assert not isinstance(caught.value, FileNotFoundError)
+
+
+@pytest.mark.parametrize("way", REDIRECTS)
+def test_a_bucket_of_another_region_is_found(s3, way):
+    store, seen = s3(way)
+    assert store.read_range("x.bin", 100, 110) == bytes(range(100, 110))
+    assert store.size("x.bin") == 256
+    assert (seen["GET"], seen["HEAD"]) == (2, 1)  # the region is remembered
 
 
 def test_credentials_that_expired_are_read_anew_once(s3, monkeypatch):

@@ -153,7 +153,7 @@ def test_every_entry_that_is_not_taken_is_named_by_cause(tree, tmp_path):
     assert source.class_names == ("cat", "dog", "eel")
     assert dict(source.not_taken) == {
         "README": "a file beside the folders",
-        "cat/Thumbs.db": "not named .jpg, .jpeg, .png, .webp",
+        "cat/Thumbs.db": "not named .jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff",
         "cat/.hidden.png": "hidden",
         ".git": "hidden",
         "dog/pipe.png": "not a file or folder",

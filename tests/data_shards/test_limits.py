@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_shards.errors import exit_on_error
 from data_shards.storage.store import Store
 from data_shards.untrusted.json_input import parse_json, parse_object, read_object
 from data_shards.untrusted.limits import (
@@ -35,8 +36,10 @@ def test_the_limits_are_those_that_are_promised():
         "json_bytes": 16 * MIB,
         "json_depth": 64,
         "row_group_bytes": 64 * MIB,
+        "table_bytes": 1024 * MIB,
         "image_bytes": 256 * MIB,
         "image_pixels": 200_000_000,
+        "image_scanned_pixels": 1 << 29,
         "answer_bytes": 64 * MIB,
     }
 
@@ -56,6 +59,15 @@ def test_a_limit_that_is_no_number_is_refused_by_name(monkeypatch, text):
     monkeypatch.setenv(f"{PREFIX}JSON_BYTES", text)
     with pytest.raises(UntrustedError, match=r"JSON_BYTES=.* is not a positive whole number"):
         parse_json("1", "x")
+
+
+def test_an_entry_says_so_in_one_line(monkeypatch):
+    monkeypatch.setenv(f"{PREFIX}IMAGE_BYTES", "256M")
+    with (
+        pytest.raises(SystemExit, match=r"^error: .*IMAGE_BYTES='256M' is not a positive whole"),
+        exit_on_error(),
+    ):
+        require(1, "image_bytes", "it has")
 
 
 def test_json_that_is_too_large_is_not_parsed(monkeypatch):
@@ -144,9 +156,25 @@ def test_a_row_group_that_declares_more_than_its_limit_is_not_read(monkeypatch):
     assert read_table(smaller, "rows").num_rows == 1 << 20
 
 
+def test_many_row_groups_are_counted_together(monkeypatch):
+    """Each within its limit, all of them beyond any memory."""
+    data = parquet(pa.table({"x": np.zeros(1 << 20)}), row_group_size=1 << 14)
+    monkeypatch.setenv(f"{PREFIX}TABLE_BYTES", str(8 * MIB))
+    assert read_table(data, "rows").num_rows == 1 << 20
+    monkeypatch.setenv(f"{PREFIX}TABLE_BYTES", str(8 * MIB - 1))
+    with pytest.raises(UntrustedError, match=r"rows takes 8,388,608 bytes, the limit is 8,388,607"):
+        read_table(data, "rows")
+    # A short text of each row, which stands in the file once.
+    keys = pa.DictionaryArray.from_arrays(pa.array(np.zeros(100_000, np.int32)), ["a" * 1000])
+    with pytest.raises(UntrustedError, match="rows takes 100,4"):
+        read_table(parquet(pa.table({"key": keys})), "rows")
+
+
 def test_texts_come_back_as_they_were_written():
     table = pa.table({"key": ["a", "b", "a"], "value": [1, 2, 3]})
     assert read_table(parquet(table), "rows").equals(table)
+    empty = pa.table({"key": pa.array([], pa.string())})
+    assert read_table(parquet(empty), "rows").equals(empty)
     assert read_table(parquet(table), "rows", ["key"]).column_names == ["key"]
     with pytest.raises(UntrustedError, match="rows lacks the columns size"):
         read_table(parquet(table), "rows", ["key", "size"])

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import uuid
 
 import fsspec
 import numpy as np
@@ -116,6 +117,22 @@ def test_patience_ends_with_a_clear_error(proxy, s3_set, monkeypatch):
     proxy.weather = Weather(unavailable=1.0)
     with pytest.raises(ShardError, match=r"cannot read s3://bucket/\w+ \(test-00000.tar\)"):
         fetch(index, index.select("test")[:3])
+
+
+def test_a_write_that_fails_leaves_what_was_there(proxy):
+    """Closing the client's file would send the part that was written."""
+
+    def failing():
+        yield b"part"
+        raise ZeroDivisionError
+
+    store = Store(f"s3://bucket/{uuid.uuid4().hex}")
+    store.write("whole", b"before")
+    for name in ("whole", "new"):
+        with pytest.raises(ZeroDivisionError), store.durable(name) as stream:
+            stream.writelines(failing())
+    assert store.read("whole") == b"before"
+    assert store.ls() == ["whole"]
 
 
 def test_what_stays_is_not_asked_again(proxy):

@@ -60,8 +60,6 @@ def test_epochs_and_seeds_differ():
 
 def test_order_does_not_change_between_releases():
     options = {"seed": 7, "lanes": 2, "window": 4}
-    expected = [6, 16, 7, 17, 8, 18, 0, 19, 9, 12, 2, 10, 1, 11, 3, 13, 4, 5, 15, 14]
-    assert order((5, 5, 5, 5), **options, version=1).permutation(3).tolist() == expected
     expected = [6, 10, 7, 11, 8, 12, 0, 13, 9, 16, 2, 14, 1, 5, 3, 17, 4, 19, 15, 18]
     assert order((5, 5, 5, 5), **options).permutation(3).tolist() == expected
 
@@ -92,10 +90,9 @@ def test_batches_do_not_depend_on_the_number_of_ranks(shards, seed, eighths, dat
 
 
 @given(seeds, st.integers(0, 99), st.integers(0, 1000), st.integers(0, 1000))
-def test_cursor_advances_additively_and_round_trips(seed, position, first, second):
+def test_cursor_advances_additively(seed, position, first, second):
     cursor = Cursor(seed=seed, position=position)
     assert cursor.advance(first, 100).advance(second, 100) == cursor.advance(first + second, 100)
-    assert Cursor.from_json(cursor.to_json()) == cursor
 
 
 @given(seeds, st.integers(0, 500), st.integers(1, 50))
@@ -121,21 +118,10 @@ def test_wrong_shares_are_refused(fields, message):
         rank_spans(Cursor(seed=0, position=5), **{**good, **fields})
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        "{}",
-        '{"schema": 2, "seed": 0, "epoch": 0, "position": 0}',
-        '{"schema": 1, "seed": 0}',
-        '{"schema": 1, "seed": 0.5, "epoch": 0, "position": 0}',
-        '{"schema": 1, "seed": 0, "epoch": -1, "position": 0}',
-    ],
-)
-def test_wrong_cursor_is_refused(text):
-    with pytest.raises(ShardError, match="cursor"):
-        Cursor.from_json(text)
+@pytest.mark.parametrize("fields", [{"seed": 0.5}, {"epoch": -1}, {"lanes": True}])
+def test_wrong_cursor_is_refused(fields):
+    with pytest.raises(ShardError, match=rf"cursor {next(iter(fields))} .* is not an integer"):
+        Cursor(**{"seed": 0, **fields})
 
 
 def test_wrong_orders_are_refused():
@@ -165,11 +151,7 @@ def test_a_set_that_is_cached_or_fits_into_the_windows_is_permuted_as_a_whole():
 def test_a_sequence_keeps_the_order_that_it_began_with():
     under_way = begin_order(Cursor(seed=1), 99, lanes=2, window=3, cached_whole=False)
     assert under_way.order == 2
-    under_way = Cursor.from_json(under_way.advance(200, 99).to_json())
-    assert begun(under_way, 99, cached=True) == (2, 3)
-    of_before = Cursor.from_json('{"schema": 1, "seed": 1, "epoch": 0, "position": 7}')
-    assert begun(of_before, 20, cached=True) == (4, 8)
-    assert begin_order(of_before, 20, lanes=4, window=8, cached_whole=True).order == 1
+    assert begun(under_way.advance(200, 99), 99, cached=True) == (2, 3)
 
 
 def test_the_defaults_mix_many_shards():
@@ -198,9 +180,9 @@ def test_lanes_do_not_pass_through_their_shards_in_step():
     fields = {"lanes": 128, "window": 128}
     found = shuffle_quality(order([3750] * 16, **fields), 1024)
     assert found.meeting_again < 1.1
-    assert shuffle_quality(order([3750] * 16, **fields, version=1), 1024).meeting_again > 2
 
 
-def test_an_order_of_a_later_version_is_refused():
-    with pytest.raises(ShardError, match="the cursor has order 3, this program knows up to 2"):
-        begun(Cursor(seed=0, order=3, lanes=1, window=1), 9)
+@pytest.mark.parametrize("version", [1, 3])
+def test_an_order_of_another_version_is_refused(version):
+    with pytest.raises(ShardError, match=f"the cursor has order {version}, .* knows order 2"):
+        begun(Cursor(seed=0, order=version, lanes=1, window=1), 9)

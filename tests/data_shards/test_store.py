@@ -1,7 +1,9 @@
 import os
 import pickle
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
@@ -116,3 +118,42 @@ def test_arrow_reaches_the_same_objects(tmp_path):
         filesystem, path = store.arrow()
         with filesystem.open_input_file(f"{path}/a/b") as file:
             assert file.read() == b"content"
+
+
+def test_what_has_no_size_or_no_end_is_not_read(tmp_path):
+    """Its size says 0: it would be read for ever."""
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "file").write_bytes(b"{}")
+    store = Store(tmp_path)
+    for name in ("zeros", "pipe"):
+        with pytest.raises(OSError, match=f"{name} is a device or a pipe, not a file"):
+            store.read(name, limit="image_bytes")
+        with pytest.raises(OSError, match="a device or a pipe"):
+            store.read_object(name)
+    assert store.read_object("link") == {}
+
+
+class ListingsKept(MemoryFileSystem):
+    """Remembers listings, as the clients of most object stores do unless told otherwise."""
+
+    protocol = "kept"
+
+    def ls(self, path, detail=True, **_):
+        try:
+            return self.dircache[path]
+        except KeyError:
+            found = super().ls(path, detail=True)
+            self.dircache[path] = found
+            return found
+
+
+def test_what_others_wrote_is_listed():
+    fsspec.register_implementation("kept", ListingsKept, clobber=True)
+    store = Store("kept://listings")
+    store.write("one", b"1")
+    assert store.ls() == ["one"]
+    store.write("two", b"2")
+    assert store.ls() == ["one", "two"]
+    store.remove("", recursive=True)

@@ -88,9 +88,7 @@ def test_resume_anywhere_is_exact(small, stop, cache, batch):
     config = StreamConfig(cache_bytes=cache, shift_pixels=1)
     whole = take(small, 14, config, global_batch=batch)
     cursor = whole[stop].cursor_after
-    resumed = take(
-        small, 13 - stop, config, global_batch=batch, cursor=Cursor.from_json(cursor.to_json())
-    )
+    resumed = take(small, 13 - stop, config, global_batch=batch, cursor=cursor)
     assert same(resumed, whole[stop + 1 :])
 
 
@@ -100,7 +98,7 @@ def test_a_run_goes_on_in_the_order_it_began_with(small, began, goes_on):
     configs = [StreamConfig(cache_bytes=c, lanes=2, window=8) for c in (began, goes_on)]
     whole = take(small, 9, configs[0])
     assert not same(take(small, 9, configs[1]), whole)
-    cursor = Cursor.from_json(whole[3].cursor_after.to_json())
+    cursor = whole[3].cursor_after
     assert same(take(small, 5, configs[1], cursor=cursor), whole[4:])
     of_lanes = Cursor(seed=3, order=2, lanes=2, window=8)
     assert same(take(small, 9, configs[0], cursor=of_lanes), whole) == (began == 0)

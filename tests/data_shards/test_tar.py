@@ -1,4 +1,5 @@
 import io
+import subprocess
 import tarfile
 
 import pytest
@@ -125,3 +126,19 @@ def test_a_name_of_more_than_a_thousand_bytes_is_refused(form):
     assert [member.name for member in members(named("a" * 1024))] == ["a" * 1024]
     with pytest.raises(ShardError, match="has a name of 1,025 bytes, the limit is 1,024"):
         members(named("a" * 1025))
+
+
+@pytest.mark.parametrize(
+    "options", ["--format=gnu", "--format=pax --sparse-version=0.1", "--format=pax"]
+)
+def test_a_sparse_file_is_refused(options, tmp_path):
+    """Its body lacks the holes: other bytes than those that tar would extract."""
+    with (tmp_path / "0.png").open("wb") as file:
+        file.write(b"head")
+        for place in range(1, 40):  # more pieces than the first header has room for
+            file.seek(place << 16)
+            file.write(b"piece")
+    command = ["tar", "-cf", "x.tar", "--sparse", *options.split(), "0.png"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    with pytest.raises(ShardError, match=r"x.tar: member .*0.png' .* is a sparse file"):
+        members((tmp_path / "x.tar").read_bytes())

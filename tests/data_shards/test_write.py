@@ -21,6 +21,7 @@ from data_shards.verify import verify
 from data_shards.write import write_shard_set
 from data_shards.writing import index_files
 from data_shards.writing.shard_plan import WriteOptions, plan_shards
+from tests.data_shards.shard_damage import die
 from tests.harness import forking_context
 
 
@@ -116,6 +117,29 @@ def test_a_process_that_finishes_first_tidies_up_under_another(tmp_path, monkeyp
     assert list(verify(load_index(str(tmp_path)))) == []
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_of_two_different_sets_at_once_one_gives_up(finished, tmp_path, monkeypatch):
+    """The other one begins, or is written wholly, just before this one says that it is here."""
+    genuine, there = Store.write, Store(tmp_path)
+
+    def write(store, name, data):
+        monkeypatch.setattr(Store, "write", genuine)
+        if finished:
+            write_shard_set(small(seed=1), str(tmp_path), samples_per_shard=5)
+        else:
+            there.write(".progress/another/claim.json", b"{}")
+        store.write(name, data)
+
+    monkeypatch.setattr(Store, "write", write)
+    what = "already holds another" if finished else "holds an unfinished set .*another"
+    with pytest.raises(ShardError, match=what):
+        write_shard_set(small(), str(tmp_path), samples_per_shard=5)
+    assert there.exists("index.json") == finished
+    if finished:
+        assert list(verify(load_index(there))) == []
+    assert there.ls(".progress") == ([] if finished else [".progress/another"])
+
+
 def test_too_few_samples(tmp_path):
     with pytest.raises(ShardError, match="split 'test' of 'synthetic' has 2 samples"):
         write_shard_set(small(samples=6), str(tmp_path))
@@ -152,7 +176,7 @@ def whole_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number", range(19))
+@pytest.mark.parametrize("number", range(20))
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_stop_at_any_write_changes_nothing(number, torn, whole_folder, tmp_path, monkeypatch):
     source = small(samples=30)
@@ -170,7 +194,7 @@ def test_a_stop_at_any_write_changes_nothing(number, torn, whole_folder, tmp_pat
         patch.setattr(Store, "write", stopping)
         with pytest.raises(KeyboardInterrupt):
             write_shard_set(source, str(tmp_path))
-    done = sum(name.startswith(".progress") for name in writes[:-1])
+    done = sum(name.endswith(".tar.parquet") for name in writes[:-1])
     writes.clear()
 
     def spied(store, name, data):
@@ -188,13 +212,16 @@ def test_a_stop_at_any_write_changes_nothing(number, torn, whole_folder, tmp_pat
 def test_a_failed_write_leaves_what_is_finished_and_refuses_another_source(tmp_path, monkeypatch):
     def full(self, name, data):
         if name == "test-00001.tar":
-            raise OSError(28, "No space left on device")
+            patch.setattr(os, "fsync", no_space)
         plain(self, name, data)
+
+    def no_space(_):
+        raise OSError(28, "No space left on device")
 
     plain = Store.write
     with monkeypatch.context() as patch:
         patch.setattr(Store, "write", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=r"No space left on device: '.*/test-00001.tar'"):
             write_shard_set(small(), str(tmp_path))
     with pytest.raises(ShardError, match="holds an unfinished set"):
         write_shard_set(small(seed=1), str(tmp_path))
@@ -252,10 +279,6 @@ def children_of(pid):
     return found
 
 
-def die(numbers):
-    os._exit(3)
-
-
 @pytest.mark.integration
 def test_a_worker_that_dies_is_an_error(tmp_path):
     source = dataclasses.replace(small(), load=die)
@@ -276,7 +299,7 @@ def damaged_source(bad, **fields):
 
 def test_undecodable_images_are_left_out_and_listed(tmp_path):
     fine = small().encode(5)
-    bad = {4: b"", 5: fine[: len(fine) // 2], 21: b"GIF89a", 40: synthetic(size=9).encode(0)}
+    bad = {4: b"", 5: fine[: len(fine) // 2], 21: b"FORMAT", 40: synthetic(size=9).encode(0)}
     index = write_shard_set(damaged_source(bad), str(tmp_path))
     assert sorted(int(key) for key in index.rows.key) == sorted(set(range(60)) - set(bad))
     assert sum(index.header.splits[part] for part in ("train", "test")) == 56

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from tests.end_to_end.ray_cluster import MAKE, ROOT, cluster
 from tests.strangers import listening
@@ -90,6 +92,13 @@ def readme_cluster() -> tuple[str, str, str]:
 def submission(output: str) -> str:
     """Ray's name of the job that `ray job submit` says it submitted."""
     return re.search(r"Job '(\S+)' submitted", output)[1]
+
+
+def training_runs(storage: Path) -> tuple[MlflowClient, list[Run]]:
+    """The MLflow store of a storage and the trainings of digits in it."""
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    experiment = client.get_experiment_by_name("digits").experiment_id
+    return client, client.search_runs([experiment], "tags.stage = 'train'")
 
 
 @pytest.fixture(scope="session")

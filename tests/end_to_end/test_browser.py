@@ -65,5 +65,5 @@ def test_report_renders_with_no_console_error_and_no_network(config, tmp_path):
         page.goto((out / PAGE).as_uri())
         for row, name in enumerate(RUNS):
             assert name in page.locator("tbody").first.locator("tr").nth(row).inner_text()
-        page.get_by_text("base: checkpoints, columns, figures").click()
+        page.get_by_text("base: test images, classes, checkpoints, columns, figures").click()
         assert page.get_by_alt_text("radius.png of base").is_visible()

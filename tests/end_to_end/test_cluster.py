@@ -35,10 +35,10 @@ def two_nodes(tmp_path):
 
 
 def scheduler(running, store):
-    command = [sys.executable, "-m", "jobs.schedule", "--address", running.address]
+    command = [sys.executable, "-m", "jobs.schedule", "--cluster.address", running.address]
     command += ["--tracking.uri", store, "--tracking.experiment", "digits"]
     command += ["--rules", f"{SUITE}@checkpoint", "--poll-s", "3"]
-    command += ["--tasks.placement", "role", "evaluation"]
+    command += ["--cluster.placement", "role", "evaluation"]
     log = (running.folder / "schedule.log").open("wb")
     with log:
         return subprocess.Popen(command, cwd=ROOT, env=running.environment, stdout=log, stderr=log)

@@ -85,20 +85,35 @@ def test_every_family_is_trained_certified_verified_promoted_and_served(
     recorded = ["--tracking.uri", tracking.uri, "--tracking.experiment", tracking.experiment]
     python(
         *("pipeline.pretrain", FAMILIES[family], "--data.shards", shards, "--storage", tmp_path),
-        *("--name", "run", "--mlflow", tracking.uri, "--experiment", tracking.experiment),
+        *(
+            "--name",
+            "run",
+            "--tracking.uri",
+            tracking.uri,
+            "--tracking.experiment",
+            tracking.experiment,
+        ),
         *("--cluster.launcher", "local", "--checkpoint.no-evaluate", *SHORT),
     )
     (artifact,) = (tmp_path / "run" / "artifacts").iterdir()
     certificate = tmp_path / "certificate"
     evaluated = command(
-        *("jobs.evaluate_cra", "--artifact", artifact, "--shards", shards, "--out", certificate),
-        *("--eps", EPS, "--launcher", "local", *recorded),
+        *(
+            "jobs.evaluate_cra",
+            "--artifact",
+            artifact,
+            "--data.shards",
+            shards,
+            "--out",
+            certificate,
+        ),
+        *("--eps", EPS, "--cluster.launcher", "local", *recorded),
     )
     assert "cra_sound" in evaluated
     body = json.loads((certificate / "certificate.json").read_text())
     assert body["columns"]["sound"]["certified"][EPS] > 0
 
-    verified = python("model.verify", certificate, "--artifact", artifact, "--shards", shards)
+    verified = python("model.verify", certificate, "--artifact", artifact, "--data.shards", shards)
     assert verified.startswith("OK")
     assert "samples checked: 360 of 360" in verified
 

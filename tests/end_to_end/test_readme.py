@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from mlflow import MlflowClient
 
 from data_shards.format.index import load_index
 from data_shards.storage.store import Store
@@ -15,23 +14,16 @@ from model.artifact.artifact import read_artifact
 from model.attacks import apgd, margins
 from model.certify import certify
 from model.networks.lipnext.layers import Block
-from tests.end_to_end.conftest import ROOT, submission
+from tests.end_to_end.conftest import ROOT, submission, training_runs
 from tests.strangers import answers, drive, listening, machine_addresses, off_loopback, post_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 
-def training_runs(run):
-    """The store of a run and the training runs in it."""
-    client = MlflowClient(f"sqlite:///{run.storage}/mlflow.db")
-    experiment = client.get_experiment_by_name("digits").experiment_id
-    return client, client.search_runs([experiment], "tags.stage = 'train'")
-
-
 def test_the_job_is_done(submitted_run, head):
     job = submission(submitted_run.output)
     assert head.jobs()[job].driver_exit_code == 0
-    (run,) = training_runs(submitted_run)[1]
+    (run,) = training_runs(submitted_run.storage)[1]
     assert run.info.status == "FINISHED"
     assert run.data.tags["ray_job"] == job
     assert run.data.tags["code"].startswith("uploaded-")
@@ -71,7 +63,7 @@ def test_the_person_sees_table_figure_and_mlflow_command(submitted_run):
 
 
 def test_store_holds_config_metrics_checkpoints_and_evaluations(submitted_run):
-    client, (run,) = training_runs(submitted_run)
+    client, (run,) = training_runs(submitted_run.storage)
     experiment = run.info.experiment_id
     assert run.data.params["optim.lookahead_steps"] != "0"
     assert run.data.params["optim.polar_every"] != "0"

@@ -4,9 +4,8 @@ import json
 import time
 
 import pytest
-from mlflow import MlflowClient
 
-from tests.end_to_end.conftest import submission
+from tests.end_to_end.conftest import submission, training_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -18,9 +17,7 @@ SHORT = (
 
 def tracked(home):
     """The training runs in the store that the jobs share."""
-    client = MlflowClient(f"sqlite:///{home}/certified-pretrain/mlflow.db")
-    experiment = client.get_experiment_by_name("digits").experiment_id
-    runs = client.search_runs([experiment], "tags.stage = 'train'")
+    client, runs = training_runs(home / "certified-pretrain")
     return client, {run.info.run_name: run for run in runs}
 
 

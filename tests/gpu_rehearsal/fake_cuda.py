@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -33,7 +34,7 @@ _CUDA, _META = 1, 14
 
 def place() -> str:
     """File and function of the project that is executed, the innermost one."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if "/tests/" not in name and any(part in name for part in CODE):

@@ -11,7 +11,7 @@ from pipeline.run.ray_session import ray_session
 NETWORK = LipNeXtConfig(input_shape=(3, 8, 8), num_classes=4, patch=2, width=16, depth=1)
 
 
-def export(folder, config=NETWORK, **context):
+def export(folder, config=NETWORK, class_names=(), **context):
     """Write an artifact of untrained weights."""
     network = build_network(config)
     network.initialise(seed=3)
@@ -20,6 +20,7 @@ def export(folder, config=NETWORK, **context):
         network_config=config,
         tensors=network.named_parameters(),
         context=context,
+        class_names=class_names,
     )
     return str(folder)
 

@@ -17,11 +17,11 @@ from jobs.compare import compare, main, write
 from jobs.evaluate_cra import evaluate
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.stored_result import read_result
-from jobs.reporting import comparison_runs
+from jobs.reporting import comparison_training
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_report import comparison_png
-from jobs.reporting.comparison_runs import RunRequest
 from jobs.reporting.comparison_search import search_space
+from jobs.reporting.comparison_training import RunRequest
 from model.networks.registry import FAMILIES, parameter_count
 from pipeline.presets import PRESETS, run_preset
 from pipeline.run.evaluation_summary import EvaluationSummary
@@ -80,10 +80,13 @@ class Machine:
                 "kind": "metrics",
                 "step": i + 1,
                 "values": {"train/processor_s": self.overrun * (i + 1) / SPEED[preset]},
+                "timestamp_ms": i,
             }
             for i in range(steps)
         ]
-        (folder / "tracking/spool.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        damaged = "\0" * 40  # as a machine that went down leaves it
+        lines = [damaged, *map(json.dumps, rows)]
+        (folder / "tracking/spool.jsonl").write_text("\n".join(lines) + "\n")
         best = 0.02 if preset == QUICK else 0.01
         score = 0.9 - abs(math.log2(settings["optim"]["lr"] / best)) / 10
         score -= float(given.get("train.seed", 0)) / 100
@@ -106,10 +109,10 @@ class Machine:
 def machine(artifact, summary, monkeypatch):
     machine = Machine(artifact, summary)
     monkeypatch.setattr(
-        comparison_runs, "subprocess", SimpleNamespace(run=machine.run, STDOUT=0, DEVNULL=0)
+        comparison_training, "subprocess", SimpleNamespace(run=machine.run, STDOUT=0, DEVNULL=0)
     )
     # What the machine claims follows from no certificate.
-    monkeypatch.setattr(comparison_runs, "read_result", claimed)
+    monkeypatch.setattr(comparison_training, "read_result", claimed)
     return machine
 
 
@@ -122,7 +125,7 @@ def claimed(out):
 
 
 def test_a_claim_without_certificate_and_samples_is_not_compared(machine, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison_runs, "read_result", read_result)
+    monkeypatch.setattr(comparison_training, "read_result", read_result)
     with pytest.raises(EvaluationError, match="no finished evaluation at"):
         compare(config(tmp_path))
 
@@ -299,6 +302,13 @@ def test_an_unknown_preset_is_refused_before_anything_runs(machine, tmp_path):
     with pytest.raises(EvaluationError, match=r"unknown preset 'digit'"):
         compare(config(tmp_path, presets=("digit",)))
     assert not machine.started
+
+
+def test_trials_without_optuna_say_what_to_install(machine, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(EvaluationError, match=r"pip install certified-pretrain\[compare\]"):
+        compare(config(tmp_path, trials=1))
+    compare(config(tmp_path))  # which needs none
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

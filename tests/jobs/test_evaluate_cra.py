@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,6 +23,7 @@ from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.runner import artifact_info, evaluation_keys
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.stored_result import read_result
+from jobs.registry.certificate_bundle import CertificateBundle
 from model.certify import certify
 from pipeline.run.evaluation_summary import EvaluationSummary
 from tests.fake_ray import gcs
@@ -276,6 +278,82 @@ def test_samples_and_certificate_of_another_digest_are_not_believed(finished, tm
         read_result(out)
 
 
+def same_rows(table):
+    return table
+
+
+HOSTILE = {
+    "more row groups than memory": (
+        lambda table: pa.concat_tables([table] * 300), {}, "parquet takes .*, the limit is 1,000,0"
+    ),
+    "rows that nobody stated": (lambda table: pa.concat_tables([table] * 2), {}, "40 rows for 20"),
+    "no rows": (lambda table: table.slice(0, 0), {}, "0 rows for 20 samples"),
+    "no radii": (lambda table: table.drop_columns(["sound_radius"]), {}, "sound_radius"),
+    "labels of text": (
+        lambda table: table.set_column(
+            table.column_names.index("label"), "label", table["label"].cast(pa.string())
+        ),
+        {},
+        "cannot be used|does not follow",
+    ),
+    "lists": (
+        lambda table: table.append_column("x", pa.array([[1, 2]] * len(table))), {}, "is damaged"
+    ),
+    "a long text": (
+        lambda table: table.append_column("x", pa.array(["k" * 2000] * len(table))),
+        {},
+        "has in x a text of 2,000 bytes",
+    ),
+    "a billion classes": (same_rows, {"model__network__num_classes": 10**9}, "names 4 classes of"),
+    "a billion samples": (same_rows, {"shards__samples": 10**9}, "samples of summary"),
+    "samples of text": (same_rows, {"shards__samples": "x"}, "cannot be used"),
+    "no samples": (same_rows, {"shards": {}}, "cannot be used: 'samples'"),
+}  # fmt: skip
+"""By what is wrong: rows, fields of the certificate, and what is said; all digests fit."""
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_samples_are_refused_before_they_take_memory(finished, what, tmp_path, monkeypatch):
+    change, fields, message = HOSTILE[what]
+    shutil.copytree(finished.out_url.removeprefix("file://"), tmp_path / "out")
+    out = Store(str(tmp_path / "out"))
+    genuine = pq.read_table(io.BytesIO(out.read("samples.parquet")))
+    pq.write_table(change(genuine), tmp_path / "out/samples.parquet", row_group_size=64)
+    body = json.loads(out.read("certificate.json"))
+    del body["digest"]
+    put(body, **fields)
+    body["samples_sha256"] = hashlib.sha256(out.read("samples.parquet")).hexdigest()
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    body["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    out.write("certificate.json", json.dumps(body).encode())
+    summary = json.loads(out.read("summary.json"))
+    out.write(
+        "summary.json", json.dumps({**summary, "certificate_digest": body["digest"]}).encode()
+    )
+    monkeypatch.setenv("CERTIFIED_PRETRAIN_LIMIT_TABLE_BYTES", "1000000")
+    with pytest.raises(EvaluationError, match=message):
+        read_result(out)
+    # The gate reads neither those columns nor the names of the summary.
+    if what not in ("lists", "a long text", "a billion classes"):
+        with pytest.raises(EvaluationError, match="cannot be read"):
+            CertificateBundle.read(out.url)
+
+
+def test_a_huge_file_of_samples_is_not_read(finished, tmp_path):
+    shutil.copytree(finished.out_url.removeprefix("file://"), tmp_path / "out")
+    out = Store(str(tmp_path / "out"))
+    os.truncate(tmp_path / "out/samples.parquet", 20 << 30)  # sparse: 20 GiB of nothing
+    for read in (lambda: read_result(out), lambda: CertificateBundle.read(out.url)):
+        with pytest.raises(EvaluationError, match=r"21,474,836,480 bytes; .* rows take at most"):
+            read()
+    body = json.loads(out.read("certificate.json"))
+    put(body, shards__samples=10**9)
+    out.write("certificate.json", json.dumps(body).encode())
+    for read in (lambda: read_result(out), lambda: CertificateBundle.read(out.url)):
+        with pytest.raises(EvaluationError, match="bytes, the limit is 1,073,741,824"):
+            read()
+
+
 def test_a_result_that_was_forged_is_made_again(fields, first, capsys):
     out = Store(fields["out"])
     body = json.loads(out.read("summary.json"))
@@ -283,7 +361,14 @@ def test_a_result_that_was_forged_is_made_again(fields, first, capsys):
     sound["cra"] = dict.fromkeys(sound["cra"], 1.0)
     put(body, columns__sound__clean=1.0, network_bound=0.5)
     out.write("summary.json", json.dumps(body).encode())
-    arguments = ["--artifact", fields["artifact"], "--out", fields["out"], "--launcher", "local"]
+    arguments = [
+        "--artifact",
+        fields["artifact"],
+        "--out",
+        fields["out"],
+        "--cluster.launcher",
+        "local",
+    ]
     arguments += ["--batch-size", "3", "--no-record", "--eps", *fields["eps"]]
     assert main(arguments) == 0
     assert f"proved <= {first.network_bound:.9f}" in capsys.readouterr().out
@@ -351,7 +436,7 @@ def test_summary_json_round_trip(first):
 def test_the_entry_reports_and_records(fields, tmp_path, capsys):
     store = empty_database(tmp_path, "synthetic").uri
     arguments = [
-        "--artifact", fields["artifact"], "--launcher", "local", "--out", fields["out"],
+        "--artifact", fields["artifact"], "--cluster.launcher", "local", "--out", fields["out"],
         "--tracking.uri", store, "--tracking.experiment", "synthetic",
     ]  # fmt: skip
     assert main(arguments) == 0
@@ -378,16 +463,16 @@ def test_the_entry_reports_and_records(fields, tmp_path, capsys):
 
 def bad_shards(tmp_path):
     write_shard_set(synthetic(classes=3, size=8, samples=60, seed=1), str(tmp_path / "three"))
-    return ["--shards", str(tmp_path / "three")]
+    return ["--data.shards", str(tmp_path / "three")]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (lambda tmp_path: ["--artifact", "nowhere"], "no artifact at"),
-        (lambda tmp_path: ["--shards", "nowhere"], "no shard set at"),
+        (lambda tmp_path: ["--data.shards", "nowhere"], "no shard set at"),
         (lambda tmp_path: ["--split", "half"], "'half' is not one of"),
-        (lambda tmp_path: ["--device", "cuda"], "no GPU that torch can use"),
+        (lambda tmp_path: ["--cluster.device", "cuda"], "no GPU that torch can use"),
         (bad_shards, "3 classes, the network takes 3x8x8 in 4 classes"),
     ],
 )
@@ -396,7 +481,7 @@ def test_the_entry_refuses_bad_input_with_one_line(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    given = ["--artifact", fields["artifact"], "--launcher", "local", "--no-record"]
+    given = ["--artifact", fields["artifact"], "--cluster.launcher", "local", "--no-record"]
     assert main([*given, *arguments(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error.replace("\n", " ")
@@ -404,7 +489,7 @@ def test_the_entry_refuses_bad_input_with_one_line(
 
 
 def test_an_artifact_without_context_needs_the_shards_option(fields, bare_artifact):
-    with pytest.raises(EvaluationError, match="give --shards"):
+    with pytest.raises(EvaluationError, match=r"give --data\.shards"):
         evaluate(fields | {"artifact": bare_artifact})
 
 

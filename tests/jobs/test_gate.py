@@ -245,6 +245,20 @@ def test_another_eps_than_the_rule_states_is_refused(gated, name):
         promotion.register(gated.registry, name, other)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("eps", ""), ("eps", "1/0"), ("eps", "nan"), ("alpha", "nan"), ("alpha", "2"),
+     ("min_gain", "-1"), ("min_samples", "0"), ("norm", "l1")],
+)  # fmt: skip
+def test_a_damaged_rule_judges_nothing(gated, name, field, value):
+    gated.registry.set_model_tags(name, {f"gate.{field}": value})
+    for act in (lambda: promotion.register(gated.registry, name, gated.of_steady),
+                lambda: promotion.promote(gated.registry, name)):  # fmt: skip
+        with pytest.raises(RegistryError, match=f"the rule of .* is damaged: (.|\n)*{field}"):
+            act()
+    assert champion(gated, name) is None
+
+
 def test_a_registered_model_predicts_with_its_certified_radius(gated, name, monkeypatch):
     import mlflow
 
@@ -274,7 +288,7 @@ def test_a_registered_model_predicts_with_its_certified_radius(gated, name, monk
 
 
 def test_a_registered_model_refuses_other_weights(gated, name, tmp_path, monkeypatch):
-    from jobs.prediction.serving import CertifiedModel
+    from jobs.prediction.predictor import CertifiedModel
 
     with pytest.raises(EvaluationError, match="has digest"):
         CertifiedModel(artifact_url=gated.sharp, artifact_digest="0" * 64, eps="1/255")

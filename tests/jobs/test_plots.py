@@ -9,9 +9,9 @@ from matplotlib._pylab_helpers import Gcf
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from data_shards.untrusted.terminal import PlainConsole
-from jobs.evaluation import plot_style
-from jobs.evaluation.plots import bounds_png, cra_png, radius_histogram_png
 from jobs.evaluation.sample_records import CURVE_EPS
+from jobs.figures import plot_style
+from jobs.figures.plots import bounds_png, cra_png, radius_histogram_png
 from model.certification.eps import eps_value
 from pipeline.run.evaluation_summary import (
     AttackScores,
@@ -233,6 +233,8 @@ def test_bounds_are_drawn_at_their_values_in_the_order_of_the_layers(drawn):
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [row.name for row in rows]
     assert axes.yaxis_inverted()
+    assert "distance of the proved norm from 1" in axes.get_xlabel()  # what the axis says
+    assert "a perfectly orthogonal matrix has norm 1" in axes.get_xlabel()
     above, below, gap = axes.collections[1:]
     np.testing.assert_allclose(above.get_offsets()[:, 0], [row.upper - 1 for row in rows[:-1]])
     np.testing.assert_allclose(below.get_offsets()[:, 0], 0.75)

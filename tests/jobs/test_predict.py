@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 
 import numpy as np
@@ -12,9 +13,9 @@ from data_shards.sources.base import encode_png
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.predict import FIELDS, PredictConfig, main, predict
 from jobs.prediction.image_files import find_pictures, prepare
-from jobs.prediction.serving import SoundPredictor
+from jobs.prediction.predictor import CertifiedModel, SoundPredictor, artifact_url
 from model.certification.matrix_bounds import matrix_bound
-from tests.jobs.conftest import NETWORK
+from tests.jobs.conftest import NETWORK, export
 
 pytestmark = pytest.mark.integration
 
@@ -53,7 +54,7 @@ def test_rows_agree_with_the_network_and_its_certificate(artifact, network, fold
     assert [row["path"] for row in rows] == [
         str(folder / name) for name in ("0.png", "1.png", "2.png", "3.png", "deep/4.png")
     ]
-    assert (count.others, count.failed) == (1, 0)
+    assert (count.others, count.failed) == ((str(folder / "notes.txt"),), 0)
     pixels = torch.from_numpy(np.stack([image_of(seed) for seed in range(5)]))
     with torch.no_grad():
         logits = network(pixels / 255)
@@ -77,7 +78,7 @@ def test_no_perturbation_within_the_radius_changes_the_class(artifact, folder):
         lengths = noise.flatten(1).norm(dim=1)
         scale = 0.999 * found.radius / lengths
         moved = pixels.double() / 255 + scale[:, None, None, None] * noise
-        assert torch.equal(predictor._network(moved).argmax(1), found.prediction)
+        assert torch.equal(predictor._sound.network(moved).argmax(1), found.prediction)
 
 
 def test_bounds_of_other_weights_are_refused(artifact):
@@ -117,6 +118,57 @@ def test_colour_never_becomes_grey():
         prepare(png(image_of(0)), (1, 8, 8), resize=True)
 
 
+def test_three_equal_channels_are_grey_with_resize_and_said(tmp_path):
+    grey = image_of(0, (1, 8, 8))
+    for mode in ("RGB", "RGBA"):
+        file = io.BytesIO()
+        Image.fromarray(grey[0]).convert(mode).save(file, "PNG")
+        with pytest.raises(EvaluationError, match=r"--resize does it"):
+            prepare(file.getvalue(), (1, 8, 8), resize=False)
+        found = prepare(file.getvalue(), (1, 8, 8), resize=True)
+        assert np.array_equal(found.pixels.numpy(), grey)
+        assert found.resize == (
+            "8x8x3 to 8x8x1: one of 3 equal channels taken; the radius is of its pixels"
+        )
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF"])
+def test_other_formats_of_one_image_are_read(artifact, tmp_path, kind):
+    image = Image.fromarray(image_of(3).transpose(1, 2, 0)).quantize(200)
+    image.convert("RGB").save(tmp_path / "a.png")
+    image.save(tmp_path / f"a.{kind.lower()}", kind)
+    rows, count = rows_of(artifact, tmp_path)
+    assert count.failed == 0
+    assert len(rows) == 2
+    assert rows[0]["radius"] == rows[1]["radius"]
+
+
+def test_a_run_is_its_artifact_that_was_evaluated_on_test_else_its_newest(tmp_path, folder):
+    run = tmp_path / "run"
+    for step in (10, 20, 30):
+        export(run / f"artifacts/step-{step:08d}")
+    (run / "artifacts/step-00000040.bak").mkdir()
+    assert artifact_url(str(run)).endswith("run/artifacts/step-00000030")
+    result = run / "artifacts/step-00000020/evaluation/test/summary.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
+    artifact = artifact_url(str(run))
+    assert artifact.endswith("run/artifacts/step-00000020")
+    assert artifact_url(artifact) == artifact
+    assert len(rows_of(str(run), folder)[0]) == 5
+
+
+def test_rows_name_the_class(tmp_path, folder):
+    names = ("cat", "hot dog", "snow leopard", "fox")
+    named = export(tmp_path / "named", class_names=names)
+    rows, _ = rows_of(named, folder)
+    assert [row["class"] for row in rows] == [names[row["label"]] for row in rows]
+    answer = CertifiedModel(
+        artifact_url=named, artifact_digest=SoundPredictor(named).info.digest, eps="1/255"
+    ).predict(np.stack([image_of(seed) for seed in range(5)]))
+    assert answer["class"] == [row["class"] for row in rows]
+
+
 def test_a_damaged_file_has_a_row_with_its_error(artifact, folder):
     (folder / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
     rows, count = rows_of(artifact, folder)
@@ -141,7 +193,7 @@ def test_the_entry_writes_json_lines_and_csv(artifact, folder, tmp_path, capsys)
     rows = [json.loads(line) for line in captured.out.splitlines()]
     assert [tuple(row) for row in rows] == [FIELDS] * 5
     assert "5 images" in captured.err
-    assert "1 other files ignored" in captured.err
+    assert f"no images by their names: 1, {folder}/notes.txt" in captured.err
     out = tmp_path / "rows.csv"
     assert main([artifact, str(folder), "--out", str(out)]) == 0
     table = list(csv.DictReader(io.StringIO(out.read_text())))
@@ -166,11 +218,26 @@ def test_a_huge_file_costs_its_own_row_alone(artifact, folder, tmp_path):
     shutil.copytree(folder, whole)
     with (whole / "huge.png").open("wb") as file:
         file.truncate(20 << 30)  # sparse: 20 GiB of nothing
+    os.mkfifo(whole / "pipe.png")
     before, _ = rows_of(artifact, folder)
     rows, _ = rows_of(artifact, whole)
     errors = [row["error"] for row in rows if row["path"].endswith("huge.png")]
     assert len(errors) == 1
     assert "huge.png has 21,474,836,480 bytes, the limit is 268,435,456" in errors[0]
-    assert [row["radius"] for row in rows if not row["path"].endswith("huge.png")] == [
+    errors = [row["error"] for row in rows if row["path"].endswith("pipe.png")]
+    assert len(errors) == 1
+    assert "is a device or a pipe" in errors[0]
+    assert [row["radius"] for row in rows if row["error"] is None] == [
         row["radius"] for row in before
     ]
+
+
+@pytest.mark.parametrize("form", ["rows.csv", "-"])
+def test_a_name_that_is_no_text_ends_no_table(artifact, folder, tmp_path, capfd, form):
+    (folder / os.fsdecode(b"\xff.png")).write_bytes(b"\x89PNG")
+    out = form if form == "-" else str(tmp_path / form)
+    assert main([artifact, str(folder), "--out", out, "--format", "csv"]) == 1
+    said = capfd.readouterr().out
+    text = said if form == "-" else (tmp_path / form).read_text()
+    assert len(list(csv.DictReader(io.StringIO(text)))) == 6
+    assert r"\udcff.png" in text

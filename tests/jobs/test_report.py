@@ -1,5 +1,6 @@
 import dataclasses
 import html.parser
+import importlib.util
 import re
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from jobs.reporting.report_data import LeftOut, collect
 from model.certification.wilson_interval import wilson
 from pipeline.tracking.client import MlflowConnection, TrackingConfig, now_ms
 from pipeline.tracking.reader import Point, Reader, TrackingError
+from tests.end_to_end.mlflow_ui import browser, chromium
 from tests.jobs.conftest import NETWORK, export
 from tests.mlflow_database import empty_database
 
@@ -113,6 +115,44 @@ def test_runs_are_compared_by_their_last_checkpoint(report):
     assert not report.left_out
 
 
+def test_the_page_shows_classes_confusions_and_the_closest_images(report, texts):
+    (group,) = report.groups
+    summary = group.entries[0].chosen.summary
+    label, said, count = summary.confusions[0]
+    names = summary.class_names
+    assert len(names) == 4
+    assert f"<th>as {names[said]}</th>" in texts[PAGE]
+    assert f"<tr><td>{names[label]}</td>" in texts[PAGE]
+    assert 'alt="closest.png of one"' in texts[PAGE]
+    assert f"takes {names[label]} for {names[said]} ({count}x)" in texts[TEXT]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium() is None, reason="needs Chromium: apt-get install chromium")
+@pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="needs playwright")
+def test_no_table_of_a_long_run_is_cut_at_1280_pixels(made, report, tmp_path):
+    """With a name as a run gets it, and every column that costs can have."""
+
+    def longer(reported):
+        run = replace(reported.run, name="cifar10-L32W1024-20261129-075501")
+        return replace(reported, run=run, cost=replace(reported.cost, devices="8 x NVIDIA H200"))
+
+    (group,) = report.groups
+    entries = tuple(replace(e, reported=longer(e.reported)) for e in group.entries)
+    page = replace(report, groups=(replace(group, entries=entries),))
+    (tmp_path / PAGE).write_text(render(page, uri=made.tracking.uri)[PAGE])
+    with browser() as context:
+        shown = context.new_page()
+        shown.set_viewport_size({"width": 1280, "height": 900})
+        shown.goto((tmp_path / PAGE).as_uri())
+        widths = (
+            "[...document.querySelectorAll('.scroll')].map(e => [e.scrollWidth, e.clientWidth])"
+        )
+        found = [pair for pair in shown.evaluate(widths) if pair[1]]
+        assert len(found) >= 3
+        assert [inside for inside, outside in found if inside > outside] == []
+
+
 def test_order_of_the_runs_is_the_one_that_was_asked_for(made):
     report = collected(made, made.runs["two<b>"], "one")
     assert [reported.run.name for reported in report.runs] == ["two<b>", "one"]
@@ -151,7 +191,7 @@ def test_page_is_self_contained_and_shows_the_certificates(report, texts):
     attack = report.groups[0].entries[0].chosen.summary.attack
     assert f"attack {attack.accuracy['36/255']:.2%}" in text
     # Two images of every run, the curves, the costs, and the empty icon.
-    assert page.tags.count("img") == 2 + 2 * 2
+    assert page.tags.count("img") == 2 + 2 * 3
 
 
 def test_markdown_tables_have_one_width(texts):

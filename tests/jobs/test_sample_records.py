@@ -100,6 +100,14 @@ def test_per_class_scores_leave_out_empty_classes():
     )
 
 
+def test_classes_that_a_certificate_states_and_no_sample_has_cost_nothing():
+    column, label = A.columns["sound"], A.label
+    few = per_class_scores(column, label, ["36/255"], 2)
+    assert [row["label"] for row in few] == [0, 1]
+    assert per_class_scores(column, label, ["36/255"], 10**9) == few
+    assert per_class_scores(column, label, ["36/255"], 1) == few[:1]
+
+
 def test_samples_parquet_has_one_row_per_sample():
     table = pq.read_table(io.BytesIO(samples_parquet([A, B])))
     assert table.column_names == [

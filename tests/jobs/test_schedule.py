@@ -14,13 +14,14 @@ from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluation.config import EvaluationConfig, suite_config
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.suites import EVALUATION_SUITES
-from jobs.schedule import Scheduler, _apply, _due_now, main, rules_by_time, trigger
+from jobs.schedule import Scheduler, _apply, _due_now, _mark, main, rules_by_time, trigger
 from jobs.scheduling.backlog import Backlog
 from jobs.scheduling.claims import ClaimPhase, Claims
 from jobs.scheduling.config import ScheduleConfig, arguments
 from jobs.scheduling.launchers import submission_id
 from jobs.scheduling.status_page import page
 from pipeline.run.lease import Lease
+from pipeline.tracking.checkpoint_query import CheckpointQuery
 from pipeline.tracking.client import TrackingConfig
 from tests.jobs.mlflow_store import Store
 
@@ -220,6 +221,48 @@ def test_a_time_that_passed_without_a_scheduler_is_caught_up(store):
     assert _due_now(cron, config, claims)
 
 
+@pytest.mark.parametrize(
+    "mark",
+    [b"", b"[]", b"{}", b"\0" * 40, b'{"at": "x"}', b'{"at": null}', b'{"at": NaN}',
+     b'{"at": 1e18}', b'{"at": 1e300}', b'{"at": 253402300799}', b'{"at": [1]}'],
+)  # fmt: skip
+def test_a_damaged_mark_of_a_rule_applies_it_now(tmp_path, caplog, mark):
+    config = ScheduleConfig(claims=str(tmp_path))
+    claims = Claims(config.claims_url, lease_s=60)
+    for when in ("1h", "0 3 * * *"):
+        claims.store.write(_mark(when), mark)
+        assert _due_now(when, config, claims)
+    assert caplog.text.count("the rule is applied now") == 2
+
+
+@pytest.mark.parametrize(
+    ("params", "note"),
+    [
+        ({"data.test_split": "../../secret"}, "would leave the store"),
+        ({"checkpoint.evaluate_eps": "['1/0']"}, "1/0"),
+    ],
+)
+def test_one_record_beyond_reason_leaves_the_others_to_be_evaluated(store, params, note):
+    store.checkpoint(1, run_id=store.train("odd", **params))
+    store.checkpoint(2)
+    odd, sound = backlog(store)[0].look(["certify+fast-attack"])
+    assert (odd.phase, sound.phase) == (ClaimPhase.FAILED, ClaimPhase.OPEN)
+    assert note in odd.note
+
+
+def test_a_version_whose_model_was_deleted_hides_no_other(store, caplog):
+    client = MlflowClient(store.tracking.uri)
+    client.create_registered_model("it's")
+    for step in (1, 2):
+        model_id = store.checkpoint(step)[2]
+        source = client.get_logged_model(model_id).artifact_location
+        client.create_model_version("it's", source, tags={"model_id": model_id})
+    client.delete_logged_model(model_id)
+    watch = CheckpointQuery(store.tracking.uri, ("another",), ("it's",))
+    assert [found.step for found in watch.checkpoints()] == [1]
+    assert "is passed over" in caplog.text
+
+
 def test_a_store_that_does_not_answer_is_asked_again(store, monkeypatch, caplog):
     store.checkpoint(1)
     look, claims, config = backlog(store)
@@ -237,7 +280,7 @@ def test_once_evaluates_records_and_then_has_nothing_to_do(store, capfd, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(store.folder / "cache"))
     url, _, model_id = store.checkpoint(7)
     flags = ["--tracking.uri", store.tracking.uri, "--tracking.experiment", "set"]
-    flags += ["--rules", "certify@checkpoint", "--tasks.launcher", "local"]
+    flags += ["--rules", "certify@checkpoint", "--cluster.launcher", "local"]
     assert main([*flags, "--once"]) == 0
     log = next((store.folder / "cache").rglob("*.log")).read_text()
     assert "certified robust accuracy" in log

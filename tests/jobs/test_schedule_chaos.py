@@ -33,7 +33,12 @@ class Schedulers:
             "--rules",
             "certify+fast-attack@checkpoint",
         ]
-        self.command += ["--entry", "tests.jobs.fake_evaluation:main", "--tasks.launcher", "local"]
+        self.command += [
+            "--entry",
+            "tests.jobs.fake_evaluation:main",
+            "--cluster.launcher",
+            "local",
+        ]
         self.command += ["--lease-s", "8", "--poll-s", "1", "--parallel", "2", "--attempts", "99"]
         self.log = (store.folder / "schedulers.log").open("ab")
         self.environment = {**os.environ, "XDG_CACHE_HOME": str(store.folder / "cache")}

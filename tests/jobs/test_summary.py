@@ -46,11 +46,32 @@ def test_training_prints_the_table_of_the_job():
     evaluation = summary()
     prepared, tracker = mock.Mock(), mock.Mock(run=None)
     prepared.job.run_url = "file:///runs/a"
+    prepared.schedule.last_step = prepared.schedule.total_steps = 1000
     by_job = printed(lambda console: report(console, [evaluation]))
     by_training = printed(
         lambda console: _show([evaluation], prepared, tracker, RunConsole(console))
     )
     assert by_training == f"{by_job}artifacts:   /runs/a/artifacts\n"
+
+
+def test_training_that_was_told_to_stop_says_how_to_go_on():
+    prepared = mock.Mock()
+    prepared.job.run_url = "file:///runs/a"
+    prepared.schedule.last_step, prepared.schedule.total_steps = 10, 764
+    prepared.job.config.name, prepared.job.config.storage = "my run", "s3://b/runs"
+    prepared.job.config.train.processor_seconds = 0
+    text = printed(lambda console: _show([], prepared, mock.Mock(run=None), RunConsole(console)))
+    assert "stopped after step 10 of 764, as --train.stop-after says" in text
+    assert "--resume --name 'my run' --storage s3://b/runs\n" in text
+
+
+def test_training_whose_budget_of_time_is_spent_is_not_continued():
+    prepared = mock.Mock()
+    prepared.job.run_url = "file:///runs/a"
+    prepared.schedule.last_step, prepared.schedule.total_steps = 10, 764
+    prepared.job.config.train.processor_seconds = 30
+    text = printed(lambda console: _show([], prepared, mock.Mock(run=None), RunConsole(console)))
+    assert text == "artifacts:   /runs/a/artifacts\n"
 
 
 def test_names_from_outside_end_no_run():

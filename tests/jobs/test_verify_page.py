@@ -304,7 +304,7 @@ def test_other_families_are_refused(case, tmp_path, capsys):
         dense_inner=8,
     )  # fmt: skip
     other = export(tmp_path / "sll", config)
-    places = ("--verify-artifact", other, "--verify-shards", str(case.shards))
+    places = ("--verify-artifact", other, "--data.shards", str(case.shards))
     message = refused(capsys, "--verify", str(case.certificate), *places)
     assert "family 'sll'" in message
     assert "'lipnext' alone" in message
@@ -326,7 +326,7 @@ def test_images_that_do_not_fit_are_refused(case, monkeypatch):
 
 
 def test_files_that_do_not_belong_together_are_refused(case, tmp_path, capsys):
-    places = ("--verify-artifact", str(case.model), "--verify-shards", str(case.shards))
+    places = ("--verify-artifact", str(case.model), "--data.shards", str(case.shards))
     assert "no evaluation, artifact or run" in refused(capsys, "--verify", str(tmp_path))
     assert "names no artifact_url" in refused(capsys, "--verify", str(case.certificate))
     other = case.copy(tmp_path / "other")
@@ -347,7 +347,7 @@ def test_files_that_do_not_belong_together_are_refused(case, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--verify", "x", "run"), ("--verify-samples", "3"), ("--verify-shards", "x")]
+    "arguments", [("--verify", "x", "run"), ("--verify-samples", "3"), ("--data.shards", "x")]
 )
 def test_options_that_contradict_are_refused(arguments):
     with pytest.raises(SystemExit) as error:

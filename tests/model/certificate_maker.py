@@ -72,7 +72,13 @@ class Case:
 
     @property
     def arguments(self) -> list[str]:
-        return [str(self.certificate), "--artifact", str(self.model), "--shards", str(self.shards)]
+        return [
+            str(self.certificate),
+            "--artifact",
+            str(self.model),
+            "--data.shards",
+            str(self.shards),
+        ]
 
     def json(self, name: str) -> dict:
         return json.loads((self.root / name).read_text())

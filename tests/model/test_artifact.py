@@ -83,6 +83,29 @@ def test_round_trip(folder, network, generator):
     assert info.weights_sha256 == hashlib.sha256(folder.files["weights.safetensors"]).hexdigest()
 
 
+def test_classes_keep_their_names_which_change_no_function(folder, network):
+    classes = tiny_config().num_classes
+    names = tuple(f"hot dog {label}" for label in range(classes))
+    named = Folder()
+    info = write_artifact(
+        named.open,
+        network_config=tiny_config(),
+        tensors=network.named_parameters(),
+        context={},
+        class_names=names,
+    )
+    assert read_info(named.open).class_names == names
+    assert read_info(named.open).class_name(1) == "hot dog 1"
+    assert read_info(folder.open).class_name(1) == "1"
+    assert info.digest == read_info(folder.open).digest
+    edit(named, lambda info: info["class_names"].pop())
+    with pytest.raises(ModelError, match=rf"{classes - 1} class names for {classes} classes"):
+        read_info(named.open)
+    edit(named, lambda info: info.update(class_names=["x" * 2000] * classes))
+    with pytest.raises(ModelError, match=r"a class of .* has a name of 2,000 bytes"):
+        read_info(named.open)
+
+
 def test_residuals_are_measured_in_float64_on_the_stored_values(folder, network):
     info = read_info(folder.open)
     expected = {

@@ -1,11 +1,21 @@
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.networks.linf import distance as module
-from model.networks.linf.distance import PowerMean, RankedSum, Subsets, distance, largest
+from model.networks.linf.distance import (
+    TRAINED_OPERATIONS,
+    PowerMean,
+    RankedSum,
+    Subsets,
+    _tiles,
+    distance,
+    largest,
+)
+from model.networks.linf.sortnet import SortNetConfig
 
 COEFFICIENTS = (0.5, 0.25, 0.15)
 
@@ -136,3 +146,44 @@ def test_sorted_distances_contain_linear_units_and_group_sort(generator):
         found = distance(x, -group[None], RankedSum(one))[:, 0] - 2 * bound
         expected = x[:, [1, 3, 4]].sort(1, descending=True).values[:, rank]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+class CountedElements(TorchDispatchMode):
+    """Counts the elements on which additions, comparisons and logarithms or powers act."""
+
+    kinds: ClassVar = {
+        **dict.fromkeys(("sub", "add", "sum"), "additions"),
+        **dict.fromkeys(("amax", "clamp", "clamp_"), "comparisons"),
+        **dict.fromkeys(("log2", "log2_", "exp2", "exp2_"), "logarithms and powers"),
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.counts = dict.fromkeys(TRAINED_OPERATIONS, 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kind = self.kinds.get(func.__name__.split(".")[0])
+        if kind:
+            given = (*args, *(kwargs or {}).values())  # with what is written to
+            self.counts[kind] += max(a.numel() for a in given if isinstance(a, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_operations_of_a_distance_are_those_that_a_power_mean_does():
+    b, o, n = 40, 40, 300  # so many that what is done once per point does not count
+    x, w = torch.rand(b, n), torch.rand(o, n, requires_grad=True)
+    with CountedElements() as counted:
+        distance(x.requires_grad_(), w, PowerMean(8.0)).sum().backward()
+    for name, count in TRAINED_OPERATIONS.items():
+        assert counted.counts[name] / (b * o * n) == pytest.approx(count, rel=0.05), name
+
+
+def test_a_network_that_is_only_planned_is_cut_into_few_tiles():
+    x, w = (torch.empty(256, 5120, device="meta") for _ in range(2))
+    assert sum(1 for _ in _tiles(x, w, buffers=1)) < 64
+
+
+def test_operations_of_a_sortnet_count_the_layers_that_training_sees():
+    config = SortNetConfig(input_shape=(1, 4, 4), num_classes=3, width=10, depth=3, keep=0.5)
+    pairs = 16 * 5 + 5 * 5 + 5 * 3
+    assert config.operations()["additions"] == pytest.approx(7 * pairs)

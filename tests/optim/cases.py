@@ -118,7 +118,7 @@ def check_resume(exchange: Exchange) -> None:
 
 
 def check_bytes(exchange: Exchange) -> None:
-    """20 N / W bytes per plain step, 24 at a synchronisation, 8 more at a polar retraction.
+    """20 N / W bytes per plain step, 24 at a synchronisation, 8 more at a polar projection.
 
     The vote of a retraction is a float32 per rank, the summary of an audit two float64.
     """

@@ -30,7 +30,7 @@ from tests.pipeline.small_runs import (
 pytestmark = pytest.mark.distributed
 
 STEPS = 14
-# Between the Lookahead synchronisations at 6 and 12 and the polar retractions at 5 and 10.
+# Between the Lookahead synchronisations at 6 and 12 and the polar projections at 5 and 10.
 STOP = 8
 EARLIER = 4
 BATCH = 24

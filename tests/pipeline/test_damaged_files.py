@@ -14,7 +14,7 @@ from jobs.scheduling import status_page
 from jobs.scheduling.claims import ClaimPhase, Claims
 from pipeline.config import RESERVED_NAMES
 from pipeline.driver.console import RunConsole
-from pipeline.driver.preflight import _continue
+from pipeline.driver.preflight import _continue, _run_key
 from pipeline.errors import PipelineError
 from pipeline.presets import run_preset
 from pipeline.resilience.oom import too_large
@@ -36,6 +36,15 @@ def test_a_run_whose_configuration_is_gone_is_refused_by_name(tmp_path, data):
     config = dataclasses.replace(run_preset("digits"), name="x", resume=True)
     with pytest.raises(PipelineError, match=r"run\.json cannot be used: .*another --name"):
         _continue(config, Store(tmp_path))
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 32, b"\xff" * 32, b"' or '1", b"a" * 33])
+def test_a_key_of_a_run_that_cannot_be_read_is_refused_by_name(tmp_path, data):
+    (tmp_path / layout.TRACKING_KEY).write_bytes(data)
+    with pytest.raises(PipelineError, match=r"tracking\.key is damaged: .* is no key"):
+        _run_key(Store(tmp_path))
+    (tmp_path / layout.TRACKING_KEY).unlink()
+    assert _run_key(Store(tmp_path)) == _run_key(Store(tmp_path))
 
 
 @pytest.mark.parametrize("data", NO_OBJECTS)

@@ -269,6 +269,28 @@ def test_a_long_spool_is_opened_in_little_memory(tmp_path):
         tracemalloc.stop()
 
 
+def test_a_line_without_an_end_is_passed_over_in_little_memory(tmp_path, caplog):
+    """A machine that went down may leave any number of NUL bytes."""
+    row = {"kind": "metrics", "step": 1, "timestamp_ms": 1, "values": {"loss": 0.5}}
+    path = tmp_path / "spool.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"kind": "start", "run_key": "r"}\n')
+        file.truncate(100 << 20)
+        file.seek(0, 2)
+        file.write(b"\n" + json.dumps(row).encode() + b"\n")
+    tracemalloc.start()
+    try:
+        spool = _Spool(tmp_path, "server", "key")
+        rows = [row for row, _ in spool.read(10)]
+        assert spool.last_value("loss", None) == 0.5
+        assert spool.recorded({(1, 1)}) == {(1, 1)}
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    assert [found["kind"] for found in rows] == ["damaged", "damaged", "metrics"]
+    assert "2 damaged lines are not recorded, first line 1" in caplog.text
+
+
 def test_a_database_that_is_locked_is_told_in_one_line(tmp_path, capfd, caplog, monkeypatch):
     def impatient(text, genuine=sqlalchemy.sql.text):
         return genuine(text.replace("busy_timeout = 20000", "busy_timeout = 500"))
@@ -385,7 +407,7 @@ def calls_while_training(rank, world_size, folder):
 
     options = ["--cluster.launcher", "local", "--train.epochs", "1", "--model.width", "24"]
     options += ["--model.depth", "1", "--checkpoint.every-steps", "6", "--storage", folder]
-    options += ["--checkpoint.no-evaluate", "--mlflow", "http://127.0.0.1:9"]
+    options += ["--checkpoint.no-evaluate", "--tracking.uri", "http://127.0.0.1:9"]
     with (
         rank_world(rank, world_size),
         mock.patch.object(Trainer, "fit", noted_fit),

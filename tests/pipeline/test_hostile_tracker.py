@@ -16,11 +16,12 @@ from jobs.scheduling.claims import ClaimPhase
 from jobs.scheduling.config import ScheduleConfig, arguments
 from pipeline.tracking import checkpoint_query
 from pipeline.tracking.checkpoint_query import Checkpoint, CheckpointQuery
-from pipeline.tracking.client import MlflowConnection, TrackingConfig
-from pipeline.tracking.model_registry import Registry, RegistryError
+from pipeline.tracking.client import MlflowConnection, QuoteError, TrackingConfig, quoted
+from pipeline.tracking.model_registry import Registry, RegistryError, Version
 from pipeline.tracking.outbox import Tracker
 from pipeline.tracking.reader import Reader
 from pipeline.tracking.server_answers import AddressError, AnswerError, require_location
+from tests.mlflow_database import empty_database
 
 EXPERIMENT = {"experiment": {"experiment_id": "1", "name": "e", "lifecycle_stage": "active"}}
 
@@ -241,7 +242,7 @@ def test_an_answer_is_held_to_its_limit_uncompressed(monkeypatch, packed):
         serving({"experiments/get-by-name": answer}) as (uri, _),
         pytest.raises(Exception, match=r"the answer of 127\.0\.0\.1:\d+ has .* limit is 1,048"),
     ):
-        MlflowConnection(config(uri))
+        MlflowConnection(config(uri)).log_comparison("c", {}, {}, {})
 
 
 def test_a_server_does_not_send_us_to_another_one(monkeypatch):
@@ -250,7 +251,7 @@ def test_a_server_does_not_send_us_to_another_one(monkeypatch):
         headers = {"Location": f"{inside}/latest/meta-data"}
         with serving({"experiments": (302, headers, b"")}) as (uri, asked):
             with pytest.raises(Exception, match=r"302|answers|JSON"):
-                MlflowConnection(config(uri))
+                MlflowConnection(config(uri)).log_comparison("c", {}, {}, {})
             assert asked
         assert seen == []
 
@@ -297,3 +298,25 @@ def test_one_record_beyond_reason_does_not_hide_the_others(monkeypatch, caplog):
         assert [c.step for c in query.checkpoints()] == [4]
     assert query.recorded([""]) == set()  # that of an evaluation without a key
     assert [record.args[0] for record in caplog.records] == ["m1", "m2", "m3"]
+
+
+@pytest.mark.parametrize("text", ["plain", "it's", 'a "b"', "größe"])
+def test_a_name_with_quotes_is_a_name_in_a_search(tmp_path, text):
+    registry = Registry(empty_database(tmp_path, "e"))
+    registry.set_model_tags(text, {})
+    assert registry.versions(text) == []
+    assert quoted(text)[1:-1] == text
+
+
+@pytest.mark.parametrize("text", ["'\"", "a\\"])
+def test_what_no_search_can_hold_is_refused(text):
+    with pytest.raises(QuoteError, match="cannot search for"):
+        quoted(text)
+
+
+@pytest.mark.parametrize("key", ["../../../secret", "/etc", "d" * 63, ""])
+def test_a_digest_that_a_server_names_becomes_no_path(tmp_path, key):
+    registry = Registry(empty_database(tmp_path, "e"))
+    version = Version("digits", 1, (), {"model_id": "m", "certificate_digest": key})
+    with pytest.raises(RegistryError, match="carries no certificate"):
+        registry.evidence(version, key)

@@ -130,6 +130,51 @@ def test_a_server_that_serves_a_stranger_never_sees_the_token(monkeypatch):
     assert [arguments[1:] for arguments in seen] == [()]
 
 
+def nodes_of_dashboard(hosts):
+    return fake_ray.dashboard(token=TOKEN, nodes=hosts)
+
+
+def nodes_of_gcs(hosts):
+    return fake_ray.gcs(token=TOKEN, nodes=[(host, 1) for host in hosts])
+
+
+@pytest.mark.parametrize("form", ["http://127.0.0.1:{}", "127.0.0.1:{}"])
+def test_an_answer_without_an_end_is_read_to_the_limit_and_refused(form, monkeypatch):
+    """Nodes that nobody could ask are not taken for closed."""
+    monkeypatch.setenv("CERTIFIED_PRETRAIN_LIMIT_JSON_BYTES", "20000")
+    make = nodes_of_dashboard if form.startswith("http") else nodes_of_gcs
+    with make(["192.0.2.7"] * 2000) as port, pytest.raises(ExposureError) as refused:
+        require_closed(ray=form.format(port))
+    assert "names its nodes in more than 20,000 bytes" in str(refused.value)
+    assert "LIMIT_JSON_BYTES" in str(refused.value)
+
+
+def test_of_an_answer_of_a_stranger_no_more_than_the_limit_is_read(monkeypatch):
+    monkeypatch.setenv("CERTIFIED_PRETRAIN_LIMIT_JSON_BYTES", "1000")
+    with fake_ray.http_door({"/x": "0" * (8 << 20)}) as port:
+        status, body = open_servers._get(f"http://127.0.0.1:{port}/x")
+    assert (status, len(body)) == (200, 1001)
+
+
+@pytest.mark.parametrize(
+    "host", [5, None, "", "evil/latest/meta-data#", "x@evil", ["a"], "h" * 300]
+)
+def test_a_node_that_a_server_names_is_a_host_or_is_not_asked(host, monkeypatch):
+    asked = []
+    monkeypatch.setattr(open_servers, "_open_on", asked.append)
+    with nodes_of_dashboard([host]) as port:
+        require_closed(ray=f"http://127.0.0.1:{port}")
+    if isinstance(host, str):
+        with nodes_of_gcs([host]) as port:
+            require_closed(ray=f"127.0.0.1:{port}")
+    assert asked == []
+
+
+def test_an_answer_that_is_none_of_a_gcs_names_no_node():
+    with fake_ray.grpc_door(fake_ray.GCS, token=TOKEN, answer=b"\xff" * 40) as port:
+        require_closed(ray=f"127.0.0.1:{port}")
+
+
 def test_who_speaks_something_else_serves_no_stranger(monkeypatch):
     monkeypatch.setattr(open_servers, "_ANSWER_S", 1.0)
     with fake_ray.http_door({}) as port:
@@ -194,7 +239,7 @@ def test_training_is_refused_before_anything_is_made(tmp_path, capsys):
     with mlflow_server("0.0.0.0") as port:
         url = f"http://{OUTSIDE[0]}:{port}"
         storage = tmp_path / "runs"
-        code = pretrain.main(["digits", "--storage", str(storage), "--mlflow", url])
+        code = pretrain.main(["digits", "--storage", str(storage), "--tracking.uri", url])
     assert code == 2
     assert "lets anybody change runs and registered models" in capsys.readouterr().out
     assert not storage.exists()

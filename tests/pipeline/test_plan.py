@@ -206,7 +206,7 @@ def test_what_cannot_fit_is_refused_with_its_reason_and_a_way_out(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("digist",), "did you mean"),
+        (("digist",), "nearest: digits"),
         (("digits", "--gpus", "7"), "not divisible by"),
         (("digits", "--device", "TPU"), "--device TPU: not one of B200"),
         (("digits", "--device", "TPU", "--tflops", "9"), "give --memory-gb as well"),
@@ -216,15 +216,15 @@ def test_what_cannot_fit_is_refused_with_its_reason_and_a_way_out(capsys):
         (("digits", "--measured", "none.json"), "--measured none.json: No such file"),
         (("digits", "--measured", "README.md"), "--measured README.md: "),
         (("digits", "--measured", "a.json", "--device", "H100"), "the file has its own"),
-        (("synthetic",), "give --images"),
         (("digits", "--sweep", "0"), "--sweep 0: 0 devices, at least 1"),
         (("digits", "--sweep", "8,-8"), "-8 devices, at least 1"),
         (("digits", "--tflops", "inf"), "--tflops inf: a number that is not negative"),
         (("digits", "--images", "-1"), "--images -1: a number that is not negative"),
         (("digits", "--device", "V100", "--train.precision", "bf16"), "have no bf16"),
+        (("synthetic",), "give --data.shards, or --images"),
         (
             ("digits", "--cluster.launcher", "local", "--train.processor-seconds", "9"),
-            "train.processor_seconds=9: a plan counts",
+            "--train.processor-seconds 9: a plan counts",
         ),
     ],
 )
@@ -324,6 +324,24 @@ def planned(capsys, tmp_path, found, *options):
         capsys, "digits", "--gpus", "2", "--measured", str(path), "--json", *options
     )
     return (json.loads(out) if out else {}), code, err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: text.replace("40000000000.0", "Infinity"), "working_flops"),
+        (lambda text: text.replace("0.25", "NaN"), "step_efficiency"),
+        (lambda text: "[" * 100_000, "maximum recursion"),
+        (lambda text: text + " " * (16 << 20), "the limit is 16,777,216"),
+    ],
+)
+def test_what_was_measured_is_checked_before_it_is_believed(capsys, tmp_path, change, words):
+    path = tmp_path / "measured.json"
+    path.write_text(change(pieces().to_json()))
+    code, _, err = run_plan(capsys, "digits", "--gpus", "2", "--measured", str(path))
+    assert code == 2
+    assert f"--measured {path}: " in err
+    assert words in err
 
 
 def test_what_was_measured_replaces_data_sheets(capsys, tmp_path):

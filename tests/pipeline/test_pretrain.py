@@ -28,7 +28,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_workers(monkeypatch):
-    def started(*arguments):
+    def started(*arguments, **options):
         raise AssertionError("Ray was started although the run is impossible")
 
     monkeypatch.setattr(pipeline.launch.ray_launcher, "ray_session", started)
@@ -60,56 +60,62 @@ def refusal(capsys, tmp_path, shards):
         (["--bogus", "3"], ["--bogus"]),
         (["--train.epochs", "many"], ["--train.epochs", "many"]),
         (["--optim.lr", "-1"], ["lr", "greater than 0", "-1"]),
-        (["--model.width", "4"], ["width=4", "16 values of a patch"]),
-        (["--model.alpha", "0.3"], ["alpha=0.3", "(0, 1/4]"]),
-        (["--model.beta", "1.5"], ["beta=1.5", "[0, 1]"]),
-        (["--train.global-batch", "65"], ["global_batch=65", "2 ranks"]),
-        (["--train.global-batch", "4096"], ["global_batch=4096", "1149 samples"]),
-        (["--train.global-batch", "63", "--train.accumulation", "2"], ["63", "accumulation=2"]),
+        (["--model.width", "4"], ["--model.width 4 ", "16 values of a patch"]),
+        (["--model.alpha", "0.3"], ["--model.alpha 0.3", "(0, 1/4]"]),
+        (["--model.beta", "1.5"], ["--model.beta 1.5", "[0, 1]"]),
+        (["--train.global-batch", "65"], ["--train.global-batch 65", "2 ranks"]),
+        (["--train.global-batch", "4096"], ["--train.global-batch 4096", "1149 samples"]),
+        (
+            ["--train.global-batch", "63", "--train.accumulation", "2"],
+            ["63", "--train.accumulation 2"],
+        ),
         (["--model.input-shape", "1", "16", "16"], ["1x8x8", "1x16x16"]),
         (["--model.num-classes", "9"], ["10 classes", "9 classes"]),
         (
             ["--data.train-split", "train", "--data.test-split", "validation"],
-            ["test_split=validation", "train_split=fit"],
+            ["--data.test-split validation", "--data.train-split fit"],
         ),
         (["--train.epochs", "inf"], ["epochs", "finite"]),
         (["--train.epochs", "0"], ["epochs", "greater than 0"]),
         (["--train.accumulation", "0"], ["accumulation", "greater than or equal to 1"]),
         (["--train.precision", "fp8"], ["--train.precision", "fp8", "bf16"]),
-        (["--train.grad-clip", "nan"], ["grad_clip", "nan"]),
+        (["--train.grad-clip", "nan"], ["--train.grad-clip nan"]),
         (["--train.seed", "-1"], ["seed", "-1"]),
         (["--loss.kind", "hinge2"], ["--loss.kind", "hinge2", "ce_hinge"]),
-        (["--loss.eps-end", "nan"], ["eps_end", "finite"]),
+        (["--loss.eps-end", "nan"], ["--loss.eps-end nan", "finite"]),
         (["--loss.scale", "inf"], ["scale", "finite"]),
         (
             ["--loss.kind", "mixture", "--loss.ce-from", "0.9", "--loss.ce-to", "0.1"],
-            ["ce_from=0.9", "ce_to=0.1"],
+            ["--loss.ce-from 0.9", "--loss.ce-to 0.1"],
         ),
         (["--optim.betas", "0.9", "1"], ["betas", "less than 1"]),
         (["--optim.series", "taylor"], ["--optim.series", "taylor", "spectral"]),
-        (["--optim.lookahead-factor", "0"], ["lookahead_factor", "greater than 0"]),
-        (["--optim.residual-limit", "nan"], ["residual_limit", "finite"]),
-        (["--model.depth", "0"], ["depth=0", "at least 1"]),
-        (["--model.patch", "3"], ["patch=3", "8x8"]),
+        (["--optim.lookahead-factor", "0"], ["--optim.lookahead-factor 0:", "greater than 0"]),
+        (["--optim.residual-limit", "nan"], ["--optim.residual-limit nan", "finite"]),
+        (["--model.depth", "0"], ["--model.depth 0", "at least 1"]),
+        (["--model.patch", "3"], ["--model.patch 3", "8x8"]),
         (["--checkpoint.evaluate-eps", "abc"], ["eps 'abc'", "36/255"]),
         (["--checkpoint.evaluate-eps", "-1/255"], ["eps '-1/255'"]),
         (["--checkpoint.evaluate-eps", "1/255", "1/255"], ["names a ratio twice"]),
         (["--checkpoint.evaluate-eps", "36/1"], ["36/1", "larger than 8", "36/255"]),
-        (["--checkpoint.evaluate-eps"], ["evaluate_eps", "at least 1 item"]),
-        (["--checkpoint.every-steps", "-1"], ["every_steps", "-1"]),
+        (["--checkpoint.evaluate-eps"], ["--checkpoint.evaluate-eps", "must have at least 1 item"]),
+        (["--checkpoint.every-steps", "-1"], ["--checkpoint.every-steps -1"]),
         (["--cluster.device", "tpu"], ["--cluster.device", "tpu", "cuda"]),
         (["--cluster.workers", "0"], ["workers", "greater than or equal to 1"]),
-        (["--cluster.min-workers", "3"], ["min_workers=3", "workers=2"]),
-        (["--cluster.hang-timeout-s", "700"], ["hang_timeout_s=700", "600"]),
-        (["--cluster.max-failures", "-2"], ["max_failures", "-1"]),
-        (["--data.stream.shift-pixels", "8"], ["shift_pixels=8", "8x8"]),
+        (["--cluster.min-workers", "3"], ["--cluster.min-workers 3", "--cluster.workers 2"]),
+        (["--cluster.hang-timeout-s", "700"], ["--cluster.hang-timeout-s 700", "600"]),
+        (["--cluster.max-failures", "-2"], ["--cluster.max-failures -2", "-1"]),
+        (["--data.stream.shift-pixels", "8"], ["--data.stream.shift-pixels 8", "8x8"]),
         (["--data.stream.randaugment", "2"], ["randaugment", "less than or equal to 1"]),
         (["--data.stream.crop", "center"], ["crop", "center", "random-resized"]),
-        (["--mlflow", "ftp://host/x"], ["ftp://host/x", "sqlite:///"]),
-        (["--mlflow", "sqlite:///no/such/folder/x.db"], ["/no/such/folder/x.db", "no such folder"]),
+        (["--tracking.uri", "ftp://host/x"], ["ftp://host/x", "sqlite:///"]),
+        (
+            ["--tracking.uri", "sqlite:///no/such/folder/x.db"],
+            ["/no/such/folder/x.db", "no such folder"],
+        ),
         (["--storage", "/dev/null/x"], ["storage", "/dev/null/x"]),
         (["--storage", "bogus://x"], ["bogus", "not known"]),
-        (["--name", "a/b"], ["name='a/b'", "without /"]),
+        (["--name", "a/b"], ["--name 'a/b'", "without /"]),
         (["--start-or-resume"], ["start_or_resume", "--name"]),
         (["--resume", "--name", "nothing"], ["--resume", "nothing"]),
         (["--resume"], ["--resume", "no run of preset 'digits'"]),
@@ -122,18 +128,18 @@ def test_impossible_settings_are_refused(refusal, overrides, parts):
 
 
 def test_credentials_in_urls_are_refused_and_not_repeated(refusal):
-    text = refusal("--mlflow", "https://me:sesame@tracking.example")
-    assert "mlflow holds credentials" in text
+    text = refusal("--tracking.uri", "https://me:sesame@tracking.example")
+    assert "--tracking.uri holds credentials" in text
     assert "sesame" not in text
 
 
 def test_unknown_preset(refusal):
-    assert "did you mean 'digits'?" in refusal(preset="digit")
+    assert "unknown preset 'digit' (nearest: digits, " in refusal(preset="digit")
 
 
 def test_a_gpu_that_is_not_there(refusal, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "cluster.device=cuda" in refusal("--cluster.device", "cuda")
+    assert "--cluster.device cuda: this machine" in refusal("--cluster.device", "cuda")
 
 
 def test_fp16_without_the_arithmetic(refusal, monkeypatch):
@@ -149,7 +155,7 @@ def test_fp16_without_the_arithmetic(refusal, monkeypatch):
 
     monkeypatch.setattr(pipeline.training.zero3, "_import_deepspeed", lambda device: DeepSpeed)
     text = refusal("--train.precision", "fp16", "--cluster.device", "cpu")
-    assert "train.precision=fp16" in text
+    assert "--train.precision fp16" in text
     assert "cpu" in text
 
 
@@ -172,7 +178,7 @@ def test_index_that_disagrees_with_the_shards(refusal, shards, tmp_path):
 
 def test_images_of_another_size(refusal, tmp_path):
     write_shard_set(synthetic(samples=40, size=16), str(tmp_path / "set"))
-    text = refusal(data=tmp_path / "set")
+    text = refusal("--model.input-shape", "1", "8", "8", data=tmp_path / "set")
     assert "3x16x16" in text
     assert "1x8x8" in text
 
@@ -252,13 +258,15 @@ def test_a_set_without_an_index_is_trained_and_never_certified(refusal, tmp_path
 def test_raw_images_need_a_crop_and_certify_on_the_test_split(refusal, tmp_path, shards):
     raw = shutil.copytree(shards, tmp_path / "raw")
     rewrite_header(raw, train_shape=None)
-    assert "(1, 8, 8): give crop=random-resized" in refusal(data=raw)
+    assert "(1, 8, 8): give" in refusal("--data.stream.crop", "none", data=raw)
     crop = ["--data.stream.crop", "random-resized"]
     validation = ["--data.train-split", "fit", "--data.test-split", "validation"]
     text = refusal(*crop, *validation, data=raw)
     assert "only the test split is stored at network size" in text
     # Whole images alone can be certified, so nothing is held out to choose checkpoints by.
-    assert "no checkpoint can be certified on another" in refusal(*crop, data=raw)
+    assert "no checkpoint can be certified on another" in refusal(
+        *crop, "--data.train-split", "fit", data=raw
+    )
     base = ["digits", "--storage", str(tmp_path), "--data.shards", str(raw)]
     base += ["--data.train-split", "train"]
     assert prepare(parse([*base, *crop]), world_size=2).samples.per_epoch == 1437
@@ -266,17 +274,17 @@ def test_raw_images_need_a_crop_and_certify_on_the_test_split(refusal, tmp_path,
 
 def test_a_stop_beyond_the_end_is_said_and_a_ratio_of_one_rank_refused(tmp_path, shards):
     base = ["digits", "--storage", str(tmp_path), "--data.shards", str(shards)]
-    assert prepare(parse([*base, "--train.stop-after", "3"]), world_size=2).notice == ""
+    assert prepare(parse([*base, "--train.stop-after", "3"]), world_size=2).notices == ()
     late = [*base, "--name", "late", "--train.epochs", "1", "--train.stop-after", "999"]
     last = math.ceil(prepare(parse(late), world_size=2).samples.per_epoch / 128)
-    notice = prepare(parse([*late, "--start-or-resume"]), world_size=2).notice
+    (notice,) = prepare(parse([*late, "--start-or-resume"]), world_size=2).notices
     assert notice == f"train.stop_after=999 is never reached: the run ends after step {last}"
     with pytest.raises(NoEffectError, match=r"cluster.straggler_ratio=2.0 .* one rank"):
         prepare(parse([*base, "--cluster.straggler-ratio", "2"]), world_size=1)
 
 
 def test_how_samples_are_read_may_change_on_resume():
-    remote = ["digits", "--data.shards", "s3://bucket/set"]
+    remote = ["digits", "--data.shards", "memory://bucket/set"]
     base = parse(remote)
     other = parse([*remote, "--data.stream.workers", "3", "--data.stream.disk-cache", "x"])
     assert set(changes(base, other)) == {"data.stream.workers", "data.stream.disk_cache"}
@@ -289,10 +297,3 @@ def test_generated_shards_are_written_on_first_use(tmp_path):
     first = prepare(config, world_size=1)
     assert (tmp_path / "data" / "digits" / "index.json").exists()
     assert first.samples.index.header.splits["test"] == 360
-
-
-def test_help_names_every_preset(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        parse(["digits", "--help"])
-    assert exit_.value.code == 0
-    assert "imagenet-2B" in capsys.readouterr().out

@@ -65,7 +65,7 @@ def evaluation(**changes):
     return EvaluationRecord(**{**fields, **changes})
 
 
-@pytest.mark.parametrize("uri", ["", "mlruns", "file:///x", "postgresql://x"])
+@pytest.mark.parametrize("uri", ["mlruns", "file:///x", "postgresql://x"])
 def test_config_refuses_an_unknown_store(uri):
     with pytest.raises(ValueError, match="must start with sqlite"):
         TrackingConfig(uri=uri)
@@ -73,7 +73,7 @@ def test_config_refuses_an_unknown_store(uri):
 
 def test_config_makes_sqlite_paths_absolute(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert TrackingConfig().uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert TrackingConfig().uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
 
 
 def test_importing_the_file_does_not_import_mlflow():
@@ -319,7 +319,7 @@ def test_misuse_is_refused(config, tmp_path):
 
 
 def track(uri, spool):
-    tracker = Tracker(TrackingConfig(uri=uri), spool, run_name="x", wait_seconds=60)
+    tracker = Tracker(TrackingConfig(uri=uri, experiment="e"), spool, run_name="x", wait_seconds=60)
     sys.exit(not (tracker.run and tracker.close()))
 
 

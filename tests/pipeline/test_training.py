@@ -41,7 +41,7 @@ pytestmark = pytest.mark.distributed
 STEPS = 14
 BATCH = 24
 POISONED = 5
-# The last step follows a Lookahead synchronisation (12) and a polar retraction (10), not closely.
+# The last step follows a Lookahead synchronisation (12) and a polar projection (10), not closely.
 OPTIM = OptimConfig(lr=1e-2, eps=1e-5, lookahead_steps=6, polar_every=5)
 
 
@@ -406,6 +406,7 @@ def test_the_artifact_is_the_reference_average(outcomes):
     artifact = read_artifact(Store(kept.artifact_url).open)
     assert artifact.info.digest == kept.digest
     assert artifact.info.context == {"run": "plain", "step": STEPS}
+    assert artifact.info.class_names == tuple("0123456789")
     stored = {name: p.detach() for name, p in artifact.network.named_parameters()}
     matrices = 0
     for name, p in expected.named_parameters():

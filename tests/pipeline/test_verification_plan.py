@@ -15,7 +15,7 @@ from model.verifier.mathematics.matrix_bounds import bounds_of_matrix
 from model.verifier.operation_counts import bounds_work, gram_iteration, image_work
 from pipeline.errors import PipelineError
 from pipeline.plan import parse
-from pipeline.planner.verification import verification
+from pipeline.planner.verify_time import verification
 from pipeline.presets import run_preset
 
 

@@ -18,7 +18,7 @@ from pipeline.training.worker import build_engine
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import batches, rank_world, small_run
 
-STEPS = 10  # a Lookahead synchronisation at 7, polar retractions at 5 and 10
+STEPS = 10  # a Lookahead synchronisation at 7, polar projections at 5 and 10
 BATCH = 24
 # Largest difference of fp32 from float64, of a smooth network at eps 1e-5: after 20 steps the
 # fp32 and float64 references themselves differ by 6e-7.

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from model.networks.lipnext.layers import at_least_float32
 
-_TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""A tile and its copy stay in a core's cache; a GPU needs more work for each launch."""
+_TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24, "meta": 1 << 24}
+"""A tile and its copy stay in a core's cache; a GPU needs more work for each launch. What is only
+planned (meta) is planned for a GPU."""
+TRAINED_OPERATIONS = {"additions": 7, "comparisons": 3, "logarithms and powers": 4}
+"""Of a coordinate of a distance in the forward and backward pass of a power mean."""
 _CHUNK = 8
 _SMALLEST_POWER = -64.0
 """Terms below 2^-64 of the largest are raised to it: denormal numbers are slow, and no sum in

@@ -24,7 +24,14 @@ from model.networks.centering import Centering
 from model.networks.config import STRICT, NetworkConfig
 from model.networks.init import set_initial
 from model.networks.linf.common import centred_pixels, equal_factors, largest_entry, proved_error
-from model.networks.linf.distance import PowerMean, RankedSum, Reduction, Subsets, distance
+from model.networks.linf.distance import (
+    TRAINED_OPERATIONS,
+    PowerMean,
+    RankedSum,
+    Reduction,
+    Subsets,
+    distance,
+)
 from model.networks.linf.tanh_head import TanhHead
 from model.networks.lipnext.layers import at_least_float32
 
@@ -109,6 +116,13 @@ class SortNetConfig(NetworkConfig):
         seen = channels * self.window**2 if self.window else math.prod(self.input_shape)
         outputs = self.width if self.hidden else self.num_classes
         return [seen] + [self.width] * (self.depth - 1) + [outputs]
+
+    def operations(self) -> dict[str, float]:
+        """See NetworkConfig; coordinates of the distances that a training step takes part in."""
+        sizes = self.sizes()
+        seen = [sizes[0], *(self.keep * size for size in sizes[1:-1]), sizes[-1]]
+        coordinates = self.windows * sum(n * o for n, o in itertools.pairwise(seen))
+        return {name: count * coordinates for name, count in TRAINED_OPERATIONS.items()}
 
     def power(self, progress: float) -> float:
         """Power p at a share of the run; infinite at its end."""

@@ -51,7 +51,12 @@ class LipNeXtConfig(NetworkConfig):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name}={getattr(self, name)} must be at least 1")
         if height % self.patch or width % self.patch:
-            raise ModelError(f"patch={self.patch} does not divide the image of {height}x{width}")
+            whole, most = math.gcd(height, width), math.isqrt(self.width // channels)
+            fit = [str(side) for side in range(1, whole + 1) if whole % side == 0 and side <= most]
+            raise ModelError(
+                f"patch={self.patch} does not divide the image of {height}x{width}; of width "
+                f"{self.width} these fit: {', '.join(fit) or 'none'}"
+            )
         if self.width < self.stem_channels:
             raise ModelError(
                 f"width={self.width} is smaller than the {self.stem_channels} values of a patch "

@@ -25,7 +25,7 @@ class BRONetConfig(LiResNetConfig):
     rank: int
     """Inner channels n of every reflecting convolution; n = width would give minus the identity."""
     linear_depth: int = 0
-    """Linear residual blocks, as LiResNet's, before the `depth` reflecting ones."""
+    """Linear residual blocks, as LiResNet's, before the `depth` reflecting ones; 0: none."""
     grow: bool = False
     """Keep the margin of each convolution, so that every block adds two rows and two columns."""
     neck: Literal["cholesky", "reflection", "pool"] = "cholesky"

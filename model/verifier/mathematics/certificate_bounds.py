@@ -1,7 +1,7 @@
 """The bounds of a certificate: every number that no sample enters (section 8.3)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -13,6 +13,7 @@ from model.verifier.families.base import Family
 from model.verifier.files import Body
 from model.verifier.mathematics.arithmetic import ROUND_UP
 from model.verifier.mathematics.matrix_bounds import MatrixBounds
+from model.verifier.progress import Progress
 from model.verifier.refusal import (
     DisagreementError,
     Near,
@@ -33,9 +34,17 @@ def bound_matrices(config: Config, weights: Weights, processes: int) -> dict[str
     names = FAMILIES[config["kind"]].bounded(config)
     tasks = [(config, name, weights.alone(name)) for name in names]
     if processes < 2:
-        return dict(zip(names, map(_bound, tasks), strict=True))
+        return _counted(names, map(_bound, tasks))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return dict(zip(names, pool.map(_bound, tasks), strict=True))
+        return _counted(names, pool.map(_bound, tasks))
+
+
+def _counted(names: Sequence[str], bounds: Iterable[MatrixBounds]) -> dict[str, MatrixBounds]:
+    progress, found = Progress("matrices", len(names)), {}
+    for name, bound in zip(names, bounds, strict=True):
+        found[name] = bound
+        progress.add()
+    return found
 
 
 def _bound(task: _Task) -> MatrixBounds:

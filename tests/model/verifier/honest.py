@@ -53,7 +53,7 @@ def on_disk(
     write_shard_set(source, str(case.shards))
     tensors = [*network.named_parameters(), *network.named_buffers()]
     write_artifact(Store(str(case.model)).open, network_config=config, tensors=tensors, context={})
-    arguments = [*case.arguments[1:], "--out", str(case.certificate), "--launcher", "local"]
+    arguments = [*case.arguments[1:], "--out", str(case.certificate), "--cluster.launcher", "local"]
     evaluate([*arguments, "--no-record", *options])
     return case
 

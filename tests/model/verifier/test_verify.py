@@ -22,6 +22,7 @@ from model.networks.lipnext.config import LipNeXtConfig
 from model.verifier import artifact
 from model.verifier.certificate import COLUMNS, FIELDS
 from model.verifier.families.lipnext import LipNeXt
+from model.verifier.progress import Progress
 from model.verifier.refusal import DisagreementError
 from model.verifier.samples import ERRORS, count_greater
 from model.verify import main
@@ -90,7 +91,7 @@ def test_every_input_may_lie_in_an_object_store(case):
         memory.put(f"{folder}/", f"{urls[-1]}/", recursive=True)
     certificate, model, shards = urls
     try:
-        assert main([certificate, "--artifact", model, "--shards", shards]) == CONFIRMED
+        assert main([certificate, "--artifact", model, "--data.shards", shards]) == CONFIRMED
     finally:
         memory.rm("memory://verifier", recursive=True)
 
@@ -136,7 +137,7 @@ def test_the_evaluation_is_confirmed(tmp_path, capsys, name, deployed):
         context={},
     )
     case = Case(tmp_path)
-    options = ["--launcher", "local", "--no-record", "--deployed", deployed]
+    options = ["--cluster.launcher", "local", "--no-record", "--deployed", deployed]
     evaluate([*case.arguments[1:], "--out", str(case.certificate), *options])
     capsys.readouterr()
     status = run(case)
@@ -458,3 +459,14 @@ def test_the_ratio_of_eps_is_exact():
     above, below = np.nextafter(nearest, 1), np.nextafter(nearest, 0)
     radii = np.array([below, nearest, above])
     assert count_greater(radii, eps) == sum(Fraction(radius) > eps for radius in radii)
+
+
+def test_a_long_verification_says_how_far_it_is(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    progress = Progress("samples", 100)
+    progress.add(5)
+    now[0] = 20.0
+    progress.add(20)
+    progress.add(75)
+    assert capsys.readouterr().err == "samples: 25 of 100, left 1:00\n"

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.lib.stride_tricks import sliding_window_view
 
-from jobs.evaluation import plot_style
-from jobs.evaluation.plot_style import ATTACK, DEPLOYED, LINE, LINE_WIDTH, MARK_SIZE, PROOF, SMALL
+from jobs.figures import plot_style
+from jobs.figures.plot_style import ATTACK, DEPLOYED, LINE, LINE_WIDTH, MARK_SIZE, PROOF, SMALL
 from model.certification.eps import eps_value
 from pipeline.run.evaluation_summary import AttackScores, ColumnScores, EvaluationSummary
 
@@ -113,7 +113,7 @@ def bounds_png(summary: EvaluationSummary) -> bytes:
         PNG bytes, 1120 pixels wide; the height grows with the number of matrices.
     """
     rows = len(summary.layers)
-    height = 1.9 + 0.17 * min(rows, _NAMED_ROWS)
+    height = 2.1 + 0.17 * min(rows, _NAMED_ROWS)
     figure = plot_style.new_figure(8, height)
     axes = figure.add_subplot()
     places = np.arange(rows)
@@ -142,7 +142,10 @@ def bounds_png(summary: EvaluationSummary) -> bytes:
     )
     axes.set_ylim(rows - 0.4, -0.6)
     axes.set_xscale("log")
-    axes.set_xlabel("difference (logarithmic axis)")
+    axes.set_xlabel(
+        "distance of the proved norm from 1, and of the proof from what was observed\n"
+        "(logarithmic: 1e-7 is one part in ten million; a perfectly orthogonal matrix has norm 1)"
+    )
     shown = np.log10([excess.min(), gap.min(), excess.max(), gap.max()])
     axes.set_xlim(10 ** np.floor(shown.min() - 0.1), 10 ** np.ceil(shown.max() + 0.1))
     proved, observed = map(_around_one, (summary.network_bound, summary.observed_lipschitz))

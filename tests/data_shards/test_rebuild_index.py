@@ -9,7 +9,7 @@ from data_shards.sources import digits
 from data_shards.storage.store import Store
 from data_shards.verify import main as verify_main
 from data_shards.verify import verify
-from data_shards.writing.repair import repair
+from data_shards.writing.rebuild_index import repair
 from data_shards.writing.writer import write_shard_set
 from tests.data_shards.shard_damage import (
     FILE,
@@ -200,3 +200,14 @@ def test_a_set_of_foreign_tars_gets_an_index(tmp_path):
     assert index.image_shape == (1, 8, 8)
     assert 0.15 < index.header.splits["validation"] / index.header.splits["train"] < 0.25
     assert list(verify(index)) == []
+
+
+def test_a_label_that_is_no_number_of_a_class_makes_no_names(folder):
+    """A name for each class up to it would fill the memory."""
+    (folder / "index.json").unlink()
+    members = read_members(folder / FILE)
+    labels = [(info.name, b"999999999" if info.name.endswith(".cls") else data)
+              for info, data in members]  # fmt: skip
+    write_members(folder / FILE, [member(name, data) for name, data in labels])
+    with pytest.raises(ShardError, match="the largest label is 999999999"):
+        repair(Store(folder))

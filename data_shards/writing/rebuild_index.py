@@ -19,7 +19,7 @@ import pydantic
 import xxhash
 
 from data_shards.errors import ShardError
-from data_shards.format.decode import decode_image
+from data_shards.format.image_pixels import decoded_shape
 from data_shards.format.index import (
     HEADER_FILE,
     ROWS_FILE,
@@ -36,8 +36,9 @@ from data_shards.format.index import (
 from data_shards.format.shard_scan import HashedFile, read_shard_file
 from data_shards.sources.base import VALIDATION, hold_out
 from data_shards.storage.store import Store
+from data_shards.writing.index_files import MAX_CLASSES
 from data_shards.writing.process_pool import Advance, run_tasks
-from data_shards.writing.progress_bar import ProgressBar
+from data_shards.writing.progress_bar import ImageProgress
 
 Shape = tuple[int, ...]
 
@@ -105,7 +106,7 @@ def repair(store: Store, *, workers: int = 1, progress: bool = False) -> Repaire
     notes += [f"/{n}: left out: not named like a shard" for n in sorted(set(tars) - set(names))]
     total = sum(shard.samples for shard in old.header.shards) if old.header else 0
     task = functools.partial(_survey, store)
-    with ProgressBar("reading shards", total, shown=progress) as bar:
+    with ImageProgress("reading shards", total, shown=progress) as bar:
         surveys = dict(run_tasks(task, [(n, sizes[n]) for n in names], workers, bar))
     found = [surveys[place] for place in range(len(names))]
     problems = _problems(found, old, notes)
@@ -173,7 +174,7 @@ def _survey(store: Store, task: tuple[str, int], advance: Advance) -> _Survey:
 
 def _shape(data: bytes, extension: str) -> tuple[Shape, str]:
     try:
-        return tuple(decode_image(data, extension).shape), ""
+        return decoded_shape(data, extension), ""
     except ShardError as error:
         return (), str(error)
 
@@ -235,10 +236,10 @@ def _index(
         for number, survey in enumerate(surveys)
     )
     columns = _columns(surveys)
+    known = old.header or _default_header(store, surveys, columns["label"], notes)
     test = columns["split"] == "test"
     columns["validation"] = _validation(columns, ~test, old, notes)
     rows = rows_to_parquet(columns)
-    known = old.header or _default_header(store, surveys, columns["label"], notes)
     _check_shapes(surveys, known)
     header = dataclasses.replace(
         known,
@@ -294,6 +295,11 @@ def _default_header(
         )
     (image_shape,) = shapes["test"]
     name, count = str(store).rpartition("/")[2], int(labels.max()) + 1
+    if count > MAX_CLASSES:
+        raise ShardError(
+            f"{store}: the largest label is {count - 1}: without a header that says otherwise this "
+            "is no number of a class"
+        )
     notes.append(
         f": assumed: name {name!r}, {count} classes with names 'class 0' and so on, images "
         f"{image_shape}, no generator"

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_shards.format.index import load_index
+from data_shards.command_line.progress import ProgressBar
 from data_shards.storage.store import Store
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.stored_result import StoredResult, read_result
@@ -28,6 +28,7 @@ from pipeline.run import layout
 from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.lease import read_record_object
 from pipeline.run.movable_urls import resolve
+from pipeline.tracking.outbox import read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,8 @@ class RunRequest:
         values = {
             "storage": f"{config.out}/runs",
             "name": self.name(config),
-            "mlflow": tracking.uri,
-            "experiment": tracking.experiment,
+            "tracking.uri": tracking.uri,
+            "tracking.experiment": tracking.experiment,
             "cluster.launcher": "local" if config.workers == 1 else "ray",
             **({"cluster.workers": config.workers} if config.workers > 1 else {}),
             "cluster.cpus-per-worker": config.threads,
@@ -130,25 +131,21 @@ class Outcome:
         """The certified table of the last artifact."""
         return self.result.summary
 
-    def samples(self, split: str) -> int:
-        """Samples of a split of the shard set that it was trained on."""
-        return len(
-            load_index(resolve(self.info.context["shards_url"], base=str(self.artifact))).select(
-                split
-            )
-        )
+    @property
+    def shards_url(self) -> str:
+        """The shard set that it was trained on."""
+        return resolve(self.info.context["shards_url"], base=str(self.artifact))
 
     @cached_property
     def _used(self) -> tuple[int, float]:
         """Steps and processor seconds that the records of the loop came to."""
         steps, seconds, before = 0, 0.0, 0.0
-        with (self.folder / layout.TRACKING / layout.SPOOL).open() as lines:
-            for row in map(json.loads, lines):
-                now = row.get("values", {}).get("train/processor_s")
-                if now is not None and row["step"] > steps:
-                    # A run that was continued counts from 0 again.
-                    seconds += now - before if now >= before else now
-                    steps, before = row["step"], now
+        for row in read_rows(self.folder / layout.TRACKING / layout.SPOOL, "metrics"):
+            now = row["values"].get("train/processor_s")
+            if now is not None and row["step"] > steps:
+                # A run that was continued counts from 0 again.
+                seconds += now - before if now >= before else now
+                steps, before = row["step"], now
         return steps, seconds
 
     @property
@@ -179,8 +176,14 @@ class Runs:
         Raises:
             EvaluationError: a run failed; the others that are under way end first.
         """
-        with concurrent.futures.ThreadPoolExecutor(self._config.parallel) as pool:
-            yield from pool.map(self._one, orders)
+        what = " and ".join(dict.fromkeys(order.role for order in orders))
+        with (
+            concurrent.futures.ThreadPoolExecutor(self._config.parallel) as pool,
+            ProgressBar(f"{what} runs", len(orders), unit="runs") as bar,
+        ):
+            for outcome in pool.map(self._one, orders):
+                bar.advance()
+                yield outcome
 
     def _one(self, order: RunRequest) -> Outcome:
         folder = self._root / "runs" / order.name(self._config)

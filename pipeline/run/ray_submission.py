@@ -15,6 +15,11 @@ def is_ray_job() -> bool:
     return _VARIABLE in os.environ
 
 
+def default_storage() -> Path:
+    """Where runs and data go without --storage; the folder of a Ray job would be thrown away."""
+    return Path.home() / "certified-pretrain" if is_ray_job() else Path("runs")
+
+
 def submission_tags() -> dict[str, str]:
     """Tags of the tracked run: the Ray job, its metadata, and who submitted it.
 
