@@ -4,6 +4,7 @@ Builds the partitioned network, hands the flat partitions to the manifold optimi
 """
 
 import gc
+import inspect
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -130,6 +131,22 @@ def _partitions(zero_optimizer: Any, names: dict[int, str]) -> list[FlatPartitio
     return partitions
 
 
+def _forget_modules(root: torch.nn.Module) -> None:
+    """Take the modules of an engine out of what DeepSpeed 0.19.8 keeps for the whole process.
+
+    Each engine puts its root on the stack of modules whose pass is under way and leaves it there,
+    and a pass that ends in an error leaves the others. A cache of a method has all modules as keys.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+
+    own = set(root.modules())
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module not in own]
+    coordinator = parameter_offload.PartitionedParameterCoordinator
+    wrapper = coordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(wrapper).nonlocals["func"].cache_clear()
+
+
 def _order_streams(zero_optimizer: Any) -> None:
     """Let what is gathered from now on wait for what was written to the working weights.
 
@@ -251,6 +268,7 @@ class Zero3:
         that is only forgotten stays, and with it every byte of the weights and of their state.
         """
         self._engine.destroy()
+        _forget_modules(self._engine.module)
         self._stopwatch.close()
         self.optimizer.close()
         self.partitions = []
