@@ -14,7 +14,8 @@ from pipeline.planner import memory as budget
 from pipeline.planner.memory import Component, Setting, Traffic, Weights
 from pipeline.planner.meta_step import Rehearsal, rehearse, training_flops
 from pipeline.planner.step_time import (
-    OWNED_BYTES,
+    LOOKAHEAD_BYTES,
+    MANIFOLD_WORK,
     SLICE_BYTES,
     Device,
     StepTime,
@@ -229,7 +230,8 @@ def _manifold_bytes(weights: Weights, ranks: int, optim: OptimConfig) -> float:
         return 0.0
     owned = -(-len(weights.matrices) // ranks) * max(weights.matrices)
     slices = budget.shares(weights.matrices, ranks)
-    return float(OWNED_BYTES[optim.increment] * owned + SLICE_BYTES * slices)
+    per_slice = SLICE_BYTES + LOOKAHEAD_BYTES * (optim.lookahead_steps > 0)
+    return float(MANIFOLD_WORK[optim.retraction, optim.increment][1] * owned + per_slice * slices)
 
 
 def _host(config: RunConfig, weights: Weights, setting: Setting) -> dict[str, int]:

@@ -62,7 +62,9 @@ class LiveBytes(TorchDispatchMode):
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 _ATTENTION = "scaled_dot_product"
-_MOVE_NOTHING = ("empty", "view", "expand", "permute", "transpose", "slice", "select", "unfold")
+_MOVE_NOTHING = (
+    "empty", "view", "expand", "permute", "transpose", "slice", "select", "unfold", "device",
+)  # fmt: skip
 
 
 class MovedBytes(TorchDispatchMode):

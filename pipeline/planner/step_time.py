@@ -24,15 +24,20 @@ from pipeline.planner.calibration import Measured
 from pipeline.planner.memory import Traffic
 from pipeline.training.device_peak import has, peak_flops
 
-_MANIFOLD_PRODUCTS = {"exp": 4.6, "fast": 3.7}
-"""Products of C x C matrices per matrix and step, by `optim.retraction`, as at C = 4096 and lr
-1e-3: order 6, or form 4 and its share of a correction."""
-_SPLIT = {"full": 0, "tf32": 2, "bf16": 4}
-"""Products more where the factors are rounded, by `optim.increment`: X M is split into three, with
-bf16 the term before it as well (`optim.matrix_exp`)."""
-OWNED_BYTES, SLICE_BYTES = {"full": 150, "tf32": 260, "bf16": 260}, 130
-"""Read and written per element of an owned matrix and of a rank's slices, products left out, by
-`optim.increment`; counted on a step (`tests/gpu_rehearsal/test_step.py`)."""
+MANIFOLD_WORK = {
+    ("exp", "full"): (4.625, 145),
+    ("exp", "tf32"): (10.625, 781),
+    ("exp", "bf16"): (6.625, 280),
+    ("fast", "full"): (3.625, 101),
+    ("fast", "tf32"): (7.625, 561),
+    ("fast", "bf16"): (7.625, 280),
+}
+"""By `optim.retraction` and `optim.increment`: products of C x C matrices per matrix and step, and
+bytes that its owner reads and writes per element beside them, as at C = 4096 and lr 1e-3. Rounding
+to TF32 takes three operators, splitting a product into rounded ones several of them."""
+SLICE_BYTES, LOOKAHEAD_BYTES = 76, 24
+"""Read and written per element of a rank's slices, and with Lookahead more. All of these are
+counted on a step, and `tests/gpu_rehearsal/test_step.py` counts them again."""
 _BEST_SHARES = {"H100": 0.803, "H200": 0.803, "A100": 0.869}
 """Of the data sheet's bf16, what the best shape of a product reaches, as measured:
 github.com/stas00/ml-engineering, compute/accelerator, maximum achievable matmul FLOPS."""
@@ -317,7 +322,7 @@ class StepTime:
 
 def manifold_products(retraction: str, increment: str) -> float:
     """Products of C x C matrices per matrix and step."""
-    return _MANIFOLD_PRODUCTS[retraction] + _SPLIT[increment]
+    return MANIFOLD_WORK[retraction, increment][0]
 
 
 def step_time(

@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -98,23 +98,43 @@ def _give_cuda_a_guard() -> None:
     table[_CUDA] = table[_CUDA] or table[_META]
 
 
+def norms_of_powers(n: int) -> list[float]:
+    """Frobenius norms of D, D^2 and D^3 for an increment whose n x n entries are 1e-3, as Adam's.
+
+    Its eigenvalues are those of a random matrix, a semicircle of radius 2e-3 sqrt(n), whose moment
+    2 j is radius^(2 j) times the j-th Catalan number over 4^j.
+    """
+    radius = 2e-3 * math.sqrt(n)
+    return [radius**j * math.sqrt(catalan * n) / 2**j for j, catalan in ((1, 1), (2, 2), (3, 5))]
+
+
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[HostWaits]:
     """Tensors may be made on CUDA; gives what is noted of them."""
     seen = HostWaits()
     _give_cuda_a_guard()
 
-    def norms(*matrices: Tensor) -> list[float]:
-        """Of an increment as at lr 1e-3; the genuine ones leave the device with one wait."""
-        seen.waits["matrix_exp.py:norms"] += 1
-        root = math.sqrt(matrices[0].shape[0])
-        return [size * root for size, _ in zip((0.05, 0.0025), matrices, strict=False)]
+    def norms_at(third: float) -> Callable[..., list[float]]:
+        """The genuine ones leave the device with one wait. Of one matrix: `third` times D^3."""
+
+        def norms(*matrices: Tensor) -> list[float]:
+            seen.waits["matrix_exp.py:norms"] += 1
+            of_powers = norms_of_powers(matrices[0].shape[0])
+            return of_powers[:2] if len(matrices) == 2 else [third * of_powers[2]]
+
+        return norms
 
     with contextlib.ExitStack() as stack:
-        for module in (optim.matrix_exp, optim.retraction):
-            stack.enter_context(mock.patch.object(module, "norms", norms))
+        for module, third in ((optim.matrix_exp, 1 / 6), (optim.retraction, 1.0)):
+            stack.enter_context(mock.patch.object(module, "norms", norms_at(third)))
         stack.enter_context(
             mock.patch.object(Tensor, "pin_memory", lambda tensor: seen.pin(tensor))
+        )
+        # Of an allocation that is aligned, as CUDA's are.
+        stack.enter_context(
+            mock.patch.object(
+                Tensor, "data_ptr", lambda tensor: tensor.storage_offset() * tensor.element_size()
+            )
         )
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(seen)

@@ -1,13 +1,18 @@
 """The sharded manifold step and the export on fake CUDA tensors, as rank of 8 and of 512."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from optim.collectives import ProcessGroupExchange
 from optim.config import OptimConfig
 from optim.manifolds import ORTHOGONAL
 from optim.sharded import ShardedManifoldAdam, made_ahead
 from optim.zero_layout import FlatPartition, Slot
+from pipeline.planner.meta_step import MovedBytes
+from pipeline.planner.step_time import LOOKAHEAD_BYTES, MANIFOLD_WORK, SLICE_BYTES
 from tests.gpu_rehearsal.fake_cuda import CUDA, fake_cuda, fake_ranks
 
 WIDTH, MATRICES = 1024, 17
@@ -23,11 +28,11 @@ def slots(shapes, world_size):
     return tuple(found), offset
 
 
-def bound_optimizer(config, world_size):
+def bound_optimizer(config, world_size, *, width=WIDTH, count=MATRICES):
     parts, names = [], []
     for shapes, manifold in (
-        (((WIDTH, WIDTH),) * MATRICES, ORTHOGONAL),
-        (((WIDTH,),) * 3, None),
+        (((width, width),) * count, ORTHOGONAL),
+        (((width,),) * 3, None),
     ):
         found, elements = slots(shapes, world_size)
         flat = torch.empty(elements, device=CUDA)
@@ -44,17 +49,44 @@ def bound_optimizer(config, world_size):
 @pytest.mark.parametrize("retraction", ["exp", "fast"])
 def test_an_owner_waits_for_the_device_at_most_twice_a_matrix(increment, retraction):
     config = OptimConfig(increment=increment, retraction=retraction, audit_every=0, polar_every=0)
-    for world_size, rank, owned in ((8, 0, 3), (8, 7, 2), (512, 0, 1), (512, 511, 0)):
+    owners = set()
+    for world_size, rank in ((8, 0), (8, 7), (512, 0), (512, 511)):
         with fake_ranks(rank, world_size) as calls, fake_cuda() as seen:
             optimizer = bound_optimizer(config, world_size)
             seen.waits.clear()
             optimizer.step()
         waits = dict(seen.waits)
+        rounds = optimizer._rounds(optimizer.partitions[0])
+        owned = sum(len(plan.owned[rank]) for plan in rounds)
+        owners.add(owned)
         # The order of the series is a branch of the host: one wait for two norms, one for a third.
         assert waits.pop("matrix_exp.py:norms", 0) <= 2 * owned
         assert waits == {}, (world_size, rank)
-        rounds = len(optimizer._rounds(optimizer.partitions[0]))
-        assert len(calls) == 5 * rounds  # X, G, A, D, X: all ranks begin the same ones
+        assert len(calls) == 5 * len(rounds)  # X, G, A, D, X: all ranks begin the same ones
+    assert {0, 1} < owners
+
+
+@pytest.mark.parametrize("retraction", ["exp", "fast"])
+@pytest.mark.parametrize("increment", ["full", "tf32", "bf16"])
+def test_the_planner_counts_what_a_step_of_the_billion_does(retraction, increment):
+    config = OptimConfig(
+        increment=increment, retraction=retraction, audit_every=0, polar_every=0, lr=1e-3
+    )
+    products, owned_bytes = MANIFOLD_WORK[retraction, increment]
+    for lookahead_steps, slice_bytes in ((0, SLICE_BYTES), (6, SLICE_BYTES + LOOKAHEAD_BYTES)):
+        for matrices, owned in ((16, 2), (7, 0)):  # of 8 ranks, the first
+            with fake_ranks(0, 8), fake_cuda():
+                optimizer = bound_optimizer(
+                    replace(config, lookahead_steps=lookahead_steps), 8, width=4096, count=matrices
+                )
+                optimizer.step()
+                with MovedBytes() as seen, FlopCounterMode(display=False) as flops:
+                    optimizer.step()
+            expected = owned_bytes * owned + slice_bytes * matrices / 8
+            assert seen.moved / 4096**2 == pytest.approx(expected, rel=0.02)
+            assert flops.get_total_flops() == pytest.approx(
+                products * owned * 2 * 4096**3, rel=0.02
+            )
 
 
 def test_lookahead_moves_the_slow_matrix_on_the_device():
