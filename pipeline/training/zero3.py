@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.networks.init import initial_kind, initial_value
 from model.networks.registry import AnyNetwork, build_network
+from model.transfer import to_device
 from optim.collectives import LocalExchange, ProcessGroupExchange
 from optim.config import OptimConfig
 from optim.manifolds import manifold_of
@@ -160,13 +161,6 @@ def _order_streams(zero_optimizer: Any) -> None:
         gathering.wait_stream(torch.accelerator.current_stream())
 
 
-def _on_device(batch: Tensor, device: torch.device) -> Tensor:
-    """The batch on the device; the host does not wait, which from pageable memory it would."""
-    if device.type == "cuda":
-        batch = batch.pin_memory()
-    return batch.to(device, non_blocking=True)
-
-
 def _initialising_threads(device: torch.device) -> int:
     """Matrices that a rank makes at the same time: beside a GPU, its share of idle cores."""
     if device.type == "cpu":  # each of its cores computes in every product already
@@ -286,8 +280,8 @@ class Zero3:
     def accumulate(self, images: Tensor, labels: Tensor, now: StepContext) -> Tensor:
         """Forward and backward pass of one micro-batch; returns the sums of `statistics`."""
         loss, sums = self._engine(
-            _on_device(images, self._device),
-            _on_device(labels, self._device),
+            to_device(images, self._device),
+            to_device(labels, self._device),
             now,
         )
         # DeepSpeed divides by the accumulation itself and steps only after the last micro-batch.

@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed import fake_pg  # noqa: F401 - makes the backend known
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import GraphExecGroup
 
 import optim.matrix_exp
 import optim.retraction
@@ -64,12 +65,15 @@ class HostWaits(TorchDispatchMode):
         return copy
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         self.operators += 1
         name = func.overloadpacket.__name__
+        if name == "_local_scalar_dense" and args[0].device.type == "cuda":
+            self.waits[place()] += 1
+            return args[0].dtype.is_floating_point or 1  # of no contents; True is 1.0
+        out = func(*args, **(kwargs or {}))
         given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         made = [a for a in tree_leaves(out) if isinstance(a, Tensor)]
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+        if name in ("nonzero", "masked_select", "equal", "_linalg_check_errors"):
             if given and given[0].device.type == "cuda":
                 self.waits[place()] += 1
         elif name in ("_to_copy", "copy_") and given and made:
@@ -96,6 +100,63 @@ def _give_cuda_a_guard() -> None:
     name = "_ZN3c104impl26device_guard_impl_registryE"
     table = (ctypes.c_void_p * (_META + 1)).in_dll(library, name)
     table[_CUDA] = table[_CUDA] or table[_META]
+
+
+def backward(loss: Tensor) -> None:
+    """As `loss.backward()`, whose engine asks a driver for streams; gradients are added up."""
+    node: Any
+    nodes: dict[Any, dict[int, Tensor]] = {loss.grad_fn: {0: torch.ones_like(loss)}}
+    with torch.no_grad(), GraphExecGroup():
+        for node in _in_order(loss.grad_fn):
+            given = nodes.pop(node, {})
+            if hasattr(node, "variable"):
+                for gradient in given.values():
+                    leaf = node.variable
+                    leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+                continue
+            if not given:
+                continue
+            inputs = [given.get(i) for i in range(len(node._input_metadata))]
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                # A function in Python takes zeros for what nothing was made of.
+                inputs = [
+                    torch.zeros(m.shape, dtype=m.dtype, device=m.device) if value is None else value
+                    for value, m in zip(inputs, node._input_metadata, strict=True)
+                ]
+                results = node.apply(*inputs)
+            else:
+                results = node(*inputs)
+            results = results if isinstance(results, tuple) else (results,)
+            for (after, number), gradient in zip(node.next_functions, results, strict=False):
+                if after is not None and gradient is not None:
+                    # Of what was broadcast, and of what was cast, as the engine itself does it.
+                    m = after._input_metadata[number]
+                    gradient = gradient.sum_to_size(m.shape).to(m.dtype)
+                    sums = nodes.setdefault(after, {})
+                    sums[number] = sums[number] + gradient if number in sums else gradient
+
+
+def _in_order(root: Any) -> list[Any]:
+    """Nodes of a graph, each before those that take what it makes."""
+    order: list[Any] = []
+    seen = set()
+    stack: list[tuple[Any, bool]] = [(root, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack += [(after, False) for after, _ in node.next_functions if after is not None]
+    return order[::-1]
+
+
+class _Generator(torch.Generator):
+    """One of the host in the place of the device's, which needs a driver."""
+
+    def __new__(cls, device: Any = "cpu") -> "_Generator":
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
 
 def norms_of_powers(n: int) -> list[float]:
@@ -136,6 +197,7 @@ def fake_cuda() -> Iterator[HostWaits]:
                 Tensor, "data_ptr", lambda tensor: tensor.storage_offset() * tensor.element_size()
             )
         )
+        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(seen)
         yield seen
