@@ -13,9 +13,9 @@ _HEAD = """\
 
 `python -m pipeline.pretrain --list` prints this table, and `python -m docs.presets_page` writes
 this page from the same presets. What is made on first use needs no `--data.shards`: digits are
-those of scikit-learn, synthetic images are procedural, and Fashion-MNIST is read from Debian's package
-`dataset-fashion-mnist`. `--data.shards` replaces shape, classes and data of any preset; `lipnext-S`
-to `-XL` also take patch, epochs and batch from the set.
+those of scikit-learn, synthetic images are procedural, and Fashion-MNIST is read from Debian's
+package `dataset-fashion-mnist`. `--data.shards` replaces shape, classes and data of any preset;
+`lipnext-S` to `-XL` also take patch, epochs and batch from the set.
 
 `-L32W1024` is the depth and width of a LipNeXt, `-mlp` a hidden layer in the head, `linfdist` an
 l-infinity-distance net; `-2_255` is the l-infinity radius, 2/255, that a published recipe trains
