@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.report import Row, write_result
 from pipeline.planner.memory import Traffic
 from pipeline.planner.meta_step import MovedBytes
-from pipeline.planner.step_time import NODE, StepTime, device_of, step_time
+from pipeline.planner.step_time import MEMORY_SHARE, NODE, StepTime, device_of, step_time
 
 FOUNDRY = "github.com/mosaicml/llm-foundry, scripts/train/benchmarking/README.md"
 TITAN = "github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
@@ -80,8 +80,10 @@ class Published:
         passes: per step.
         length: tokens of a sequence.
         rate: tokens per second and device, as published.
-        recomputed: whether blocks are recomputed in the backward pass.
+        recomputed: share of the products of blocks, attention left out, that the backward pass
+            recomputes; from 1 on attention as well.
         regathered: whether weights are gathered for the backward pass as well.
+        memory_gbps: 10^9 bytes per second of the devices' memory; 0: of the data sheet.
         source: where it was published.
     """
 
@@ -91,8 +93,9 @@ class Published:
     passes: int
     length: int
     rate: float
-    recomputed: bool = False
+    recomputed: float = 0.0
     regathered: bool = True
+    memory_gbps: float = 0.0
     source: str = FOUNDRY
 
     @property
@@ -113,11 +116,11 @@ PUBLISHED = (
     Published("MPT 7b", 512, 6, 1, 2048, 9670),
     Published("MPT 13b", 8, 2, 1, 2048, 4792),
     Published("MPT 13b", 64, 2, 1, 2048, 4800),
-    Published("MPT 13b", 512, 16, 1, 2048, 4952, recomputed=True),
-    Published("MPT 30b", 128, 8, 1, 2048, 2199, recomputed=True),
-    Published("MPT 30b", 512, 8, 1, 2048, 2115, recomputed=True),
-    Published("Llama 3.1 8B", 8, 2, 1, 8192, 5762, source=TITAN),
-    Published("Llama 3.1 8B", 128, 2, 1, 8192, 5605, source=TITAN),
+    Published("MPT 13b", 512, 16, 1, 2048, 4952, recomputed=1.0),
+    Published("MPT 30b", 128, 8, 1, 2048, 2199, recomputed=1.0),
+    Published("MPT 30b", 512, 8, 1, 2048, 2115, recomputed=1.0),
+    Published("Llama 3.1 8B", 8, 2, 1, 8192, 5762, 0.5, memory_gbps=2400, source=TITAN),
+    Published("Llama 3.1 8B", 128, 2, 1, 8192, 5605, 0.5, memory_gbps=2400, source=TITAN),
 )
 
 
@@ -168,12 +171,21 @@ def counted(kind: Transformer, row: Published) -> tuple[float, float]:
         F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
         F.embedding(tokens, head).backward(x.detach())
     attention = 4 * row.micro_batch * row.length**2 * kind.width
-    passes = 3.5 + row.recomputed
+    saved = (1 - row.recomputed) * _forward_products(kind, row) if row.recomputed else 0.0
+    passes = 3.5 + (row.recomputed >= 1)
     stepped = _ADAM_BYTES * kind.parameters / row.devices / row.passes
     return (
-        kind.layers * (flops.get_total_flops() + passes * attention) + last.get_total_flops(),
+        kind.layers * (flops.get_total_flops() - saved + passes * attention)
+        + last.get_total_flops(),
         kind.layers * moved.moved + ends.moved + stepped,
     )
+
+
+def _forward_products(kind: Transformer, row: Published) -> float:
+    """FLOPs of one block's matrices in the forward pass of one device."""
+    ends = (1 + kind.gated) * kind.vocabulary * kind.width
+    per_token = 2 * (kind.parameters - ends) / kind.layers
+    return per_token * row.micro_batch * row.length
 
 
 def planned(row: Published) -> StepTime:
@@ -183,6 +195,8 @@ def planned(row: Published) -> StepTime:
     elements, share = kind.parameters, (row.devices - 1) / row.devices
     gathered = int(2 * elements * share * row.passes)
     device = device_of("H100", precision="bf16", nodes=-(-row.devices // NODE))
+    if row.memory_gbps:
+        device = dataclasses.replace(device, memory_gbps=MEMORY_SHARE * row.memory_gbps)
     return step_time(
         device,
         pass_flops=row.passes * flops,
@@ -231,8 +245,8 @@ def main() -> None:
             "Nothing was measured here: published seconds per step beside the planner's.",
             f"MPT: {FOUNDRY}, commit 8c8dd48 (tokens per second and device; weights of bf16 are "
             "gathered, gradients reduced in float32).",
-            f"Llama: {TITAN} (FSDP without compilation; these H100 have 2.4 TB/s and 500 W, and "
-            "selective recomputation, which is not in the planned time).",
+            f"Llama: {TITAN} (FSDP without compilation; these H100 have 2.4 TB/s and 500 W, the "
+            "second of which is not in the planned time; every second product is recomputed).",
             "Attention is counted without its mask, as the published shares of peak are.",
         ],
     )
