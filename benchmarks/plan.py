@@ -224,7 +224,8 @@ def rows() -> list[Row]:
         found.append(
             {
                 "what": f"{row.network}, {row.devices} H100, {row.passes} x {row.micro_batch} x "
-                f"{row.length} tokens" + (", recomputed" if row.recomputed else ""),
+                f"{row.length} tokens"
+                + (f", {row.recomputed:.0%} recomputed" if row.recomputed else ""),
                 "published s": row.seconds,
                 "planned s": time.total,
                 "planned / published": time.total / row.seconds,

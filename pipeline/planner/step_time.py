@@ -6,6 +6,7 @@ another:
 
     step = max(passes, ZeRO-3 traffic, data) + manifold step
     passes = products + bytes that other operators move + COLLECTIVES_TAKE * ZeRO-3 traffic beside
+             + the first gather and the last reduction, which have nothing to run beside
     manifold step = max(products, traffic) + min(products, traffic) / rounds
 
 A ring over several nodes uses all adapters of a node, so W ranks in nodes of n gather S bytes in
@@ -362,7 +363,7 @@ def step_time(
     )
     passes = products + moved
     if device.overlap:
-        passes += COLLECTIVES_TAKE * min(zero3, passes)
+        passes += COLLECTIVES_TAKE * min(zero3, passes) + 2 * zero3 / max(sent.gathers, 1)
     manifold = manifold_flops / (device.step_efficiency * device.single_flops)
     return StepTime(
         passes=passes,

@@ -116,12 +116,13 @@ def backward(loss: Tensor) -> None:
                 continue
             if not given:
                 continue
-            inputs = [given.get(i) for i in range(len(node._input_metadata))]
+            wanted = node._input_metadata
+            inputs = [given.get(i) for i in range(len(wanted))]
             if isinstance(node, torch.autograd.function.BackwardCFunction):
                 # A function in Python takes zeros for what nothing was made of.
                 inputs = [
                     torch.zeros(m.shape, dtype=m.dtype, device=m.device) if value is None else value
-                    for value, m in zip(inputs, node._input_metadata, strict=True)
+                    for value, m in zip(inputs, wanted, strict=True)
                 ]
                 results = node.apply(*inputs)
             else:
