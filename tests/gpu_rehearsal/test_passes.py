@@ -80,7 +80,12 @@ def test_a_pass_stays_on_the_device_and_the_host_waits_for_nothing(name):
         assert lost == [], (name, precision, recomputed)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+SLOW = ("digits-cpl", "digits-soc", "digits-soc-mlp")  # bounds of theirs are many small operators
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FAMILIES]
+)
 def test_an_evaluation_of_float64_stays_on_the_device(name):
     config = run_preset(name)
     with fake_cuda() as seen, torch.no_grad():

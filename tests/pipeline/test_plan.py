@@ -156,7 +156,8 @@ def test_more_ranks_hold_and_own_less():
     assert budget.phase_size(many.components, "always") < always / 4
     assert many.sent.manifold < one.sent.manifold
     assert one.sent.zero3 < many.sent.zero3 < 2.1 * one.sent.zero3
-    assert many.time.manifold_products == one.time.manifold_products / 4  # 7 matrices: 4 and 1
+    # Of 7 matrices 4 and 1, and the slices of all.
+    assert 4 <= one.time.manifold_products / many.time.manifold_products < 5
 
 
 def run_plan(capsys, *arguments):
@@ -294,10 +295,11 @@ def test_blocks_are_recomputed_where_they_do_not_fit_otherwise():
 
 
 def test_a_sweep_says_where_scaling_ends(capsys):
-    code, out, _ = run_plan(capsys, "digits", "--sweep", "1,2,4", "--memory-gb", "0.001")
+    workers = ("--data.stream.workers", "64")
+    code, out, _ = run_plan(capsys, "digits", *workers, "--sweep", "8,64", "--memory-gb", "0.001")
     assert code == 2  # nothing fits
     assert "| bound |" in out
-    assert out.rstrip().splitlines()[-1].startswith("Scaling ends at 1 devices: 2 make")
+    assert out.rstrip().splitlines()[-1].startswith("Scaling ends at 8 devices: 64 make")
 
 
 def test_collectives_keep_more_memory_on_more_ranks():
