@@ -39,9 +39,8 @@ RUN_BY = {
             "test_two_submissions_at_once_then_stop_and_resubmit"
         ),
     },
-    "tests/end_to_end/test_tutorial.py": {
-        start: "test_the_tutorial_leads_from_a_run_to_a_promoted_model"
-        for start in (
+    "tests/end_to_end/test_tutorial.py": dict.fromkeys(
+        (
             "python -m jobs.evaluate_cra",
             "python -m model.verify",
             "T=",
@@ -50,8 +49,9 @@ RUN_BY = {
             "python -m jobs.gate promote photos",
             "python -m jobs.predict models:/photos",
             "python -m jobs.report photos",
-        )
-    },
+        ),
+        "test_the_tutorial_leads_from_a_run_to_a_promoted_model",
+    ),
     "tests/end_to_end/test_hang.py": {"torchrun": "test_a_stopped_rank"},
     "tests/pipeline/test_exit_codes.py": {f"{PRETRAIN} digits --cluster.launcher local": ""},
     "tests/pipeline/test_object_store.py": {
