@@ -121,7 +121,7 @@ def test_a_search_for_a_preset_ends_at_its_recipe():
     assert not [name for name in PRESETS if f'"{name}"' not in text]
 
 
-@pytest.mark.parametrize("document", ["docs/faults.md", "SECURITY.md"])
+@pytest.mark.parametrize("document", ["docs/reference/faults.md", "SECURITY.md"])
 def test_tests_named_in_the_faults_exist(document):
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / document).read_text())
     assert len(named) > 30
@@ -160,6 +160,26 @@ def test_modules_named_in_the_readme_and_the_tutorial_run():
     for module in modules:
         source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
         assert '__name__ == "__main__"' in source, module
+
+
+PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")})
+
+
+def _anchors(page):
+    """What a link may name behind # in a page: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", _text(page), flags=re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", _text(page), flags=re.S)):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
 
 
 @pytest.mark.integration
