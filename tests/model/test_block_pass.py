@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.networks.lipnext.layers import Block
-from optim.manifolds import ask_trivialized
+from optim.manifolds import ORTHOGONAL, ask_trivialized
 from tests.model.small_networks import filled, tiny_config
 
 WIDTH = 20
@@ -130,6 +130,22 @@ def test_the_gradients_of_the_matrices_in_the_lie_algebra(dtype, fold, generator
         assert (mine + mine.mT).abs().max() > 0.1 * mine.abs().max()
     for mine, theirs in zip(passed(ask(block, False), x, g)[1], ambient, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+def test_norms_of_gradients_are_the_same_in_either_form(dtype, least, generator):
+    """So clipping is: where X is orthogonal, and nearly so where it is rounded to bfloat16."""
+    block = block_of(generator)
+    with torch.no_grad():
+        for matrix in (block.R, block.M):
+            matrix.copy_(ORTHOGONAL.random((WIDTH, WIDTH), generator))
+    block = block.to(dtype)
+    x, g = (tokens(generator, 4, 3, 5, dtype=dtype) for _ in range(2))
+    _, (_, *ambient) = passed(block, x, g)
+    _, (_, *found) = passed(ask(block), x, g)
+    for mine, theirs in zip(found[:2], ambient[:2], strict=True):
+        ratio = float(mine.double().norm() / theirs.double().norm())
+        assert abs(ratio - 1) < least
 
 
 def test_a_matrix_alone_is_asked_for_its_form(generator):

@@ -185,7 +185,8 @@ class _BlockPass(torch.autograd.Function):
     kept as the parameters that they are, where a product of autograd keeps a transposed view, with
     which ZeRO-3 could not release them.
 
-    R^T dR and M^T dM take no product more than dR and dM, unfolded one less (docs/retraction.md).
+    R^T dR and M^T dM take no product more than dR and dM, unfolded one less
+    (docs/explanation/optimizer.md).
     """
 
     @staticmethod
@@ -214,9 +215,10 @@ class _BlockPass(torch.autograd.Function):
             dR, dM = _of_last_product(dz, d_inner, (v, inner), R, M, shape)
         dv = d_inner if shape.folded else F.linear(d_inner, R)
         du = shift_(dv.view(x.shape), shape.shifted, shape.distance, back=True).view_as(dv)
-        dx = du @ R if wanted[0] or (lie and dR is not None) else None
+        dx = du @ R if wanted[0] or lie else None
         if dR is not None:
-            dR = torch.addmm(dR, (dx if lie else du).mT, tokens)
+            left = dx if lie and dx is not None else du
+            dR = torch.addmm(dR, left.mT, tokens)
         dx = None if dx is None else dx.view(x.shape)
         return dx, dR, dM, db, None
 
