@@ -69,9 +69,8 @@ WEATHERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("stalls" in name)) for name in WEATHERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WEATHERS)
 def test_the_same_losses_in_bad_weather(name, folder, undisturbed, tmp_path):
     with s3_server() as address, FaultyProxy(address, seed=1) as proxy:
         with s3_clients(proxy.url):
