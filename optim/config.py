@@ -15,6 +15,7 @@ MANIFOLD_OPTIONS = (
     "retraction",
     "series",
     "increment",
+    "gradient",
     "polar_every",
     "audit_every",
     "residual_limit",
@@ -62,6 +63,11 @@ class OptimConfig:
     expected of it stays far below residual_limit, and full from the first audit on that finds more
     than a tenth of that limit; full elsewhere.
     """
+
+    gradient: Literal["ambient", "trivialized"] = "ambient"
+    """What the backward pass delivers of a matrix: its gradient G, of which the optimizer forms
+    X^T G, or X^T G itself where the layer has it at hand, and one product is saved. Then nothing
+    but the network may add to the gradient of a matrix, such as a penalty of one's own."""
 
     euclidean: Literal["nadam", "adamw"] = "nadam"
     """Update rule of the Euclidean parameters."""

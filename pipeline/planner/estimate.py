@@ -17,6 +17,7 @@ from pipeline.planner.step_time import (
     LOOKAHEAD_BYTES,
     MANIFOLD_WORK,
     SLICE_BYTES,
+    TANGENT_BYTES,
     Device,
     StepTime,
     manifold_products,
@@ -220,7 +221,8 @@ def _manifold_flops(weights: Weights, ranks: int, optim: OptimConfig) -> float:
     if not weights.matrices:
         return 0.0
     owned = -(-len(weights.matrices) // ranks)
-    products = manifold_products(optim.retraction, optim.increment)
+    trivialized = optim.gradient == "trivialized"
+    products = manifold_products(optim.retraction, optim.increment) - trivialized
     return products * owned * 2 * max(weights.matrices) ** 1.5
 
 
@@ -231,7 +233,9 @@ def _manifold_bytes(weights: Weights, ranks: int, optim: OptimConfig) -> float:
     owned = -(-len(weights.matrices) // ranks) * max(weights.matrices)
     slices = budget.shares(weights.matrices, ranks)
     per_slice = SLICE_BYTES + LOOKAHEAD_BYTES * (optim.lookahead_steps > 0)
-    return float(MANIFOLD_WORK[optim.retraction, optim.increment][1] * owned + per_slice * slices)
+    per_owned = MANIFOLD_WORK[optim.retraction, optim.increment][1]
+    per_owned -= TANGENT_BYTES[optim.increment] * (optim.gradient == "trivialized")
+    return float(per_owned * owned + per_slice * slices)
 
 
 def _host(config: RunConfig, weights: Weights, setting: Setting) -> dict[str, int]:

@@ -36,6 +36,9 @@ MANIFOLD_WORK = {
 """By `optim.retraction` and `optim.increment`: products of C x C matrices per matrix and step, and
 bytes that its owner reads and writes per element beside them, as at C = 4096 and lr 1e-3. Rounding
 to TF32 takes three operators, splitting a product into rounded ones several of them."""
+TANGENT_BYTES = {"full": 0, "tf32": 64, "bf16": 12}
+"""Of these, what the rounding of X and G takes, where the step itself forms X^T G: with
+`optim.gradient trivialized` it is not rounded, and one product less."""
 SLICE_BYTES, LOOKAHEAD_BYTES = 76, 24
 """Read and written per element of a rank's slices, and with Lookahead more. All of these are
 counted on a step, and `tests/gpu_rehearsal/test_step.py` counts them again."""

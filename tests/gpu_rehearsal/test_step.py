@@ -12,18 +12,19 @@ from optim.manifolds import ORTHOGONAL
 from optim.sharded import ShardedManifoldAdam, made_ahead
 from optim.zero_layout import FlatPartition, Slot
 from pipeline.planner.meta_step import MovedBytes
-from pipeline.planner.step_time import LOOKAHEAD_BYTES, MANIFOLD_WORK, SLICE_BYTES
+from pipeline.planner.step_time import LOOKAHEAD_BYTES, MANIFOLD_WORK, SLICE_BYTES, TANGENT_BYTES
 from tests.gpu_rehearsal.fake_cuda import CUDA, fake_cuda, fake_ranks
 
 WIDTH, MATRICES = 1024, 17
 
 
-def slots(shapes, world_size):
+def slots(shapes, world_size, *, trivialized=False):
     found, offset = [], 0
     for number, shape in enumerate(shapes):
         numel = torch.Size(shape).numel()
         length = -(-numel // world_size)
-        found.append(Slot(f"{len(shape)}d-{number}", shape, numel, offset, length))
+        name = f"{len(shape)}d-{number}"
+        found.append(Slot(name, shape, numel, offset, length, trivialized=trivialized))
         offset += length
     return tuple(found), offset
 
@@ -34,7 +35,8 @@ def bound_optimizer(config, world_size, *, width=WIDTH, count=MATRICES):
         (((width, width),) * count, ORTHOGONAL),
         (((width,),) * 3, None),
     ):
-        found, elements = slots(shapes, world_size)
+        asked = manifold is not None and config.gradient == "trivialized"
+        found, elements = slots(shapes, world_size, trivialized=asked)
         flat = torch.empty(elements, device=CUDA)
         flat.grad = torch.empty_like(flat)
         parts.append(FlatPartition(flat, found, manifold, lambda: None))
@@ -73,12 +75,14 @@ def test_the_planner_counts_what_a_step_of_the_billion_does(retraction, incremen
         increment=increment, retraction=retraction, audit_every=0, polar_every=0, lr=1e-3
     )
     products, owned_bytes = MANIFOLD_WORK[retraction, increment]
-    for lookahead_steps, slice_bytes in ((0, SLICE_BYTES), (6, SLICE_BYTES + LOOKAHEAD_BYTES)):
+    for lookahead_steps, gradient in ((0, "ambient"), (6, "ambient"), (6, "trivialized")):
+        slice_bytes = SLICE_BYTES + LOOKAHEAD_BYTES * (lookahead_steps > 0)
+        if gradient == "trivialized":
+            products, owned_bytes = products - 1, owned_bytes - TANGENT_BYTES[increment]
+        config = replace(config, lookahead_steps=lookahead_steps, gradient=gradient)
         for matrices, owned in ((16, 2), (7, 0)):  # of 8 ranks, the first
             with fake_ranks(0, 8), fake_cuda():
-                optimizer = bound_optimizer(
-                    replace(config, lookahead_steps=lookahead_steps), 8, width=4096, count=matrices
-                )
+                optimizer = bound_optimizer(config, 8, width=4096, count=matrices)
                 optimizer.step()
                 with MovedBytes() as seen, FlopCounterMode(display=False) as flops:
                     optimizer.step()
