@@ -20,7 +20,7 @@ from pipeline.planner.meta_step import MovedBytes
 from pipeline.planner.step_time import MEMORY_SHARE, NODE, StepTime, device_of, step_time
 
 FOUNDRY = "github.com/mosaicml/llm-foundry, scripts/train/benchmarking/README.md"
-TITAN = "github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
+TITAN = "github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md"
 _ADAM_BYTES = 32
 """Read and written per element that a rank steps: gradient, weight, two moments, the copy."""
 

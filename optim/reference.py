@@ -67,10 +67,7 @@ class ReferenceManifoldAdam(torch.optim.Optimizer):
         state["step"] += 1
         t = state["step"]
 
-        if is_trivialized(X):
-            g = manifold.algebra_part(G)
-        else:
-            g = manifold.tangent(X, G, precision)
+        g = manifold.algebra_part(G) if is_trivialized(X) else manifold.tangent(X, G, precision)
         m = state["exp_avg"] + (1 - b1) * (g - state["exp_avg"])
         v = state["exp_avg_sq"] + (1 - b2) * (g * g - state["exp_avg_sq"])
         m = (m - m.T) / 2  # round-off must not break skewness
