@@ -39,6 +39,19 @@ RUN_BY = {
             "test_two_submissions_at_once_then_stop_and_resubmit"
         ),
     },
+    "tests/end_to_end/test_tutorial.py": dict.fromkeys(
+        (
+            "python -m jobs.evaluate_cra",
+            "python -m model.verify",
+            "T=",
+            "python -m jobs.gate rule photos",
+            "python -m jobs.gate candidate photos",
+            "python -m jobs.gate promote photos",
+            "python -m jobs.predict models:/photos",
+            "python -m jobs.report photos",
+        ),
+        "test_the_tutorial_leads_from_a_run_to_a_promoted_model",
+    ),
     "tests/end_to_end/test_hang.py": {"torchrun": "test_a_stopped_rank"},
     "tests/pipeline/test_exit_codes.py": {f"{PRETRAIN} digits --cluster.launcher local": ""},
     "tests/pipeline/test_object_store.py": {
@@ -89,10 +102,6 @@ RUN_BY = {
     "tests/data_shards/test_rebuild_index.py": {f"{SHARDS}.verify URL --repair": "test_entry"},
     "tests/data_shards/test_foreign.py": {f"{SHARDS}.index": "test_a_set_of_stock_webdataset"},
     "tests/data_shards/test_bench.py": {f"{SHARDS}.bench": "test_command"},
-    "tests/model/verifier/test_verify.py": {"python -m model.verify": "test_the_command_runs"},
-    "tests/jobs/test_evaluate_cra.py": {
-        "python -m jobs.evaluate_cra": "test_the_entry_reports_and_records",
-    },
     "tests/jobs/test_gate.py": {
         "python -m jobs.gate": "test_the_entry_runs_the_acts_and_tells_the_outcome_by_its_status",
     },
@@ -132,7 +141,6 @@ NOT_RUN = {
         "minutes of training; tests/pipeline/test_fit_to_data.py resolves its settings"
     ),
     "(umask 077;": "writes into the home folder; `make cluster` has the same line",
-    "T=": "of the shell",
 }
 """Why a command is run by no test, by its beginning."""
 TEST_OF = {start: (file, test) for file, run in RUN_BY.items() for start, test in run.items()}
