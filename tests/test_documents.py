@@ -58,7 +58,7 @@ RUN_BY = {
         f"{PRETRAIN} {IMAGENET} --data.shards s3": "test_the_same_losses_in_bad_weather",
     },
     "tests/pipeline/test_command_line.py": {
-        f"{PRETRAIN} --list": "test_the_list_has_every_preset_with_its_facts",
+        f"{PRETRAIN} --list": "test_the_list_has_every_preset_with_its_facts_in_any_terminal",
         f"{PRETRAIN} digits --help": "test_short_help_is_short_and_has_what_people_change",
         f"{PRETRAIN} digits --train.epochs 20 --print-config": (
             "test_printed_settings_are_a_file_that_makes_the_same_run"
