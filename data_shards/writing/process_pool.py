@@ -83,9 +83,7 @@ def _results(
             places[executor.submit(_run, task)] = place
         if not places:
             return
-        done, _ = concurrent.futures.wait(
-            places, _REFRESH_S, concurrent.futures.FIRST_COMPLETED
-        )
+        done, _ = concurrent.futures.wait(places, _REFRESH_S, concurrent.futures.FIRST_COMPLETED)
         now = list(counts)
         advance(now[0] - shown[0], now[1] - shown[1])
         shown = now

@@ -101,11 +101,16 @@ def test_what_is_looked_at_grows_with_the_samples_and_not_with_samples_times_sha
     tmp_path, monkeypatch
 ):
     looked_at = []
-    flatnonzero, rows = np.flatnonzero, foreign_set._rows
-    monkeypatch.setattr(np, "flatnonzero", lambda a: looked_at.append(len(a)) or flatnonzero(a))
-    monkeypatch.setattr(
-        foreign_set, "_rows", lambda part, *more: looked_at.append(len(part)) or rows(part, *more)
-    )
+
+    def counting(function):
+        def counted(table, *more):
+            looked_at.append(len(table))
+            return function(table, *more)
+
+        return counted
+
+    monkeypatch.setattr(np, "flatnonzero", counting(np.flatnonzero))
+    monkeypatch.setattr(foreign_set, "_rows", counting(foreign_set._rows))
     counts = []
     for shards in (6, 24):
         folder = tmp_path / f"of-{shards}"

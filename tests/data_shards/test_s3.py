@@ -7,7 +7,6 @@ import uuid
 import fsspec
 import numpy as np
 import pytest
-import s3fs
 
 from data_shards.config import MIB
 from data_shards.errors import ShardError
@@ -173,9 +172,9 @@ def test_an_object_of_more_parts_than_allowed_goes_in_larger_ones(in_parts, monk
         for _ in range(11):
             stream.write(piece)
     assert parts_of(store, "unknown") == 3
-    with pytest.raises(ShardError, match=r"s3://bucket/\w+/large would have 13000000 bytes: S3"):
-        with store.durable("large", size=13_000_000):
-            pytest.fail("bytes would have been written")
+    refused = pytest.raises(ShardError, match=r"s3://bucket/\w+/large would have 13000000 bytes")
+    with refused, store.durable("large", size=13_000_000):
+        pytest.fail("bytes would have been written")
     assert not store.exists("large")
     assert unfinished() == []
 
@@ -200,7 +199,7 @@ def test_an_upload_that_ends_in_its_last_part_leaves_no_parts(in_parts, monkeypa
         assert unfinished() == ["object"]
         raise OSError("no answer")
 
-    monkeypatch.setattr(s3fs.core.S3File, "commit", no_answer)
+    monkeypatch.setattr("s3fs.core.S3File.commit", no_answer)
     with pytest.raises(OSError, match="no answer"), store.durable("object") as stream:
         stream.write(bytes(6 * MIB))
     assert unfinished() == []
