@@ -1,4 +1,4 @@
-"""The views of docs/mlflow.md, saved into an experiment: they open by a link.
+"""The views of docs/how-to/mlflow.md, saved into an experiment: they open by a link.
 
     python -m jobs.mlflow_views --tracking.uri sqlite:///runs/mlflow.db --tracking.experiment digits
 
@@ -57,7 +57,7 @@ _LOOP = (
     frozen=True, kw_only=True, config=pydantic.ConfigDict(extra="forbid")
 )
 class ViewsConfig:
-    """Save the views of docs/mlflow.md into an experiment and print their links."""
+    """Save the views of docs/how-to/mlflow.md into an experiment and print their links."""
 
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow store and experiment; an empty experiment: the only one that has training runs."""

@@ -1,4 +1,4 @@
-"""Certified radii (docs/certificate.md, sections 1 and 6)."""
+"""Certified radii (docs/explanation/certificate.md, sections 1 and 6)."""
 
 import dataclasses
 import functools

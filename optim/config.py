@@ -13,6 +13,7 @@ MANIFOLD_OPTIONS = (
     "retraction",
     "series",
     "increment",
+    "gradient",
     "polar_every",
     "audit_every",
     "residual_limit",
@@ -54,6 +55,11 @@ class OptimConfig:
     TF32 adds nothing to be seen to the drift away from the manifold, bf16 three to seven times
     what float32 has; neither is faster on a CPU.
     """
+
+    gradient: Literal["ambient", "trivialized"] = "ambient"
+    """What the backward pass delivers of a matrix: its gradient G, of which the optimizer forms
+    X^T G, or X^T G itself where the layer has it at hand, and one product is saved. Then nothing
+    but the network may add to the gradient of a matrix, such as a penalty of one's own."""
 
     euclidean: Literal["nadam", "adamw"] = "nadam"
     """Update rule of the Euclidean parameters."""

@@ -91,8 +91,11 @@ class ManifoldStep:
         self, plan: Round, X: list[Tensor], G: list[Tensor], out: Tensor
     ) -> Transfer[Tensor]:
         """Begin to send the tangents; of each gradient its tangent takes the place."""
-        for number, x in enumerate(X):
-            G[number] = self.manifold.tangent(x, G[number], self.config.increment)
+        for number, slot in enumerate(plan.owned[self.exchange.rank]):
+            if slot.trivialized:  # skew after the sum: it may round (i, j) and (j, i) differently
+                G[number] = self.manifold.algebra_part(G[number])
+            else:
+                G[number] = self.manifold.tangent(X[number], G[number], self.config.increment)
         return self.exchange.to_partitions(G, plan, out)
 
     def _increment(self, cut: slice, tangent: Tensor) -> Tensor:

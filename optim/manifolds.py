@@ -3,10 +3,14 @@
 A layer declares the manifold of its weight with `declare`; the tag sits on the Parameter, survives
 DeepSpeed's `zero.Init`, and is read by `manifold_of`. Shapes are never asked: under `zero.Init` a
 partitioned parameter has shape (0,).
+
+The optimizer needs X^T G, the gradient of Loss(X (I + A)) with respect to A at zero: the gradient G
+in the left trivialization of the group. A layer whose backward pass has it at hand declares so, and
+delivers it as the parameter's gradient once it is asked (`ask_trivialized`); else it delivers G.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +36,9 @@ class Manifold(Protocol):
 
     def tangent(self, point: Tensor, gradient: Tensor, precision: Precision = "full") -> Tensor:
         """Lie-algebra gradient of a Euclidean gradient at a point."""
+
+    def algebra_part(self, trivialized: Tensor) -> Tensor:
+        """Lie-algebra gradient of a trivialized gradient X^T G."""
 
     def retract(
         self,
@@ -80,10 +87,13 @@ class Orthogonal:
             (n, n), skew bit by bit: the entries (i, j) and (j, i) are exact negatives.
         """
         with float32_products(precision):
-            P = product(point.mT, gradient, precision)
+            return self.algebra_part(product(point.mT, gradient, precision))
+
+    def algebra_part(self, trivialized: Tensor) -> Tensor:
+        """skew(X^T G) of X^T G (n, n), skew bit by bit."""
         # A transposed copy is five times faster than a difference with a transposed operand.
-        transposed = P.mT.contiguous()
-        return torch.sub(P, transposed, out=transposed).mul_(0.5)
+        transposed = trivialized.mT.contiguous()
+        return torch.sub(trivialized, transposed, out=transposed).mul_(0.5)
 
     def retract(
         self,
@@ -162,15 +172,64 @@ class Orthogonal:
 ORTHOGONAL = Orthogonal()
 
 
-def declare(parameter: TensorT, manifold: Manifold) -> TensorT:
-    """Tag a parameter with the manifold it lives on; returns the parameter."""
+def declare(parameter: TensorT, manifold: Manifold, *, trivializes: bool = False) -> TensorT:
+    """Tag a parameter with the manifold it lives on.
+
+    Args:
+        parameter: To be tagged.
+        manifold: On which it lives.
+        trivializes: Whether every use of the parameter reads `is_trivialized` and then delivers
+            X^T G as its gradient.
+
+    Returns:
+        The parameter.
+    """
     parameter.manifold = manifold  # type: ignore[attr-defined]
+    if trivializes:
+        parameter.trivialized = False  # type: ignore[attr-defined]
     return parameter
 
 
 def manifold_of(parameter: Tensor) -> Manifold | None:
     """The declared manifold of a parameter; None means Euclidean."""
     return getattr(parameter, "manifold", None)
+
+
+def can_trivialize(parameter: Tensor) -> bool:
+    """Whether the layer of a parameter delivers X^T G in place of its gradient when asked."""
+    return hasattr(parameter, "trivialized")
+
+
+def ask_trivialized(parameter: Tensor, wanted: bool) -> None:
+    """Ask for X^T G as the gradient of a parameter, or for G again; no effect where it cannot be.
+
+    The sum of several gradients, of micro-batches or ranks, has the form of each.
+    """
+    if can_trivialize(parameter):
+        parameter.trivialized = wanted  # type: ignore[attr-defined]
+
+
+def is_trivialized(parameter: Tensor) -> bool:
+    """Whether the gradient of a parameter is X^T G; never so unless it was asked for."""
+    return getattr(parameter, "trivialized", False)
+
+
+class _Trivialized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, X: Tensor) -> Tensor:
+        ctx.save_for_backward(X)
+        return X.view_as(X)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (X,) = ctx.saved_tensors
+        # Through itself: what gradients of gradients deliver to X has the same form.
+        return trivialized(X).mT @ gradients[0]
+
+
+def trivialized(X: Tensor) -> Tensor:
+    """X itself; a gradient G of it arrives at X as X^T G, to any order of differentiation."""
+    return cast(Tensor, _Trivialized.apply(X))
 
 
 def _newton_schulz(X: Tensor, limit: float) -> tuple[Tensor, float, float]:

@@ -7,17 +7,17 @@ from torch import Tensor
 
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
-from optim.manifolds import Manifold, manifold_of
+from optim.manifolds import Manifold, ask_trivialized, manifold_of
 
 
 def parameter_groups(
     named_parameters: Iterable[tuple[str, Tensor]], config: OptimConfig
 ) -> list[dict[str, Any]]:
-    """Split parameters by their declared manifold.
+    """Split parameters by their declared manifold, and ask for their gradients in one form.
 
     Args:
         named_parameters: As from `module.named_parameters()`, also under DeepSpeed's zero.Init.
-        config: Learning rates.
+        config: Learning rates, and the form of the gradients of manifold matrices.
 
     Returns:
         One group per manifold, then one Euclidean group if any such parameter exists. Keys:
@@ -36,6 +36,7 @@ def parameter_groups(
                 manifold.check_shape(tuple(getattr(parameter, "ds_shape", parameter.shape)))
             except OptimizerError as error:
                 raise OptimizerError(f"parameter {name!r}: {error}") from error
+            ask_trivialized(parameter, config.gradient == "trivialized")
         split.setdefault(manifold, []).append((name, parameter))
     ordered = sorted(split, key=lambda manifold: manifold is None)
     return [

@@ -13,7 +13,7 @@ from torch import Tensor
 from optim.adam import euclidean_average, euclidean_step, new_state
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
-from optim.manifolds import Manifold, manifold_of
+from optim.manifolds import Manifold, is_trivialized, manifold_of
 from optim.orthogonality_audit import Audit
 from optim.retraction import correction_due
 
@@ -66,7 +66,10 @@ class ReferenceManifoldAdam(torch.optim.Optimizer):
         state["step"] += 1
         t = state["step"]
 
-        g = manifold.tangent(X, G, config.increment)
+        if is_trivialized(X):
+            g = manifold.algebra_part(G)
+        else:
+            g = manifold.tangent(X, G, config.increment)
         m = state["exp_avg"] + (1 - b1) * (g - state["exp_avg"])
         v = state["exp_avg_sq"] + (1 - b2) * (g * g - state["exp_avg_sq"])
         m = (m - m.T) / 2  # round-off must not break skewness

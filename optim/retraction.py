@@ -15,11 +15,11 @@ With S = D^2, Q = D^3 and coefficients c_j of p_k:
 | 4 | D + S / 2 + S (c_3 D + c_4 S)         | 2.625             |
 | 5 | D + S / 2 + S (c_3 D + c_4 S + c_5 Q) | 3.25              |
 
-`docs/retraction.md` has the proofs. The form is the cheapest whose defect is proved to be at most
-`DEFECT`; larger increments are cut into substeps. Defects add up, so `correction_due` says after
-which steps one Newton-Schulz step takes away what has gathered: the truncations between two of them
-move ||X^T X - I||_2 by no more than `DRIFT`. Rounding is as for the exponential (`matrix_exp`),
-whose bounds of theta and of products are used here.
+`docs/explanation/optimizer.md` has the proofs. The form is the cheapest whose defect is proved to
+be at most `DEFECT`; larger increments are cut into substeps. Defects add up, so `correction_due`
+says after which steps one Newton-Schulz step takes away what has gathered: the truncations
+between two of them move ||X^T X - I||_2 by no more than `DRIFT`. Rounding is as for
+the exponential (`matrix_exp`), whose bounds of theta and of products are used here.
 """
 
 import math

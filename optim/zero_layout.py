@@ -32,6 +32,8 @@ class Slot:
     """First element of the slice in the flat tensor."""
     length: int
     """Elements of the slice including padding; the same on every rank."""
+    trivialized: bool = False
+    """Whether its gradient is X^T G (`optim.manifolds.is_trivialized`)."""
 
     @property
     def stop(self) -> int:

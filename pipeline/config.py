@@ -24,7 +24,7 @@ from model.networks.centering import Centering
 from model.networks.config import NetworkConfig
 from model.networks.registry import FAMILIES, AnyNetwork, on_meta_device
 from optim.config import MANIFOLD_OPTIONS, OptimConfig
-from optim.manifolds import manifold_of
+from optim.manifolds import can_trivialize, manifold_of
 from pipeline.errors import NoEffectError, PipelineError
 from pipeline.losses.emma import EmmaLoss
 from pipeline.losses.registry import AnyLoss
@@ -395,11 +395,18 @@ class RunConfig:
         if self.cluster.launcher == "local":
             names = ("evaluate_tasks", "evaluate_gpus", "evaluate_placement")
             found |= {f"checkpoint.{name}": "cluster.launcher=local" for name in names}
-        # Building the network, even on the meta device, takes time: only where an answer matters.
+        return found | self._unused_by_network()
+
+    def _unused_by_network(self) -> dict[str, str]:
+        """Settings of what the network has not got."""
+        # Building it, even on the meta device, takes time: only where an answer matters.
         kind = f"model.kind={self.model.kind}, which"
+        found: dict[str, str] = {}
         manifold = [f"optim.{name}" for name in MANIFOLD_OPTIONS]
         if any(map(self._is_set, manifold)) and not has_matrices(self.model):
             found |= dict.fromkeys(manifold, f"{kind} has no matrix on a manifold")
+        elif self._is_set("optim.gradient") and not has_trivialized(self.model):
+            found["optim.gradient"] = f"{kind} has no layer that delivers X^T G"
         samples = "train.calibration_samples"
         if self._is_set(samples) and not has_centred_layers(self.model):
             found[samples] = f"{kind} has no centred layer"
@@ -458,6 +465,11 @@ def _check_name(name: str) -> None:
 def has_matrices(model: NetworkConfig) -> bool:
     """Whether the network has parameters that the optimizer keeps on a manifold."""
     return any(manifold_of(p) is not None for p in on_meta_device(model).parameters())
+
+
+def has_trivialized(model: NetworkConfig) -> bool:
+    """Whether layers of the network can deliver X^T G as the gradient of their matrices."""
+    return any(can_trivialize(p) for p in on_meta_device(model).parameters())
 
 
 def has_centred_layers(model: NetworkConfig) -> bool:

@@ -1,7 +1,7 @@
 """Entry: `python -m pipeline.pretrain [PRESET] [--setting value ...]`.
 
 Parses, prepares, launches, shows. Exit codes: 0 done, 1 failed, 2 refused before anything was
-trained, 124 hung without Ray, 130 or 143 stopped (`docs/faults.md`).
+trained, 124 hung without Ray, 130 or 143 stopped (`docs/reference/exit-codes.md`).
 """
 
 import contextlib

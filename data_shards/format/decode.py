@@ -33,8 +33,8 @@ def decode_crop(
     """Decode a random part of an image (`decode_part`) and scale it to one size, bilinear.
 
     Scaling is antialiased. Where a JPEG is decoded at a part of its size, the result differs on
-    photographs by about one grey level on average from the full route (docs/how-it-works.md). Only
-    random crops of training come this way.
+    photographs by about one grey level on average from the full route
+    (docs/explanation/architecture.md). Only random crops of training come this way.
 
     Args:
         data: The encoded image.

@@ -1,4 +1,4 @@
-"""certificate.json: everything a third party needs to check an evaluation (docs/certificate.md)."""
+"""certificate.json: what a third party needs to check it (docs/explanation/certificate.md)."""
 
 from __future__ import annotations
 

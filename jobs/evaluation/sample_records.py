@@ -193,7 +193,7 @@ def confusions(column: ColumnRecords, label: np.ndarray) -> tuple[tuple[int, int
 
 
 def samples_parquet(parts: Sequence[ShardRecords]) -> bytes:
-    """Return the bytes of ``samples.parquet`` (docs/certificate.md, section 7)."""
+    """Return the bytes of ``samples.parquet`` (docs/explanation/certificate.md, section 7)."""
     table: dict[str, Any] = {
         "shard": [part.shard for part in parts for _ in part.key],
         "key": [key for part in parts for key in part.key],

@@ -1,8 +1,8 @@
 """One HTML page that derives a certificate again, in the reader's browser.
 
-It carries certificate, weights and test images, and the mathematics of docs/certificate.md as
-readable JavaScript (``templates/verify/``). This module only packs: what it writes is checked by
-the page, or not at all.
+It carries certificate, weights and test images, and the mathematics of
+docs/explanation/certificate.md as readable JavaScript (``templates/verify/``). This module only
+packs: what it writes is checked by the page, or not at all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Proved bounds of strided, zero-padded convolutions (docs/families.md).
+"""Proved bounds of strided, zero-padded convolutions (docs/explanation/families.md).
 
 Pixels s x s become channels: a kernel (o, c, k, k) of stride s is one of stride 1, of shape
 (o, c s^2, k', k') with k' = ceil(k / s). The padded image lies on a torus of its own size, where

@@ -1,4 +1,6 @@
-"""Bounds of stored matrices: proved from above, observed from below (docs/certificate.md, 3).
+"""Bounds of stored matrices: proved from above, observed from below.
+
+Section 3 of docs/explanation/certificate.md.
 
 Everything is computed in float64 from the stored entries, which are exact there, and the rounding
 of the computation is part of the bound. Power iteration converges from below: it gives `lower`.

@@ -1,4 +1,6 @@
-"""A-priori rounding errors of the programs that evaluate a network (docs/certificate.md, 5).
+"""A-priori rounding errors of the programs that evaluate a network.
+
+Section 5 of docs/explanation/certificate.md.
 
 Every quantity of a bound is non-negative, so evaluating the bound in float64 changes it by a
 relative error of (number of operations) * 2^-53, far below the factor 1 + 2^-20 that ends each

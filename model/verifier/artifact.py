@@ -1,4 +1,4 @@
-"""The artifact: its description and its weights (section 8.2 of docs/certificate.md)."""
+"""The artifact: its description and its weights (docs/explanation/certificate.md, 8.2)."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""The shard set: section 8.4 of docs/certificate.md."""
+"""The shard set: section 8.4 of docs/explanation/certificate.md."""
 
 import io
 import re

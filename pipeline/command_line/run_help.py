@@ -24,6 +24,7 @@ from pipeline.losses.registry import LOSSES
 from pipeline.presets import PRESETS, run_preset
 
 PROG = "python -m pipeline.pretrain"
+_ANY_WIDTH = 1000
 OFTEN = (
     "data.shards",
     "data.train_split",
@@ -117,15 +118,26 @@ def _show_more(console: Console) -> None:
         console.print(f"      {meaning}", soft_wrap=True)
 
 
+PRESET_COLUMNS = ("preset", "network", "parameters", "input", "classes", "norm", "data")
+
+
 def show_presets() -> None:
     """Print the presets: network, parameters, data and norm."""
     table = Table(box=None)
-    for column in ("preset", "network", "parameters", "input", "classes", "norm", "data"):
+    for column in PRESET_COLUMNS:
         table.add_column(column, no_wrap=True, overflow="ignore")
-    for name in sorted(PRESETS, key=_by_numbers):
+    for name in sorted_presets():
         table.add_row(*preset_row(name))
     console = PlainConsole()
+    # A name is never cut: in a pipe, which has no width, and in a narrow terminal.
+    needed = console.measure(table, options=console.options.update(max_width=_ANY_WIDTH)).maximum
+    console.width = max(console.width, needed)
     console.print(table)
+
+
+def sorted_presets() -> list[str]:
+    """Names of the presets, with soc-5 before soc-10."""
+    return sorted(PRESETS, key=_by_numbers)
 
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:
@@ -135,7 +147,7 @@ def _by_numbers(name: str) -> list[tuple[int, str]]:
 
 
 def preset_row(name: str) -> tuple[str, ...]:
-    """Columns of a preset in the table: name, network, parameters, input, classes, norm, data."""
+    """PRESET_COLUMNS of a preset."""
     config = run_preset(name)
     model = config.model
     values = sum(math.prod(shape) for shape in parameter_shapes(model).values())

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from model.networks.registry import build_network
+from optim.config import OptimConfig
 from optim.manifolds import manifold_of
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
@@ -177,7 +178,7 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
         time=step_time(
             device,
             pass_flops=float(accumulation * seen.flops),
-            manifold_flops=_manifold_flops(weights, ranks, optim.retraction),
+            manifold_flops=_manifold_flops(weights, ranks, optim),
             sent=sent,
             rank_images=counts.rank_batch,
             decoders=max(1, config.data.stream.workers),
@@ -190,12 +191,13 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
     )
 
 
-def _manifold_flops(weights: Weights, ranks: int, retraction: str) -> float:
+def _manifold_flops(weights: Weights, ranks: int, optim: OptimConfig) -> float:
     """Products of the rank that owns most matrices."""
     if not weights.matrices:
         return 0.0
     owned = -(-len(weights.matrices) // ranks)
-    return MANIFOLD_PRODUCTS[retraction] * owned * 2 * max(weights.matrices) ** 1.5
+    products = MANIFOLD_PRODUCTS[optim.retraction] - (optim.gradient == "trivialized")
+    return products * owned * 2 * max(weights.matrices) ** 1.5
 
 
 def _host(config: RunConfig, weights: Weights, setting: Setting) -> dict[str, int]:

@@ -20,7 +20,8 @@ from pipeline.training.device_peak import peak_flops
 
 MANIFOLD_PRODUCTS = {"exp": 4.6, "fast": 3.7}
 """Products of C x C matrices per matrix and step, by `optim.retraction`, as at C = 4096 and lr
-1e-3: order 6, or form 4 and its share of a correction."""
+1e-3: order 6, or form 4 and its share of a correction; one less where the backward pass delivers
+X^T G."""
 EFFICIENCY = 0.4
 """Share of a device's peak that products reach in practice; published runs of this size have 0.29
 to 0.5."""

@@ -15,7 +15,7 @@ from model.networks.init import initial_kind, initial_value
 from model.networks.registry import AnyNetwork, build_network
 from optim.collectives import LocalExchange, ProcessGroupExchange
 from optim.config import OptimConfig
-from optim.manifolds import manifold_of
+from optim.manifolds import is_trivialized, manifold_of
 from optim.param_groups import parameter_groups
 from optim.sharded import ShardedManifoldAdam
 from optim.zero_layout import FlatPartition, Slot
@@ -117,7 +117,8 @@ def _partitions(zero_optimizer: Any, names: dict[int, str]) -> list[FlatPartitio
         slots, offset = [], 0
         for p in parameters:
             length = p.partition_numel()
-            slots.append(Slot(names[id(p)], tuple(p.ds_shape), p.ds_numel, offset, length))
+            sizes = tuple(p.ds_shape), p.ds_numel, offset, length
+            slots.append(Slot(names[id(p)], *sizes, trivialized=is_trivialized(p)))
             # Padded to the same length on all ranks, so offsets agree without being told.
             offset += length
 

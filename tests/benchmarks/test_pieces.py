@@ -74,6 +74,7 @@ def bytes_of(rank, world_size):
         return held.live, computed(config, world_size)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_what_is_built_is_the_partition():
     for live, known in run_ranks(bytes_of, 2):
@@ -95,6 +96,7 @@ def broken():
     raise SystemExit(3)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_rank_that_dies_is_noticed():
     with pytest.raises(RuntimeError, match="a rank of broken has died"):

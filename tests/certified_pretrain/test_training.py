@@ -53,6 +53,36 @@ def test_it_equals_the_reference_bit_for_bit():
             assert manifold.residual(mine) < 1e-5
 
 
+def test_x_t_g_of_the_backward_pass_trains_as_g_does():
+    """Three micro-batches a step, clipped, over a synchronisation and a polar projection."""
+    models = []
+    for form in ("ambient", "trivialized"):
+        model = network().double()
+        settings = {**SETTINGS, "eps": 1e-5, "retraction": "fast", "gradient": form}
+        optimizer = cp.ManifoldAdam(model.parameters(), **settings)
+        for seed in range(5):
+            optimizer.zero_grad()
+            for part in range(3):
+                images, labels = batch(3 * seed + part)
+                (cp.emma_loss(model, images.double(), labels) / 3).backward()
+            assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05) > 0.1
+            optimizer.step()
+        models.append(dict(model.named_parameters()))
+    ambient, found = models
+    for name, p in found.items():
+        torch.testing.assert_close(p, ambient[name], rtol=0, atol=1e-9)
+
+
+def test_an_optimizer_that_does_not_ask_gets_g_again():
+    model, gradients = network(), []
+    for form in ({}, {"gradient": "trivialized"}, {}):
+        cp.ManifoldAdam(model.parameters(), **form)
+        loss = cp.emma_loss(model, *batch(0))
+        gradients.append(torch.autograd.grad(loss, model.blocks[0].R)[0])
+    assert torch.equal(gradients[0], gradients[2])
+    assert (gradients[1] - gradients[2]).norm() > 0.5 * gradients[2].norm()
+
+
 def test_a_saved_state_goes_on_bit_for_bit():
     model = network()
     optimizer = cp.ManifoldAdam(model.parameters(), **SETTINGS)

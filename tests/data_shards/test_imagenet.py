@@ -123,6 +123,7 @@ def test_entry_from_another_store_gives_the_same_set(small, tmp_path, capsys):
     assert len(digests) == 1
 
 
+@pytest.mark.slow
 def test_from_s3_to_s3_in_bad_weather_by_two_processes(small, proxy, tmp_path):
     here = write_shard_set(imagenet(str(small.folder), RECIPE), str(tmp_path))
     archives = object_store.upload(small.folder)

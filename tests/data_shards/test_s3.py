@@ -16,6 +16,7 @@ from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import fetch
 from tests.faulty_proxy import FaultyProxy, Weather
 from tests.object_store import BUCKET, KEY, SECRET, s3_clients
+from tests.repetitions import mostly_slow
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ WEATHERS = {
 }
 
 
-@pytest.mark.parametrize("name", WEATHERS)
+@pytest.mark.parametrize("name", mostly_slow(WEATHERS, ["a storm of 503", "short bodies"]))
 def test_every_byte_arrives_in_bad_weather(name, proxy, s3_set, small_rows, monkeypatch):
     configure(monkeypatch, config_kwargs={"read_timeout": 0.3})
     monkeypatch.setattr(range_reader, "_SLOWEST", 1 << 16)

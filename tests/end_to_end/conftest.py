@@ -81,10 +81,12 @@ def bf16_run(storage) -> Finished:
 
 
 def readme_cluster() -> tuple[str, str, str]:
-    """The lines of the README that start a cluster, prepare the shell and submit a run."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (start,) = [line for block in blocks for line in block.splitlines() if line.startswith(MAKE)]
-    (submit,) = [block for block in blocks if "ray job submit" in block]
+    """The documented lines that start a cluster, prepare the shell and submit a run."""
+    pages = (ROOT / "README.md", ROOT / "docs/how-to/ray-cluster.md")
+    blocks = [re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL) for page in pages]
+    (start,) = [line for block in blocks[1] for line in block.splitlines() if line.startswith(MAKE)]
+    # Both pages have the same lines.
+    (submit,) = {block for found in blocks for block in found if "ray job submit" in block}
     export, command = submit.splitlines()
     return start.partition("#")[0].strip(), export, command
 

@@ -1,8 +1,8 @@
-"""The MLflow UI and the report in a real browser: what docs/mlflow.md promises, and its pictures.
+"""The MLflow UI and the report in a browser: docs/how-to/mlflow.md and its pictures.
 
     python -m tests.end_to_end.mlflow_ui --uri sqlite:///runs/mlflow.db --experiment digits
 
-makes the pictures of docs/ again; it needs Chromium (Debian's package) and playwright.
+makes the pictures of docs/images again; it needs Chromium (Debian's package) and playwright.
 """
 
 import argparse
@@ -147,7 +147,7 @@ def _scroll_to(page, column):
 
 
 def shots(config):
-    """The pages of docs/mlflow.md for a store; saves its views."""
+    """The pages of docs/how-to/mlflow.md for a store; saves its views."""
     reader = Reader(config)
     runs = reader.training_runs()
     evaluations = [e for found in reader.evaluations(runs).values() for e in found]
@@ -194,7 +194,7 @@ def report_picture(context, page_path, picture):
 
 
 def make_pictures(config, out):
-    """Save all pictures of docs/mlflow.md."""
+    """Save all pictures of docs/how-to/mlflow.md."""
     with tempfile.TemporaryDirectory() as folder, browser() as context:
         with server(config.uri, Path(folder, "server.log")) as address:
             page = context.new_page()
@@ -210,6 +210,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--uri", required=True)
     parser.add_argument("--experiment", required=True)
-    parser.add_argument("--out", default="docs")
+    parser.add_argument("--out", default="docs/images")
     chosen = parser.parse_args()
     make_pictures(TrackingConfig(uri=chosen.uri, experiment=chosen.experiment), chosen.out)

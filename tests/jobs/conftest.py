@@ -7,6 +7,7 @@ from model.artifact.artifact import write_artifact
 from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network
 from pipeline.run.ray_session import ray_session
+from tests.blank_figures import blank_figures, drawn_figures  # noqa: F401
 
 NETWORK = LipNeXtConfig(input_shape=(3, 8, 8), num_classes=4, patch=2, width=16, depth=1)
 

@@ -40,7 +40,7 @@ def column(prediction, radius):
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory, artifact):
+def evaluated(tmp_path_factory, artifact, drawn_figures):
     out = tmp_path_factory.mktemp("evaluated") / "out"
     return out, evaluate(plain_fields(artifact, out))
 

@@ -14,6 +14,7 @@ from model.networks.base import LipschitzBound
 from model.networks.linf.groupsort import GroupSortConfig
 from model.networks.linf.sortnet import SortNet, SortNetConfig
 from model.networks.registry import build_network
+from tests.repetitions import mostly_slow
 
 pytestmark = pytest.mark.integration
 
@@ -23,7 +24,9 @@ MLP = SortNetConfig(**SHAPE, width=12, depth=2, keep=0.7, input_scale=2.0, hidde
 GROUPSORT = GroupSortConfig(**SHAPE, width=8, depth=2)
 
 
-@pytest.fixture(params=[SORTNET, MLP, GROUPSORT], ids=["sortnet", "mlp", "groupsort"])
+@pytest.fixture(
+    params=mostly_slow([MLP, SORTNET, GROUPSORT], [MLP]), ids=["mlp", "sortnet", "groupsort"]
+)
 def settings(request, shards, tmp_path):
     """An evaluation of an untrained network with the usual radii and an attack."""
     network = build_network(request.param).eval()

@@ -148,14 +148,19 @@ HISTOGRAM = {"radius": RADIUS, "correct": CORRECT}
     "draw",
     [
         lambda: cra_png(summary()),
-        lambda: cra_png(summary(vacuous=True, attack=False)),
         lambda: radius_histogram_png(summary(), **HISTOGRAM),
-        lambda: cra_png(with_little()),
-        lambda: cra_png(with_radii("1/255", "36/255")),
-        lambda: radius_histogram_png(with_little(), **HISTOGRAM),
-        lambda: bounds_png(summary(depth=4)),
         lambda: bounds_png(summary(depth=96)),
-        lambda: bounds_png(summary(depth=200)),
+        *(
+            pytest.param(draw, marks=pytest.mark.slow)
+            for draw in (
+                lambda: cra_png(summary(vacuous=True, attack=False)),
+                lambda: cra_png(with_little()),
+                lambda: cra_png(with_radii("1/255", "36/255")),
+                lambda: radius_histogram_png(with_little(), **HISTOGRAM),
+                lambda: bounds_png(summary(depth=4)),
+                lambda: bounds_png(summary(depth=200)),
+            )
+        ),
     ],
 )
 def test_no_two_texts_overlap_and_all_lie_in_the_figure(drawn, draw):

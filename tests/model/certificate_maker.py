@@ -1,5 +1,6 @@
-"""Certificates made from docs/certificate.md with the verifier's own mathematics, and forged ones.
+"""Certificates made with the verifier's own mathematics, and forged ones.
 
+docs/explanation/certificate.md says what they hold.
 Every function that seals recomputes the digests, as whoever forges a certificate would.
 """
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.networks.lipnext.layers import Block
+from optim.manifolds import ORTHOGONAL, ask_trivialized
 from tests.model.small_networks import filled, tiny_config
 
 WIDTH = 20
@@ -22,6 +23,13 @@ def block_of(generator, *, grid=(3, 5), distance=1, dtype=torch.float64, **chang
     height, breadth = grid
     config = tiny_config(input_shape=(1, 2 * height, 2 * breadth), width=WIDTH, **changes)
     return filled(Block(config, distance), generator).to(dtype)
+
+
+def ask(block, wanted=True):
+    """For R^T dR and M^T dM."""
+    for matrix in (block.R, block.M):
+        ask_trivialized(matrix, wanted)
+    return block
 
 
 def tokens(generator, *shape, dtype=torch.float64):
@@ -79,9 +87,12 @@ def test_a_value_of_zero_has_the_gradient_that_torch_gives_it(generator, monkeyp
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("trivialized", [False, True])
 @pytest.mark.parametrize("fold", ["always", "never"])
-def test_gradients_of_gradients_are_those_of_the_plain_pass(fold, generator, monkeypatch):
-    block = block_of(generator, fold=fold)
+def test_gradients_of_gradients_are_those_of_the_plain_pass(
+    trivialized, fold, generator, monkeypatch
+):
+    block = ask(block_of(generator, fold=fold), trivialized)
     x = tokens(generator, 2, 3, 5).requires_grad_()
     found = []
     for plain in (False, True):
@@ -92,6 +103,74 @@ def test_gradients_of_gradients_are_those_of_the_plain_pass(fold, generator, mon
         found.append(torch.autograd.grad(second, [*sources, block.p]))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("fold", ["always", "never"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_gradients_of_the_matrices_in_the_lie_algebra(dtype, fold, generator):
+    """X^T G for matrices that are not orthogonal, too, and nothing else is another."""
+    block = block_of(generator, dtype=dtype, fold=fold, alpha=0.25)
+    with torch.no_grad():
+        block.R.mul_(1.5)
+        block.M[0] += 1
+    x, g = (tokens(generator, 4, 3, 5, dtype=dtype) for _ in range(2))
+    out, ambient = passed(block, x, g)
+    again, found = passed(ask(block), x, g)
+    assert torch.equal(again, out)
+    names = ["x", *dict(block.named_parameters())]
+    for name, mine, theirs in zip(names, found, ambient, strict=True):
+        assert mine.is_contiguous()
+        if name not in "RM":
+            assert torch.equal(mine, theirs)
+            continue
+        expected = getattr(block, name).detach().double().mT @ theirs.double()
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(mine.double(), expected, rtol=0, atol=TOLERANCE[dtype] * scale)
+        assert (mine - mine.mT).abs().max() > 0.1 * mine.abs().max()
+        assert (mine + mine.mT).abs().max() > 0.1 * mine.abs().max()
+    for mine, theirs in zip(passed(ask(block, False), x, g)[1], ambient, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+def test_norms_of_gradients_are_the_same_in_either_form(dtype, least, generator):
+    """So clipping is: where X is orthogonal, and nearly so where it is rounded to bfloat16."""
+    block = block_of(generator)
+    with torch.no_grad():
+        for matrix in (block.R, block.M):
+            matrix.copy_(ORTHOGONAL.random((WIDTH, WIDTH), generator))
+    block = block.to(dtype)
+    x, g = (tokens(generator, 4, 3, 5, dtype=dtype) for _ in range(2))
+    _, (_, *ambient) = passed(block, x, g)
+    _, (_, *found) = passed(ask(block), x, g)
+    for mine, theirs in zip(found[:2], ambient[:2], strict=True):
+        ratio = float(mine.double().norm() / theirs.double().norm())
+        assert abs(ratio - 1) < least
+
+
+def test_a_matrix_alone_is_asked_for_its_form(generator):
+    block = block_of(generator)
+    x, g = (tokens(generator, 4, 3, 5) for _ in range(2))
+    _, (_, R, M, *_) = passed(block, x, g)
+    ask_trivialized(block.M, True)
+    _, (_, same, found, *_) = passed(block, x, g)
+    torch.testing.assert_close(same, R, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, block.M.detach().mT @ M, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fold", ["always", "never"])
+def test_trivialized_gradients_take_no_product_more(fold, generator):
+    block = block_of(generator, fold=fold)
+    x, flops = tokens(generator, 4, 3, 5), []
+    for wanted in (False, True):
+        ask(block, wanted)
+        for recompute in (False, True):
+            leaf = x.clone().requires_grad_()
+            with FlopCounterMode(display=False) as counting:
+                block(leaf, recompute=recompute).square().sum().backward()
+            flops.append(counting.get_total_flops())
+    less = 0 if fold == "always" else 2 * 60 * WIDTH**2
+    assert [flops[0] - flops[2], flops[1] - flops[3]] == [less, less]
 
 
 def kept_by(block, x, **options):

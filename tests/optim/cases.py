@@ -30,6 +30,9 @@ PROBLEMS = {
     "fast, fp32": Problem(
         UNEVEN, retraction="fast", dtype=torch.float32, matrices_per_group=2, lr=0.003
     ),
+    "X^T G": Problem(
+        UNEVEN, retraction="fast", gradient="trivialized", matrices_per_group=3, lr=0.06
+    ),
     "fp32": Problem(UNEVEN, dtype=torch.float32, matrices_per_group=2, lr=0.003, steps=10),
 }
 # Round-off of 20 steps in float64; float32 is measured against the float32 reference.
@@ -97,7 +100,7 @@ def check_problem(problem: Problem, exchange: Exchange) -> str:
 def check_resume(exchange: Exchange) -> None:
     """State saved between two Lookahead synchronisations continues bit by bit."""
     uneven = PROBLEMS["uneven"]
-    for problem in (uneven, replace(uneven, dtype=torch.float32), PROBLEMS["fast"]):
+    for problem in (uneven, replace(uneven, dtype=torch.float32), PROBLEMS["X^T G"]):
         first = Emulation(problem, exchange)
         first.run(last=10)
         saved = [tensor.clone() for _, _, tensor in first.optimizer.partitioned_state()]

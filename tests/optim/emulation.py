@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from optim.collectives import Exchange
 from optim.config import OptimConfig
-from optim.manifolds import ORTHOGONAL, declare, manifold_of
+from optim.manifolds import ORTHOGONAL, declare, is_trivialized, manifold_of
 from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from optim.sharded import ShardedManifoldAdam
@@ -32,6 +32,8 @@ class Problem:
     round_elements: int = ROUND_ELEMENTS
     increment: str = "full"
     retraction: str = "exp"
+    gradient: str = "ambient"
+    """Or "trivialized", of all matrices but the first: the gradients below are X^T G then."""
     overlap: bool = True
 
     @property
@@ -47,12 +49,14 @@ class Problem:
             audit_every=self.audit_every,
             increment=self.increment,
             retraction=self.retraction,
+            gradient=self.gradient,
         )
 
     def parameters(self) -> dict[str, nn.Parameter]:
         named = {}
         for i, n in enumerate(self.sizes):
-            named[f"matrix{i}"] = declare(nn.Parameter(initial(f"matrix{i}", (n, n))), ORTHOGONAL)
+            matrix = nn.Parameter(initial(f"matrix{i}", (n, n)))
+            named[f"matrix{i}"] = declare(matrix, ORTHOGONAL, trivializes=i > 0)
         for name, shape in (("bias", (7,)), ("head", (3, 5))):
             named[name] = nn.Parameter(initial(name, shape))
         for parameter in named.values():
@@ -95,7 +99,8 @@ def cut_slots(named: dict[str, nn.Parameter], world_size: int) -> tuple[Slot, ..
     slots, offset = [], 0
     for name, parameter in named.items():
         length = -(-parameter.numel() // world_size)
-        slots.append(Slot(name, tuple(parameter.shape), parameter.numel(), offset, length))
+        sizes = tuple(parameter.shape), parameter.numel(), offset, length
+        slots.append(Slot(name, *sizes, trivialized=is_trivialized(parameter)))
         offset += length
     return tuple(slots)
 

@@ -213,7 +213,9 @@ def test_all_help_has_every_setting_of_the_preset_in_groups(capsys):
         assert f"\n{group}" in text
 
 
-def test_the_list_has_every_preset_with_its_facts(capsys, monkeypatch):
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_the_list_has_every_preset_with_its_facts_in_any_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
     few = {name: PRESETS[name] for name in ("cifar10-soc-10", "cifar10-soc-5", "digits")}
     monkeypatch.setattr("pipeline.command_line.run_help.PRESETS", few)
     rows = [line.split() for line in output(capsys, "--list").splitlines()]

@@ -73,6 +73,8 @@ IDLE = [
     ("digits-liresnet", "", "optim.series", "frobenius"),
     ("digits-liresnet", "", "optim.retraction", "fast"),
     ("digits", "--optim.retraction fast", "optim.series", "frobenius"),
+    ("digits-liresnet", "", "optim.gradient", "trivialized"),
+    ("digits-soc", "", "optim.gradient", "trivialized"),
     ("digits-liresnet", "", "optim.increment", "tf32"),
     ("digits", "", "loss.eps_ramp", "0.3"),
     ("digits-sortnet-mlp", "--loss.eps-ramp 0", "loss.eps_start", "0.5"),

@@ -241,7 +241,7 @@ def test_a_sweep_is_a_table_with_a_row_for_each_number():
 
 
 def test_the_page_on_scaling_says_what_the_planner_says():
-    page = (Path(__file__).resolve().parents[2] / "docs/scaling.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs/explanation/scaling.md").read_text()
     header, _, few, many = sweep(parse(["imagenet-L32W4096", "--sweep", "8,512"]))
     for line in (header, few, many):
         assert line in page

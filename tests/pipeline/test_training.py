@@ -25,6 +25,7 @@ from pipeline.losses import emma
 from pipeline.losses.emma import emma_loss
 from pipeline.run.events import CheckpointFailed, Metrics, Skipped
 from pipeline.run.worker_spec import WorkerSpec
+from pipeline.training.device_peak import DTYPES
 from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (
@@ -62,12 +63,16 @@ def audited(every):
     )
 
 
+FORM = "bf16, X^T G"
 CASES = {
     "plain": config(),
     "again": config(),
     "another seed": config(seed=1),
     "kept often": config(every_steps=3),
     "bf16": config(precision="bf16"),
+    FORM: dataclasses.replace(
+        config(precision="bf16"), optim=dataclasses.replace(OPTIM, gradient="trivialized")
+    ),
     "fp16": config(precision="fp16"),
     "fp16 without the arithmetic": config(precision="fp16"),
     "fp16 scaled over the edge": config(precision="fp16", loss_scale=1e9, max_skipped=2),
@@ -227,20 +232,20 @@ def test_keeping_checkpoints_and_artifacts_changes_nothing(outcomes):
     assert len({kept.digest for kept in often.kept.values()}) == 5
 
 
-@pytest.mark.parametrize(("precision", "bits"), [("bf16", 8), ("fp16", 11)])
-def test_sixteen_bit_training_follows_fp32(outcomes, precision, bits):
+@pytest.mark.parametrize(("case", "bits"), [("bf16", 8), (FORM, 8), ("fp16", 11)])
+def test_sixteen_bit_training_follows_fp32(outcomes, case, bits):
     rounding = 2.0**-bits
-    run, plain = outcomes[precision][0], outcomes["plain"][0]
+    run, plain = outcomes[case][0], outcomes["plain"][0]
     assert run.error == ""
     # Masters start from the float64 values, not from the 16-bit weights.
-    masters, expected = start(outcomes, precision), start(outcomes, "plain")
+    masters, expected = start(outcomes, case), start(outcomes, "plain")
     names = [key.removeprefix("master/") for key in masters if key.startswith("master/")]
     for name in names:
         assert masters[f"master/{name}"].dtype == np.float32
         assert masters[f"master/{name}"].tobytes() == expected[f"master/{name}"].tobytes()
     # The working weights are the masters, rounded, at every time.
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    for state in (masters, end(outcomes, precision)):
+    dtype = DTYPES[CASES[case].train.precision]
+    for state in (masters, end(outcomes, case)):
         for name in names:
             rounded = torch.from_numpy(state[f"master/{name}"]).to(dtype).float()
             assert torch.equal(torch.from_numpy(state[f"working/{name}"]), rounded), name
@@ -269,6 +274,22 @@ def test_the_optimizer_gets_the_gradient_of_fp32(outcomes, precision, bits):
             assert error < 32 * 2.0**-bits, name
         sums = torch.from_numpy(np.concatenate(list(got.values())))
         assert (sums.to(dtype).float() != sums).float().mean() > 0.2, "the sums have 16 bits"
+
+
+def test_the_optimizer_gets_what_it_asks_for_of_each_matrix(outcomes):
+    """X^T G of what blocks hold, from the bfloat16 copies of X; else G."""
+    gradients = {n: whole_state([rank.gradients for rank in outcomes[n]]) for n in ("plain", FORM)}
+    asked = 0
+    for key, gradient in gradients["plain"].items():
+        expected, found = torch.from_numpy(gradient), torch.from_numpy(gradients[FORM][key])
+        if key.endswith((".R", ".M")):
+            asked += 1
+            X = torch.from_numpy(start(outcomes, "plain")[f"master/{key}"])
+            X, G = (tensor.view(CASES[FORM].model.width, -1) for tensor in (X, expected))
+            expected = (X.mT @ G).flatten()
+        error = (found - expected).norm() / expected.norm()
+        assert error < 32 * 2.0**-8, key
+    assert asked == 4
 
 
 def test_fp16_needs_fp16_arithmetic(outcomes):

@@ -48,8 +48,13 @@ CASES = {
     "clipped": small_run(train=train_config(grad_clip=0.05)),
     "accumulated": small_run(train=train_config(accumulation=2, activation_checkpointing=True)),
     "five sub-groups": small_run(zero=ZeroConfig(sub_group_size=300)),
+    "X^T G, accumulated, clipped": small_run(
+        optim=dataclasses.replace(small_run().optim, gradient="trivialized"),
+        train=train_config(global_batch=36, accumulation=3, grad_clip=0.05),
+    ),
     "gathered one by one": small_run(zero=ZeroConfig(max_live_parameters=1)),
 }
+FORM = "X^T G, accumulated, clipped"
 
 
 def train_partitioned(rank, world_size, names):
@@ -59,11 +64,11 @@ def train_partitioned(rank, world_size, names):
     with rank_world(rank, world_size) as world:
         for name in names:
             config = CASES[name]
-            share = BATCH // world_size
+            share = config.train.global_batch // world_size
             micro = share // config.train.accumulation
             engine = build_engine(config, world=world, micro_batch=micro)
             engine.initialise(seed=3)
-            for images, labels in batches(STEPS, BATCH):
+            for images, labels in batches(STEPS, config.train.global_batch):
                 mine = slice(rank * share, (rank + 1) * share)
                 parts = zip(images[mine].split(micro), labels[mine].split(micro), strict=True)
                 with mock.patch("subprocess.Popen", side_effect=AssertionError("of each step")):
@@ -100,12 +105,12 @@ def train_reference(name):
 
 
 def train_whole(config):
+    """By the gradients G, whatever the ranks have."""
     network = build_network(config.model).double()
     network.initialise(seed=3)
-    optimizer = ReferenceManifoldAdam(
-        parameter_groups(network.named_parameters(), config.optim), config.optim
-    )
-    for images, labels in batches(STEPS, BATCH):
+    optim = dataclasses.replace(config.optim, gradient="ambient")
+    optimizer = ReferenceManifoldAdam(parameter_groups(network.named_parameters(), optim), optim)
+    for images, labels in batches(STEPS, config.train.global_batch):
         logits, rates = network.logits_and_rates(images.double() / 255, labels, 36 / 255)
         loss = emma_loss(logits, rates, labels, 36 / 255, config.loss.scale)
         optimizer.zero_grad()
@@ -124,7 +129,7 @@ def train_whole(config):
 )
 def test_equals_the_float64_reference(world_size):
     # Four ranks on two cores are slow to start; one case of each kind runs at every size.
-    names = list(CASES) if world_size in (2, 3) else ["plain", "accumulated"]
+    names = list(CASES) if world_size in (2, 3) else ["plain", "accumulated", FORM]
     results = run_ranks(train_partitioned, world_size, names, timeout=240)
     for name in names:
         masters, exported = train_reference(name)
@@ -141,10 +146,13 @@ def test_equals_the_float64_reference(world_size):
 
 
 def test_cases_differ_where_they_should():
-    """The clipped case really clips, so that its equality says something."""
+    """The clipped cases really clip, so that their equality says something."""
     plain, _ = train_reference("plain")
     clipped, _ = train_reference("clipped")
     assert (plain["head.weight"] - clipped["head.weight"]).abs().max() > 1e-3
+    clips = dataclasses.replace(CASES[FORM].train, grad_clip=0.0)
+    unclipped, _ = train_whole(dataclasses.replace(CASES[FORM], train=clips))
+    assert (train_reference(FORM)[0]["head.weight"] - unclipped["head.weight"]).abs().max() > 1e-3
     assert (
         dataclasses.replace(CASES["plain"], zero=ZeroConfig(sub_group_size=300))
         == CASES["five sub-groups"]

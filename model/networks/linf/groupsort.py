@@ -138,7 +138,7 @@ class GroupSort(LipschitzByConstruction):
     def margin_error(
         self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float
     ) -> Tensor:
-        """See CertifiedNetwork; docs/families.md, GroupSort."""
+        """See CertifiedNetwork; docs/explanation/families.md, GroupSort."""
         state = ErrorState.images(norms, 1, program)
         layers = [cast(RowBoundedLinear, layer) for layer in (*self.blocks, self.head)]
         for layer in layers[:-1]:

@@ -376,7 +376,7 @@ class SortNet(LipschitzByConstruction):
     def margin_error(
         self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float
     ) -> Tensor:
-        """See CertifiedNetwork; docs/families.md, SortNet."""
+        """See CertifiedNetwork; docs/explanation/families.md, SortNet."""
         state = self._carried(norms, program)
         return self._proved(state, self.head.margin_error(state))
 

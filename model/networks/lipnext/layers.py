@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from model.networks.init import set_initial
 from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.lipnext.ops import ROLLS, fold_, shift_, unfold
-from optim.manifolds import ORTHOGONAL, declare
+from optim.manifolds import ORTHOGONAL, declare, is_trivialized, trivialized
 
 
-def _orthogonal(size: int, initial: str) -> nn.Parameter:
+def _orthogonal(size: int, initial: str, *, trivializes: bool = False) -> nn.Parameter:
     parameter = nn.Parameter(torch.empty(size, size))
-    declare(parameter, ORTHOGONAL)
+    declare(parameter, ORTHOGONAL, trivializes=trivializes)
     return set_initial(parameter, initial)
 
 
@@ -115,8 +115,9 @@ class Block(nn.Module):
         self.shifted, self.distance = config.shifted_channels, distance
         self.absolute = config.absolute_channels
         self.fold = config.fold
-        self.R = _orthogonal(config.width, "haar")
-        self.M = _orthogonal(config.width, "haar" if config.initial == "haar" else "identity")
+        self.R = _orthogonal(config.width, "haar", trivializes=True)
+        first = "haar" if config.initial == "haar" else "identity"
+        self.M = _orthogonal(config.width, first, trivializes=True)
         self.b = set_initial(nn.Parameter(torch.empty(config.width)), "zeros")
         self.p: nn.Parameter | None = None
         if config.position:
@@ -134,11 +135,17 @@ class Block(nn.Module):
             x = x + self.p
         tokens, width = x.numel() // x.shape[-1], x.shape[-1]
         folded = self.fold == "always" or (self.fold == "auto" and tokens > width)
-        differentiated = torch.is_grad_enabled()
         shape = _Shape(
-            self.shifted, self.distance, self.absolute, folded, recompute, differentiated
+            self.shifted,
+            self.distance,
+            self.absolute,
+            folded,
+            recompute,
+            differentiated=torch.is_grad_enabled(),
+            trivialized=(is_trivialized(self.R), is_trivialized(self.M)),
         )
-        if self.plain:
+        # Two forms at once ask only two optimizers, one for R and one for M.
+        if self.plain or len(set(shape.trivialized)) == 2:
             return _operators(x, self.R, self.M, self.b, shape)
         return cast(Tensor, _BlockPass.apply(x, self.R, self.M, self.b, shape))
 
@@ -150,10 +157,14 @@ class _Shape(NamedTuple):
     folded: bool
     recompute: bool
     differentiated: bool
+    trivialized: tuple[bool, bool]
+    """Whether the gradients of R and M are R^T dR and M^T dM."""
 
 
 def _operators(x: Tensor, R: Tensor, M: Tensor, b: Tensor, shape: _Shape) -> Tensor:
     """A block after its translation, (B, H, W, C) to (B, H, W, C)."""
+    asked = shape.trivialized
+    R, M = (trivialized(R) if asked[0] else R), (trivialized(M) if asked[1] else M)
     v = shift(F.linear(x, R), shape.shifted, shape.distance)
     z = F.linear(v, M @ R.mT, b) if shape.folded else F.linear(F.linear(v, R.mT), M, b)
     return beta_abs(z, shape.absolute)
@@ -173,6 +184,9 @@ class _BlockPass(torch.autograd.Function):
     its two (unfolded three) inputs of tokens, M R^T, and a byte for each folded value. Weights are
     kept as the parameters that they are, where a product of autograd keeps a transposed view, with
     which ZeRO-3 could not release them.
+
+    R^T dR and M^T dM take no product more than dR and dM, unfolded one less
+    (docs/explanation/optimizer.md).
     """
 
     @staticmethod
@@ -192,24 +206,40 @@ class _BlockPass(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             return (*_recorded(gradients[0], (x, R, M, b), wanted, ctx.shape), None)
-        width = x.shape[-1]
-        v, inner, outer = factors or _factors(x, R, M, ctx.shape)
-        dz, db = unfold(gradients[0].reshape(-1, width).contiguous(), signs)
+        shape, tokens = ctx.shape, x.reshape(-1, x.shape[-1])
+        v, inner, outer = factors or _factors(x, R, M, shape)
+        dz, db = unfold(gradients[0].reshape(tokens.shape).contiguous(), signs)
         d_inner = dz @ outer
-        dv = d_inner if ctx.shape.folded else F.linear(d_inner, R)
-        dR, dM = None, None
+        lie, dR, dM = all(shape.trivialized), None, None
         if any(wanted[1:]):
-            d_outer = dz.mT @ inner
-            if ctx.shape.folded:
-                dM, dR = d_outer @ R, d_outer.mT @ M
-            else:
-                dM, dR = d_outer, v.mT @ d_inner
-        moved = shift_(dv.view(x.shape), ctx.shape.shifted, ctx.shape.distance, back=True)
-        du = moved.view_as(dv)
+            dR, dM = _of_last_product(dz, d_inner, (v, inner), R, M, shape)
+        dv = d_inner if shape.folded else F.linear(d_inner, R)
+        du = shift_(dv.view(x.shape), shape.shifted, shape.distance, back=True).view_as(dv)
+        dx = du @ R if wanted[0] or lie else None
         if dR is not None:
-            dR = torch.addmm(dR, du.mT, x.reshape(-1, width))
-        dx = (du @ R).view(x.shape) if wanted[0] else None
+            left = dx if lie and dx is not None else du
+            dR = torch.addmm(dR, left.mT, tokens)
+        dx = None if dx is None else dx.view(x.shape)
         return dx, dR, dM, db, None
+
+
+def _of_last_product(
+    dz: Tensor,
+    d_inner: Tensor,
+    factors: tuple[Tensor, Tensor],
+    R: Tensor,
+    M: Tensor,
+    shape: _Shape,
+) -> tuple[Tensor, Tensor]:
+    """What the last product adds to the gradient of R, and the gradient of M."""
+    v, inner = factors
+    if all(shape.trivialized):
+        B = M.mT @ (dz.mT @ inner @ R) if shape.folded else d_inner.mT @ inner
+        return B.mT, B
+    d_outer = dz.mT @ inner
+    if shape.folded:
+        return d_outer.mT @ M, d_outer @ R
+    return v.mT @ d_inner, d_outer
 
 
 def _recorded(

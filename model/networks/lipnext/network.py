@@ -76,7 +76,7 @@ class LipNeXt(CertifiedNetwork):
     def margin_error(
         self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float
     ) -> Tensor:
-        """See CertifiedNetwork; docs/certificate.md section 5."""
+        """See CertifiedNetwork; docs/explanation/certificate.md section 5."""
         stem, width = matrices["stem.weight"], self.stem.weight.shape[0]
         height, breadth = self.input_shape[1:]
         tokens = height * breadth // self.stem.patch**2

@@ -207,7 +207,7 @@ def rows_error(
     *,
     complex_terms: bool = False,
 ) -> float:
-    """||computed Q - Q||, infinite where nothing can be said (docs/families.md).
+    """||computed Q - Q||, infinite where nothing can be said (docs/explanation/families.md).
 
     Q is computed in float64, measured, and rounded to what the program computes with.
 

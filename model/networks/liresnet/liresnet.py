@@ -230,7 +230,7 @@ class LiResNet(CertifiedNetwork):
     def margin_error(
         self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float
     ) -> Tensor:
-        """See CertifiedNetwork; docs/families.md."""
+        """See CertifiedNetwork; docs/explanation/families.md."""
         pixels = math.prod(self.input_shape)
         state = ErrorState.images(norms, pixels, program)
         growth, condition, stored = max(1.0, largest_factor), 1.0, 1.0

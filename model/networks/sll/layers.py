@@ -121,7 +121,7 @@ class RescaledLayer(nn.Module):
 
     @torch.no_grad()
     def carry(self, state: ErrorState) -> None:
-        """Bounds of the output from those of the input, in place (docs/families.md)."""
+        """Bounds of the output from those of the input, in place (docs/explanation/families.md)."""
         known = self.rescaled(state.program)
         if not math.isfinite(known.error):
             state.error = torch.full_like(state.error, math.inf)

@@ -117,7 +117,7 @@ class Sll(LipschitzByConstruction):
     def margin_error(
         self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float
     ) -> Tensor:
-        """See CertifiedNetwork; docs/families.md."""
+        """See CertifiedNetwork; docs/explanation/families.md."""
         state = ErrorState.images(norms, math.prod(self.input_shape), program)
         blocks = [cast(Residual, block) for block in self.blocks]
         for block in blocks[: self.convolutions]:

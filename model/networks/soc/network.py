@@ -224,7 +224,7 @@ class LipConvnet(CertifiedNetwork):
     def margin_error(
         self, norms: Tensor, program: Program, *, matrices: Matrices, largest_factor: float
     ) -> Tensor:
-        """See CertifiedNetwork; docs/families.md."""
+        """See CertifiedNetwork; docs/explanation/families.md."""
         state = self._carried(norms, program, matrices)
         if isinstance(self.head, MLPHead):
             error = self.head.margin_error(state, matrices["head.inner"])

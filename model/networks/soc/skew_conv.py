@@ -225,7 +225,7 @@ class SkewConvolution(nn.Module):
         return abs(float(self.scale))
 
     def carry(self, state: ErrorState, bound: MatrixBound, pixels: int) -> None:
-        """Carry bounds of the input through this layer (docs/families.md).
+        """Carry bounds of the input through this layer (docs/explanation/families.md).
 
         Args:
             state: of the input.

@@ -1,4 +1,4 @@
-"""AOL: docs/families.md.
+"""AOL: docs/explanation/families.md.
 
 With T_jj = sum_i |(V^T V)_ij| over all offsets, V^T V <= T, so V T^-1/2 x + b is 1-Lipschitz.
 """

@@ -1,4 +1,4 @@
-"""BRONet: LiResNet's stem and head, with reflections I - 2 Q^* Q: docs/families.md.
+"""BRONet: LiResNet's stem and head, with reflections I - 2 Q^* Q: docs/explanation/families.md.
 
 A reflecting convolution works on the torus of the image with a margin of one zero: every frequency
 is reflected on its own. Margin, reflection and cutting off do not expand.

@@ -1,4 +1,4 @@
-"""GroupSort and MaxMin networks in l-infinity: docs/families.md.
+"""GroupSort and MaxMin networks in l-infinity: docs/explanation/families.md.
 
 Rows v = w / max(1, ||w||_1) have an l1 norm of at most 1, so what a row gives moves by no more than
 the largest entry of its input; sorting moves nothing further. The constant is 1 for any weights.

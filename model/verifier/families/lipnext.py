@@ -1,4 +1,4 @@
-"""LipNeXt: sections 3 to 5 of docs/certificate.md."""
+"""LipNeXt: sections 3 to 5 of docs/explanation/certificate.md."""
 
 import math
 from collections.abc import Mapping

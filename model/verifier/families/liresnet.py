@@ -1,4 +1,4 @@
-"""LiResNet++ and BRONet: docs/families.md.
+"""LiResNet++ and BRONet: docs/explanation/families.md.
 
 Stem and linear blocks have free norms, which are the parts; everything else is 1-Lipschitz for any
 weights: rows made orthonormal, reflections, centring, MaxMin, pools of patches.

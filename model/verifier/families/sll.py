@@ -1,4 +1,4 @@
-"""SLL and CPL: docs/families.md.
+"""SLL and CPL: docs/explanation/families.md.
 
 With V V^T <= T, x - 2 V^T T^-1 relu(V x + b) is 1-Lipschitz: no norm enters the bound.
 """

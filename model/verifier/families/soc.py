@@ -1,4 +1,4 @@
-"""SOC / LipConvnet: docs/families.md.
+"""SOC / LipConvnet: docs/explanation/families.md.
 
 J = (W - W^T) / 2 is skew-symmetric under zero padding, so exp(s J) is orthogonal for any stored s.
 A layer is the truncated series sum_{i < n} (s J)^i / i!, whose norm is at most 1 + nu^n / n! with

@@ -1,4 +1,4 @@
-"""SortNet, l-infinity-distance nets, and SortNet + MLP: docs/families.md.
+"""SortNet, l-infinity-distance nets, and SortNet + MLP: docs/explanation/families.md.
 
 |x - w|, sorting and sums with non-negative coefficients of sum at most 1 do not expand the largest
 entry, whatever the weights: the constant is the scale of the pixels.

@@ -1,4 +1,4 @@
-"""Rounding of floating point programs: sections 2 and 5 of docs/certificate.md.
+"""Rounding of floating point programs: sections 2 and 5 of docs/explanation/certificate.md.
 
 Everything is float64. All quantities of an error bound are non-negative, so the rounding of the
 bound itself is a relative error that one factor at its end covers.

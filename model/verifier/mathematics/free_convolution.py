@@ -1,4 +1,6 @@
-"""Convolutions whose norm is free: K and I + R, zero padded, with a stride (docs/families.md).
+"""Convolutions whose norm is free: K and I + R, zero padded, with a stride.
+
+See docs/explanation/families.md.
 
 Folding s x s pixels into channels turns K into a kernel of stride 1. The padded image lies on a
 torus just large enough that nothing wraps around, so ||K|| is at most the largest norm of K^(f),

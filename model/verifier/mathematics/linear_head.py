@@ -1,4 +1,4 @@
-"""Linear heads: section 4 of docs/certificate.md, and step 5 of its section 5."""
+"""Linear heads: section 4 of docs/explanation/certificate.md, and step 5 of its section 5."""
 
 from abc import ABC, abstractmethod
 from typing import Any

@@ -1,4 +1,4 @@
-"""Bounds of one matrix: section 3 of docs/certificate.md in NumPy float64."""
+"""Bounds of one matrix: section 3 of docs/explanation/certificate.md in NumPy float64."""
 
 import math
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class MatrixBounds(NamedTuple):
     absolute: float
     frobenius: float
     condition: float | None = None
-    """rho of a matrix whose rows are made orthonormal (docs/families.md)."""
+    """rho of a matrix whose rows are made orthonormal (docs/explanation/families.md)."""
 
     def stated(self) -> dict[str, float]:
         """The numbers that the certificate has."""

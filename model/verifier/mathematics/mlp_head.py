@@ -1,4 +1,4 @@
-"""Heads W2 softplus(W1 h + b1) + b2, certified by their curvature: docs/families.md.
+"""Heads W2 softplus(W1 h + b1) + b2, certified by their curvature: docs/explanation/families.md.
 
 For g = y_i - y_j and a = W2[i] - W2[j], Hess g = W1^T diag(a softplus'') W1, 0 < softplus'' <= 1/4:
 

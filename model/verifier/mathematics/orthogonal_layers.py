@@ -1,4 +1,4 @@
-"""Layers of LiResNet and BRONet that are 1-Lipschitz by construction: docs/families.md."""
+"""1-Lipschitz layers of LiResNet and BRONet: docs/explanation/families.md."""
 
 import math
 

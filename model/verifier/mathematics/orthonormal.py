@@ -1,4 +1,4 @@
-"""Rows made orthonormal: Q = L^-1 X with S = X X^* + eta I = L L^* (docs/families.md).
+"""Rows made orthonormal: Q = L^-1 X with S = X X^* + eta I = L L^* (docs/explanation/families.md).
 
 Q Q^* = I - eta (L^* L)^-1, so ||Q|| < 1 for any X: no norm enters the bound. What has to be proved
 is how far a computed Q is from Q: from a bound of ||S^-1|| and the residuals of the factor and of

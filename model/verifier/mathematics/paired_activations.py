@@ -1,6 +1,6 @@
-"""Activations and pools of pairs (a, b) of channels, the two halves of all: docs/families.md.
+"""Activations and pools of pairs (a, b) of channels, the two halves of all.
 
-All are 1-Lipschitz for any angle.
+docs/explanation/families.md has them. All are 1-Lipschitz for any angle.
 """
 
 import math

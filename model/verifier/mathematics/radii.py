@@ -1,4 +1,4 @@
-"""The radius of one sample: section 6 of docs/certificate.md.
+"""The radius of one sample: section 6 of docs/explanation/certificate.md.
 
 What is proved is proved at the stated radius r itself. With f the real function of the stored
 weights, m_j = f_c - f_j and y the verifier's own float64 logits, g_j = y_c - y_j:

@@ -1,4 +1,4 @@
-"""T of SLL, CPL and AOL: V V^T <= T for any finite weights (docs/families.md).
+"""T of SLL, CPL and AOL: V V^T <= T for any finite weights (docs/explanation/families.md).
 
 V is a filter (h, c, k, k) on the infinite grid; a matrix is a filter with k = 1. G = V V^T.
 

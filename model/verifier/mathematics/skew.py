@@ -1,4 +1,4 @@
-"""Skew-symmetric filters J = (W - W^T) / 2: docs/families.md, SOC."""
+"""Skew-symmetric filters J = (W - W^T) / 2: docs/explanation/families.md, SOC."""
 
 import numpy as np
 

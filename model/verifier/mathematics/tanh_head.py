@@ -1,4 +1,4 @@
-"""Heads W2 tanh(W1 h + b1) + b2 of l-infinity networks: docs/families.md, SortNet + MLP.
+"""Heads W2 tanh(W1 h + b1) + b2: docs/explanation/families.md, SortNet + MLP.
 
 Features within r move z_i = (W1 h + b1)_i by at most r n_i, n_i = ||W1_i||_1. tanh is monotone, so
 of the margin of class c over class j, a = W2[c] - W2[j], is lost at most

@@ -21,6 +21,7 @@ from tests.model.small_networks import trained_like
 from tests.model.test_conformance import NETWORKS
 from tests.model.verifier.honest import check, on_disk, stated
 from tests.model.verifier.networks import draw, parsed
+from tests.repetitions import mostly_slow
 
 pytestmark = pytest.mark.integration
 
@@ -29,7 +30,7 @@ def network_of(config, seed=0):
     return trained_like(config, seed, torch.float32).requires_grad_(False)
 
 
-@pytest.mark.parametrize("deployed", ["float32", "bfloat16"])
+@pytest.mark.parametrize("deployed", mostly_slow(["float32", "bfloat16"], ["float32"]))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_an_honest_certificate_is_confirmed(name, deployed):
     found = stated(NETWORKS[name], network_of(NETWORKS[name]), deployed)

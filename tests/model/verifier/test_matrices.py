@@ -8,6 +8,7 @@ import pytest
 
 from model.verifier.mathematics.arithmetic import PROGRAMS, kappa
 from model.verifier.mathematics.matrix_bounds import bounds_of_matrix, lower_bound, upper_bound
+from tests.repetitions import mostly_slow
 
 
 def orthogonal(rng, order):
@@ -63,7 +64,7 @@ def is_bound(matrix, bound) -> bool:
     return True
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", mostly_slow(range(150), range(30)))
 def test_upper_and_lower_enclose_the_exact_norm(seed):
     for kind, matrix in matrices(seed).items():
         A = matrix.astype(np.float64)

@@ -150,7 +150,7 @@ def test_the_verifier_charges_its_own_solver(function, size, monkeypatch):
 
 
 def stated_rows_error(m, k, rho, delta, program, c):
-    """`Rounding of Q` of docs/families.md, in 50 digits."""
+    """`Rounding of Q` of docs/explanation/families.md, in 50 digits."""
     with mpmath.workdps(50):
         u, rho, delta = mpmath.mpf(2) ** -53, mpmath.mpf(rho), mpmath.mpf(delta)
 

@@ -16,6 +16,7 @@ from model.verify import main
 from tests.model.certificate_maker import CONFIRMED, DISAGREES, UNUSABLE, Case
 from tests.model.verifier.honest import on_disk
 from tests.model.verifier.networks import parsed
+from tests.repetitions import mostly_slow
 
 pytestmark = pytest.mark.integration
 
@@ -35,7 +36,7 @@ WEIGHT = {
 }
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=mostly_slow(NETWORKS, ["lipnext", "sortnet"]))
 def untouched(request, tmp_path_factory) -> Case:
     config = parsed(**SMALL, **NETWORKS[request.param])
     network = build_network(config).float().eval()

@@ -1,4 +1,4 @@
-// Rounding of floating point programs: sections 2, 3 and 5 of docs/certificate.md.
+// Rounding of floating point programs: sections 2, 3 and 5 of docs/explanation/certificate.md.
 //
 // ECMAScript numbers are IEEE 754 float64, and every +, -, * and / is rounded once, to nearest:
 // nothing here is contracted, reordered or computed in another precision. Every quantity of an

@@ -1,4 +1,4 @@
-// The head: section 4 of docs/certificate.md, and step 5 of section 5.
+// The head: section 4 of docs/explanation/certificate.md, and step 5 of section 5.
 "use strict";
 
 /** Logits W h + b; the rows of a `unit` head are divided by their norms first. */

@@ -1,4 +1,4 @@
-// LipNeXt: sections 3 to 5 of docs/certificate.md for the whole network.
+// LipNeXt: sections 3 to 5 of docs/explanation/certificate.md for the whole network.
 "use strict";
 
 // Limits of every field of the configuration; `initial` and `fold` do not change the function.

@@ -1,4 +1,4 @@
-// Bounds of one matrix: section 3 of docs/certificate.md.
+// Bounds of one matrix: section 3 of docs/explanation/certificate.md.
 "use strict";
 
 /** A matrix of `rows` x `columns` float64 values, row after row. */

@@ -1,4 +1,4 @@
-// The radius of one sample: section 6 of docs/certificate.md.
+// The radius of one sample: section 6 of docs/explanation/certificate.md.
 "use strict";
 
 /** What the producer takes off its radii, so that another program's proof is not below them. */

@@ -1,4 +1,4 @@
-// What is stated, compared with what is derived: sections 7 and 8 of docs/certificate.md.
+// What is stated, compared with what is derived: sections 7 and 8 of docs/explanation/certificate.md.
 //
 // `verify` stops at the first disagreement. Relative tolerances are for numbers that are stated to
 // be read. A radius has none: it must not be larger than the one that is proved here.

@@ -1,0 +1,1 @@
+from tests.blank_figures import blank_figures  # noqa: F401
