@@ -42,7 +42,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.planner.calibration import Measured
 from pipeline.planner.meta_step import DTYPES, rehearse
-from pipeline.planner.step_time import MANIFOLD_PRODUCTS
+from pipeline.planner.step_time import manifold_products
 from pipeline.run.distributed import DistributedContext, join_process_group
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import StepContext
@@ -88,20 +88,21 @@ def measure(world: DistributedContext, config: RunConfig, images: int) -> Measur
     single = 2 * width**3 / _seconds(world, lambda: torch.mm(square[0], square[1]))
     passing, flops = _passing(world, config, model, images)
     optim = config.optim
+    increment = optim.precision(world.device.type, width)
     manifold = Manifold(
         Problem(width, 1, world.device),
         lr=optim.lr,
         retraction=optim.retraction,
-        increment=optim.increment,
+        increment=increment,
     ).step
-    products = MANIFOLD_PRODUCTS[optim.retraction] * 2 * width**3
+    products = manifold_products(optim.retraction, increment) * 2 * width**3
     exchange, gather, scatter, latency = _collectives(world, config)
     return Measured(
         hardware=hardware(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         device=torch.cuda.get_device_name(world.device) if _cuda(world) else world.device.type,
         precision=config.train.precision,
-        increment=optim.increment,
+        increment=increment,
         ranks=world.size,
         nodes=world.size // int(os.environ["LOCAL_WORLD_SIZE"]),
         width=width,

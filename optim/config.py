@@ -1,11 +1,13 @@
 """Settings of the manifold Adam optimizer."""
 
+import math
 from typing import Annotated, Literal
 
+import torch
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from optim.matmul import Precision
+from optim.matmul import Precision, unit_roundoff
 from optim.matrix_exp import SeriesRule, check_series
 from optim.retraction import RetractionRule
 
@@ -19,6 +21,10 @@ MANIFOLD_OPTIONS = (
     "residual_limit",
 )
 """Options of `OptimConfig` that say how matrices on a manifold are stepped, and nothing else."""
+
+DRIFT_SHARE = 0.1
+"""Of `residual_limit`: more is expected of no reduced precision that `auto` chooses, and measured
+of none that it keeps."""
 
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -48,12 +54,14 @@ class OptimConfig:
     series: SeriesRule = "spectral"
     """Order of the exponential's series: by a proved truncation error, or by the paper's table."""
 
-    increment: Precision = "full"
+    increment: Literal["auto"] | Precision = "auto"
     """Precision of the products that make a matrix's increment (`optim.matrix_exp`); X stays
     float32.
 
     TF32 adds nothing to be seen to the drift away from the manifold, bf16 three to seven times
-    what float32 has; neither is faster on a CPU.
+    what float32 has; neither is faster on a CPU. `auto` is tf32 on CUDA where the drift that is
+    expected of it stays far below residual_limit, and full from the first audit on that finds more
+    than a tenth of that limit; full elsewhere.
     """
 
     gradient: Literal["ambient", "trivialized"] = "ambient"
@@ -91,6 +99,25 @@ class OptimConfig:
         """How a matrix moves: "fast", or the rule of the exponential's series."""
         return "fast" if self.retraction == "fast" else self.series
 
+    def precision(self, device: str, largest: int) -> Precision:
+        """Precision of a matrix's increment before any audit.
+
+        In s steps rounded factors move ||X^T X - I||_F by about 0.7 u^2 ||M||_F sqrt(s)
+        (`optim.matrix_exp`), and Adam's entries are about lr at most, so ||M||_F by lr n.
+
+        Args:
+            device: Kind of the device, as torch calls it.
+            largest: Rows of the largest matrix.
+        """
+        if self.increment != "auto":
+            return self.increment
+        audited = self.audit_every > 0 and self.polar_every > 0
+        if device != "cuda" or self.rule == "frobenius" or not audited:
+            return "full"
+        u = unit_roundoff(torch.float32, "tf32")
+        drift = 0.7 * u * u * self.lr * largest * math.sqrt(self.polar_every)
+        return "tf32" if drift <= self.residual_limit * DRIFT_SHARE else "full"
+
     def without_effect(self) -> dict[str, str]:
         """Options that the others leave without effect: name -> the setting that does so.
 
@@ -107,5 +134,6 @@ class OptimConfig:
 
     @model_validator(mode="after")
     def _check(self) -> "OptimConfig":
-        check_series(self.series, self.increment)
+        if self.increment != "auto":
+            check_series(self.series, self.increment)
         return self

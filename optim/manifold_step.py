@@ -18,6 +18,7 @@ from optim.collectives import Exchange, Transfer
 from optim.config import OptimConfig
 from optim.failure_sync import Guard
 from optim.manifolds import Manifold
+from optim.matmul import Precision
 from optim.orthogonality_audit import Audit
 from optim.retraction import correction_due
 from optim.zero_layout import FlatPartition, Round
@@ -36,6 +37,8 @@ class ManifoldStep:
     exchange: Exchange
     audit: Audit
     guard: Guard
+    increment: Precision
+    """Of the products that make an increment."""
 
     @property
     def synchronises(self) -> bool:
@@ -95,7 +98,7 @@ class ManifoldStep:
             if slot.trivialized:  # skew after the sum: it may round (i, j) and (j, i) differently
                 G[number] = self.manifold.algebra_part(G[number])
             else:
-                G[number] = self.manifold.tangent(X[number], G[number], self.config.increment)
+                G[number] = self.manifold.tangent(X[number], G[number], self.increment)
         return self.exchange.to_partitions(G, plan, out)
 
     def _increment(self, cut: slice, tangent: Tensor) -> Tensor:
@@ -117,7 +120,7 @@ class ManifoldStep:
         """
         config, slots = self.config, plan.owned[self.exchange.rank]
         for number in range(len(X)):
-            X[number] = self.manifold.retract(X[number], D.pop(0), config.rule, config.increment)
+            X[number] = self.manifold.retract(X[number], D.pop(0), config.rule, self.increment)
             if self.corrects:
                 X[number] = self.manifold.correct(X[number])
         if self.projects:

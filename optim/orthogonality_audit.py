@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from optim.config import OptimConfig
+from optim.config import DRIFT_SHARE, OptimConfig
 from optim.manifolds import Manifold
 
 
@@ -22,6 +22,7 @@ class Audit:
 
     Attributes:
         reprojections: Matrices re-projected since the run began; in every checkpoint.
+        drifts: Whether the last audit has found more than DRIFT_SHARE of the limit on some rank.
     """
 
     def __init__(self, config: OptimConfig) -> None:
@@ -29,6 +30,7 @@ class Audit:
         self._found: dict[str, float] = {}
         self._largest: float | None = None
         self.reprojections = 0
+        self.drifts = False
 
     def due(self, step: int) -> bool:
         """Whether the matrices are measured after this step (from 1)."""
@@ -46,6 +48,8 @@ class Audit:
 
     def conclude(self, summaries: list[list[float]]) -> int:
         """Take the summaries of all ranks into the record; returns the number that are off."""
+        bound = DRIFT_SHARE * self._limit
+        self.drifts = any(not row[0] <= bound for row in summaries)  # NaN drifts too
         largest = [row[0] for row in summaries] + [self._largest or 0.0]
         self._largest = math.nan if any(map(math.isnan, largest)) else max(largest)
         off = sum(int(row[1]) for row in summaries)

@@ -63,27 +63,25 @@ class ReferenceManifoldAdam(torch.optim.Optimizer):
     def _manifold_step(self, X: Tensor, G: Tensor, manifold: Manifold, lr: float) -> None:
         state, config = self.state[X], self.config
         b1, b2 = config.betas
+        precision = config.precision(X.device.type, X.shape[0])
         state["step"] += 1
         t = state["step"]
 
-        if is_trivialized(X):
-            g = manifold.algebra_part(G)
-        else:
-            g = manifold.tangent(X, G, config.increment)
+        g = manifold.algebra_part(G) if is_trivialized(X) else manifold.tangent(X, G, precision)
         m = state["exp_avg"] + (1 - b1) * (g - state["exp_avg"])
         v = state["exp_avg_sq"] + (1 - b2) * (g * g - state["exp_avg_sq"])
         m = (m - m.T) / 2  # round-off must not break skewness
         v = (v + v.T) / 2
         u = (m / (1 - b1**t)) / (torch.sqrt(v / (1 - b2**t)) + config.eps)
         D = -lr * u
-        X.copy_(manifold.retract(X, D, config.rule, config.increment))
+        X.copy_(manifold.retract(X, D, config.rule, precision))
         state["exp_avg"], state["exp_avg_sq"] = m, v
 
         if config.lookahead_steps:
             state["tangent_sum"] += D
             if t % config.lookahead_steps == 0:
                 S = config.lookahead_factor * state["tangent_sum"]
-                state["slow"] = manifold.retract(state["slow"], S, config.rule, config.increment)
+                state["slow"] = manifold.retract(state["slow"], S, config.rule, precision)
                 state["tangent_sum"] = torch.zeros_like(S)
                 X.copy_(state["slow"])
         if config.retraction == "fast" and correction_due(t, config.lookahead_steps):

@@ -11,7 +11,10 @@ Every whole-matrix product sees one matrix on one rank, and the rest is element-
 gradient the result does not depend on W, bit by bit.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from optim.errors import OptimizerError
 from optim.failure_sync import Guard
 from optim.manifold_step import ManifoldStep, in_sequence, interleaved
 from optim.manifolds import Manifold
+from optim.matmul import Precision
 from optim.orthogonality_audit import Audit
 from optim.zero_layout import (
     ROUND_ELEMENTS,
@@ -37,6 +41,33 @@ from optim.zero_layout import (
 
 TENSOR_KINDS = ("exp_avg", "exp_avg_sq", "slow", "tangent_sum")
 """State tensors, each in the layout of the master."""
+
+
+@contextmanager
+def made_ahead(
+    fn: Callable[[Slot], Tensor], slots: Sequence[Slot], threads: int
+) -> Iterator[Callable[[Slot], Tensor]]:
+    """A function as `fn` for slots that are asked for in this order; threads work ahead.
+
+    Not more of its values exist at a time than there are threads, and one.
+    """
+    if threads == 1:
+        yield fn
+        return
+    waiting = list(slots)[::-1]
+    begun: deque[Future[Tensor]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+
+        def made(slot: Slot) -> Tensor:
+            while waiting and len(begun) < threads:
+                begun.append(pool.submit(fn, waiting.pop()))
+            return begun.popleft().result()
+
+        yield made
+
+
+OPTIONAL_SCALARS = frozenset({"full_increments"})
+"""Scalars of the state that are there only after what they tell has happened."""
 
 
 class ShardedManifoldAdam(torch.optim.Optimizer):
@@ -68,6 +99,8 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
         self._round_elements = round_elements
         self._overlap = overlap
         self.partitioned_matrices = 0
+        self.increment: Precision = "full"
+        self._raised = False
         self.partitions: list[FlatPartition] = []
         self._partition_of: dict[Tensor, FlatPartition] = {}
         self._exchange: Exchange | None = None
@@ -102,7 +135,17 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
         self.partitioned_matrices = sum(slot.length < slot.numel for slot in matrices)
         self._partition_of = {partition.flat: partition for partition in partitions}
         self._exchange = exchange
-        self._guard = Guard(exchange, partitions[0].flat.device)
+        device = partitions[0].flat.device
+        self._guard = Guard(exchange, device)
+        largest = max((slot.shape[0] for slot in matrices), default=0)
+        self.increment = self.config.precision(device.type, largest)
+
+    def close(self) -> None:
+        """Forget the partitions and their state; the optimizer takes no step any more."""
+        self.state.clear()
+        self.param_groups.clear()
+        self.partitions = []
+        self._partition_of = {}
 
     @property
     def exchange(self) -> Exchange:
@@ -150,6 +193,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
             exchange=self.exchange,
             audit=self.audit,
             guard=self._guard,
+            increment=self.increment,
         )
         # One rank waits for nobody: interleaving would only hold more matrices at a time.
         run = interleaved if self._overlap and self.exchange.world_size > 1 else in_sequence
@@ -174,7 +218,13 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
                 mapped = self.owner_map(repair, sources=(kind,), partitions=[partition])
                 for _, plan, values in mapped:
                     flat[plan.start : plan.stop] = values
+        if self.increment != "full" and self.config.increment == "auto" and audit.drifts:
+            self._raise_precision()
         audit.forget()
+
+    def _raise_precision(self) -> None:
+        """Full increments from now on, for good: what has drifted once may drift again."""
+        self.increment, self._raised = "full", True
 
     # -- whole-matrix operations -----------------------------------------------------------------
 
@@ -216,15 +266,23 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
                 yield partition, plan, exchange.to_partitions(results, plan, out).wait()
 
     @torch.no_grad()
-    def initialise(self, fn: Callable[[Slot], Tensor]) -> None:
+    def initialise(self, fn: Callable[[Slot], Tensor], *, threads: int = 1) -> None:
         """Set every master to `fn(slot)`, start the state anew and publish. Collective.
 
         Args:
             fn: The whole float64 value of a parameter, of shape `slot.shape`; called on its owner
                 only, so it must not depend on the rank.
+            threads: How many values an owner makes at the same time, each by one thread.
         """
-        for partition, plan, values in self.owner_map(fn, sources=()):
-            partition.flat[plan.start : plan.stop] = values
+        owned = [
+            slot
+            for partition in self.partitions
+            for plan in self._rounds(partition)
+            for slot in plan.owned[self.exchange.rank]
+        ]
+        with made_ahead(fn, owned, threads) as made:
+            for partition, plan, values in self.owner_map(made, sources=()):
+                partition.flat[plan.start : plan.stop] = values
         for partition in self.partitions:
             # Moments of other values would move the new ones.
             self.state.pop(partition.flat, None)
@@ -319,7 +377,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
                     yield kind, partition, state[kind]
 
     def scalar_state(self) -> dict[str, float]:
-        """Step counter, NAdam's product of mu and the count of re-projections, as JSON values.
+        """Step counter, product of mu, re-projections, precision of increments, as JSON values.
 
         All partitions have the same between two iterations, so the values are stored once and fit
         a resume whose partitions are cut differently.
@@ -328,6 +386,8 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
             OptimizerError: The partitions disagree (an iteration is under way).
         """
         scalars: dict[str, float] = {"reprojections": self.audit.reprojections}
+        if self._raised:
+            scalars["full_increments"] = 1
         for partition in self.partitions:
             for key in ("step", "mu_product"):
                 value = self._state(partition).get(key)
@@ -353,6 +413,8 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
                     raise OptimizerError(f"scalar state {sorted(scalars)} lacks {key!r}")
                 state[key] = kind(scalars[key])
         self.audit.reprojections = int(scalars.get("reprojections", 0))
+        if scalars.get("full_increments"):
+            self._raise_precision()
 
     # -- helpers ---------------------------------------------------------------------------------
 

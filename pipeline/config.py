@@ -106,7 +106,8 @@ class TrainConfig:
     """How often a run with more of them goes back to its newest checkpoint and on with the samples
     after them, instead of ending; 0: it ends."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass."""
+    """Recompute each block in the backward pass from the first step on; without it that begins when
+    memory does not suffice."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights and of the order of the samples."""
     calibration_samples: int = Field(default=2048, ge=1)
@@ -166,7 +167,8 @@ class CheckpointConfig:
     evaluate_tasks: int = Field(default=2, ge=1)
     """Evaluation tasks under way at the same time."""
     evaluate_gpus: float = Field(default=0.0, ge=0)
-    """GPUs, or a fraction of one, for each evaluation task; 0 certifies on CPUs."""
+    """GPUs, or a fraction of one, for each evaluation task; 0 certifies on CPUs. Needs
+    evaluate_placement: on the nodes that train, waiting tasks would take the GPUs of a restart."""
     evaluate_placement: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes that may certify, as pairs of Ray's label selectors, e.g.
     `role evaluation` or `role !training`. Default: any node with free resources."""
@@ -515,6 +517,7 @@ HOW_TO_CONTINUE = (
 """Settings of one execution: no later one takes them over."""
 _FREE_ON_RESUME = {
     "train.accumulation",  # as the number of ranks: it changes the rounding of sums
+    "train.activation_checkpointing",  # what is recomputed is the same
     "train.stop_after",
     "train.max_skipped",
     "train.rollbacks",

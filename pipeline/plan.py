@@ -6,6 +6,7 @@ Needs no GPU and no cluster. Exit codes: 0 it fits, 2 it does not, or the input 
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import sys
@@ -29,7 +30,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import REFUSALS, PipelineError
 from pipeline.planner import memory as budget
 from pipeline.planner.calibration import Measured
-from pipeline.planner.estimate import Estimate, estimate, trials
+from pipeline.planner.estimate import Estimate, estimate, trials, weights_of, with_increment
 from pipeline.planner.step_time import Device, device_of
 from pipeline.planner.verify_time import GFLOPS, Verification, verification
 from pipeline.presets import run_preset
@@ -53,6 +54,8 @@ _SETS = {  # images of the training split, kB of one, images of the test split
     "fashion": (60_000, 0.5, 10_000),
     "digits": (1_437, 0.1, 360),
 }
+_WORTH = 0.5
+"""Share of the devices added that has to show in images per second: else scaling has ended."""
 _DRAWN = 1000
 """Images of a verification with `--sample`."""
 
@@ -71,9 +74,9 @@ class Request:
             Empty: data sheets.
         tflops: 10^12 FLOP/s of a device in the run's precision; 0: measured, or its data sheet.
         memory_gb: 10^9 bytes of a device; 0: measured, or its data sheet.
-        link_gbps: 10^9 bits per second from a device to the others; 0: measured, or its data sheet
-            within one node and 400 over the network.
-        efficiency: share of the peak that products reach; 0: measured, or 0.4.
+        link_gbps: 10^9 bits per second from a device to the others; 0: measured, or 0.8 of its
+            data sheet within one node and of 400 over the network.
+        efficiency: share of the peak that products reach; 0: measured, or 0.75 of the best shape's.
         price_per_gpu_hour: in any currency; 0: cluster.price-per-device-hour.
         images: samples of an epoch; 0: of --data.shards, or of the preset's data set.
         image_kb: 10^3 bytes of an encoded image; 0: as of images.
@@ -123,9 +126,12 @@ class Request:
             "image_kb",
             "test_images",
         ):
-            if not getattr(self, name) >= 0:
-                raise PipelineError(f"--{name.replace('_', '-')} must not be negative")
-        if not self.verify_gflops > 0:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise PipelineError(
+                    f"--{name.replace('_', '-')} {value}: a number that is not negative"
+                )
+        if not 0 < self.verify_gflops < math.inf:
             raise PipelineError(f"--verify-gflops {self.verify_gflops} must be positive")
         if self.run.train.processor_seconds:
             raise PipelineError(
@@ -147,11 +153,14 @@ class Request:
     def on(self, nodes: int) -> Device:
         """The device among `nodes` nodes."""
         measured = Measured.read(Path(self.measured)) if self.measured else None
+        name = measured.device if measured else self.device or _DEFAULT_DEVICE
+        increment = with_increment(self.run, weights_of(self.run)[0], name).optim.increment
         return device_of(
-            measured.device if measured else self.device or _DEFAULT_DEVICE,
+            name,
             precision=self.run.train.precision,
-            increment=self.run.optim.increment,
+            increment=increment,
             nodes=nodes,
+            per_node=self.gpus,
             tflops=self.tflops,
             memory_gb=self.memory_gb,
             link_gbps=self.link_gbps,
@@ -195,13 +204,23 @@ class Request:
         )
 
     def estimate(self, ranks: int, run: RunConfig | None = None) -> Estimate:
-        """The run (or another one) on a number of devices."""
-        return estimate(
-            run or self.run,
-            ranks=ranks,
-            device=self.on(-(-ranks // self.gpus)),
-            images=self.data()[0],
-        )
+        """The run (or another one) on a number of devices.
+
+        As the run itself does, blocks are recomputed where they do not fit otherwise.
+        """
+        run = run or self.run
+        train = dataclasses.replace(run.train, activation_checkpointing=True)
+        attempts = (run, dataclasses.replace(run, train=train))
+        for attempt in attempts[: 2 - run.train.activation_checkpointing]:
+            found = estimate(
+                attempt,
+                ranks=ranks,
+                device=self.on(-(-ranks // self.gpus)),
+                images=self.data()[0],
+            )
+            if found.fits:
+                break
+        return found
 
 
 def _counted(samples: Samples) -> tuple[int, float, int]:
@@ -243,6 +262,7 @@ def report(found: Estimate, request: Request) -> dict[str, Any]:
         "memory": [dataclasses.asdict(row) for row in found.components],
         "memory_peak": found.peak,
         "memory_room": found.room,
+        "recomputed": found.recomputed,
         "fits": found.fits,
         "host": found.host,
         "flops_per_image": found.least_flops,
@@ -348,6 +368,7 @@ def _time_table(found: Estimate) -> Table:
     sent, t = found.sent, found.time
     passes = "passes" if t.overlap else "nothing: one after the other"
     products = "products" if t.overlap else passes
+    table.add_row("products of the passes", "", f"{t.products:.4f}", "")
     table.add_row("passes", "", f"{t.passes:.4f}", "")
     table.add_row("all-gather, forward", f"{sent.forward / _GB:.3f}", "", passes)
     table.add_row("all-gather, backward", f"{sent.backward / _GB:.3f}", "", passes)
@@ -376,6 +397,7 @@ def _device_table(device: Device) -> Table:
         "gather_gbps": ("sent in an all-gather", "{:,.4g} Gbit/s", 1.0),
         "scatter_gbps": ("sent in a reduce-scatter", "{:,.4g} Gbit/s", 1.0),
         "latency_s": ("start of a collective", "{:,.4g} us", 1e-6),
+        "memory_gbps": ("memory, as operators reach it", "{:,.4g} GB/s", 1.0),
         "decode_rate": ("decoded by a core", "{:,.4g} images/s", 1.0),
     }
     for name, (label, form, unit) in rows.items():
@@ -391,6 +413,7 @@ def _figures(found: Estimate, facts: dict[str, Any]) -> Iterator[tuple[str, str]
         "batch",
         f"{found.ranks} ranks x {found.counts.rank_batch}, {found.counts.micro_batch} a pass",
     )
+    yield "blocks", "recomputed in the backward pass" if found.recomputed else "kept"
     yield "steps", f"{found.counts.total_steps:,}"
     yield "least FLOPs per image", f"{known:.4g}" if known else "not known for this family"
     flops = facts["flops_per_rank_step"]
@@ -410,40 +433,62 @@ def _figures(found: Estimate, facts: dict[str, Any]) -> Iterator[tuple[str, str]
     yield "data", f"{needed / 1e6:,.1f} MB/s from the store" if needed else "give --image-kb"
 
 
-def sweep(request: Request) -> Iterator[str]:
-    """Lines of a Markdown table, one row for each number of devices.
+def swept(request: Request) -> list[Estimate]:
+    """The run on each number of devices of `--sweep`.
 
     Raises:
-        PipelineError: the batch does not split over one of them.
+        PipelineError: one is no number of devices; the batch does not split over it.
     """
     try:
         numbers = [int(word) for word in request.sweep.split(",")]
     except ValueError as error:
         raise PipelineError(f"--sweep {request.sweep}: numbers as in 8,16,32") from error
+    if min(numbers) < 1:
+        raise PipelineError(f"--sweep {request.sweep}: {min(numbers)} devices, at least 1")
+    return [request.estimate(ranks) for ranks in numbers]
+
+
+def sweep(estimates: Sequence[Estimate]) -> Iterator[str]:
+    """Lines of a Markdown table, one row for each number of devices."""
     columns = (
-        "devices", "images a device", "memory GB", "fits", "passes ms", "ZeRO-3 ms", "manifold ms",
-        "step ms", "images/s", "MFU", "epoch min", "device hours",
+        "devices", "images a device", "memory GB", "fits", "recomputed", "passes ms", "ZeRO-3 ms",
+        "manifold ms", "step ms", "bound", "images/s", "MFU", "epoch min", "device hours",
     )  # fmt: skip
     yield "| " + " | ".join(columns) + " |"
     yield "|" + "---:|" * len(columns)
-    for ranks in numbers:
-        e = request.estimate(ranks)
+    for e in estimates:
         t = e.time
         cells = [
-            str(ranks), str(e.counts.rank_batch), f"{e.peak / _GB:.1f}", "yes" if e.fits else "no",
+            str(e.ranks), str(e.counts.rank_batch), f"{e.peak / _GB:.1f}",
+            "yes" if e.fits else "no", "yes" if e.recomputed else "no",
             f"{1e3 * t.passes:.0f}", f"{1e3 * t.zero3:.0f}", f"{1e3 * t.manifold:.0f}",
-            f"{1e3 * t.total:.0f}", f"{e.images_per_s:,.0f}",
+            f"{1e3 * t.total:.0f}", t.bound, f"{e.images_per_s:,.0f}",
             f"{e.mfu:.0%}" if e.mfu is not None else "", f"{e.epoch_s / 60:.1f}",
             f"{e.device_hours:,.0f}",
         ]  # fmt: skip
         yield "| " + " | ".join(cells) + " |"
 
 
+def end_of_scaling(estimates: Sequence[Estimate]) -> str:
+    """Up to which number of devices more of them pay, and what the step waits for beyond."""
+    for few, many in itertools.pairwise(sorted(estimates, key=lambda e: e.ranks)):
+        gained = many.images_per_s / few.images_per_s - 1
+        added = many.ranks / few.ranks - 1
+        if gained < _WORTH * added:
+            return (
+                f"Scaling ends at {few.ranks} devices: {many.ranks} make {gained:.0%} more "
+                f"images per second of {added:.0%} more devices; a step is bound by "
+                f"{many.time.bound}."
+            )
+    return f"Scaling does not end within {max(e.ranks for e in estimates)} devices."
+
+
 def _show(request: Request, console: Console) -> int:
     if request.sweep:
-        for line in sweep(request):
+        estimates = swept(request)
+        for line in (*sweep(estimates), "", end_of_scaling(estimates)):
             console.print(line, soft_wrap=True)
-        return 0
+        return 0 if all(e.fits for e in estimates) else 2
     found = request.estimate(request.nodes * request.gpus)
     if request.json:
         console.print(json.dumps(report(found, request), indent=1), soft_wrap=True)

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from data_shards.format.index import ShardIndex
 from model.artifact.artifact import ArtifactInfo, head_rule
+from model.artifact.release import release
 from model.certification.matrix_bounds import MatrixBound
 from model.certify import SLACK_OF_RADII
 from model.networks.base import LipschitzBound
@@ -65,7 +65,7 @@ def certificate(
         "observed_lipschitz": observed_lipschitz,
         "columns": {name: column_body(scores) for name, scores in columns.items()},
         "samples_sha256": samples_sha256,
-        "code_version": version("certified-pretrain"),
+        "code_version": release(),
     }
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return {**body, "digest": hashlib.sha256(text.encode()).hexdigest()}

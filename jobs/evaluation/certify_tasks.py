@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from model.artifact.artifact import (
     read_artifact,
     read_tensors,
 )
+from model.certification.library_overrides import library_overrides
 from model.certification.matrix_bounds import MatrixBound, tensor_digest
 from model.certification.rounding import FLOAT32, FLOAT64, PROGRAMS
 from model.certify import Certificates, ProvedCertifier, certify, image_norms
@@ -206,13 +206,31 @@ def shard_tasks(
     ]
 
 
-@lru_cache(maxsize=1)
+@dataclass
+class _Loaded:
+    """What this process holds of the one artifact that its tasks are about."""
+
+    task: ArtifactTask | None = None
+    artifact: Artifact | None = None
+    networks: dict[str, CertifiedNetwork] = field(default_factory=dict)
+    """By program."""
+    certifiers: dict[tuple[str, tuple[MatrixBound, ...]], ProvedCertifier] = field(
+        default_factory=dict
+    )
+
+
+_loaded = _Loaded()
+
+
 def load(task: ArtifactTask) -> Artifact:
-    """Read the artifact once per process.
+    """Read the artifact once per process; that of other tasks is dropped before.
 
     Raises:
         EvaluationError: it is not the one that the evaluation began with.
     """
+    if _loaded.task == task and _loaded.artifact is not None:
+        return _loaded.artifact
+    forget()  # two networks of a billion parameters do not fit beside each other
     artifact = read_artifact(Store(task.url).open, device=task.device)
     if artifact.info.digest != task.digest:
         raise EvaluationError(
@@ -220,41 +238,51 @@ def load(task: ArtifactTask) -> Artifact:
             f"the evaluation began with {task.digest}"
         )
     artifact.network.requires_grad_(False)  # derivatives by the image alone are asked for
+    _loaded.task, _loaded.artifact = task, artifact
     return artifact
 
 
-@lru_cache(maxsize=3)
 def in_program(task: ArtifactTask, program: str) -> CertifiedNetwork:
     """The network with its weights in the type of a program; float32 is the artifact itself."""
     artifact = load(task)
     if program == FLOAT32.name:
         return artifact.network
+    if program in _loaded.networks:
+        return _loaded.networks[program]
     with torch.device(task.device):
         network = build_network(artifact.info.network).to(PROGRAMS[program].dtype).eval()
     network.requires_grad_(False)
     network.load_state_dict(artifact.network.state_dict())
+    _loaded.networks[program] = network
     return network
 
 
-@lru_cache(maxsize=3)
 def certifier(
     task: ArtifactTask, matrices: tuple[MatrixBound, ...], program: str
 ) -> ProvedCertifier:
     """Certifier of the stored weights, after checking that the bounds are theirs."""
     network = load(task).network
+    key = program, matrices
+    if key in _loaded.certifiers:
+        return _loaded.certifiers[key]
     for matrix in matrices:
         if tensor_digest(network.get_parameter(matrix.name)) != matrix.sha256:
             raise EvaluationError(
                 f"{matrix.name} of {task.url} differs from the matrix that was bounded"
             )
     known = {matrix.name: matrix for matrix in matrices}
-    return ProvedCertifier(network, PROGRAMS[program], known)
+    made = ProvedCertifier(network, PROGRAMS[program], known)
+    _loaded.certifiers[key] = made
+    return made
 
 
 def forget() -> None:
     """Drop the networks that this process has loaded."""
-    for cached in (load, in_program, certifier):
-        cached.cache_clear()
+    _loaded.task = _loaded.artifact = None
+    _loaded.networks.clear()
+    _loaded.certifiers.clear()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -268,9 +296,9 @@ def _evaluate(task: ArtifactTask, pixels: Tensor, program: str) -> tuple[Tensor,
 
 def _records(batches: Sequence[Certificates]) -> ColumnRecords:
     columns = {}
-    for field in fields(ColumnRecords):
-        values = torch.cat([getattr(batch, field.name) for batch in batches]).cpu()
-        columns[field.name] = (values.double() if values.is_floating_point() else values).numpy()
+    for column in fields(ColumnRecords):
+        values = torch.cat([getattr(batch, column.name) for batch in batches]).cpu()
+        columns[column.name] = (values.double() if values.is_floating_point() else values).numpy()
     return ColumnRecords(**columns)
 
 
@@ -279,7 +307,16 @@ def exact_program(device: str) -> Iterator[None]:
     """One CPU thread, no TF32, no cuDNN and no short sums of bf16 for the duration of a task.
 
     One thread makes the sums, and so the radii, the same wherever the task runs.
+
+    Raises:
+        EvaluationError: the environment lets NVIDIA's libraries change products below torch.
     """
+    overrides = library_overrides() if device != "cpu" else []
+    if overrides:
+        raise EvaluationError(
+            f"{', '.join(overrides)} lets NVIDIA's libraries compute products otherwise than torch "
+            "asks for, and the rounding errors of a certificate are proved for that: unset it"
+        )
     threads = torch.get_num_threads()
     precision = torch.get_float32_matmul_precision()
     # cuDNN may convolve by Winograd or Fourier transforms, whose errors no dot product has.

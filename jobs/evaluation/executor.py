@@ -65,7 +65,9 @@ def map_shards(
         Exception: the first exception raised by `fn`, with its own type.
     """
     with ray_session() as ray:
-        task = ray.remote(fn).options(
+        # A process that Ray keeps for the next task would keep its context and cached blocks on the
+        # GPU, while Ray gives the GPU to others.
+        task = ray.remote(max_calls=1 if num_gpus else 0)(fn).options(
             num_cpus=1,
             num_gpus=num_gpus,
             max_retries=max_retries,

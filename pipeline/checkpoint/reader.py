@@ -11,7 +11,7 @@ import torch
 from data_shards.storage.store import Store
 from data_shards.untrusted.limits import UntrustedError
 from model.artifact.safetensors_io import difference, read_header, tensor_of
-from optim.sharded import ShardedManifoldAdam
+from optim.sharded import OPTIONAL_SCALARS, ShardedManifoldAdam
 from pipeline.checkpoint.commit_schema import Commit, CommittedFile, CommittedTensor, read_commit
 from pipeline.checkpoint.writer import Partitioned, held, slices
 from pipeline.errors import PipelineError
@@ -173,7 +173,8 @@ def _check_fit(commit: Commit, folder: Store, optimizer: ShardedManifoldAdam, ra
     stored = {key: tensor.shape for key, tensor in commit.tensors.items()}
     if wrong := difference(stored, expected):
         raise PipelineError(f"checkpoint {folder.url} does not fit the network: {wrong}")
-    if lacking := sorted(optimizer.scalar_state().keys() - commit.scalars.keys()):
+    needed = optimizer.scalar_state().keys() - OPTIONAL_SCALARS
+    if lacking := sorted(needed - commit.scalars.keys()):
         raise PipelineError(f"checkpoint {folder.url} lacks the scalars {', '.join(lacking)}")
 
 

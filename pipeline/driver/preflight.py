@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import importlib.metadata
 import itertools
 import os
 import re
@@ -20,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from data_shards.sources import SOURCES
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
+from model.artifact.release import release
 from pipeline.checkpoint.reader import committed, name_strays
 from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.errors import PipelineError
@@ -138,6 +138,22 @@ def _hold(
     )
 
 
+def _require_own_gpus(config: RunConfig) -> None:
+    """Refuse evaluations that wait in Ray's queue for the GPUs that ranks need to start again.
+
+    Raises:
+        PipelineError: nothing keeps them off the nodes that train.
+    """
+    checkpoint = config.checkpoint
+    queued = config.cluster.launcher == "ray" and checkpoint.evaluate
+    if queued and checkpoint.evaluate_gpus and not checkpoint.evaluate_placement:
+        raise PipelineError(
+            f"checkpoint.evaluate_gpus={checkpoint.evaluate_gpus:g} without "
+            "checkpoint.evaluate_placement: waiting evaluations would take the GPUs that ranks "
+            "need to start again; label other nodes for them, or certify on CPUs"
+        )
+
+
 def _prepare(
     config: RunConfig, world_size: int, hold: Callable[[Store], Lease], *, no_gpu: bool
 ) -> PreparedRun:
@@ -153,6 +169,7 @@ def _prepare(
         config.train, config.checkpoint, samples=samples.per_epoch, world_size=world_size
     )
     config.require_effects(world_size=world_size)
+    _require_own_gpus(config)
     if config.cluster.launcher == "ray":
         world_sizes(config.cluster, config.train)
     if config.cluster.device == "cuda" and no_gpu:
@@ -392,7 +409,7 @@ def code_version() -> dict[str, str]:
 
     Of code that a Ray job brought with it, the digest of its files.
     """
-    version = {"package": importlib.metadata.version("certified-pretrain")}
+    version = {"package": release()}
     image = os.environ.get("CERTIFIED_PRETRAIN_COMMIT")  # of a container image without .git
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]

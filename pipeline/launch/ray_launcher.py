@@ -14,6 +14,7 @@ from pipeline.config import ClusterConfig
 from pipeline.errors import REFUSALS, PipelineError, ProcessDiedError, RunFailedError
 from pipeline.launch.ray_watch import RayServers, wait_for
 from pipeline.resilience.signals import PAUSE, STOP, ControlActor, Flag, Interruption
+from pipeline.run.distributed import ALLOCATOR
 from pipeline.run.events import Emit, Event, GroupFailed
 from pipeline.run.layout import ray_folder
 from pipeline.run.ray_session import ray_session
@@ -60,6 +61,7 @@ _WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # DeepSpeed on torch >= 2.12 warns once per parameter and step.
     "PYTHONWARNINGS": "ignore::FutureWarning",
+    **ALLOCATOR,
 }
 
 

@@ -1,6 +1,7 @@
 """Checks of an environment: each looks at one thing and says what to do about it."""
 
 import dataclasses
+import datetime
 import functools
 import importlib.metadata
 import os
@@ -23,12 +24,15 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import torch
+import torch.distributed as dist
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from data_shards.format.index import load_index
 from data_shards.storage.store import Store
+from model.certification.library_overrides import library_overrides
 from model.networks.lipnext.ops import c_compiler
+from pipeline.planner.step_time import NETWORK_GBPS
 from pipeline.run.open_servers import TokenError, mlflow_exposure, ray_exposure
 from pipeline.tracking.client import SQLITE, connect
 
@@ -150,6 +154,15 @@ def compiler() -> Finding:
     return Finding("WARN", "none", "install gcc and libc6-dev, else the network's kernels rest")
 
 
+def overrides() -> Finding:
+    """Whether NVIDIA's libraries compute products as torch asks for."""
+    found = library_overrides()
+    if not found:
+        return Finding("OK", "no library computes products otherwise than torch asks for")
+    value = ", ".join(found)
+    return Finding("FAIL", value, "unset it: what is certified with it on a GPU is refused")
+
+
 def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -204,6 +217,54 @@ def all_reduce(backend: str, timeout_s: float) -> Finding:
         "; NCCL_DEBUG=INFO tells more" if backend == "nccl" else ", or GLOO_SOCKET_IFNAME"
     )
     return Finding("FAIL", last[:300], advice)
+
+
+_FABRIC_BYTES = 64 << 20
+_SLOW = 0.5
+"""Share of what the plan assumes between nodes below which the fabric is named."""
+
+
+def fabric(timeout_s: float) -> Finding:
+    """Rate of an all-gather between the ranks of `torchrun`, of which this process is one."""
+    size, inside = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cuda = torch.cuda.device_count() >= inside
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    created = not dist.is_initialized()
+    if created:
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    try:
+        seconds = _gather_seconds(device, size)
+    finally:
+        if created:
+            dist.destroy_process_group()
+    gbps = 8e-9 * _FABRIC_BYTES * (size - 1) / seconds
+    nodes = -(-size // inside)
+    value = f"{gbps:,.1f} Gbit/s sent by a rank, all-gather of {size} ranks on {nodes} node(s)"
+    # Rings between nodes use all adapters of a node, see pipeline/planner/step_time.py.
+    assumed = NETWORK_GBPS * inside * (size - 1) / max(size - inside, 1)
+    if nodes == 1 or gbps >= _SLOW * assumed:
+        return Finding("OK", value)
+    advice = (
+        f"the plan assumes {NETWORK_GBPS} Gbit/s per device: see NCCL_DEBUG=INFO for the adapters "
+        f"in use, and plan with --link-gbps {gbps * (size - inside) / (size - 1) / inside:.0f}"
+    )
+    return Finding("WARN", value, advice)
+
+
+def _gather_seconds(device: torch.device, size: int) -> float:
+    """Of the fastest of some all-gathers; the first makes the connections."""
+    piece = torch.ones(_FABRIC_BYTES, dtype=torch.uint8, device=device)
+    pieces = [torch.empty_like(piece) for _ in range(size)]
+    best = float("inf")
+    for _ in range(4):
+        dist.barrier()
+        begin = time.perf_counter()
+        dist.all_gather(pieces, piece)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return best
 
 
 # -- places --------------------------------------------------------------------------------------
@@ -354,8 +415,11 @@ def all_checks(
         yield requirement.name, functools.partial(package, requirement)
     yield "GPUs", gpus
     yield "C compiler", compiler
+    yield "library overrides", overrides
     for backend in ("gloo", "nccl"):
         yield f"all_reduce, {backend}", functools.partial(all_reduce, backend, 0.9 * timeout_s)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield "fabric", functools.partial(fabric, 0.9 * timeout_s)
     yield "disk", functools.partial(disk, str(Store(storage).local_path() or Path.home()))
     if Store(storage).local_path() is None or Path(str(Store(storage).local_path())).exists():
         yield "storage", functools.partial(store, storage)

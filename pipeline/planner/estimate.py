@@ -1,6 +1,7 @@
 """What a run needs on a number of devices: memory, traffic, time, cost. Nothing is allocated."""
 
 import dataclasses
+import math
 
 import torch
 
@@ -12,7 +13,16 @@ from pipeline.errors import PipelineError
 from pipeline.planner import memory as budget
 from pipeline.planner.memory import Component, Setting, Traffic, Weights
 from pipeline.planner.meta_step import Rehearsal, rehearse, training_flops
-from pipeline.planner.step_time import MANIFOLD_PRODUCTS, Device, StepTime, step_time
+from pipeline.planner.step_time import (
+    LOOKAHEAD_BYTES,
+    MANIFOLD_WORK,
+    SLICE_BYTES,
+    TANGENT_BYTES,
+    Device,
+    StepTime,
+    manifold_products,
+    step_time,
+)
 from pipeline.run.step_schedule import StepSchedule, make_step_schedule
 from pipeline.training.device_peak import DTYPES
 from pipeline.training.zero3 import engine_settings, gathered_sizes
@@ -36,6 +46,7 @@ class Estimate:
         lookahead: whether a checkpoint has the slow copy.
         least_flops: of an image's passes, see `training_flops`.
         epochs: of the run.
+        recomputed: whether blocks are recomputed in the backward pass.
     """
 
     ranks: int
@@ -51,6 +62,7 @@ class Estimate:
     lookahead: bool
     least_flops: float | None
     epochs: float
+    recomputed: bool
 
     @property
     def peak(self) -> int:
@@ -60,7 +72,8 @@ class Estimate:
     @property
     def room(self) -> int:
         """Bytes of device memory that a run may fill."""
-        return int(self.device.memory_gb * 1e9 * (1 - budget.RESERVE))
+        free = self.device.memory_gb * 1e9 * (1 - budget.RESERVE)
+        return int(free) - budget.collective_buffers(self.ranks)
 
     @property
     def fits(self) -> bool:
@@ -110,6 +123,14 @@ def weights_of(config: RunConfig) -> tuple[Weights, int]:
     return Weights(matrices, others, block), largest
 
 
+def with_increment(config: RunConfig, weights: Weights, device: str) -> RunConfig:
+    """The run with the precision that increments have on a device before any audit."""
+    kind = "cpu" if device == "cpu" else "cuda"
+    rows = math.isqrt(max(weights.matrices, default=0))
+    increment = config.optim.precision(kind, rows)
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, increment=increment))
+
+
 def setting_of(config: RunConfig, weights: Weights, *, largest: int, ranks: int) -> Setting:
     """What decides the memory of a rank, with the bucket sizes that DeepSpeed is given."""
     settings = engine_settings(
@@ -119,7 +140,7 @@ def setting_of(config: RunConfig, weights: Weights, *, largest: int, ranks: int)
         ranks=ranks,
         working=DTYPES[config.train.precision].itemsize,
         lookahead=config.optim.lookahead_steps > 0,
-        rounds_factors=config.optim.increment != "full",
+        rounds_factors=config.optim.increment not in ("full", "auto"),
         nadam=config.optim.euclidean == "nadam",
         sub_group=settings["sub_group_size"],
         bucket=settings["reduce_bucket_size"],
@@ -157,6 +178,7 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
     """
     counts = make_step_schedule(config.train, config.checkpoint, samples=images, world_size=ranks)
     weights, largest = weights_of(config)
+    config = with_increment(config, weights, device.name)
     setting = setting_of(config, weights, largest=largest, ranks=ranks)
     optim, accumulation = config.optim, config.train.accumulation
     seen = _rehearsed(config, counts.micro_batch)
@@ -178,7 +200,9 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
         time=step_time(
             device,
             pass_flops=float(accumulation * seen.flops),
+            pass_bytes=float(accumulation * seen.moved_bytes),
             manifold_flops=_manifold_flops(weights, ranks, optim),
+            manifold_bytes=_manifold_bytes(weights, ranks, optim),
             sent=sent,
             rank_images=counts.rank_batch,
             decoders=max(1, config.data.stream.workers),
@@ -188,6 +212,7 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
         lookahead=setting.lookahead,
         least_flops=training_flops(config),
         epochs=config.train.epochs,
+        recomputed=config.train.activation_checkpointing,
     )
 
 
@@ -196,8 +221,21 @@ def _manifold_flops(weights: Weights, ranks: int, optim: OptimConfig) -> float:
     if not weights.matrices:
         return 0.0
     owned = -(-len(weights.matrices) // ranks)
-    products = MANIFOLD_PRODUCTS[optim.retraction] - (optim.gradient == "trivialized")
+    trivialized = optim.gradient == "trivialized"
+    products = manifold_products(optim.retraction, optim.increment) - trivialized
     return products * owned * 2 * max(weights.matrices) ** 1.5
+
+
+def _manifold_bytes(weights: Weights, ranks: int, optim: OptimConfig) -> float:
+    """What the same rank reads and writes beside them."""
+    if not weights.matrices:
+        return 0.0
+    owned = -(-len(weights.matrices) // ranks) * max(weights.matrices)
+    slices = budget.shares(weights.matrices, ranks)
+    per_slice = SLICE_BYTES + LOOKAHEAD_BYTES * (optim.lookahead_steps > 0)
+    per_owned = MANIFOLD_WORK[optim.retraction, optim.increment][1]
+    per_owned -= TANGENT_BYTES[optim.increment] * (optim.gradient == "trivialized")
+    return float(per_owned * owned + per_slice * slices)
 
 
 def _host(config: RunConfig, weights: Weights, setting: Setting) -> dict[str, int]:

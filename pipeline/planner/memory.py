@@ -74,6 +74,15 @@ class Setting:
     live: int
 
 
+_PEER_BYTES = 2_000_000
+"""NCCL's buffers for another rank of an all-to-all; assumed, half of one of its 4 MiB buffers."""
+
+
+def collective_buffers(ranks: int) -> int:
+    """Bytes of a device that collectives keep for themselves; they grow with the ranks."""
+    return _PEER_BYTES * (ranks - 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Component:
     """One row of the table.

@@ -60,6 +60,44 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self._known.pop(key)
 
 
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+_ATTENTION = "scaled_dot_product"
+_MOVE_NOTHING = (
+    "empty", "view", "expand", "permute", "transpose", "slice", "select", "unfold", "device",
+)  # fmt: skip
+
+
+class MovedBytes(TorchDispatchMode):
+    """Counts the bytes that operators read and write, those of products left out.
+
+    Each operator reads what it is given once and writes what it makes; a view does neither.
+
+    Attributes:
+        moved: their sum.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run one operator and count what it moves."""
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        free = func.is_view or name in _PRODUCTS or _ATTENTION in name
+        if not free and not any(part in name for part in _MOVE_NOTHING):
+            self.moved += sum(map(_size, tree_leaves((args, kwargs)))) + sum(
+                map(_size, tree_leaves(out))
+            )
+        return out
+
+
+def _size(leaf: Any) -> int:
+    return leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
     """What one forward and backward pass over a micro-batch takes, weights left out.
@@ -70,11 +108,13 @@ class Rehearsal:
         pinned_weight_bytes: weights that views saved for the backward pass keep whole on every
             rank although ZeRO-3 has released them; none with activation checkpointing.
         flops: products of the pass, recomputation included.
+        moved_bytes: read and written by all other operators.
     """
 
     activation_bytes: int
     pinned_weight_bytes: int
     flops: int
+    moved_bytes: int
 
 
 def rehearse(config: RunConfig, *, micro_batch: int) -> Rehearsal:
@@ -110,12 +150,12 @@ def rehearse(config: RunConfig, *, micro_batch: int) -> Rehearsal:
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     saving = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
     counting = FlopCounterMode(display=False)
-    with torch.device("meta"), counting, LiveBytes() as held:
+    with torch.device("meta"), counting, LiveBytes() as held, MovedBytes() as seen:
         with saving:
             loss, _ = objective(images, labels, StepContext(0, 0.0, 1.0, config.loss.eps))
         loss.backward()
     kept = sum(weights[key] for key in pinned)
-    return Rehearsal(held.peak, kept, counting.get_total_flops())
+    return Rehearsal(held.peak, kept, counting.get_total_flops(), seen.moved)
 
 
 def training_flops(config: RunConfig) -> float | None:

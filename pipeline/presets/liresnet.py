@@ -98,10 +98,9 @@ def _published(
             global_batch=1024 if large else 256,
             warmup_epochs=20,
             grad_clip=3.0,
-            activation_checkpointing=large,
             log_every=20,
         ),
-        checkpoint=CheckpointConfig(every_steps=5000, evaluate_gpus=0.5),
+        checkpoint=CheckpointConfig(every_steps=5000),
         cluster=ClusterConfig(workers=8 if large else 4, cpus_per_worker=8, device="cuda"),
     )
 

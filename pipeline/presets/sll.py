@@ -104,7 +104,7 @@ def _published(name: str, model: NetworkConfig, *, offset: float, shift: int) ->
         optim=_adam(1e-2),
         loss=OffsetLoss(offset=offset, scale=4.0),
         train=_triangular(epochs=1000, global_batch=256, log_every=10),
-        checkpoint=CheckpointConfig(every_steps=5000, evaluate_gpus=0.5),
+        checkpoint=CheckpointConfig(every_steps=5000),
         cluster=ClusterConfig(workers=4, device="cuda", cpus_per_worker=8),
     )
 

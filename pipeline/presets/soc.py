@@ -74,7 +74,6 @@ def _cifar(name: str) -> RunConfig:
             precision="bf16",
             warmup_epochs=5,
             grad_clip=1.0,
-            activation_checkpointing=depth > 20,
             log_every=20,
         ),
         checkpoint=CheckpointConfig(every_steps=5000),

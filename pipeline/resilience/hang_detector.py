@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from pipeline.config import ClusterConfig
+from pipeline.resilience.device_progress import DeviceProgress, collectives_begun
 from pipeline.resilience.heartbeat import Beat, HeartbeatStore, Phase, behind
 from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import Emit, Hung
@@ -82,9 +83,12 @@ class HangDetector:
         # One tuple, replaced as a whole: the other thread never sees half of it, without a lock.
         self._now = (step, Phase.DATA, time.monotonic())
         self._heartbeats: HeartbeatStore | None = None
+        self._progress: DeviceProgress | None = None
         if not self._limit_s:
             return
         interval_s = min(_LONGEST_INTERVAL_S, self._limit_s / 10)
+        if world.device.type == "cuda":
+            self._progress = DeviceProgress(world.device, interval_s)
         if world.size > 1:
             self._heartbeats = HeartbeatStore(world, self._own_beat, interval_s)
         arguments = (interval_s,)
@@ -102,6 +106,8 @@ class HangDetector:
             self._closed.set()
         if self._heartbeats is not None:
             self._heartbeats.close()
+        if self._progress is not None:
+            self._progress.close()
 
     def _own_beat(self) -> Beat:
         step, phase, since = self._now
@@ -110,9 +116,14 @@ class HangDetector:
             # Also the first step of a resumed run, which builds kernels as well.
             limit *= _FIRST_STEP
         waits, place = _place(self._thread)
+        begun = -1
+        if self._progress is not None:
+            # With NCCL a collective returns at once: its rank waits in whatever needs the device.
+            waits = waits or self._progress.blocked()
+            begun = collectives_begun()
         self._tick += 1
         overdue = time.monotonic() - since > limit
-        return Beat(step, phase, overdue, waits, place, self._tick)
+        return Beat(step, phase, overdue, waits, place, self._tick, begun)
 
     def _watch(self, interval_s: float) -> None:
         while not self._closed.wait(interval_s):

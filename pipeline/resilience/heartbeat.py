@@ -38,6 +38,7 @@ class Beat:
         waits: it waits for other ranks.
         place: file, line and function that it executes.
         tick: differs from the beat before.
+        begun: collectives that it has begun, as NCCL counts them; -1 where nobody does.
     """
 
     step: int
@@ -46,10 +47,12 @@ class Beat:
     waits: bool
     place: str
     tick: int
+    begun: int = -1
 
     def __str__(self) -> str:
         doing = "waits for other ranks" if self.waits else "computes"
-        return f"step {self.step + 1}, {self.phase.name.lower()}, {doing} at {self.place}"
+        counted = f", {self.begun} collectives begun" if self.begun >= 0 else ""
+        return f"step {self.step + 1}, {self.phase.name.lower()}, {doing} at {self.place}{counted}"
 
 
 def behind(beats: Sequence[Beat | None]) -> list[int]:
@@ -66,6 +69,9 @@ def behind(beats: Sequence[Beat | None]) -> list[int]:
     first = min((beat.step, beat.phase) for beat in known.values())
     late = [rank for rank, beat in known.items() if (beat.step, beat.phase) == first]
     if len(late) == len(known):  # all in the same part of the same step
+        fewest = min(beat.begun for beat in known.values())
+        late = [rank for rank, beat in known.items() if beat.begun == fewest]
+    if len(late) == len(known):
         late = [rank for rank in late if not known[rank].waits]
     return late if len(late) < len(known) else []
 

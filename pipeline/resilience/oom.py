@@ -1,10 +1,11 @@
-"""Out of memory: a run starts again with smaller micro-batches and remembers what did not fit.
+"""Out of memory: a run starts again with less in memory and remembers what did not fit.
 
 The first step is the probe: it needs what every later one needs. A rank that runs out of memory
 writes the size of its micro-batch into the run's folder and ends; whoever starts the ranks again
-starts them with half of it. The global batch, its samples and their order stay; the sums over it
-are rounded in another order. Centred layers take their means over a micro-batch, so over fewer
-samples, as they do on more ranks.
+starts them with blocks that are recomputed in the backward pass, which changes no number, and then
+with half of the micro-batch. So nothing is recomputed that fits. The global batch, its samples and
+their order stay; of half a micro-batch the sums over it are rounded in another order, and centred
+layers take their means over fewer samples, as they do on more ranks.
 """
 
 import contextlib
@@ -29,8 +30,24 @@ from pipeline.run.worker_spec import WorkerSpec
 logger = logging.getLogger(__name__)
 
 _SIZES = TypeAdapter(list[Annotated[int, Field(ge=1)]])
-_TEXTS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""How allocators that have no type of their own say it."""
+_TEXTS = (
+    "can't allocate memory",
+    "cuda error: out of memory",
+    "cuda driver error: out of memory",
+    "triton error [cuda]: out of memory",
+    # NCCL, at its first collective and whenever it needs a buffer.
+    "cuda failure 2 ",
+    "failed to cuda calloc",
+    "failed to cuda host alloc",
+    # A handle and its workspace are made at the first product of a thread.
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
+    "cusolver_status_alloc_failed",
+    "cusparse_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "cufft_alloc_failed",
+)
+"""How allocators and libraries that have no type of their own say it, in small letters."""
 
 
 class TooLargeError(RuntimeError):
@@ -41,7 +58,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True for an error of an allocator, on a GPU or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(text in said for text in _TEXTS)
 
 
 def too_large(run: Store) -> list[int]:
@@ -67,18 +85,43 @@ def fitting(train: TrainConfig, sizes: Sequence[int], world_size: int) -> TrainC
         world_size: number of ranks, which share the global batch.
 
     Returns:
-        `train` with the smallest `accumulation`, at least its own, that divides a rank's
-        share into micro-batches of at most half of the smallest of `sizes`.
+        `train` with blocks recomputed. If that was tried, with the smallest `accumulation`, at
+        least its own, that divides a rank's share into micro-batches of at most half of the
+        smallest of `sizes`.
     """
     if not sizes:
         return train
+    # Of the first attempt nothing was recomputed, unless that was asked for.
+    tried = sizes if train.activation_checkpointing else sizes[1:]
+    train = dataclasses.replace(train, activation_checkpointing=True)
     share = train.global_batch // world_size
     counts = range(train.accumulation, share + 1)
     # Samples of one rank decide, so what failed counts on any number of ranks.
-    most = max(min(sizes) // 2, 1)
+    most = max(min(tried) // 2, 1) if tried else min(sizes)
     # Equal micro-batches only: their mean is the mean of the batch.
     fits = (n for n in counts if share % n == 0 and share // n <= most)
     return dataclasses.replace(train, accumulation=next(fits, train.accumulation))
+
+
+@contextlib.contextmanager
+def holding(what: str) -> Iterator[None]:
+    """Name what a rank has no memory for where the size of a micro-batch makes no difference.
+
+    Args:
+        what: the block does.
+
+    Raises:
+        PipelineError: the block runs out of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise PipelineError(
+            f"out of memory while {what}, which smaller micro-batches would not change: use more "
+            f"ranks, or a smaller network ({error})"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -87,6 +130,7 @@ def recorded(
     sizes: Sequence[int],
     micro_batch: int,
     *,
+    recomputes: bool,
     where: Callable[[], str],
     writer: int = 0,
 ) -> Iterator[None]:
@@ -98,11 +142,12 @@ def recorded(
         run: folder of the run.
         sizes: what did not fit before.
         micro_batch: samples per rank and backward pass in this block.
+        recomputes: whether blocks are recomputed in the backward pass.
         where: step and rank.
         writer: number of the run's lease.
 
     Raises:
-        TooLargeError: half of it can be tried.
+        TooLargeError: blocks that are recomputed, or half of it, can be tried.
         PipelineError: there is nothing smaller to try.
     """
     try:
@@ -115,10 +160,13 @@ def recorded(
         body = json.dumps({"too_large": tried}).encode()
         write_record(run, layout.OUT_OF_MEMORY, writer, body)
         reason = f"{where()}: out of memory with {{}} samples per backward pass; {{}} ({error})"
+        if not recomputes:
+            again = "the next execution of this run recomputes blocks in the backward pass"
+            raise TooLargeError(reason.format(micro_batch, again)) from None
         if micro_batch > 1:
             half = "the next execution of this run tries half of them"
             raise TooLargeError(reason.format(micro_batch, half)) from None
-        help_ = "use more ranks, --train.activation-checkpointing or a smaller network"
+        help_ = "use more ranks or a smaller network"
         raise PipelineError(reason.format(", ".join(map(str, tried)), help_)) from None
 
 

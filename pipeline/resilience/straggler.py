@@ -32,12 +32,21 @@ class Stopwatch:
         self._cuda = device.type == "cuda"
         self._stamps: list[Any] = []
         self._running = self._done = False
-        root.register_forward_pre_hook(self._begin)
-        root.register_forward_hook(self._end)
+        self._hooks = [
+            root.register_forward_pre_hook(self._begin),
+            root.register_forward_hook(self._end),
+        ]
         for module in _leaves(root):
-            module.register_forward_pre_hook(self._stamp)
-            # Before the hook that releases the parameters.
-            module.register_forward_hook(self._stamp, prepend=True)
+            self._hooks += [
+                module.register_forward_pre_hook(self._stamp),
+                # Before the hook that releases the parameters.
+                module.register_forward_hook(self._stamp, prepend=True),
+            ]
+
+    def close(self) -> None:
+        """Measure no more."""
+        for hook in self._hooks:
+            hook.remove()
 
     def read(self) -> float:
         """Seconds of the pass measured since the last reading, 0 if there was none."""

@@ -16,6 +16,9 @@ from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
 
 _LOOPBACK = "127.0.0.1"
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""Environment of a rank: blocks of CUDA's allocator that grow. Micro-batches and rounds of
+different sizes would leave others in pieces."""
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -153,6 +156,8 @@ def join_process_group(cluster: ClusterConfig) -> Iterator[DistributedContext]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = use_cuda(cluster.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if cuda:
+        for name, value in ALLOCATOR.items():  # read at the first allocation
+            os.environ.setdefault(name, value)
         torch.cuda.set_device(local_rank)
         chosen = torch.device("cuda", local_rank)
     else:

@@ -18,6 +18,9 @@ _PEAK_TFLOPS = {  # dense, from NVIDIA's data sheets: (part of the name, 16 bit,
 }
 
 
+_WITHOUT_BF16 = ("V100",)
+"""Their tensor cores know fp16 alone; bf16 is emulated, slower than fp32."""
+
 _SIZES = (256, 512, 1024, 2048, 4096, 8192)
 _LONG_S = 4e-3
 
@@ -31,8 +34,15 @@ def peak_flops(device: str, precision: str) -> float | None:
     """
     for name, (half, single) in _PEAK_TFLOPS.items():
         if name in device:
-            return (single if precision == "fp32" else half) * 1e12
+            return (
+                (single if precision == "fp32" else half) * 1e12 if has(name, precision) else None
+            )
     return None
+
+
+def has(device: str, precision: str) -> bool:
+    """Whether a device computes products in a precision, rather than emulating it."""
+    return precision != "bf16" or not any(name in device for name in _WITHOUT_BF16)
 
 
 def measured_flops(device: torch.device, precision: str) -> float:

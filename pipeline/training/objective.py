@@ -106,7 +106,8 @@ class Objective(nn.Module):
                 rates=rates,
                 label_logit=logits.gather(1, labels[:, None]),
                 rivals=logits.scatter(1, labels[:, None], -torch.inf),
-                samples=torch.tensor(float(len(labels)), device=loss.device),
+                # Filled on the device: a value of the host would be copied, and waited for.
+                samples=logits.new_full((), float(len(labels)), dtype=torch.float32),
                 eps=self.loss.eps,
             )
             # One tensor, so that the sums of a record leave the device in one copy.

@@ -21,7 +21,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import failing
 from pipeline.resilience.hang_detector import watched
 from pipeline.resilience.heartbeat import Phase
-from pipeline.resilience.oom import fitting, recorded, too_large
+from pipeline.resilience.oom import fitting, holding, recorded, too_large
 from pipeline.resilience.rollback import Rollbacks
 from pipeline.resilience.signals import Interruption
 from pipeline.resilience.straggler import StragglerDetector
@@ -116,7 +116,27 @@ def _train(
     plan = make_step_schedule(
         config.train, config.checkpoint, samples=samples.per_epoch, world_size=world.size
     )
-    engine = build_engine(config, world=world, micro_batch=plan.micro_batch)
+    with holding("the engine is built"):
+        engine = build_engine(config, world=world, micro_batch=plan.micro_batch)
+    # Whoever tries again in this process, or certifies in it, needs the memory of this engine.
+    with contextlib.closing(engine):
+        _train_with(engine, job, config, plan, samples, sizes, world, emit, interruption, hooks)
+
+
+def _train_with(
+    engine: Zero3,
+    job: WorkerSpec,
+    config: RunConfig,
+    plan: StepSchedule,
+    samples: Samples,
+    sizes: list[int],
+    world: DistributedContext,
+    emit: Emit,
+    interruption: Interruption,
+    hooks: Sequence[Hook],
+) -> None:
+    """Train the engine from where the run stands."""
+    run = Store(job.run_url)
     rollbacks = Rollbacks(
         run,
         world=world,
@@ -126,7 +146,8 @@ def _train(
         per_epoch=samples.per_epoch,
         writer=job.writer,
     )
-    progress, damaged = _restored(run, world, engine, rollbacks, seed=config.train.seed)
+    with holding("its state is made or restored"):
+        progress, damaged = _restored(run, world, engine, rollbacks, seed=config.train.seed)
     if world.rank == 0:
         emit(_started(config, world, engine, plan, progress, damaged, sizes))
         emit(MetricsReplayed(progress.records))
@@ -167,6 +188,7 @@ def _train(
             run,
             sizes,
             plan.micro_batch,
+            recomputes=config.train.activation_checkpointing,
             where=lambda: f"step {trainer.progress.step + 1}, rank {world.rank}",
             writer=job.writer,
         ):
@@ -294,7 +316,8 @@ def _started(
         "partitioned matrices": f"{matrices} of {engine.matrix_count}"
         + (" (one rank holds them whole)" if world.size == 1 else ""),
         "batch": f"{config.train.global_batch} = {world.size} ranks x "
-        f"{config.train.accumulation} x {plan.micro_batch}",
+        f"{config.train.accumulation} x {plan.micro_batch}"
+        + (", blocks recomputed" if config.train.activation_checkpointing else ""),
     }
     if progress.step:
         facts["resumed"] = f"after step {progress.step}"

@@ -3,6 +3,8 @@
 Builds the partitioned network, hands the flat partitions to the manifold optimizer, runs the steps.
 """
 
+import gc
+import inspect
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from model.networks.init import initial_kind, initial_value
 from model.networks.registry import AnyNetwork, build_network
+from model.transfer import to_device
 from optim.collectives import LocalExchange, ProcessGroupExchange
 from optim.config import OptimConfig
 from optim.manifolds import is_trivialized, manifold_of
@@ -124,9 +127,47 @@ def _partitions(zero_optimizer: Any, names: dict[int, str]) -> list[FlatPartitio
 
         def publish(flat: Tensor = flat, group: int = group) -> None:
             zero_optimizer.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
+            _order_streams(zero_optimizer)
 
         partitions.append(FlatPartition(flat, tuple(slots), manifold_of(parameters[0]), publish))
     return partitions
+
+
+def _forget_modules(root: torch.nn.Module) -> None:
+    """Take the modules of an engine out of what DeepSpeed 0.19.8 keeps for the whole process.
+
+    Each engine puts its root on the stack of modules whose pass is under way and leaves it there,
+    and a pass that ends in an error leaves the others. A cache of a method has all modules as keys.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+
+    own = set(root.modules())
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module not in own]
+    coordinator = parameter_offload.PartitionedParameterCoordinator
+    wrapper = coordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(wrapper).nonlocals["func"].cache_clear()
+
+
+def _order_streams(zero_optimizer: Any) -> None:
+    """Let what is gathered from now on wait for what was written to the working weights.
+
+    DeepSpeed gathers on a stream of its own (`overlap_comm`, on in stage 3) that waits for nothing:
+    the next forward pass could gather weights that the step is still writing. Its one wait for the
+    device is in the gathering of parameters that are never partitioned, of which there are none.
+    """
+    coordinator = zero_optimizer.parameter_offload.param_coordinator
+    gathering = coordinator._PartitionedParameterCoordinator__allgather_stream
+    if gathering is not None:  # on CPU there are no streams
+        gathering.wait_stream(torch.accelerator.current_stream())
+
+
+def _initialising_threads(device: torch.device) -> int:
+    """Matrices that a rank makes at the same time: beside a GPU, its share of idle cores."""
+    if device.type == "cpu":  # each of its cores computes in every product already
+        return 1
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, cores // torch.get_num_threads())
 
 
 def _check_working_type(named: Iterable[tuple[str, Any]], precision: str) -> None:
@@ -215,19 +256,33 @@ class Zero3:
         self.parameter_count = sum(p.ds_numel for _, p in named)
         self.optimizer.bind(self.partitions, exchange, expected_matrices=matrices)
 
+    def close(self) -> None:
+        """Give the engine's memory back; nothing else may be called afterwards.
+
+        DeepSpeed's hooks, names and streams refer to each other and to the partitions, so an engine
+        that is only forgotten stays, and with it every byte of the weights and of their state.
+        """
+        self._engine.destroy()
+        _forget_modules(self._engine.module)
+        self._stopwatch.close()
+        self.optimizer.close()
+        self.partitions = []
+        del self._engine, self._network
+        gc.collect()  # what is left refers to itself in circles
+
     def initialise(self, seed: int) -> None:
         """Owners make every initial value in float64 and scatter it into the fp32 masters."""
 
         def value(slot: Slot) -> Tensor:
             return initial_value(self._initial[slot.name], slot.shape, seed=seed, name=slot.name)
 
-        self.optimizer.initialise(value)
+        self.optimizer.initialise(value, threads=_initialising_threads(self._device))
 
     def accumulate(self, images: Tensor, labels: Tensor, now: StepContext) -> Tensor:
         """Forward and backward pass of one micro-batch; returns the sums of `statistics`."""
         loss, sums = self._engine(
-            images.to(self._device, non_blocking=True),
-            labels.to(self._device, non_blocking=True),
+            to_device(images, self._device),
+            to_device(labels, self._device),
             now,
         )
         # DeepSpeed divides by the accumulation itself and steps only after the last micro-batch.
@@ -249,6 +304,7 @@ class Zero3:
         # Before the first micro-batch: what is drawn for a step is the same in all of them.
         self._network.begin_step(step=now.step, progress=now.progress, seed=self._seed)
         sums = torch.stack([self.accumulate(x, t, now) for x, t in micro_batches]).sum(0)
+        _order_streams(self._engine.optimizer)
         # DeepSpeed's check for overflow is collective: all ranks have the same answer.
         return sums if self._engine.was_step_applied() else None
 

@@ -25,8 +25,11 @@ GROUP = {
 }  # fmt: skip
 
 
-def ray_job():
-    return MANIFESTS["pretrain"]["spec"]
+TRAININGS = ("pretrain", "pretrain-ethernet")
+
+
+def ray_job(name="pretrain"):
+    return MANIFESTS[name]["spec"]
 
 
 def nightly():
@@ -39,7 +42,8 @@ def pod(template):
 
 
 def clusters():
-    return [ray_job()["rayClusterSpec"], nightly()["rayClusterSpec"]]
+    trainings = [ray_job(name)["rayClusterSpec"] for name in TRAININGS]
+    return [*trainings, nightly()["rayClusterSpec"]]
 
 
 def containers():
@@ -71,6 +75,7 @@ def test_kinds_and_versions():
     kinds = {name: (body["apiVersion"], body["kind"]) for name, body in MANIFESTS.items()}
     assert kinds == {
         "pretrain": ("ray.io/v1", "RayJob"),
+        "pretrain-ethernet": ("ray.io/v1", "RayJob"),
         "evaluate-raycronjob": ("ray.io/v1", "RayCronJob"),
         "evaluate-cronjob": ("batch/v1", "CronJob"),
     }
@@ -83,7 +88,7 @@ def test_kinds_and_versions():
 
 
 def test_fields_are_known():
-    for job in (ray_job(), nightly()):
+    for job in (*map(ray_job, TRAININGS), nightly()):
         assert set(job) <= RAY_JOB
         assert job["shutdownAfterJobFinishes"]
     for cluster in clusters():
@@ -101,12 +106,13 @@ def test_fields_are_known():
     assert plain["jobTemplate"]["spec"]["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_the_pretraining_command_parses_and_fits_the_nodes():
-    module, arguments = words(ray_job()["entrypoint"])
+@pytest.mark.parametrize("name", TRAININGS)
+def test_the_pretraining_command_parses_and_fits_the_nodes(name):
+    module, arguments = words(ray_job(name)["entrypoint"])
     assert module == "pipeline.pretrain"
     config = parse(arguments)
     assert config.start_or_resume  # a retry is the same command
-    training, evaluation = ray_job()["rayClusterSpec"]["workerGroupSpecs"]
+    training, evaluation = ray_job(name)["rayClusterSpec"]["workerGroupSpecs"]
     assert config.cluster.placement == training["labels"]
     assert config.checkpoint.evaluate_placement == evaluation["labels"]
     limits = pod(training["template"])["resources"]["limits"]
@@ -119,6 +125,23 @@ def test_the_pretraining_command_parses_and_fits_the_nodes():
     mounts = [mount["mountPath"] for mount in pod(training["template"])["volumeMounts"]]
     assert "/dev/shm" in mounts
     assert any(config.data.stream.disk_cache.startswith(mount) for mount in mounts)
+
+
+def test_several_nodes_have_the_network_that_the_plan_assumes():
+    for name in TRAININGS:
+        group = ray_job(name)["rayClusterSpec"]["workerGroupSpecs"][0]
+        container, spec = pod(group["template"]), group["template"]["spec"]
+        limits, set_ = container["resources"]["limits"], environment(container)
+        assert limits == container["resources"]["requests"]
+        fast = "rdma/ib" in limits
+        assert fast == (group["replicas"] > 1), name
+        assert set_["NCCL_SOCKET_IFNAME"]
+        assert fast == (set_.get("NCCL_IB_DISABLE") != "1")
+        assert fast == bool(spec.get("hostNetwork"))
+        if fast:
+            assert limits["rdma/ib"] == limits["nvidia.com/gpu"]  # an adapter for each GPU
+            assert container["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
+            assert spec["dnsPolicy"] == "ClusterFirstWithHostNet"
 
 
 @pytest.mark.parametrize("template", ["headGroupSpec", "workerGroupSpecs"])
@@ -152,4 +175,10 @@ def test_the_image_has_what_the_manifests_ask_for():
     assert "constraints.txt" in lines
     assert re.search(r"^USER ray$", lines, re.MULTILINE)
     assert "CERTIFIED_PRETRAIN_COMMIT" in lines
-    assert ".git" in (FOLDER / "Dockerfile.dockerignore").read_text().split()
+    ignored = (FOLDER / "Dockerfile.dockerignore").read_text().split()
+    assert {".git", ".env*", "**/*.key", "**/*.pem"} <= set(ignored)
+    # A rank has the threads of its CPUs, and the image no tools of the tests.
+    assert "OMP_NUM_THREADS" not in lines
+    assert "-c /tmp/project/constraints.txt" in lines
+    assert "-r /tmp/project/constraints.txt" not in lines
+    assert re.search(r"^FROM \$BASE$", lines, re.MULTILINE)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -175,13 +176,11 @@ def observed_run(
 ) -> Outcome:
     """Run the worker of this rank as it is, looking at its engine from outside."""
     outcome = Outcome()
-    engines = []
     gc.freeze()  # DeepSpeed collects garbage at every start, over half a second of modules
 
     class Observed(Zero3):
         def __init__(self, **parts):
             super().__init__(**parts)
-            engines.append(self)
             self._optimizer_step = self.optimizer.step
             optimizer: Any = self.optimizer
             optimizer.step = self.observed_optimizer_step
@@ -199,14 +198,16 @@ def observed_run(
                         outcome.gradients[slot.name] = values.clone().numpy()
             return self._optimizer_step()
 
+        def close(self):
+            with contextlib.suppress(OptimizerError):  # it ended within an iteration
+                outcome.end = local_state(self)
+            if sys.exc_info()[0] is None:  # else other ranks may be gone
+                outcome.residuals = self.optimizer.residuals()
+            super().close()
+
     with mock.patch.object(worker, "Zero3", Observed):
         try:
             worker.run_rank(job, outcome.events.append, interruption or Undisturbed(), hooks)
         except PipelineError as error:
             outcome.error = str(error)
-    for engine in engines:
-        with contextlib.suppress(OptimizerError):  # it ended within an iteration
-            outcome.end = local_state(engine)
-        if not outcome.error:
-            outcome.residuals = engine.optimizer.residuals()
     return outcome

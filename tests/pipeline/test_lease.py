@@ -318,7 +318,7 @@ def test_a_woken_holder_changes_no_gap_no_size_and_no_setting(run):
         for writer, size in ((first.number, 2), (second.number, 3), (first.number, 4)):
             with (
                 pytest.raises(TooLargeError),
-                recorded(run, [], size, where=str, writer=writer),
+                recorded(run, [], size, recomputes=True, where=str, writer=writer),
             ):
                 raise MemoryError
     assert read_gaps(run) == gaps

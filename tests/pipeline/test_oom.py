@@ -56,22 +56,30 @@ def test_allocators_say_it_in_several_ways(error, is_one):
     ("accumulation", "sizes", "ranks", "expected"),
     [
         (1, [], 2, 1),
-        (1, [12], 2, 2),  # 12 = 2 x 6
-        (1, [12, 6], 2, 4),
-        (1, [12, 6, 3], 2, 12),  # of 3 the half is 1
-        (1, [12, 6, 3, 1], 2, 12),
-        (1, [12], 1, 4),  # fewer ranks: 24 = 4 x 6
-        (1, [12], 4, 1),  # more ranks: 6 each
-        (3, [8], 1, 6),
+        (1, [12], 2, 1),  # the same once more, recomputed
+        (1, [12], 1, 2),  # on fewer ranks: 24 = 2 x 12
+        (1, [12, 12], 2, 2),  # 12 = 2 x 6
+        (1, [12, 12, 6], 2, 4),
+        (1, [12, 12, 6, 3], 2, 12),  # of 3 the half is 1
+        (1, [12, 12, 6, 3, 1], 2, 12),
+        (1, [12, 12], 1, 4),  # fewer ranks: 24 = 4 x 6
+        (1, [12, 12], 4, 1),  # more ranks: 6 each
+        (3, [8, 8], 1, 6),
     ],
 )
 def test_the_next_micro_batch_is_at_most_half(accumulation, sizes, ranks, expected):
-    fitted = fitting(config(accumulation).train, sizes, ranks)
-    assert fitted == config(expected).train
+    asked = config(accumulation).train
+    recomputed = dataclasses.replace(config(expected).train, activation_checkpointing=bool(sizes))
+    assert fitting(asked, sizes, ranks) == recomputed
+    if sizes:  # where it was asked for, the first attempt was recomputed already
+        asked = dataclasses.replace(asked, activation_checkpointing=True)
+        assert fitting(asked, sizes[1:] or sizes, ranks).activation_checkpointing
+        assert len(sizes) == 1 or fitting(asked, sizes[1:], ranks) == recomputed
 
 
-def test_the_accumulation_may_change_on_resume():
-    assert not any(map(decides_result, changes(config(), config(2))))
+def test_what_lack_of_memory_changes_may_change_on_resume():
+    recomputed = dataclasses.replace(config(2).train, activation_checkpointing=True)
+    assert not any(map(decides_result, changes(config(), small_run(train=recomputed))))
 
 
 def test_what_did_not_fit_is_recorded_until_nothing_smaller_is_left(tmp_path):
@@ -80,11 +88,15 @@ def test_what_did_not_fit_is_recorded_until_nothing_smaller_is_left(tmp_path):
         expected = TooLargeError if size > 1 else PipelineError
         with (
             pytest.raises(expected, match=r"step 7, rank 1: out of memory with (3|3, 1) samples"),
-            recorded(run, sizes, size, where=lambda: "step 7, rank 1"),
+            recorded(run, sizes, size, recomputes=True, where=lambda: "step 7, rank 1"),
         ):
             raise MemoryError
     assert too_large(run) == [3, 1]
-    with pytest.raises(RuntimeError, match="closed"), recorded(run, [], 3, where=str):
+    again = pytest.raises(TooLargeError, match="the next execution of this run recomputes blocks")
+    with again, recorded(run, [], 1, recomputes=False, where=str):
+        raise MemoryError
+    failed = pytest.raises(RuntimeError, match="closed")
+    with failed, recorded(run, [], 3, recomputes=True, where=str):
         raise RuntimeError("closed")
 
 
@@ -142,14 +154,16 @@ def test_the_run_goes_on_with_the_same_samples_and_losses(outcomes, ranks):
     plain = losses(answers["plain"][0])
     assert answers["plain"][2] == []
     share = BATCH // ranks
-    tried = {1: {"later": [24, 12]}, 2: {"later": [12], "first": [12, 6]}}[ranks]
+    tried = {1: {"later": [24, 24, 12]}, 2: {"later": [12, 12], "first": [12, 12, 6]}}[ranks]
     for name, sizes in tried.items():
         events, error, found = answers[name]
         assert (error, found) == ("", sizes), name
         started = [e for e in events if isinstance(e, Started)]
         assert [e.micro_batch for e in started] == [*sizes, sizes[-1] // 2]
         assert (
-            started[-1].facts["batch"].endswith(f"{share // (sizes[-1] // 2)} x {sizes[-1] // 2}")
+            started[-1]
+            .facts["batch"]
+            .endswith(f"{share // (sizes[-1] // 2)} x {sizes[-1] // 2}, blocks recomputed")
         )
         assert str(sizes[-1]) in started[-1].facts["out of memory"]
         assert losses(events) == pytest.approx(plain, rel=2e-4)
@@ -161,8 +175,8 @@ def test_the_run_goes_on_with_the_same_samples_and_losses(outcomes, ranks):
 @pytest.mark.distributed
 def test_down_to_one_then_refused_with_the_sizes_tried(outcomes):
     events, error, found = outcomes[1]["never"]
-    assert found == [24, 12, 6, 3, 1]
-    assert "out of memory with 24, 12, 6, 3, 1 samples per backward pass" in error
+    assert found == [24, 24, 12, 6, 3, 1]
+    assert "out of memory with 24, 24, 12, 6, 3, 1 samples per backward pass" in error
     assert losses(events) == {}
 
 
@@ -205,7 +219,8 @@ def test_lack_of_memory_is_not_a_failure(tmp_path, allowed, groups, left):
             return
         for _ in range(failures.count("m")):
             sizes = too_large(Store(tmp_path))
-            with contextlib.suppress(TooLargeError), recorded(Store(tmp_path), sizes, 9, where=str):
+            found = recorded(Store(tmp_path), sizes, 9, recomputes=True, where=str)
+            with contextlib.suppress(TooLargeError), found:
                 raise MemoryError
         raise RuntimeError("the group failed")
 

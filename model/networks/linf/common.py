@@ -12,9 +12,9 @@ def centred_pixels(images: Tensor, scale: float) -> Tensor:
     return (at_least_float32(images) - 0.5) * scale
 
 
-def equal_factors(classes: int) -> Tensor:
+def equal_factors(classes: int, *, device: torch.device) -> Tensor:
     """Factors of logits that are each 1-Lipschitz: 2, on the diagonal 0; float64 (K, K)."""
-    return 2 * (1 - torch.eye(classes, dtype=torch.float64))
+    return 2 * (1 - torch.eye(classes, dtype=torch.float64, device=device))
 
 
 def largest_entry(stored: Tensor) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.networks.lipnext.layers import at_least_float32
+from model.transfer import to_device
 
 _TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24, "meta": 1 << 24}
 """A tile and its copy stay in a core's cache; a GPU needs more work for each launch. What is only
@@ -99,7 +100,7 @@ class RankedSum(Reduction):
     def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """See Reduction."""
         count = min(len(self.coefficients), x.shape[1])
-        c = torch.tensor(self.coefficients[:count], dtype=x.dtype, device=x.device)
+        c = to_device(torch.tensor(self.coefficients[:count], dtype=x.dtype), x.device)
         y = x.new_empty(len(x), len(w))
         places = torch.empty(*y.shape, count, dtype=torch.int32, device=x.device)
         for rows, columns, (a,) in _tiles(x, w, buffers=1):
@@ -114,7 +115,7 @@ class RankedSum(Reduction):
     ) -> tuple[Tensor, Tensor]:
         """See Reduction."""
         count = saved.shape[-1]
-        c = torch.tensor(self.coefficients[:count], dtype=x.dtype, device=x.device)
+        c = to_device(torch.tensor(self.coefficients[:count], dtype=x.dtype), x.device)
         grad_x, grad_w = torch.zeros_like(x), torch.zeros_like(w)
         for b in range(len(x)):
             # Coordinates that the weighted sums of sample b look at, (O, count).

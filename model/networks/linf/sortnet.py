@@ -34,6 +34,7 @@ from model.networks.linf.distance import (
 )
 from model.networks.linf.tanh_head import TanhHead
 from model.networks.lipnext.layers import at_least_float32
+from model.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -216,7 +217,7 @@ class ScaledHead(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, K) and factors (K, K), of values (B, K) that are 1-Lipschitz each."""
         scale = at_least_float32(self.weight)
-        factors = equal_factors(x.shape[1]).to(x) * scale.abs()
+        factors = equal_factors(x.shape[1], device=x.device).to(x) * scale.abs()
         return (at_least_float32(self.bias) - x) * scale, factors
 
     @property
@@ -231,7 +232,7 @@ class ScaledHead(nn.Module):
 
     def factor_bounds(self) -> Tensor:
         """2 |s| for every pair of classes, float64 (K, K), diagonal 0."""
-        return equal_factors(len(self.bias)).to(self.weight.device) * self.scale
+        return equal_factors(len(self.bias), device=self.weight.device) * self.scale
 
     def margin_error(self, state: ErrorState) -> Tensor:
         """Carry bounds through the head; the error of any logit difference, float64 (B,)."""
@@ -291,7 +292,7 @@ class SortNet(LipschitzByConstruction):
                 torch.randperm(width, generator=generator)[: max(1, kept)].sort().values
                 for _ in range(0, points, self._group)
             ]
-        return torch.stack(subsets).to(device)
+        return to_device(torch.stack(subsets), device)
 
     @property
     def _group(self) -> int:
@@ -337,7 +338,10 @@ class SortNet(LipschitzByConstruction):
         if not isinstance(self.head, TanhHead):
             return super().logits_and_slopes(images)
         logits, intervals = self.head.intervals(self.features(images))
-        return logits, intervals * intervals.new_tensor([[1], [1], [self.config.input_scale]])
+        # Filled on the device: a list of the host would be copied, and waited for.
+        units = intervals.new_ones(3, 1)
+        units[2].fill_(self.config.input_scale)
+        return logits, intervals * units
 
     @torch.no_grad()
     def slope_bounds(self, slopes: Tensor, norms: Tensor, *, matrices: Matrices) -> Tensor:
