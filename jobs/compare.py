@@ -18,6 +18,7 @@ from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError
 from data_shards.format.index import load_index
 from data_shards.untrusted.terminal import PlainConsole
+from jobs.child_processes import exit_on_sigterm
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.reporting.comparison_config import CompareConfig
 from jobs.reporting.comparison_report import System, by_norm, comparison_png, markdown
@@ -170,9 +171,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the entry; returns the exit code."""
     console = PlainConsole()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    exit_on_sigterm()
     try:
         config = parse_words(CompareConfig, arguments, prog="python -m jobs.compare")
         page = write(config, compare(config))
+    except KeyboardInterrupt:
+        return 130
     except (EvaluationError, ShardError) as error:
         PlainConsole(stderr=True).print(str(error), soft_wrap=True)
         return 1

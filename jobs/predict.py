@@ -73,7 +73,8 @@ class PredictConfig:
     """auto: by the name of the file, jsonl on the standard output."""
     batch_size: Annotated[int, pydantic.Field(gt=0)] = 64
     """Images per forward pass and task."""
-    launcher: Annotated[Literal["local", "ray"], tyro.conf.arg(name="cluster.launcher")] = "local"
+    # In the order of the other entries: `typing` takes both for one, and help has the first it met.
+    launcher: Annotated[Literal["ray", "local"], tyro.conf.arg(name="cluster.launcher")] = "local"
     """ray: batches as Ray tasks."""
     max_in_flight: Annotated[int, pydantic.Field(gt=0)] = 2
     """Ray tasks under way at the same time."""

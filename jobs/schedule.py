@@ -11,12 +11,10 @@ import hashlib
 import json
 import logging
 import re
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from types import FrameType
 from typing import Any
 
 from apscheduler.executors.pool import ThreadPoolExecutor
@@ -30,6 +28,7 @@ from data_shards.command_line.parsing import parse_words
 from data_shards.command_line.progress import ProgressBar
 from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.terminal import PlainConsole
+from jobs.child_processes import exit_on_sigterm
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.scheduling.backlog import Backlog, BacklogEntry
 from jobs.scheduling.claimed_evaluation import Options, command
@@ -277,17 +276,13 @@ def _run(config: ScheduleConfig, console: Console) -> int:
         scheduler.close()
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the scheduler; returns 0, 1 after a failed evaluation, 2 for bad input, 130 or 143."""
     console = PlainConsole()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logger.setLevel(logging.INFO)
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, _stop)
+    exit_on_sigterm()
     try:
         return _run(parse_words(ScheduleConfig, argv, prog="python -m jobs.schedule"), console)
     except (EvaluationError, LeaseError, ExposureError, ValidationError, ConnectionError) as error:

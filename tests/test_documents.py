@@ -39,13 +39,26 @@ RUN_BY = {
             "test_two_submissions_at_once_then_stop_and_resubmit"
         ),
     },
+    "tests/end_to_end/test_tutorial.py": dict.fromkeys(
+        (
+            "python -m jobs.evaluate_cra",
+            "python -m model.verify",
+            "T=",
+            "python -m jobs.gate rule photos",
+            "python -m jobs.gate candidate photos",
+            "python -m jobs.gate promote photos",
+            "python -m jobs.predict models:/photos",
+            "python -m jobs.report photos",
+        ),
+        "test_the_tutorial_leads_from_a_run_to_a_promoted_model",
+    ),
     "tests/end_to_end/test_hang.py": {"torchrun": "test_a_stopped_rank"},
     "tests/pipeline/test_exit_codes.py": {f"{PRETRAIN} digits --cluster.launcher local": ""},
     "tests/pipeline/test_object_store.py": {
         f"{PRETRAIN} {IMAGENET} --data.shards s3": "test_the_same_losses_in_bad_weather",
     },
     "tests/pipeline/test_command_line.py": {
-        f"{PRETRAIN} --list": "test_the_list_has_every_preset_with_its_facts",
+        f"{PRETRAIN} --list": "test_the_list_has_every_preset_with_its_facts_in_any_terminal",
         f"{PRETRAIN} digits --help": "test_short_help_is_short_and_has_what_people_change",
         f"{PRETRAIN} digits --train.epochs 20 --print-config": (
             "test_printed_settings_are_a_file_that_makes_the_same_run"
@@ -89,10 +102,6 @@ RUN_BY = {
     "tests/data_shards/test_rebuild_index.py": {f"{SHARDS}.verify URL --repair": "test_entry"},
     "tests/data_shards/test_foreign.py": {f"{SHARDS}.index": "test_a_set_of_stock_webdataset"},
     "tests/data_shards/test_bench.py": {f"{SHARDS}.bench": "test_command"},
-    "tests/model/verifier/test_verify.py": {"python -m model.verify": "test_the_command_runs"},
-    "tests/jobs/test_evaluate_cra.py": {
-        "python -m jobs.evaluate_cra": "test_the_entry_reports_and_records",
-    },
     "tests/jobs/test_gate.py": {
         "python -m jobs.gate": "test_the_entry_runs_the_acts_and_tells_the_outcome_by_its_status",
     },
@@ -132,7 +141,6 @@ NOT_RUN = {
         "minutes of training; tests/pipeline/test_fit_to_data.py resolves its settings"
     ),
     "(umask 077;": "writes into the home folder; `make cluster` has the same line",
-    "T=": "of the shell",
 }
 """Why a command is run by no test, by its beginning."""
 TEST_OF = {start: (file, test) for file, run in RUN_BY.items() for start, test in run.items()}
@@ -159,7 +167,7 @@ def test_every_command_is_run_by_a_test_or_says_why_not():
     assert None not in used, used[None]
     assert (TEST_OF.keys() | NOT_RUN.keys()) - used.keys() == set()
     for file, test in TEST_OF.values():
-        assert f"def {test}" in (ROOT / file).read_text(), test
+        assert (f"def {test}(" if test else "def test_") in (ROOT / file).read_text(), test
 
 
 def flags_of(module, first, capsys, monkeypatch):
@@ -218,8 +226,8 @@ def test_every_metric_is_in_the_reference_and_every_one_there_is_recorded():
 
 def test_every_file_of_a_run_is_in_the_reference():
     page = (ROOT / "docs/reference/files.md").read_text()
-    names = [value for name, value in vars(layout).items() if name.isupper()]
-    names = [name for name in names if isinstance(name, str)]
+    values = [value for name, value in vars(layout).items() if name.isupper()]
+    names = [value for value in values if isinstance(value, str)]
     assert len(names) > 15
     for name in names:
         stem, dot, suffix = name.partition(".")

@@ -40,11 +40,21 @@ _BUSY = (408, 425, 429)  # of the statuses below 500, those that pass by themsel
 
 
 class RetryCount:
-    """Faults that were waited out; threads share it."""
+    """Faults that were waited out; threads share it.
 
-    def __init__(self) -> None:
+    Args:
+        patience_s: Seconds without a byte after which a request fails; None: `PATIENCE_S`.
+    """
+
+    def __init__(self, patience_s: float | None = None) -> None:
         self._lock = threading.Lock()
+        self._patience_s = patience_s
         self.value = 0
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds without a byte after which a request fails."""
+        return PATIENCE_S if self._patience_s is None else self._patience_s
 
     def add(self) -> None:
         """Count one more."""
@@ -57,7 +67,7 @@ class RetryBudget:
 
     Args:
         describe: Returns an error as a text for the log, free of secrets.
-        count: Where a repetition is counted.
+        count: Where a repetition is counted; it says how long to go on.
     """
 
     def __init__(self, describe: Describe, count: RetryCount) -> None:
@@ -75,10 +85,10 @@ class RetryBudget:
         """Return how long to wait before the next attempt, in seconds.
 
         Raises:
-            Exception: `error`, if it is permanent or nothing arrived for `PATIENCE_S`.
+            Exception: `error`, if it is permanent or nothing arrived for `patience_s` of the count.
         """
         waited = time.monotonic() - self._since
-        if not is_transient(error) or waited > PATIENCE_S:
+        if not is_transient(error) or waited > self._count.patience_s:
             raise error
         if self._attempts == 0:
             _logger.warning("%s; trying again", self._describe(error))

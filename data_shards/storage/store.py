@@ -57,9 +57,13 @@ class Store:
     Reads, listings and whole writes of remote stores wait out 5xx, time-outs, resets and short
     bodies; `retries` counts the repetitions. Settings of a store (endpoint, profile, anonymous
     access, time-outs) come from its own environment variables and files and from fsspec's.
+
+    Args:
+        url: Of the place.
+        patience_s: Seconds without a byte after which a request fails; None: those of `retry`.
     """
 
-    def __init__(self, url: str | os.PathLike[str]) -> None:
+    def __init__(self, url: str | os.PathLike[str], *, patience_s: float | None = None) -> None:
         text = os.fspath(url)
         if not text:
             raise ShardError("a store needs a URL or a path, got an empty text")
@@ -78,7 +82,7 @@ class Store:
         self._pid = -1
         self._filesystems: dict[bool, Any] = {}
         self._root = ""
-        self._count = RetryCount()
+        self._count = RetryCount(patience_s)
 
     @property
     def retries(self) -> int:

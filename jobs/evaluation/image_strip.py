@@ -15,6 +15,7 @@ from data_shards.untrusted.text import figure_text
 from jobs.evaluation.sample_records import ShardRecords, column_of, labels_of
 from jobs.figures import plot_style
 from jobs.figures.plot_style import ATTACK, PROOF, SMALL
+from model.artifact.artifact import class_name
 
 SHOWN = 16
 """Images of a strip."""
@@ -51,15 +52,11 @@ def closest_images(
     chosen = np.argsort(sound.radius, kind="stable")[:SHOWN]
     rows = index.select(split)[chosen].tolist()
     encoded = fetch(index, rows)
-
-    def name(label: int) -> str:
-        return class_names[label] if class_names else str(label)
-
     return [
         StripImage(
             decode(index, row, encoded[row]),
-            name(int(label[at])),
-            name(int(sound.prediction[at])),
+            class_name(class_names, int(label[at])),
+            class_name(class_names, int(sound.prediction[at])),
             float(sound.radius[at]),
         )
         for at, row in zip(chosen.tolist(), rows, strict=True)

@@ -20,6 +20,7 @@ from typing import Any
 
 from data_shards.command_line.progress import ProgressBar
 from data_shards.storage.store import Store
+from jobs.child_processes import end_processes
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.stored_result import StoredResult, read_result
 from jobs.reporting.comparison_config import CompareConfig
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 _DONE = "done.json"
 _TAIL = 1500
+_GRACE_S = 60.0
+"""A run that is told to stop keeps a checkpoint first."""
+
 _TOLERANCE = 0.03
 """Of a budget of processor time; a run ends at the first step beyond it."""
 
@@ -169,21 +173,30 @@ class Runs:
     def __init__(self, config: CompareConfig) -> None:
         self._config = config
         self._root = Path(config.out).absolute()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
 
     def run(self, orders: Sequence[RunRequest]) -> Iterator[Outcome]:
         """Outcomes in the order of the orders.
 
         Raises:
             EvaluationError: a run failed; the others that are under way end first.
+
+        When the comparison is told to stop, it stops them.
         """
         what = " and ".join(dict.fromkeys(order.role for order in orders))
         with (
             concurrent.futures.ThreadPoolExecutor(self._config.parallel) as pool,
             ProgressBar(f"{what} runs", len(orders), unit="runs") as bar,
         ):
-            for outcome in pool.map(self._one, orders):
-                bar.advance()
-                yield outcome
+            try:
+                for outcome in pool.map(self._one, orders):
+                    bar.advance()
+                    yield outcome
+            except (KeyboardInterrupt, SystemExit):
+                self._stopped = True
+                end_processes(list(self._running), _GRACE_S)
+                raise
 
     def _one(self, order: RunRequest) -> Outcome:
         folder = self._root / "runs" / order.name(self._config)
@@ -203,18 +216,22 @@ class Runs:
         logger.info("%s %s: %s", order.preset, order.role, dict(order.values))
         began = time.monotonic()
         with log.open("ab") as output:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [sys.executable, *words],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "OMP_NUM_THREADS": str(self._config.threads)},
-                check=False,
             )
-        if done.returncode:
+            self._running.add(process)
+            if self._stopped:
+                process.terminate()
+            code = process.wait()
+            self._running.discard(process)
+        if code:
             tail = log.read_text(errors="replace")[-_TAIL:]
             raise EvaluationError(
-                f"{order.preset} ({order.role}) ended with exit code {done.returncode}; the end of "
+                f"{order.preset} ({order.role}) ended with exit code {code}; the end of "
                 f"{log}:\n{tail}"
             )
         if order.certify:

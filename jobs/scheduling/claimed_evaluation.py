@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import tyro
 
+from jobs.child_processes import exit_on_sigterm
 from jobs.scheduling.claims import LOST_CODE, Claims
 from pipeline.run.lease import Holding, Lease
 
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     split = words.index("--") if "--" in words else len(words)
     options = tyro.cli(Options, args=words[:split], prog="jobs.scheduling.claimed_evaluation")
-    signal.signal(signal.SIGTERM, _stop)
+    exit_on_sigterm()
     claims, claim = Claims(options.claims, lease_s=options.lease_s), Lease.parse(options.claim)
     holding = Holding(claims, claim, lost=_lost)
     code = 1
@@ -64,10 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         claims.end(claim, code)
     return code
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def _lost(why: str) -> None:

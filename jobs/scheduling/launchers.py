@@ -8,11 +8,11 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from jobs.child_processes import end_processes
 from jobs.evaluation.executor import job_client
 from pipeline.run.lease import Lease
 from pipeline.run.open_servers import require_closed
@@ -76,15 +76,7 @@ class Processes:
 
     def close(self) -> None:
         """Ask the processes to stop and wait for them; others may then claim their work."""
-        processes = [p for p in self._running.values() if p.poll() is None]
-        for process in processes:
-            process.terminate()
-        deadline = time.monotonic() + _GRACE_S
-        while time.monotonic() < deadline and any(p.poll() is None for p in processes):
-            time.sleep(0.1)
-        for process in processes:
-            process.kill()  # does nothing to one that has ended
-            process.wait()
+        end_processes(self._running.values(), _GRACE_S)
 
 
 class RayJobs:

@@ -75,8 +75,13 @@ class ArtifactInfo:
     """Name of every class in the order of the logits; empty: they have none."""
 
     def class_name(self, label: int) -> str:
-        """Name of a class; its number where the classes have no names."""
-        return self.class_names[label] if self.class_names else str(label)
+        """See the function of this name."""
+        return class_name(self.class_names, label)
+
+
+def class_name(names: Sequence[str], label: int) -> str:
+    """Name of a class; its number where the classes have no names."""
+    return names[label] if names else str(label)
 
 
 @dataclasses.dataclass(frozen=True)

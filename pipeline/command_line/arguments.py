@@ -11,6 +11,7 @@ from data_shards.command_line.catalogue import settings
 from data_shards.command_line.parsing import one_line
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
+from data_shards.untrusted.terminal import PlainConsole
 from pipeline.config import RunConfig, replaced
 from pipeline.errors import NoEffectError, PipelineError
 from pipeline.losses.registry import LOSSES, another_loss, option_names, require_options
@@ -112,7 +113,7 @@ def _base(
     shards = given.get("data.shards")
     if not shards or "data.unindexed_samples" in given:
         return found
-    return fitted(found, shards, given)
+    return fitted(found, shards, given, PlainConsole(stderr=True, soft_wrap=True).print)
 
 
 def _of_run(preset: str | None, given: Mapping[str, str]) -> RunConfig:

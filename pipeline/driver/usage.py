@@ -10,8 +10,9 @@ before the ranks start, to its newest record or sample of the machine; pauses in
 ran are left out, and so is what follows training. Steps count less what they waited for data (the
 rank that waited longest) and for checkpoints. So these are lost: the start of ranks, waits, stalls
 and hangs, skipped steps, and steps that had to be done again because ranks started anew, or went
-back, from an older checkpoint; a checkpoint between two records counts as one at the record before.
-MFU is of all seconds between two records, waits included.
+back, from an older checkpoint. The steps between a checkpoint and the record before it count as
+lost when ranks start from that checkpoint. MFU is of all seconds between two records, waits
+included.
 """
 
 import time

@@ -25,7 +25,7 @@ _POLL_S = 0.2
 _ORDERS_S = 1.0
 _ANSWER_S = 2.0
 _DEAF_S = 15.0
-"""After an order to stop, and without a rank that has asked for orders, as long: there is none."""
+"""After an order to stop: when no rank has asked for orders for so long, no rank is running."""
 _SPARE_CPUS = 3
 """Logical CPUs of a local Ray beyond the workers: two evaluation tasks and the controller."""
 

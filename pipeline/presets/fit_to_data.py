@@ -7,7 +7,7 @@ of samples.
 
 import dataclasses
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,13 +27,20 @@ _EPOCHS = (20, 200)
 """Fewest and most epochs of a preset named by its size, unless its own recipe has more."""
 
 
-def fitted(config: RunConfig, url: str, given: Container[str]) -> RunConfig:
+_PATIENCE_S = 10.0
+"""Of a store that does not answer: somebody waits for the command line to be read."""
+
+
+def fitted(
+    config: RunConfig, url: str, given: Container[str], say: Callable[[str], None]
+) -> RunConfig:
     """The preset for the images of a shard set.
 
     Args:
         config: the preset.
         url: the shard set; only its header is read.
         given: dotted names of the options of the command line, which stay as they are there.
+        say: told what is read, where that may take time.
 
     Raises:
         ShardError: there is no shard set, for a preset that has no shape without one.
@@ -42,7 +49,10 @@ def fitted(config: RunConfig, url: str, given: Container[str]) -> RunConfig:
     if "@" in urlsplit(url).netloc:
         return config  # which refuses credentials, and says where they go
     try:
-        header = load_header(Store(url))
+        store = Store(url, patience_s=_PATIENCE_S)
+        if store.local_path() is None:
+            say(f"reading the index of {store}")
+        header = load_header(store)
     except ShardError:
         if config.preset in SIZES:
             raise

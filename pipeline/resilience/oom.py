@@ -126,8 +126,8 @@ def fit_in_memory(fit: Callable[[WorkerSpec], None], job: WorkerSpec, stop: Inte
     """Call `fit` until its ranks have the memory for their micro-batches.
 
     Ray counts such an end among `cluster.max_failures` and may have started the ranks again
-    itself. When it gives up it has seen one failure more than it was allowed; what of them was
-    lack of memory is given back.
+    itself. When it gives up it has seen one failure more than it was allowed. Lack of memory does
+    not count: the next call is allowed `max_failures` less the other failures.
 
     Args:
         fit: trains a job on the ranks of a cluster; raises RuntimeError when it fails.

@@ -135,7 +135,7 @@ class ControlActor:
         return self._failures
 
     def keep(self, room: Any) -> None:
-        """Ranks have taken a placement group; those before are given back already."""
+        """Remember the placement group that ranks have taken; earlier ones are released already."""
         self._room = [room]
 
     def room(self) -> list[Any]:

@@ -20,6 +20,7 @@ from typing_extensions import Self
 from data_shards.storage.store import Store
 from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.limits import UntrustedError
+from model.artifact.artifact import class_name
 from model.certification.wilson_interval import wilson
 from model.verifier import supported
 from pipeline.run.layout import (
@@ -166,7 +167,7 @@ class EvaluationSummary:
 
     def class_name(self, label: int) -> str:
         """Name of a class; its number where the classes have no names."""
-        return self.class_names[label] if self.class_names else str(label)
+        return class_name(self.class_names, label)
 
     @property
     def verifiable(self) -> bool:

@@ -2,7 +2,10 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +43,13 @@ def summary(artifact, shards, tmp_path_factory):
     return evaluate({"artifact": artifact, "launcher": "local", "record": False, "out": str(out)})
 
 
+class Ended:
+    """A process that has ended."""
+
+    def __init__(self, code):
+        self.wait = self.poll = lambda: code
+
+
 class Machine:
     """Stands for the processes: leaves the folder that a run of that command line would leave.
 
@@ -51,15 +61,19 @@ class Machine:
         self.started, self.resumed, self.fail, self.overrun = [], [], None, 1.0
 
     def run(self, words, **_):
+        """Stands for `Popen`; the run has ended when it returns."""
+        return Ended(self._train(words))
+
+    def _train(self, words):
         assert words[:3] == [sys.executable, "-m", "pipeline.pretrain"]
         preset = words[3]
         given = dict(word[2:].split("=", 1) for word in words[4:] if "=" in word)
         if "--resume" in words:
             self.resumed.append(preset)
-            return SimpleNamespace(returncode=0)
+            return 0
         self.started.append((preset, given))
         if preset == self.fail:
-            return SimpleNamespace(returncode=1)
+            return 1
         settings = json.loads(run_preset(preset).to_json())
         for name, value in given.items():
             part, _, key = name.replace("-", "_").partition(".")
@@ -99,7 +113,7 @@ class Machine:
         evaluation.mkdir(parents=True)
         whole = dataclasses.replace(self.summary, columns=columns)
         (evaluation / "summary.json").write_bytes(whole.to_json())
-        return SimpleNamespace(returncode=0)
+        return 0
 
     def samples(self, settings):
         return len(load_index(self.summary.shards_url).select(settings["data"]["train_split"]))
@@ -109,7 +123,7 @@ class Machine:
 def machine(artifact, summary, monkeypatch):
     machine = Machine(artifact, summary)
     monkeypatch.setattr(
-        comparison_training, "subprocess", SimpleNamespace(run=machine.run, STDOUT=0, DEVNULL=0)
+        comparison_training, "subprocess", SimpleNamespace(Popen=machine.run, STDOUT=0, DEVNULL=0)
     )
     # What the machine claims follows from no certificate.
     monkeypatch.setattr(comparison_training, "read_result", claimed)
@@ -202,6 +216,26 @@ def test_a_comparison_goes_on_where_it_was_stopped(machine, tmp_path):
     again = compare(settings)
     assert len(machine.started) == done
     assert [system.changes for system in again] == [system.changes for system in systems]
+
+
+def test_a_comparison_that_is_told_to_stop_ends_its_runs(tmp_path, monkeypatch):
+    started = []
+
+    def popen(words, **_):
+        started.append(subprocess.Popen(["sleep", "600"]))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    module = SimpleNamespace(Popen=popen, STDOUT=0, DEVNULL=0)
+    monkeypatch.setattr(comparison_training, "subprocess", module)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["--presets", QUICK, SLOW, "--data.shards", "set", "--out", str(tmp_path)])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert [process.returncode for process in started] == [-signal.SIGTERM]
 
 
 def test_a_run_is_resumed_from_its_checkpoint_unless_its_budget_is_time(machine, tmp_path):

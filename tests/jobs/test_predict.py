@@ -187,6 +187,14 @@ def test_inputs_that_are_not_there_are_refused(monkeypatch, tmp_path, inputs, me
         find_pictures(inputs)
 
 
+def test_a_store_that_is_not_there_is_refused_and_not_made(folder, tmp_path, capsys):
+    store = tmp_path / "mlflow.db"
+    words = ["models:/digits@champion", str(folder), "--tracking.uri", f"sqlite:///{store}"]
+    assert main(words) == 2
+    assert f"there is no MLflow store {store}" in capsys.readouterr().err
+    assert not store.exists()
+
+
 def test_the_entry_writes_json_lines_and_csv(artifact, folder, tmp_path, capsys):
     assert main([artifact, str(folder)]) == 0
     captured = capsys.readouterr()

@@ -292,7 +292,7 @@ def _certify(case: Case, info, deployed: str, images: np.ndarray) -> tuple[dict,
         },
         "observed_lipschitz": 0.5,
         "columns": body_columns,
-        "code_version": "0.2.0.dev0",
+        "code_version": "0.2.0",
     }
     return body, columns
 

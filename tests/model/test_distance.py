@@ -11,11 +11,11 @@ from model.networks.linf.distance import (
     PowerMean,
     RankedSum,
     Subsets,
-    _tiles,
     distance,
     largest,
 )
 from model.networks.linf.sortnet import SortNetConfig
+from pipeline.planner.meta_step import LiveBytes
 
 COEFFICIENTS = (0.5, 0.25, 0.15)
 
@@ -178,9 +178,31 @@ def test_the_operations_of_a_distance_are_those_that_a_power_mean_does():
         assert counted.counts[name] / (b * o * n) == pytest.approx(count, rel=0.05), name
 
 
-def test_a_network_that_is_only_planned_is_cut_into_few_tiles():
-    x, w = (torch.empty(256, 5120, device="meta") for _ in range(2))
-    assert sum(1 for _ in _tiles(x, w, buffers=1)) < 64
+class CountedCalls(LiveBytes):
+    """Counts the operators beside the bytes that they hold."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def passes(device, b, o, n):
+    """Operators and most bytes of both passes of a power mean on a device."""
+    x, w = torch.rand(b, n, device=device), torch.rand(o, n, device=device)
+    with CountedCalls() as seen:
+        distance(x.requires_grad_(), w.requires_grad_(), PowerMean(8.0)).sum().backward()
+    return seen.calls, seen.peak
+
+
+def test_a_planned_network_needs_the_operators_of_one_tile_and_the_bytes_of_all(monkeypatch):
+    monkeypatch.setattr(module, "_TILE_ELEMENTS", dict.fromkeys(("cpu", "meta"), 1000))
+    planned, bytes_planned = passes("meta", 37, 50, 30)
+    real, bytes_real = passes("cpu", 37, 50, 30)
+    assert bytes_planned == bytes_real
+    assert planned < 100 < real / 10
+    assert passes("meta", 256, 5120, 5120)[0] == planned
 
 
 def test_operations_of_a_sortnet_count_the_layers_that_training_sees():

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from data_shards.errors import ShardError
 from data_shards.sources import digits
 from data_shards.storage import retry
 from data_shards.writing.writer import write_shard_set
-from pipeline.pretrain import main
+from pipeline.presets import fit_to_data
+from pipeline.pretrain import main, parse
 from tests.faulty_proxy import FAULTS, FaultyProxy, Weather
 from tests.harness import run_command
 from tests.mlflow_database import empty_database
@@ -97,8 +99,19 @@ def test_the_same_losses_in_bad_weather(name, folder, undisturbed, tmp_path):
         assert not any(secret.encode() in text for text in texts)
 
 
+def test_a_command_line_does_not_wait_for_a_store_as_long_as_a_run_does(monkeypatch, capfd):
+    monkeypatch.setattr(retry, "PATIENCE_S", 3600)
+    monkeypatch.setattr(fit_to_data, "_PATIENCE_S", 0.2)
+    with s3_clients("http://127.0.0.1:9"):  # nobody listens
+        with pytest.raises(ShardError, match="cannot read the index of a shard set"):
+            parse(["lipnext-S", "--data.shards", f"s3://{BUCKET}/set"])
+        assert parse(["digits", "--data.shards", f"s3://{BUCKET}/set"]).preset == "digits"
+    assert capfd.readouterr().err.startswith("reading the index of s3://bucket/set\n")
+
+
 def test_a_wrong_endpoint_is_refused_in_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(retry, "PATIENCE_S", 1)
+    monkeypatch.setattr(fit_to_data, "_PATIENCE_S", 0.2)
     options = ["--cluster.launcher", "local", "--storage", str(tmp_path)]
     with s3_clients("http://127.0.0.1:9"):  # nobody listens
         assert main(["digits", *options, "--data.shards", f"s3://{BUCKET}/set"]) == 2
