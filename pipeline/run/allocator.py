@@ -15,9 +15,9 @@ def keep_freed_memory() -> bool:
     """Let this process keep freed memory for its next pass, where the allocator is glibc's.
 
     Every step and every batch frees what the next one asks for. Memory that goes back to the system
-    in between comes back page by page: 4 % of a manifold step, 6 % of a forward pass on a CPU. The
-    peak stays the same; between passes a process holds up to `KEPT` more. What the environment says
-    of the allocator stands.
+    in between comes back page by page: 4 % of a manifold step, 6 % of a forward pass on a CPU.
+    Between passes a process holds up to `KEPT` more; its peak hardly changes (docs/log.md). What
+    the environment says of the allocator stands.
 
     Returns:
         Whether it was set.
