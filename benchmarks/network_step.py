@@ -135,13 +135,14 @@ def tax_rows(width: int, depth: int, batch: int, device: torch.device, repeats: 
         "forward and backward": network_pass(_config(width, depth), batch, device),
         "Adam": adam_step(problem),
         "manifold": plain.step,
-        "Lookahead": synchronising.step_number(LOOKAHEAD),
-        "polar": polar.step_number(POLAR),
-        "audit": audit.step_number(AUDIT),
+        "Lookahead": synchronising.step_numbers(1, LOOKAHEAD),
+        "polar": polar.step_numbers(POLAR, POLAR),
+        "audit": audit.step_numbers(AUDIT, AUDIT),
     }
     found = interleaved(work, device, repeats=repeats)
-    step = found["manifold"]
-    for name, every in (("Lookahead", LOOKAHEAD), ("polar", POLAR), ("audit", AUDIT)):
+    # The last of them synchronises along the sum of all their increments.
+    step = found["Lookahead"] / LOOKAHEAD
+    for name, every in (("polar", POLAR), ("audit", AUDIT)):
         step += (found[name] - found["manifold"]) / every
     whole = found["forward and backward"] + step
     parts: dict[str, float] = {

@@ -44,6 +44,7 @@ from optim.param_groups import parameter_groups
 from optim.retraction import CORRECT_EVERY
 from optim.sharded import ShardedManifoldAdam
 from optim.zero_layout import FlatPartition, Slot
+from pipeline.run.allocator import keep_freed_memory
 
 LOOKAHEAD, POLAR, AUDIT = 6, 200, 50
 STEPS = 12
@@ -94,12 +95,13 @@ class Manifold:
         self.flat.grad = self.gradient
         self.optimizer.step()
 
-    def step_number(self, number: int) -> Work:
-        """A step that the counter calls `number`."""
+    def step_numbers(self, first: int, last: int) -> Work:
+        """Steps that the counter calls `first` to `last`."""
 
         def run() -> None:
-            self.optimizer.load_scalar_state({"step": number - 1})
-            self.step()
+            self.optimizer.load_scalar_state({"step": first - 1})
+            for _ in range(first, last + 1):
+                self.step()
 
         return run
 
@@ -141,17 +143,19 @@ def now_and_then(problem: Problem, repeats: int) -> list[Row]:
     """What Lookahead, corrections, polar retractions and audits cost per step, by pairs of runs."""
     unit = one_product(problem)
     rows = []
-    for name, every, settings in (
-        ("Lookahead", LOOKAHEAD, {"lookahead_steps": LOOKAHEAD}),
-        ("correction of the fast retraction", CORRECT_EVERY, {}),
-        ("polar retraction", POLAR, {"polar_every": POLAR, "lookahead_steps": 2 * POLAR}),
-        ("audit", AUDIT, {"audit_every": AUDIT}),
+    for name, first, every, settings in (
+        # All of its steps: what a synchronisation moves along is the sum of their increments.
+        ("Lookahead", 1, LOOKAHEAD, {"lookahead_steps": LOOKAHEAD}),
+        ("correction of the fast retraction", CORRECT_EVERY, CORRECT_EVERY, {}),
+        ("polar retraction", POLAR, POLAR, {"polar_every": POLAR, "lookahead_steps": 2 * POLAR}),
+        ("audit", AUDIT, AUDIT, {"audit_every": AUDIT}),
     ):
         manifold, plain = (
             Manifold(problem, retraction="fast", **settings),
             Manifold(problem, retraction="fast"),
         )
-        with_it, without = manifold.step_number(every), plain.step_number(1)
+        with_it = manifold.step_numbers(first, every)
+        without = plain.step_numbers(1, 1 + every - first)
         differences = paired(with_it, without, unit, problem.device, repeats=repeats)
         low, middle, high = (value / every for value in differences)
         rows.append(
@@ -373,6 +377,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in a rank
     problem = Problem(arguments.width, arguments.matrices, torch.device(arguments.device))
     rows = table(
         problem,

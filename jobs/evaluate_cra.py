@@ -33,6 +33,7 @@ from jobs.evaluation.runner import (
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.suites import NO_ATTACK
 from model.errors import ModelError
+from pipeline.run.allocator import keep_freed_memory
 from pipeline.run.evaluation_summary import EvaluationSummary, report
 from pipeline.run.layout import (
     BOUNDS_FIGURE,
@@ -155,6 +156,7 @@ def main(
 
     def act(console: Console, errors: Console) -> int:
         config = parse_words(EvaluationConfig, arguments, prog="python -m jobs.evaluate_cra")
+        keep_freed_memory()
         label = "certifying" if config.attack == NO_ATTACK else "certifying, attacking"
         with following(errors, label) as on_progress:
             summary = compute(config, on_progress=on_progress)

@@ -51,6 +51,7 @@ from model.certification.rounding import PROGRAMS
 from model.empirical_lipschitz import refute
 from model.errors import ModelError
 from model.networks.base import LipschitzBound
+from pipeline.run.allocator import keep_freed_memory
 from pipeline.run.evaluation_summary import AttackScores, ColumnScores, EvaluationSummary, LayerRow
 from pipeline.run.layout import (
     CERTIFICATE,
@@ -319,7 +320,7 @@ def _runner(config: EvaluationConfig, on_done: Callable[[Any], object]) -> Itera
 
     def on_ray(tasks: Sequence[Any]) -> list[Any]:
         return map_shards(
-            run_task,
+            run_in_worker,
             tasks,
             max_in_flight=config.max_in_flight,
             max_retries=config.max_retries,
@@ -339,9 +340,15 @@ def _runner(config: EvaluationConfig, on_done: Callable[[Any], object]) -> Itera
 
 
 def run_task(task: Any) -> Any:
-    """Run one task of any kind (Ray needs a plain function)."""
+    """Run one task of any kind."""
     with exact_program(task.artifact.device):
         return task.run()
+
+
+def run_in_worker(task: Any) -> Any:
+    """Run one task in a process of Ray, which needs a plain function."""
+    keep_freed_memory()
+    return run_task(task)
 
 
 def _bound(

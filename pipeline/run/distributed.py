@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
+from pipeline.run.allocator import keep_freed_memory
 
 _LOOPBACK = "127.0.0.1"
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
@@ -162,6 +163,7 @@ def join_process_group(cluster: ClusterConfig) -> Iterator[DistributedContext]:
         chosen = torch.device("cuda", local_rank)
     else:
         torch.set_num_threads(cluster.cpus_per_worker)
+        keep_freed_memory()
         chosen = torch.device("cpu")
     timeout = datetime.timedelta(seconds=cluster.collective_timeout_s)
     if created:
