@@ -44,7 +44,11 @@ def test_a_local_file_is_opened_once_for_all_its_ranges(tmp_path, monkeypatch):
     for name in ("one", "two"):
         Store(tmp_path).write(name, data)
     opened, genuine = [], os.open
-    monkeypatch.setattr(os, "open", lambda path, *more: opened.append(path) or genuine(path, *more))
+    def noting(path, *more):
+        opened.append(path)
+        return genuine(path, *more)
+
+    monkeypatch.setattr(os, "open", noting)
     ranges = [(name, i, i + 3) for name in ("one", "two") for i in range(0, 2046, 2)]
     assert Store(tmp_path).read_ranges(ranges) == [data[i : i + 3] for _, i, _ in ranges]
     assert opened == [f"{tmp_path}/one", f"{tmp_path}/two"]
