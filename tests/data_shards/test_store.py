@@ -44,6 +44,7 @@ def test_a_local_file_is_opened_once_for_all_its_ranges(tmp_path, monkeypatch):
     for name in ("one", "two"):
         Store(tmp_path).write(name, data)
     opened, genuine = [], os.open
+
     def noting(path, *more):
         opened.append(path)
         return genuine(path, *more)
