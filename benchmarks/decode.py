@@ -37,6 +37,7 @@ _SHIPPED = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "re
 _FPS = re.compile(r"Frame rate:\s+([\d.]+) fps")
 _TJBENCH_S = 0.2  # per image
 Words = npt.NDArray[np.uint64]
+Sample = tuple[bytes, Words]
 Crop = Callable[[bytes, Words], torch.Tensor]
 """(JPEG, random words) -> uint8 (3, 224, 224) in any layout."""
 
@@ -152,10 +153,14 @@ PEERS: dict[str, Callable[[], Crop]] = {
 }
 
 
-def measure(images: Sequence[bytes], routes: dict[str, Crop]) -> dict[str, float]:
-    """Images per second of every route."""
+def with_words(images: Sequence[bytes]) -> list[Sample]:
+    """Return the images, each with the random words that draw its part."""
     drawn = np.random.Generator(np.random.Philox(1)).integers(0, 2**64, (COUNT, 4), dtype=np.uint64)
-    samples = list(zip(images, drawn, strict=True))
+    return list(zip(images, drawn, strict=True))
+
+
+def measure(samples: Sequence[Sample], routes: dict[str, Crop]) -> dict[str, float]:
+    """Images per second of every route."""
     slot = torch.empty(3, SIZE, SIZE, dtype=torch.uint8)
 
     def all_images(route: Crop) -> Callable[[], None]:
@@ -167,7 +172,7 @@ def measure(images: Sequence[bytes], routes: dict[str, Crop]) -> dict[str, float
 
     contestants = {name: all_images(route) for name, route in routes.items()}
     seconds = interleaved(contestants, torch.device("cpu"), repeats=REPEATS)
-    return {name: len(images) / taken for name, taken in seconds.items()}
+    return {name: len(samples) / taken for name, taken in seconds.items()}
 
 
 def library_seconds(images: Sequence[bytes]) -> float:
@@ -200,10 +205,8 @@ def library_seconds(images: Sequence[bytes]) -> float:
     return statistics.mean(taken)
 
 
-def parts_seconds(images: Sequence[bytes]) -> dict[str, float]:
+def parts_seconds(samples: Sequence[Sample]) -> dict[str, float]:
     """Processor seconds per image of our decoding alone, and of the resize that follows it."""
-    drawn = np.random.Generator(np.random.Philox(1)).integers(0, 2**64, (COUNT, 4), dtype=np.uint64)
-    samples = list(zip(images, drawn, strict=True))
     parts = [decode_part(data, "jpg", (SIZE, SIZE), words) for data, words in samples]
     slot = torch.empty(3, SIZE, SIZE, dtype=torch.uint8)
 
@@ -221,14 +224,14 @@ def parts_seconds(images: Sequence[bytes]) -> dict[str, float]:
 
     contestants = {"decode": decoding, "resize": resizing}
     seconds = interleaved(contestants, torch.device("cpu"), repeats=REPEATS)
-    return {name: taken / len(images) for name, taken in seconds.items()}
+    return {name: taken / len(samples) for name, taken in seconds.items()}
 
 
-def limit_rows(kind: str, images: Sequence[bytes], rate: float) -> list[dict[str, Any]]:
+def limit_rows(kind: str, samples: Sequence[Sample], rate: float) -> list[dict[str, Any]]:
     """Rows with the limit of the library beside our rate."""
-    own = parts_seconds(images)
+    own = parts_seconds(samples)
     try:
-        library = library_seconds(images)
+        library = library_seconds([data for data, _ in samples])
     except FileNotFoundError as error:
         return [{"image": kind, "route": "limit", "images/s/core": f"not run: {error}"}]
     limit = 1 / (library + own["resize"])
@@ -287,7 +290,8 @@ def main() -> None:
     }
     before = os.getloadavg()[0]
     for kind, images in sets.items():
-        rates = measure(images, routes)
+        samples = with_words(images)
+        rates = measure(samples, routes)
         for name in ("ours", *PEERS):
             row: dict[str, Any] = {"image": kind, "route": name}
             if name in rates:
@@ -296,7 +300,7 @@ def main() -> None:
             else:
                 row["images/s/core"] = missing[name]
             rows.append(row)
-        rows += limit_rows(kind, images, rates["ours"])
+        rows += limit_rows(kind, samples, rates["ours"])
     write_result(
         "decode",
         rows,

@@ -20,7 +20,11 @@ from torch import Tensor
 
 from benchmarks.report import Row, write_result
 from benchmarks.timing import interleaved
+from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
+from jobs.evaluation.config import EvaluationConfig
+from jobs.evaluation.pictures import draw_missing
+from jobs.evaluation.runner import compute
 from model.certification.matrix_bounds import matrix_bound
 from model.networks.base import CertifiedNetwork
 from model.networks.lipnext.config import LipNeXtConfig
@@ -47,11 +51,15 @@ def evaluation_rows(artifact: str, shards: str) -> list[Row]:
     """Evaluation in this process, on Ray with two tasks, and its verification."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        fields = {"artifact": artifact, "shards": shards, "record": False, "out": f"{folder}/one"}
+        fields: dict[str, Any] = {"artifact": artifact, "shards": shards, "record": False}
+        fields["out"] = f"{folder}/one"
         evaluate(fields | {"launcher": "local", "out": f"{folder}/warm"})
         found: list[EvaluationSummary] = []
-        one = seconds(lambda: found.append(evaluate(fields | {"launcher": "local"})))
+        config = EvaluationConfig(**{**fields, "launcher": "local"})
+        one = seconds(lambda: found.append(compute(config)))
         rows.append({"what": "evaluation, this process", "seconds": one})
+        drawing = seconds(lambda: draw_missing(Store(f"{folder}/one"), found[0]))
+        rows.append({"what": "its pictures, drawn when the numbers are told", "seconds": drawing})
         two = seconds(lambda: evaluate(fields | {"out": f"{folder}/two"}))
         rows.append({"what": "evaluation, 2 Ray tasks, start of Ray included", "seconds": two})
         attack = fields | {"launcher": "local", "attack": "fast", "out": f"{folder}/attack"}

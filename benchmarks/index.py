@@ -41,31 +41,31 @@ WORLDS = (1, 2, 3, 4, 8)
 GLOBAL_BATCH = 384
 
 
-def make_set(folder: Path) -> None:
+def make_set(folder: Path, samples: int = SAMPLES, shards: int = SHARDS) -> None:
     """Write header and rows of a large set, and files of the right sizes without content."""
-    shard = np.sort(np.arange(SAMPLES) % SHARDS)
+    shard = np.sort(np.arange(samples) % shards)
     first = np.concatenate([[True], np.diff(shard) > 0])
-    place = np.arange(SAMPLES) - np.maximum.accumulate(np.where(first, np.arange(SAMPLES), 0))
+    place = np.arange(samples) - np.maximum.accumulate(np.where(first, np.arange(samples), 0))
     generator = np.random.Generator(np.random.Philox(0))
     columns: dict[str, Any] = {
-        "split": ["train"] * SAMPLES,
-        "validation": generator.random(SAMPLES) < 0.01,
+        "split": ["train"] * samples,
+        "validation": generator.random(samples) < 0.01,
         "shard": shard,
-        "key": [f"n{i % 1000:08d}_{i:08d}" for i in range(SAMPLES)],
+        "key": [f"n{i % 1000:08d}_{i:08d}" for i in range(samples)],
         "offset": place * SIZE + 512,
-        "size": generator.integers(SIZE // 2, SIZE - 2048, SAMPLES),
-        "extension": ["jpeg"] * SAMPLES,
-        "xxh3_64": generator.integers(0, 2**63, SAMPLES, dtype=np.uint64),
-        "label": generator.integers(0, 1000, SAMPLES),
+        "size": generator.integers(SIZE // 2, SIZE - 2048, samples),
+        "extension": ["jpeg"] * samples,
+        "xxh3_64": generator.integers(0, 2**63, samples, dtype=np.uint64),
+        "label": generator.integers(0, 1000, samples),
     }
     rows = rows_to_parquet(columns)
-    shards = []
+    listed = []
     for number, count in enumerate(np.bincount(shard).tolist()):
         file = f"train-{number:05d}.tar"
         size = count * SIZE + 10240
         with (folder / file).open("wb") as tar:
             tar.truncate(size)
-        shards.append(
+        listed.append(
             Shard(
                 number=number, file=file, split="train", samples=count, size=size, sha256="0" * 64
             )
@@ -77,8 +77,8 @@ def make_set(folder: Path) -> None:
         train_shape=None,
         num_classes=1000,
         class_names=(),
-        splits=count_splits(np.ones(SAMPLES, bool), columns["validation"]),
-        shards=tuple(shards),
+        splits=count_splits(np.ones(samples, bool), columns["validation"]),
+        shards=tuple(listed),
         rows_sha256=hashlib.sha256(rows).hexdigest(),
         generator={},
     )

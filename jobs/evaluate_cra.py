@@ -22,6 +22,7 @@ from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.console import exit_status, following
+from jobs.evaluation.pictures import draw_missing
 from jobs.evaluation.progress import OnProgress
 from jobs.evaluation.record_store import record_store
 from jobs.evaluation.runner import (
@@ -81,6 +82,7 @@ def evaluate(
     if not isinstance(config, EvaluationConfig):
         config = TypeAdapter(EvaluationConfig).validate_python(dict(config))
     summary = compute(config, step=step, on_progress=on_progress)
+    draw_missing(output(config), summary)
     if config.record or log:
         try:
             if log is None:
@@ -156,7 +158,8 @@ def main(
         label = "certifying" if config.attack == NO_ATTACK else "certifying, attacking"
         with following(errors, label) as on_progress:
             summary = compute(config, on_progress=on_progress)
-        report(console, [summary])
+        report(console, [summary])  # the numbers are there before the pictures
+        draw_missing(output(config), summary)
         if before_record:
             before_record()
         if not config.record:

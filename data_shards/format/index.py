@@ -179,15 +179,38 @@ class ShardIndex:
         """Return the shards that hold samples of a split, in stored order."""
         return [self.shards[number] for number in np.unique(self.rows.shard[self.select(split)])]
 
-    def part(self, split: str, shard: Shard) -> "ShardIndex":
-        """Return the same set with only the rows of a split in one shard: small enough to send.
+    def rows_of(self, shard: Shard, split: str | None = None) -> npt.NDArray[np.int64]:
+        """Return the row numbers of one shard, in stored order.
+
+        Args:
+            shard: One of the set's.
+            split: Only those of this split; None = all.
 
         Raises:
-            ShardError: unknown or empty split.
+            ShardError: unknown split, or a shard of another set.
         """
-        rows = self.select(split)
-        rows = rows[self.rows.shard[rows] == shard.number]
-        return dataclasses.replace(self, rows=self.rows.take(rows))
+        if split not in (None, *SPLITS):
+            raise ShardError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+        if self.shards[shard.number : shard.number + 1] != (shard,):
+            raise ShardError(f"{shard.file} is not number {shard.number} of shard set {self.store}")
+        # The rows are in the order of their shards: nothing is looked for among those of others.
+        rows = np.arange(*np.searchsorted(self.rows.shard, (shard.number, shard.number + 1)))
+        if split in ("fit", "validation") and shard.split == "train":
+            return rows[self.rows.validation[rows] == (split == "validation")]
+        return rows if split in (None, shard.split) else rows[:0]
+
+    def part(self, split: str, shard: Shard) -> "ShardIndex":
+        """Return the set with the samples of a split in one shard alone: small enough to send.
+
+        That shard becomes its only one, number 0.
+
+        Raises:
+            ShardError: unknown split, or a shard of another set.
+        """
+        rows = self.rows.take(self.rows_of(shard, split))
+        rows = dataclasses.replace(rows, shard=np.zeros_like(rows.shard))
+        header = dataclasses.replace(self.header, shards=(dataclasses.replace(shard, number=0),))
+        return dataclasses.replace(self, header=header, rows=rows)
 
     def require(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
         """Check that a network of this input and output fits the set.

@@ -23,6 +23,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from data_shards.errors import ShardError
 from data_shards.storage.http_objects import http_size
+from data_shards.storage.multipart import part_bytes
 from data_shards.storage.range_reader import (
     IN_FLIGHT,
     chunks_of,
@@ -125,19 +126,31 @@ class Store:
         return cast(BinaryIO, self._fs(streams=True).open(self._path(name), mode))
 
     @contextlib.contextmanager
-    def durable(self, name: str) -> Iterator[BinaryIO]:
+    def durable(self, name: str, *, size: int = 0) -> Iterator[BinaryIO]:
         """Open one object for writing; after the block its bytes are on the disk or in the store.
 
         A block that fails may leave a part of them in a local file; an object store, where nobody
-        could tell a part from the whole, keeps what it had.
+        could tell a part from the whole, keeps what it had, and no parts.
+
+        Args:
+            name: Of the object.
+            size: About how many bytes will be written; needed for objects of 450 GB and more.
+
+        Raises:
+            ShardError: S3 takes no object of that size, or no parts of the configured one.
         """
-        with _naming(self._path(name)), self.open(name, "wb") as stream:
+        options = self._part_bytes(name, size, "block_size")
+        path = self._path(name)
+        with _naming(path), self._fs(streams=True).open(path, "wb", **options) as stream:
             try:
                 yield stream
+                if isinstance(stream, AbstractBufferedFile):
+                    stream.close()  # sends the last part
             except BaseException:
                 if isinstance(stream, AbstractBufferedFile):
-                    stream.discard()
                     stream.closed = True  # closing would send what is there
+                    with contextlib.suppress(Exception):  # the first error is the one to be told
+                        stream.discard()
                 raise
             if self.local_path() is not None:
                 stream.flush()
@@ -193,7 +206,8 @@ class Store:
         """
         local = self.local_path()
         if local is None:
-            self._call(lambda: self._fs(streams=True).pipe_file(self._path(name), data))
+            options = self._part_bytes(name, len(data), "chunksize")
+            self._call(lambda: self._fs(streams=True).pipe_file(self._path(name), data, **options))
             return
         target = Path(self._path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -351,10 +365,30 @@ class Store:
             self._call(lambda: self._fs().rm(self._path(name), recursive=recursive))
 
     def remove_drafts(self) -> None:
-        """Remove what writers left that died while they wrote here; object stores keep nothing."""
+        """Remove what writers left that died while they wrote below here; nobody may write now.
+
+        These are hidden files, on S3 the parts of uploads that were not completed.
+        """
         local = self.local_path()
         for draft in local.glob(f".*{_TEMPORARY}") if local else ():
             draft.unlink(missing_ok=True)
+        if self._scheme == "s3":
+            bucket, prefix, _ = self._fs().split_path(f"{self._path('')}/")
+            self._call(lambda: self._abort_uploads(bucket, prefix))
+
+    def _abort_uploads(self, bucket: str, prefix: str) -> None:
+        filesystem = self._fs()
+        where = {"Bucket": bucket, "Prefix": prefix}
+        for upload in filesystem.call_s3("list_multipart_uploads", **where).get("Uploads", ()):
+            with contextlib.suppress(FileNotFoundError):  # its writer gave up just now
+                filesystem.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+
+    def _part_bytes(self, name: str, size: int, option: str) -> dict[str, int]:
+        """Return the option of the client that sets the bytes per part of an upload."""
+        if self._scheme != "s3":
+            return {}
+        least = self._fs(streams=True).default_block_size
+        return {option: part_bytes(size, least, f"{self}/{name}")}
 
     def child(self, *parts: str) -> "Store":
         """Return the store of a directory below this one."""

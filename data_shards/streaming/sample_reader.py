@@ -161,9 +161,7 @@ def read_shard(
             f"split {split or shard.split!r} of shard set {index.store} holds images of different "
             "shapes: only the test split is stored at network size"
         )
-    rows = np.flatnonzero(index.rows.shard == shard.number)
-    if split is not None:
-        rows = np.intersect1d(rows, index.select(split))
+    rows = index.rows_of(shard, split)
     for begin in range(0, len(rows), batch_size):
         part = rows[begin : begin + batch_size]
         encoded = fetch(index, part)

@@ -213,7 +213,7 @@ class _Run:
         if not taken.any():
             raise ShardError(f"{self.root}: no image is left for the train split")
         notes += _notes(scans, taken, source, self.root)
-        self._finish(scans, source, parts, taken, copies, duplicates)
+        self._finish(source, parts, taken, copies, duplicates)
 
     def _refuse_to_overwrite(self) -> None:
         """Refuse a folder with shards of another program named as our copies will be."""
@@ -343,7 +343,6 @@ class _Run:
 
     def _finish(
         self,
-        scans: _Scans,
         source: Source,
         parts: Sequence[ShardRecord],
         taken: npt.NDArray[np.bool_],
@@ -352,13 +351,16 @@ class _Run:
     ) -> None:
         tables: list[pa.Table] = []
         shards: list[Shard] = []
-        for place, (foreign, part) in enumerate(zip(self.shards, parts, strict=True)):
-            members = np.flatnonzero(taken & (scans.shard == place))
-            if len(members):
+        start = 0  # of a shard's rows among those of all: looking for them would be quadratic
+        for foreign, part in zip(self.shards, parts, strict=True):
+            chosen = np.flatnonzero(taken[start : start + len(part.rows)])
+            if len(chosen):
                 file = f"train-{len(shards):05d}.tar"
                 at = foreign.name if self.root == self.out else f"{self.root}/{foreign.name}"
-                shards.append(_shard(len(shards), file, "train", len(members), part, at))
-                tables.append(_rows(scans, source, members, shards[-1]))
+                shards.append(_shard(len(shards), file, "train", len(chosen), part, at))
+                rows = part.rows.take(pa.array(chosen))
+                tables.append(_rows(rows, source, start + chosen, shards[-1]))
+            start += len(part.rows)
         for plan, part in copies:
             shards.append(_shard(len(shards), plan.file, "test", len(part.rows), part, None))
             number = pa.array(np.full(len(part.rows), shards[-1].number, dtype=np.int32))
@@ -443,9 +445,8 @@ def _shard(
     )  # fmt: skip
 
 
-def _rows(scans: _Scans, source: Source, members: npt.NDArray[np.int64], shard: Shard) -> pa.Table:
+def _rows(part: pa.Table, source: Source, members: npt.NDArray[np.int64], shard: Shard) -> pa.Table:
     """Return the rows of a train shard, in the columns of the index."""
-    part = scans.rows.take(pa.array(members))
     return pa.table(
         {
             "split": pa.array(["train"] * len(members)),

@@ -1,6 +1,7 @@
 """Run one function on many tasks in several processes, with a count of what was done so far."""
 
 import concurrent.futures
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -18,6 +19,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _REFRESH_S = 0.5
+_QUEUED = 8  # tasks per process: none is idle while results are dealt with
 
 
 class _Worker:
@@ -58,8 +60,7 @@ def run_tasks(
         min(workers, len(tasks)), context, _start, (function, counts)
     )
     try:
-        places = {executor.submit(_run, task): place for place, task in enumerate(tasks)}
-        yield from _results(places, counts, advance)
+        yield from _results(executor, tasks, _QUEUED * workers, counts, advance)
     except concurrent.futures.process.BrokenProcessPool as error:
         raise ShardError("a worker process died (killed, or out of memory)") from error
     finally:
@@ -67,18 +68,26 @@ def run_tasks(
 
 
 def _results(
-    places: dict[concurrent.futures.Future[R], int], counts: Any, advance: Advance
-) -> Iterator[tuple[int, R]]:
-    pending = set(places)
+    executor: concurrent.futures.Executor,
+    tasks: Sequence[T],
+    queued: int,
+    counts: Any,
+    advance: Advance,
+) -> Iterator[tuple[int, Any]]:
+    waiting = enumerate(tasks)
+    places: dict[concurrent.futures.Future[Any], int] = {}
     shown = [0, 0]
-    while pending:
-        done, pending = concurrent.futures.wait(
-            pending, _REFRESH_S, concurrent.futures.FIRST_COMPLETED
-        )
+    while True:
+        # Few at a time: each wait looks at all that it is given.
+        for place, task in itertools.islice(waiting, queued - len(places)):
+            places[executor.submit(_run, task)] = place
+        if not places:
+            return
+        done, _ = concurrent.futures.wait(places, _REFRESH_S, concurrent.futures.FIRST_COMPLETED)
         now = list(counts)
         advance(now[0] - shown[0], now[1] - shown[1])
         shown = now
-        yield from ((places[future], future.result()) for future in done)
+        yield from [(places.pop(future), future.result()) for future in done]
 
 
 def _start(function: Callable[[Any, Advance], Any], counts: Any) -> None:

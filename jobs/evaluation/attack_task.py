@@ -81,7 +81,7 @@ class AttackRecords:
 
 @dataclass(frozen=True, kw_only=True)
 class AttackTask:
-    """Attack the samples of one shard; `index` holds the rows of these samples only.
+    """Attack the samples of one shard; `index` holds these samples and this shard only.
 
     Raises:
         EvaluationError: there is not one certificate per sample, or no such suite.
@@ -89,7 +89,6 @@ class AttackTask:
 
     artifact: ArtifactTask
     index: ShardIndex
-    shard: Shard
     batch_size: int
     eps: tuple[str, ...]
     """Ratios such as 36/255; these attacks keep pixels in [0, 1], as images do."""
@@ -99,6 +98,11 @@ class AttackTask:
     """Class of each sample that its sound certificate promises."""
     radius: np.ndarray
     """Sound certified radius of each sample."""
+
+    @property
+    def shard(self) -> Shard:
+        """The shard."""
+        return self.index.shards[0]
 
     def __post_init__(self) -> None:
         if self.suite not in ATTACK_SUITES:
@@ -279,7 +283,6 @@ def attack_tasks(
         AttackTask(
             artifact=task.artifact,
             index=task.index,
-            shard=task.shard,
             batch_size=task.batch_size,
             eps=config.eps,
             suite=config.attack,

@@ -32,9 +32,8 @@ from model.networks.config import NetworkConfig
 from model.networks.registry import build_network
 
 _TASK_ELEMENTS = 1 << 24
-_OBSERVED_SAMPLES = 8
-_OBSERVED_EVERY = 1024
-"""Samples of a shard for each one whose derivative is observed: it costs some 60 times as much."""
+_OBSERVED_EVERY = 4096
+"""Samples of a split for each one whose derivative is observed: it costs some 60 times as much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +65,20 @@ class MatrixTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """Certify the samples of one shard; `index` holds the rows of these samples only."""
+    """Certify the samples of one shard; `index` holds these samples and this shard only."""
 
     artifact: ArtifactTask
     index: ShardIndex
-    shard: Shard
     batch_size: int
     matrices: tuple[MatrixBound, ...]
     deployed: str
+    observed: int
+    """Samples whose derivative is observed, of the first batch."""
+
+    @property
+    def shard(self) -> Shard:
+        """The shard."""
+        return self.index.shards[0]
 
     @property
     def keys(self) -> list[str]:
@@ -92,12 +97,12 @@ class ShardTask:
         digests: list[str] = []
         found: dict[str, list[Certificates]] = {name: [] for name in COLUMNS}
         observed = 0.0
-        for batch in read_shard(self.index, self.shard, self.batch_size):
+        for number, batch in enumerate(read_shard(self.index, self.shard, self.batch_size)):
             digests += [
                 hashlib.sha256(image.tobytes()).hexdigest() for image in batch.images.numpy()
             ]
-            if not observed:
-                observed = self._observed(batch.images[: self._observed_samples])
+            if self.observed and number == 0:
+                observed = self._observed(batch.images[: self.observed])
             for name, certificates in self._certify(batch.images, batch.labels).items():
                 found[name].append(certificates)
         return ShardRecords(
@@ -143,10 +148,6 @@ class ShardTask:
     def _norms(self, pixels: Tensor) -> Tensor:
         return image_norms(pixels, load(self.artifact).network.norm)
 
-    @property
-    def _observed_samples(self) -> int:
-        return max(1, min(_OBSERVED_SAMPLES, len(self.index.rows) // _OBSERVED_EVERY))
-
     def _observed(self, pixels: Tensor) -> float:
         network = in_program(self.artifact, FLOAT64.name)
         images = pixels.to(self.artifact.device, torch.float64) / 255
@@ -188,16 +189,20 @@ def shard_tasks(
     Raises:
         ShardError: unknown or empty split.
     """
+    parts = [index.part(split, shard) for shard in index.shards_of(split)]
+    ends = np.cumsum([0, *(len(part.rows) for part in parts)])
+    # How many of the split's samples number 0, 4096, ... are in each: one at least in all.
+    observed = np.diff(-(-ends // _OBSERVED_EVERY)).tolist()
     return [
         ShardTask(
             artifact=artifact,
-            index=index.part(split, shard),
-            shard=shard,
+            index=part,
             batch_size=batch_size,
             matrices=tuple(matrices),
             deployed=deployed,
+            observed=count,
         )
-        for shard in index.shards_of(split)
+        for part, count in zip(parts, observed, strict=True)
     ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from data_shards.format.index import ShardIndex
 from data_shards.streaming.sample_reader import decode, fetch
 from data_shards.untrusted.text import figure_text
-from jobs.evaluation.sample_records import ShardRecords, column_of, labels_of
+from jobs.evaluation.sample_records import ColumnRecords
 from jobs.figures import plot_style
 from jobs.figures.plot_style import ATTACK, PROOF, SMALL
 from model.artifact.artifact import class_name
@@ -35,20 +35,24 @@ class StripImage(NamedTuple):
 
 
 def closest_images(
-    index: ShardIndex, split: str, records: Sequence[ShardRecords], class_names: Sequence[str]
+    index: ShardIndex,
+    split: str,
+    sound: ColumnRecords,
+    label: np.ndarray,
+    class_names: Sequence[str],
 ) -> list[StripImage]:
     """The samples with the smallest sound radii, read from their shards.
 
     Args:
         index: the shard set.
-        split: of the records.
-        records: of all samples of the split, in index order.
+        split: of the samples.
+        sound: what is proved of all samples of the split, in index order.
+        label: their classes.
         class_names: by class; empty: their numbers are shown.
 
     Raises:
         ShardError: an image cannot be read.
     """
-    sound, label = column_of(records, "sound"), labels_of(records)
     chosen = np.argsort(sound.radius, kind="stable")[:SHOWN]
     rows = index.select(split)[chosen].tolist()
     encoded = fetch(index, rows)

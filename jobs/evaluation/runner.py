@@ -28,7 +28,7 @@ from jobs.evaluation.certify_tasks import (
 )
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.executor import map_inline, map_shards
-from jobs.evaluation.image_strip import closest_images, strip_png
+from jobs.evaluation.pictures import remove_pictures
 from jobs.evaluation.progress import Counting, OnProgress
 from jobs.evaluation.sample_records import (
     COLUMNS,
@@ -44,7 +44,6 @@ from jobs.evaluation.sample_records import (
 )
 from jobs.evaluation.stored_result import read_result, require_bound
 from jobs.evaluation.suites import NO_ATTACK
-from jobs.figures.plots import bounds_png, cra_png, radius_histogram_png
 from model.artifact.artifact import ArtifactInfo, read_info, read_without_parameters
 from model.certification.eps import check_reach
 from model.certification.matrix_bounds import MatrixBound
@@ -54,12 +53,8 @@ from model.errors import ModelError
 from model.networks.base import LipschitzBound
 from pipeline.run.evaluation_summary import AttackScores, ColumnScores, EvaluationSummary, LayerRow
 from pipeline.run.layout import (
-    BOUNDS_FIGURE,
     CERTIFICATE,
-    CLOSEST_FIGURE,
-    CRA_FIGURE,
     PROGRESS,
-    RADIUS_FIGURE,
     SAMPLES,
     SUMMARY,
     evaluation,
@@ -95,7 +90,7 @@ def _observed(records: Sequence[ShardRecords]) -> float:
 def compute(
     config: EvaluationConfig, *, step: int | None = None, on_progress: OnProgress | None = None
 ) -> EvaluationSummary:
-    """Evaluate an artifact and write the result; see `jobs.evaluate_cra.evaluate`."""
+    """Evaluate an artifact and write the result without pictures; see `jobs.evaluate_cra`."""
     info = artifact_info(config.artifact)
     config = config.for_norm(info.norm)
     index = _fitting_index(config, info)
@@ -146,22 +141,10 @@ def compute(
     )
     out.write(SAMPLES, samples)
     out.write(CERTIFICATE, to_json(body))
-    _write_figures(out, summary, index, found)
+    remove_pictures(out)
     out.write(SUMMARY, summary.to_json())  # last: it says that the others are complete
     out.remove(PROGRESS)
     return summary
-
-
-def _write_figures(
-    out: Store, summary: EvaluationSummary, index: ShardIndex, found: Findings
-) -> None:
-    out.write(CRA_FIGURE, cra_png(summary))
-    out.write(RADIUS_FIGURE, radius_histogram_png(summary, **_certified_radii(found.records)))
-    if summary.layers:
-        out.write(BOUNDS_FIGURE, bounds_png(summary))
-    images = closest_images(index, summary.split, found.records, summary.class_names)
-    title = f"{summary.dataset}, step {summary.step}"
-    out.write(CLOSEST_FIGURE, strip_png(images, norm=summary.norm, title=title))
 
 
 def _find(
@@ -398,8 +381,3 @@ def _per_class(
 ) -> tuple[dict[str, float], ...]:
     sound = column_of(records, "sound")
     return per_class_scores(sound, labels_of(records), config.eps, index.num_classes)
-
-
-def _certified_radii(records: Sequence[ShardRecords]) -> dict[str, Any]:
-    sound = column_of(records, "sound")
-    return {"radius": sound.radius, "correct": sound.prediction == labels_of(records)}

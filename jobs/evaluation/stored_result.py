@@ -47,14 +47,19 @@ class StoredResult:
         body: the content of certificate.json.
         keys: (shard, sample key) in stored order.
         label: true classes.
-        radius: certified radius of every sample, column `sound`; -1 where the prediction is wrong.
+        sound: what is proved of every sample, column `sound`.
     """
 
     summary: EvaluationSummary
     body: Mapping[str, Any]
     keys: tuple[tuple[str, str], ...]
     label: np.ndarray
-    radius: np.ndarray
+    sound: ColumnRecords
+
+    @property
+    def radius(self) -> np.ndarray:
+        """Sound certified radius of every sample; -1 where the prediction is wrong."""
+        return np.where(self.sound.prediction == self.label, self.sound.radius, -1.0)
 
 
 def read_result(out: Store) -> StoredResult:
@@ -211,9 +216,7 @@ def _derived(summary: EvaluationSummary, body: Mapping[str, Any], table: pa.Tabl
         if getattr(again, field.name) != getattr(summary, field.name):
             raise EvaluationError(f"{field.name} of {SUMMARY} does not follow from {SAMPLES}")
     keys = tuple(zip(table["shard"].to_pylist(), table["key"].to_pylist(), strict=True))
-    sound = records["sound"]
-    radius = np.where(sound.prediction == label, sound.radius, -1.0)
-    return StoredResult(summary, body, keys, label, radius)
+    return StoredResult(summary, body, keys, label, records["sound"])
 
 
 def _records(table: pa.Table, name: str, stated: Mapping[str, Any]) -> ColumnRecords:

@@ -165,9 +165,11 @@ def collect(reader: Reader, names: Sequence[str]) -> Report:
         TrackingError: a run is unknown, or there is none.
     """
     runs, left_out = [], []
-    for run in reader.training_runs(names):
+    trained = reader.training_runs(names)
+    tracked_evaluations, models = reader.evaluations(trained), reader.models(trained)
+    for run in trained:
         evaluations = []
-        for tracked in reader.evaluations(run):
+        for tracked in tracked_evaluations[run.run_id]:
             found = _evaluated(reader, tracked)
             if isinstance(found, str):
                 left_out.append(LeftOut(run.name, tracked.name, found))
@@ -175,7 +177,7 @@ def collect(reader: Reader, names: Sequence[str]) -> Report:
                 evaluations.append(found)
         evaluations.sort(key=lambda e: (e.summary.step, e.run.start_ms))
         cost = training_cost(reader, run)
-        runs.append(ReportedRun(run, tuple(reader.models(run)), tuple(evaluations), cost))
+        runs.append(ReportedRun(run, tuple(models[run.run_id]), tuple(evaluations), cost))
     return Report(tuple(runs), _groups(runs), tuple(left_out))
 
 

@@ -146,7 +146,8 @@ def write_snapshot(folder: Store, snapshot: Snapshot, attempt: str) -> None:
     try:
         specs = [TensorSpec(k, tuple(v.shape), v.dtype) for k, v in snapshot.tensors.items()]
         # Digest while writing: reading a file back would double the traffic.
-        with folder.durable(name) as stream:
+        size = sum(tensor.nbytes for tensor in snapshot.tensors.values())
+        with folder.durable(name, size=size) as stream:
             digest = write_safetensors(stream, specs, snapshot.tensors.items())
     except Exception as error:  # whatever a client of a store raises
         body = {"attempt": attempt, "error": f"cannot write {name}: {error}"}

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from data_shards.untrusted.terminal import PlainConsole
@@ -55,9 +56,9 @@ def lenient_console() -> Iterator[Console]:
 class RunConsole:
     """Shows the progress of one run.
 
-    On a terminal one live line; in logs (Ray jobs, CI) a plain line every few seconds. Loss,
-    accuracies, rate and MFU are means over the last 20 steps, or over the last record where it has
-    more; goodput is of the run so far.
+    On a terminal a live line, or as many as its width needs; in logs (Ray jobs, CI) a plain line
+    every few seconds. Loss, accuracies, rate and MFU are means over the last 20 steps, or over the
+    last record where it has more; goodput is of the run so far.
     """
 
     def __init__(self, console: Console) -> None:
@@ -72,9 +73,10 @@ class RunConsole:
         self._bar = Progress(
             TextColumn("[bold]step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
-            TextColumn("{task.description}", markup=False),
             TextColumn("left"),
             TimeRemainingColumn(),
+            # On a narrow terminal this column alone is broken into lines; the others stay whole.
+            TextColumn("{task.description}", markup=False, table_column=Column(ratio=1)),
             console=console,
             transient=False,
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.tracking.client import connect, quoted
+from pipeline.tracking.client import connect, model_of_version, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ class CheckpointQuery:
                 found[model.model_id] = model
         for name in self._models:
             for version in self._versions(name):
-                if model := self._model_of(version):
+                known = model_of_version(version) in found
+                if not known and (model := self._model_of(version)):
                     found[model.model_id] = model
         runs = self._runs({model.experiment_id for model in found.values()})
         checkpoints = []
@@ -91,7 +92,7 @@ class CheckpointQuery:
         """The LoggedModel of a registered version; None where somebody has deleted it."""
         from mlflow.exceptions import MlflowException
 
-        model_id = _model_id(version)
+        model_id = model_of_version(version)
         try:
             return self._client.get_logged_model(model_id)
         except MlflowException as error:
@@ -111,17 +112,15 @@ class CheckpointQuery:
         Args:
             run_ids: training runs to look at; an empty id stands for evaluations without one.
         """
-        found = set()
+        wanted = set(run_ids)
         ids = sorted(e.experiment_id for e in self._client.search_experiments())
-        for run_id in set(run_ids):
-            condition = (
-                "tags.stage = 'cra-eval' and attributes.status = 'FINISHED' "
-                f"and tags.train_run_id = {quoted(run_id)}"
-            )
-            for run in self._search_runs(ids, condition):
-                if key := run.data.tags.get("eval_key"):
-                    found.add((key, run_id))
-        return found
+        condition = "tags.stage = 'cra-eval' and attributes.status = 'FINISHED'"
+        if len(wanted) == 1:
+            condition += f" and tags.train_run_id = {quoted(*wanted)}"
+        recorded = (run.data.tags for run in self._search_runs(ids if wanted else (), condition))
+        # One search: one per run would be quadratic.
+        found = ((tags.get("eval_key"), tags.get("train_run_id")) for tags in recorded)
+        return {(key, run_id) for key, run_id in found if key and run_id in wanted}
 
     def _checkpoint(self, model: Any, runs: dict[str, Any]) -> Checkpoint:
         run = runs.get(model.source_run_id)
@@ -185,9 +184,3 @@ def _pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
         token = items.token
         if not token:
             return
-
-
-def _model_id(version: Any) -> str:
-    """The LoggedModel of a registered version, which an embedded store knows by a tag only."""
-    known = version.model_id or version.tags.get("model_id")
-    return str(known or (version.source or "").rpartition("/")[2])

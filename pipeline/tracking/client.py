@@ -512,6 +512,12 @@ def read_file(files: Any, name: str) -> bytes:
         return path.read_bytes()
 
 
+def model_of_version(version: Any) -> str:
+    """LoggedModel of a registered version; a registry in an embedded store knows a tag only."""
+    known = version.model_id or version.tags.get("model_id")
+    return str(known or (version.source or "").rpartition("/")[2])
+
+
 def quoted(text: str) -> str:
     """A text as a value of an MLflow search, which knows no escapes.
 

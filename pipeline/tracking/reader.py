@@ -11,6 +11,7 @@ from pipeline.tracking.client import (
     TrackingConfig,
     connect,
     missing_store,
+    model_of_version,
     open_files,
     quoted,
     read_file,
@@ -126,32 +127,38 @@ class Reader:
             return known
         return [_one(name, known) for name in dict.fromkeys(names)]
 
-    def evaluations(self, train_run: TrackedRun) -> list[TrackedRun]:
-        """Return the finished evaluations of a training run, oldest first."""
-        condition = (
-            "tags.stage = 'cra-eval' and attributes.status = 'FINISHED' "
-            f"and tags.train_run_id = {quoted(train_run.run_id)}"
-        )
-        return self._runs(condition)
+    def evaluations(self, train_runs: Sequence[TrackedRun]) -> dict[str, list[TrackedRun]]:
+        """Return the finished evaluations of some training runs by run id, oldest first."""
+        condition = "tags.stage = 'cra-eval' and attributes.status = 'FINISHED'"
+        if len(train_runs) == 1:
+            condition += f" and tags.train_run_id = {quoted(train_runs[0].run_id)}"
+        found: dict[str, list[TrackedRun]] = {run.run_id: [] for run in train_runs}
+        for evaluation in self._runs(condition):  # one search: one per run would be quadratic
+            found.get(evaluation.tags.get("train_run_id", ""), []).append(evaluation)
+        return found
 
-    def models(self, train_run: TrackedRun) -> list[TrackedModel]:
-        """Return the recorded artifacts of a training run by step."""
-        search = self._client.search_logged_models
-        found = pages(
-            search,
-            [train_run.experiment_id],
-            filter_string=f"source_run_id = {quoted(train_run.run_id)}",
+    def models(self, train_runs: Sequence[TrackedRun]) -> dict[str, list[TrackedModel]]:
+        """Return the recorded artifacts of some training runs by run id, each by step."""
+        one = {}
+        if len(train_runs) == 1:
+            one = {"filter_string": f"source_run_id = {quoted(train_runs[0].run_id)}"}
+        listed = pages(
+            self._client.search_logged_models,
+            sorted({run.experiment_id for run in train_runs}),
             max_results=_MODELS_PER_PAGE,
+            **one,
         )
         registered = self._registered()
-        models = []
-        for model in found:
+        found: dict[str, list[TrackedModel]] = {run.run_id: [] for run in train_runs}
+        for model in listed:
+            if model.source_run_id not in found:
+                continue
             try:
                 step = int(model.params.get("step", 0))
             except (ValueError, TypeError) as error:  # one record must not hide all others
                 logger.warning("MLflow record %r is passed over: %s", model.model_id, error)
                 continue
-            models.append(
+            found[model.source_run_id].append(
                 TrackedModel(
                     model_id=model.model_id,
                     name=model.name,
@@ -162,7 +169,9 @@ class Reader:
                     registered=tuple(registered.get(model.model_id, ())),
                 )
             )
-        return sorted(models, key=lambda model: model.step)
+        for models in found.values():
+            models.sort(key=lambda model: model.step)
+        return found
 
     def series(self, run_id: str, metric: str) -> list[Point]:
         """Return all values of a metric in the order in which they were recorded."""
@@ -214,14 +223,14 @@ class Reader:
 
     def _registered(self) -> dict[str, list[str]]:
         """Registered versions by the id of their LoggedModel."""
+        # A search of versions leaves the aliases out.
+        named = {m.name: m.aliases for m in pages(self._client.search_registered_models)}
         found: dict[str, list[str]] = {}
-        for listed in pages(self._client.search_model_versions):
-            # A search leaves the aliases out.
-            version = self._client.get_model_version(listed.name, listed.version)
-            aliases = "".join(f" @{alias}" for alias in sorted(version.aliases))
-            model_id = version.model_id or (version.source or "").removeprefix("models:/")
-            text = f"{version.name} v{version.version}{aliases}"
-            found.setdefault(model_id, []).append(text)
+        for version in pages(self._client.search_model_versions):
+            number = str(version.version)
+            aliases = sorted(a for a, v in named.get(version.name, {}).items() if str(v) == number)
+            text = f"{version.name} v{number}{''.join(f' @{alias}' for alias in aliases)}"
+            found.setdefault(model_of_version(version), []).append(text)
         return found
 
 

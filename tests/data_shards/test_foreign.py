@@ -99,6 +99,31 @@ def test_the_index_beside_the_shards(tmp_path):
         verify_main([str(tmp_path / "moved"), "--repair"])
 
 
+def test_what_is_looked_at_grows_with_the_samples_and_not_with_samples_times_shards(
+    tmp_path, monkeypatch
+):
+    looked_at = []
+
+    def counting(function):
+        def counted(table, *more):
+            looked_at.append(len(table))
+            return function(table, *more)
+
+        return counted
+
+    monkeypatch.setattr(np, "flatnonzero", counting(np.flatnonzero))
+    monkeypatch.setattr(foreign_set, "_rows", counting(foreign_set._rows))
+    counts = []
+    for shards in (6, 24):
+        folder = tmp_path / f"of-{shards}"
+        stock(folder, "train", 2 * shards, shards=shards)
+        looked_at.clear()
+        index = make(folder, "--split", "train=train-*.tar", out=tmp_path / f"index-{shards}")
+        assert len(index.shards) == shards
+        counts.append(sum(looked_at))
+    assert counts[1] <= 4 * counts[0]
+
+
 def test_test_shards_are_never_written_over(plain):
     with pytest.raises(SystemExit, match=r"holds test-0000\.tar already: give --out"):
         main([str(plain), *PLAIN])

@@ -8,9 +8,10 @@ import fsspec
 import numpy as np
 import pytest
 
+from data_shards.config import MIB
 from data_shards.errors import ShardError
 from data_shards.format.index import load_index
-from data_shards.storage import range_reader, retry
+from data_shards.storage import multipart, range_reader, retry
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import fetch
 from tests.faulty_proxy import FaultyProxy, Weather
@@ -134,6 +135,88 @@ def test_a_write_that_fails_leaves_what_was_there(proxy):
             stream.writelines(failing())
     assert store.read("whole") == b"before"
     assert store.ls() == ["whole"]
+
+
+@pytest.fixture
+def in_parts(proxy, monkeypatch):
+    """A store whose objects go in parts of 5 MiB, and a function that lists unfinished uploads."""
+    configure(monkeypatch, default_block_size=5 * MIB)
+    store = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+
+    def unfinished():
+        client = store._fs(streams=True)
+        prefix = store.url.removeprefix(f"s3://{BUCKET}/")
+        found = client.call_s3("list_multipart_uploads", Bucket=BUCKET, Prefix=prefix)
+        return [upload["Key"].removeprefix(f"{prefix}/") for upload in found.get("Uploads", [])]
+
+    return store, unfinished
+
+
+def parts_of(store, name):
+    tag = store._fs().info(store._path(name))["ETag"].strip('"')
+    return int(tag.partition("-")[2] or 1)
+
+
+def test_an_object_of_more_parts_than_allowed_goes_in_larger_ones(in_parts, monkeypatch):
+    monkeypatch.setattr(multipart, "MOST_PARTS", 2)
+    monkeypatch.setattr(multipart, "LARGEST_PART", 12 * MIB)
+    store, unfinished = in_parts
+    piece = bytes(range(256)) * 4096
+    with store.durable("known", size=11 * MIB) as stream:
+        for _ in range(11):
+            stream.write(piece)
+    assert store.read("known") == 11 * piece
+    store.write("at-once", 11 * piece)
+    assert store.read("at-once") == 11 * piece
+    assert (parts_of(store, "known"), parts_of(store, "at-once")) == (1, 1)
+    with store.durable("unknown") as stream:
+        for _ in range(11):
+            stream.write(piece)
+    assert parts_of(store, "unknown") == 3
+    refused = pytest.raises(ShardError, match=r"s3://bucket/\w+/large would have 13000000 bytes")
+    with refused, store.durable("large", size=13_000_000):
+        pytest.fail("bytes would have been written")
+    assert not store.exists("large")
+    assert unfinished() == []
+
+
+@pytest.mark.parametrize("size", [MIB, 6 << 30])
+def test_parts_that_s3_does_not_allow_are_refused_before_a_byte_is_sent(proxy, monkeypatch, size):
+    configure(monkeypatch, default_block_size=size)
+    store = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+    refused = pytest.raises(ShardError, match=f"/object: parts of {size} bytes .default_block_size")
+    with refused:
+        store.write("object", b"x")
+    with refused, store.durable("object"):
+        pytest.fail("bytes would have been written")
+    assert proxy.seen["requests"] == 0
+
+
+def test_an_upload_that_ends_in_its_last_part_leaves_no_parts(in_parts, monkeypatch):
+    store, unfinished = in_parts
+    store.write("object", b"before")
+
+    def no_answer(_):
+        assert unfinished() == ["object"]
+        raise OSError("no answer")
+
+    monkeypatch.setattr("s3fs.core.S3File.commit", no_answer)
+    with pytest.raises(OSError, match="no answer"), store.durable("object") as stream:
+        stream.write(bytes(6 * MIB))
+    assert unfinished() == []
+    assert store.read("object") == b"before"
+
+
+def test_parts_of_a_writer_that_was_killed_go_with_the_drafts(in_parts):
+    store, unfinished = in_parts
+    for folder in ("one", "one-more"):
+        stream = store.child(folder).open("object", "wb")
+        stream.write(bytes(6 * MIB))
+        stream.closed = True  # its process is gone
+    assert sorted(unfinished()) == ["one-more/object", "one/object"]
+    store.child("one").remove_drafts()
+    assert unfinished() == ["one-more/object"]
+    assert store.ls() == []
 
 
 def test_what_stays_is_not_asked_again(proxy):

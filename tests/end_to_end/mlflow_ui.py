@@ -150,14 +150,14 @@ def shots(config):
     """The pages of docs/how-to/mlflow.md for a store; saves its views."""
     reader = Reader(config)
     runs = reader.training_runs()
-    evaluations = [e for run in runs for e in reader.evaluations(run)]
+    evaluations = [e for found in reader.evaluations(runs).values() for e in found]
     saved = save_views(config, views(runs))
     views_of = {name[0]: (path, name) for name, path in saved.items()}
     names = tuple(run.name for run in runs)
     attacked = [e for e in evaluations if e.params["attack"] != "none"] or evaluations
     base = f"/#/experiments/{runs[0].experiment_id}"
     training = "?workflowType=machine_learning"
-    models = tuple(model.name for run in runs for model in reader.models(run))
+    models = tuple(model.name for found in reader.models(runs).values() for model in found)
     figures = (attacked[0].name, "cra.png", "radius.png")
     files = f"{base}/runs/{attacked[0].run_id}/artifacts{training}"
 

@@ -11,12 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import jobs.evaluate_cra
 from data_shards.format.decode import decode_image
 from data_shards.format.index import load_index
 from data_shards.sources import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import evaluate, main
+from jobs.evaluation import certify_tasks
 from jobs.evaluation.certifier_version import certifier_digest
 from jobs.evaluation.certify_tasks import ArtifactTask, matrix_tasks, shard_tasks
 from jobs.evaluation.config import EvaluationConfig
@@ -427,6 +429,39 @@ def test_a_failing_record_does_not_lose_the_result(fields, caplog):
     summary = evaluate(fields, log=log)
     assert summary.samples > 0
     assert "not recorded: store is away" in caplog.text
+
+
+def test_the_numbers_are_told_before_a_picture_is_drawn(fields, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(
+        jobs.evaluate_cra,
+        "draw_missing",
+        lambda out, _: told.append((capsys.readouterr().out, set(out.ls()))),
+    )
+    words = ["--artifact", fields["artifact"], "--cluster.launcher", "local", "--out",
+             fields["out"], "--no-record"]  # fmt: skip
+    assert main(words) == 0
+    ((out, files),) = told
+    assert "cra_sound" in out
+    assert "summary.json" in files
+
+
+@pytest.mark.parametrize(("every", "observed"), [(4096, 1), (7, 3)])
+def test_derivatives_are_observed_per_evaluation_not_per_shard(
+    fields, monkeypatch, every, observed
+):
+    seen = []
+    monkeypatch.setattr(certify_tasks, "_OBSERVED_EVERY", every)
+
+    def observe(network, images):
+        seen.append(len(images))
+        return 0.5
+
+    monkeypatch.setattr(certify_tasks, "observed_lipschitz", observe)
+    summary = evaluate(fields)
+    assert summary.samples == 20
+    assert summary.observed_lipschitz == 0.5
+    assert sum(seen) == observed
 
 
 def test_summary_json_round_trip(first):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import shutil
 
 import matplotlib.image
 import numpy as np
@@ -13,12 +14,13 @@ from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
 from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluate_cra import evaluate
+from jobs.evaluation import pictures
+from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.image_strip import SHOWN, StripImage, closest_images, strip_png
+from jobs.evaluation.runner import compute
 from jobs.evaluation.sample_records import (
-    COLUMNS,
     ColumnRecords,
     EvaluationError,
-    ShardRecords,
     confusions,
 )
 from jobs.evaluation.stored_result import read_result
@@ -59,6 +61,24 @@ def test_an_evaluation_names_the_classes_and_counts_what_is_taken_for_what(evalu
     assert "closest.png" in text.getvalue()
 
 
+def test_pictures_that_are_gone_are_drawn_again_and_no_others(evaluated, artifact, monkeypatch):
+    out, _ = evaluated
+    before = (out / "closest.png").read_bytes()
+    (out / "closest.png").unlink()
+    monkeypatch.setattr(pictures, "cra_png", lambda _: pytest.fail("that one is there"))
+    evaluate(plain_fields(artifact, out))
+    assert (out / "closest.png").read_bytes() == before
+
+
+def test_a_new_result_does_not_keep_the_pictures_of_an_old_one(evaluated, artifact, tmp_path):
+    shutil.copytree(evaluated[0], tmp_path / "out")
+    config = EvaluationConfig(**{**plain_fields(artifact, tmp_path / "out"), "eps": ("2/255",)})
+    compute(config)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "certificate.json", "samples.parquet", "summary.json"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -83,16 +103,8 @@ def test_the_strip_holds_the_samples_of_the_smallest_radii(shards):
     batches = [next(iter(read_shard(index, shard, 100))) for shard in tests]
     labels = [batch.labels.numpy() for batch in batches]
     radii = [RNG.permutation(len(batch.keys)) / 100 for batch in batches]
-    records = [
-        ShardRecords(
-            shard=shard.file, key=tuple(batch.keys), pixels_sha256=(), label=label,
-            columns=dict.fromkeys(COLUMNS, column(label, radius)), observed_lipschitz=0,
-            largest_factor=1,
-        )
-        for shard, batch, label, radius in zip(tests, batches, labels, radii, strict=True)
-    ]  # fmt: skip
-    images = closest_images(index, "test", records, ("a", "b", "c", "d"))
     radius, label = np.concatenate(radii), np.concatenate(labels)
+    images = closest_images(index, "test", column(label, radius), label, ("a", "b", "c", "d"))
     pixels = torch.cat([batch.images for batch in batches])
     order = np.argsort(radius, kind="stable")[:SHOWN]
     assert len(images) == min(SHOWN, len(radius))

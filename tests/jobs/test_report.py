@@ -51,7 +51,8 @@ class Made:
 
     def evaluations(self, name="one"):
         reader = Reader(self.tracking)
-        return reader.evaluations(reader.training_runs([name])[0])
+        (run,) = reader.training_runs([name])
+        return reader.evaluations([run])[run.run_id]
 
 
 @pytest.fixture(scope="module")

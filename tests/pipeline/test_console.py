@@ -2,6 +2,9 @@
 
 import io
 
+import pytest
+from rich.text import Text
+
 from data_shards.command_line.progress import ProgressBar
 from data_shards.untrusted.terminal import PlainConsole
 from pipeline.driver.console import RunConsole
@@ -35,6 +38,18 @@ def test_records_of_single_steps_are_averaged_over_20(monkeypatch):
     shown = lines(records, monkeypatch)
     assert "loss 1.0000" in shown[0]
     assert "loss 20.5000" in shown[-1]  # the mean of 11 to 30
+
+
+@pytest.mark.parametrize("width", [80, 110, 200])
+def test_a_terminal_of_any_width_shows_step_figures_and_time_left(width):
+    out = io.StringIO()
+    display = RunConsole(PlainConsole(file=out, width=width, force_terminal=True))
+    display.started(Started({}, 0, 1000))
+    display.metrics(metrics(20, 1.44))
+    display.close()
+    shown = " ".join(Text.from_ansi(out.getvalue().split("\x1b[2K")[-1]).plain.split())
+    for part in ("step 20/1000", "left", "loss 1.4400", "certified 25.0%", "9 img/s"):
+        assert part in shown, shown
 
 
 def test_a_line_of_a_long_job_has_the_time_that_is_left(monkeypatch):
