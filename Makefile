@@ -43,7 +43,7 @@ ui: $(VENV)/run.stamp
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --host 127.0.0.1 --port 5000
 
 test: $(VENV)/test.stamp lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 # Within a minute: one process each, no Ray, no servers, no training of several ranks. Lint is apart.
 test-fast: $(VENV)/test.stamp

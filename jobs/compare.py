@@ -96,8 +96,7 @@ def _length(
 ) -> dict[str, Any]:
     """Overrides that make a run as long as the budget, with the preset's share of warm-up."""
     if config.budget == "time":
-        # A record after every step, so that the run ends with the first one beyond the budget.
-        return {"train.processor-seconds": amount, "train.log-every": 1}
+        return {"train.processor-seconds": amount}
     if config.budget == "parameters":
         return {}
     # Half a step less: the number of steps is rounded up.

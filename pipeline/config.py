@@ -80,9 +80,9 @@ class TrainConfig:
     epochs: float = Field(default=40, gt=0)
     """Passes over the training split."""
     processor_seconds: float = Field(default=0.0, ge=0)
-    """Ends the run at the first record after its ranks have used so much processor time, all their
-    threads counted; schedules follow the share that is used, in the shape that `epochs` gives them.
-    Systems of different speed compare under such a budget. 0: ends after `epochs`."""
+    """Ends the run after the first step beyond so much processor time of its one rank, all threads
+    counted; schedules follow the share that is used, in the shape that `epochs` gives them. Systems
+    of different speed compare under such a budget. 0: ends after `epochs`."""
     global_batch: int = Field(default=64, ge=1)
     """Samples per optimizer step over all ranks; must be divisible by workers * accumulation."""
     accumulation: int = Field(default=1, ge=1)

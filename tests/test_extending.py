@@ -42,6 +42,8 @@ from pipeline.training.schedules import StepContext
 from tests.model.toy_network import Toy, ToyConfig
 from tests.pipeline.small_runs import batches, small_run, small_shards
 
+pytestmark = pytest.mark.integration
+
 # A network family: model/networks/FAMILY.py, and a line of model/networks/registry.py.
 
 

@@ -24,7 +24,12 @@ from fsspec.spec import AbstractBufferedFile
 from data_shards.errors import ShardError
 from data_shards.storage.http_objects import http_size
 from data_shards.storage.multipart import part_bytes
-from data_shards.storage.range_reader import IN_FLIGHT, chunks_of, read_ranges
+from data_shards.storage.range_reader import (
+    IN_FLIGHT,
+    chunks_of,
+    read_local_ranges,
+    read_ranges,
+)
 from data_shards.storage.retry import RetryCount, with_retries
 from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.limits import require
@@ -265,6 +270,9 @@ class Store:
             OSError: it cannot be read.
         """
         wanted = [(self._path(name), start, stop) for name, start, stop in ranges]
+        if self._scheme == "file":
+            with self._clear_errors():
+                return read_local_ranges(wanted)
         filesystem = self._fs()
         if not filesystem.async_impl:
             return [self._call(functools.partial(filesystem.cat_file, *w)) for w in wanted]

@@ -4,7 +4,8 @@ The loop (`trainer.py`) calls every hook, in the order of its list, at these mom
 
     before_batch       it begins to wait for samples
     before_step        they are there; forward, backward and optimizer step follow
-    local_metrics,     every `train.log_every` steps: what this rank states,
+    wants_record       a record is due every `train.log_every` steps, and when a hook wants one
+    local_metrics,     at a record: what this rank states,
     on_record          and what was reduced over all ranks
     before_checkpoint  the step is done
     on_save            a checkpoint is due
@@ -69,6 +70,10 @@ class Hook:
     def before_step(self, step: int) -> None:
         """The samples are there; `step` steps are done before."""
 
+    def wants_record(self) -> bool:
+        """Whether a record is due out of turn; all ranks have to answer alike."""
+        return False
+
     def local_metrics(self) -> Mapping[str, float]:
         """This rank's value of every metric that was declared."""
         return {}
@@ -109,6 +114,10 @@ class HookList(Hook):
         """See Hook."""
         for hook in self._hooks:
             hook.before_step(step)
+
+    def wants_record(self) -> bool:
+        """See Hook."""
+        return any(hook.wants_record() for hook in self._hooks)
 
     def local_metrics(self) -> Mapping[str, float]:
         """See Hook; the values of all of them."""

@@ -12,35 +12,41 @@ from pipeline.training.schedules import StepContext
 class ProcessorTimeHook(Hook):
     """Sums the processor seconds of all ranks and threads since training began here.
 
-    All ranks read the same sum, so they end after the same step, at the first record beyond the
-    budget, with a checkpoint.
+    A budget, which only a run of one rank has, ends training with a record and a checkpoint after
+    the first step beyond it.
 
     Args:
-        budget: seconds over all ranks; 0: none.
+        budget: processor seconds; 0: none.
     """
 
     SECONDS = "train/processor_s"
     metrics = (Metric(SECONDS, Reduction.SUM),)
 
     def __init__(self, budget: float) -> None:
-        self._budget, self._share = budget, 0.0
+        self._budget = budget
         self._began = time.process_time()
+
+    def _spent(self) -> float:
+        return time.process_time() - self._began
 
     def local_metrics(self) -> Mapping[str, float]:
         """Seconds of this rank."""
-        return {self.SECONDS: time.process_time() - self._began}
+        return {self.SECONDS: self._spent()}
+
+    def wants_record(self) -> bool:
+        """When the budget is spent."""
+        return 0 < self._budget <= self._spent()
 
     def on_record(self, record: Record) -> None:
-        """Every rank comes to the same answer."""
-        if self._budget:
-            self._share = record.reduced.values[self.SECONDS] / self._budget
-            record.stop |= self._share >= 1
-            record.save |= self._share >= 1
+        """The last record is followed by the end."""
+        over = 0 < self._budget <= record.reduced.values[self.SECONDS]
+        record.stop |= over
+        record.save |= over
 
     def scheduled(
         self, context_at: Callable[[int], StepContext], total: int
     ) -> Callable[[int], StepContext]:
-        """Schedules that follow the share of the budget which the last record has seen.
+        """Schedules that follow the share of the budget which is spent.
 
         Args:
             context_at: schedules of a run of `total` steps; returned as it is without a budget.
@@ -50,7 +56,8 @@ class ProcessorTimeHook(Hook):
             return context_at
 
         def by_time(step: int) -> StepContext:
-            now = context_at(min(total - 1, int(self._share * total)))
+            share = self._spent() / self._budget
+            now = context_at(min(total - 1, int(share * total)))
             return dataclasses.replace(now, step=step)
 
         return by_time

@@ -106,7 +106,7 @@ class Trainer:
             if sums is None and self._go_back_if_too_many():
                 continue
             # A skipped step has its record and checkpoint, too: steps are counted, not updates.
-            due = self._plan.records(step + 1)
+            due = self._plan.records(step + 1) or self._hooks.wants_record()
             record = self._recorder.record(now, self.progress) if due else None
             self._hooks.before_checkpoint(step)
             if self._plan.saves(step + 1) or (record and record.save):

@@ -17,6 +17,8 @@ from jobs.prediction.predictor import SoundPredictor
 from model.certify import certify
 from model.errors import ModelError
 
+pytestmark = pytest.mark.integration
+
 SHAPE = (3, 8, 8)
 NAMES = ("cat", "hot dog", "snow leopard", "fox")
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, *SHAPE), dtype=np.uint8)

@@ -33,6 +33,8 @@ from data_shards.verify import verify
 from data_shards.writing.writer import write_shard_set
 from tests.data_shards.imagenet_archive import encode, pixels_of
 
+pytestmark = pytest.mark.integration
+
 
 def pixels(source, number):
     data = source.encode(number)

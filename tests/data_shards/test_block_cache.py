@@ -207,6 +207,7 @@ def read_there(endpoint, url, folder, barrier, answers):
         answers.put((asked, found == plain(index, ranges)))
 
 
+@pytest.mark.slow
 def test_processes_share_the_work(proxy, s3_set, tmp_path):
     context = forking_context()
     barrier, answers = context.Barrier(3), context.Queue()

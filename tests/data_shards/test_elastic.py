@@ -153,6 +153,7 @@ def read_on_s3(rank, world_size, endpoint, url, cursor, steps, folder):
             return keys, stream.cursor, stream.retries
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_processes_on_s3_in_bad_weather(proxy, s3_set, small_keys, tmp_path):
     proxy.weather = Weather(unavailable=0.1, reset=0.1, reset_at=500)

@@ -29,6 +29,8 @@ from tests.data_shards.foreign_shards import add, encoded, folders, img2dataset,
 from tests.harness import forking_context
 from tests.object_store import upload
 
+pytestmark = pytest.mark.integration
+
 PLAIN = ["--split", "train=train-{0000..0001}.tar", "--split", "test=test-000[01].tar"]
 
 

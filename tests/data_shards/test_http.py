@@ -21,6 +21,8 @@ from data_shards.streaming.stream import SampleStream
 from data_shards.verify import verify
 from tests.object_store import s3_clients
 
+pytestmark = pytest.mark.integration
+
 # An answer of S3 to all who do not sign with this key.
 CODES = {"ExpiredToken": "NEWKEY", "RequestTimeTooSkewed": "NEWKEY", "NoSuchBucket": "NEWKEY"}
 

@@ -20,6 +20,8 @@ from tests.data_shards.shard_damage import (
     write_members,
 )
 
+pytestmark = pytest.mark.integration
+
 
 def lose_rows(folder):
     (folder / "index.parquet").unlink()

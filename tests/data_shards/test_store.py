@@ -39,6 +39,22 @@ def test_ranges(store):
         store.read_range("absent", 0, 1)
 
 
+def test_a_local_file_is_opened_once_for_all_its_ranges(tmp_path, monkeypatch):
+    data = bytes(range(256)) * 8
+    for name in ("one", "two"):
+        Store(tmp_path).write(name, data)
+    opened, genuine = [], os.open
+
+    def noting(path, *more):
+        opened.append(path)
+        return genuine(path, *more)
+
+    monkeypatch.setattr(os, "open", noting)
+    ranges = [(name, i, i + 3) for name in ("one", "two") for i in range(0, 2046, 2)]
+    assert Store(tmp_path).read_ranges(ranges) == [data[i : i + 3] for _, i, _ in ranges]
+    assert opened == [f"{tmp_path}/one", f"{tmp_path}/two"]
+
+
 def test_write_replaces_and_remove_is_idempotent(store):
     store.write("a/one", b"old")
     store.write("a/one", b"new")
@@ -130,6 +146,8 @@ def test_what_has_no_size_or_no_end_is_not_read(tmp_path):
     for name in ("zeros", "pipe"):
         with pytest.raises(OSError, match=f"{name} is a device or a pipe, not a file"):
             store.read(name, limit="image_bytes")
+        with pytest.raises(OSError, match=f"{name} is a device or a pipe, not a file"):
+            store.read_range(name, 0, 10)
         with pytest.raises(OSError, match="a device or a pipe"):
             store.read_object(name)
     assert store.read_object("link") == {}

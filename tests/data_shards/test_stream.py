@@ -18,6 +18,8 @@ from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream
 from data_shards.write import write_shard_set
 
+pytestmark = pytest.mark.integration
+
 START = Cursor(seed=3)
 
 

@@ -26,6 +26,8 @@ from tests.data_shards.shard_damage import (
     write_members,
 )
 
+pytestmark = pytest.mark.integration
+
 
 def problems_of(folder, **options):
     return list(verify(load_index(str(folder), check_files=False), **options))

@@ -24,6 +24,8 @@ from data_shards.writing.shard_plan import WriteOptions, plan_shards
 from tests.data_shards.shard_damage import die
 from tests.harness import forking_context
 
+pytestmark = pytest.mark.integration
+
 
 def small(**fields):
     return synthetic(**{"samples": 60, "size": 8, "classes": 3, **fields})
@@ -243,6 +245,7 @@ def test_two_workers_write_what_one_does(tmp_path):
         assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_killed_writers_go_on(tmp_path):
     """kill -9 of the main process; its workers end with it."""

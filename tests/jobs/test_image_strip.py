@@ -28,6 +28,8 @@ from jobs.reporting.classes import confusion_table, frequent_confusions, worst_c
 from pipeline.run.evaluation_summary import EvaluationSummary, report
 from tests.jobs.conftest import plain_fields
 
+pytestmark = pytest.mark.integration
+
 RNG = np.random.default_rng(0)
 
 

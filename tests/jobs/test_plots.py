@@ -21,6 +21,8 @@ from pipeline.run.evaluation_summary import (
     report,
 )
 
+pytestmark = pytest.mark.integration
+
 RATIOS = ("36/255", "72/255", "108/255", "255/255")
 RNG = np.random.default_rng(0)
 CORRECT = RNG.random(360) < 0.97

@@ -55,6 +55,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_the_result_is_the_same_for_every_number_of_tasks(fields, local_ray, tmp_path):
     evaluate(fields)
     expected = files(fields)

@@ -10,6 +10,8 @@ from jobs.evaluation.suites import ATTACK_SUITES, EVALUATION_SUITES, NO_ATTACK, 
 from jobs.scheduling.config import ScheduleConfig, arguments
 from model.attacks import pgd
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def toy(monkeypatch):

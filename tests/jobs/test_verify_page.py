@@ -23,6 +23,8 @@ from tests.end_to_end.mlflow_ui import browser, chromium
 from tests.jobs.conftest import export
 from tests.model.certificate_maker import CONFIRMED, DISAGREES, SAMPLES, change, make, run
 
+pytestmark = pytest.mark.integration
+
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="needs Node.js to run the mathematics")
 FORGERIES = {"weight": "bounds", "pixel": "samples", "radius": "samples"}

@@ -207,6 +207,7 @@ def test_refuses(attack, changes, message):
         ATTACKS[attack](linear(2, torch.float32), **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_the_library_is_imported_on_use_only_and_quietly():
     code = (

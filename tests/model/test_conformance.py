@@ -159,6 +159,7 @@ def test_checkpointed_blocks_keep_less_and_have_the_same_gradients(config, image
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.integration
 def test_the_proof_holds_for_the_float32_program(config, images):
     """Bounds name every matrix once, no derivative refutes them, no logit errs by more than E."""
     stored = trained_like(config).float()
@@ -202,6 +203,7 @@ def test_bound_is_just_above_what_is_observed(config, dtype):
     assert 1 <= bound.value / observed < 1 + (1e-9 if exact else 1e-4)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("steps", "restarts"), [(8, 1), pytest.param(20, 2, marks=pytest.mark.slow)]
 )

@@ -16,6 +16,8 @@ from model.certify import ProvedCertifier, certify
 from model.networks.init import initial_kind
 from tests.model.small_networks import tiny_config, trained_like
 
+pytestmark = pytest.mark.integration
+
 # One token of as many channels as there are pixels: margins are piecewise linear in the pixels,
 # with slopes that reach the margin factor, so that the naive radius has no slack to hide in.
 TIGHT = {"patch": 4, "width": 16}

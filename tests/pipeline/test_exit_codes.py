@@ -44,6 +44,7 @@ FLAGS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_loss_that_is_not_finite_fails_a_run_and_refuses_none(tmp_path):
     flags = [*FLAGS, "--train.max-skipped", "0", "--optim.lr", "1e30", "--storage", str(tmp_path)]

@@ -100,6 +100,7 @@ def train_plain(name: str, world_size: int) -> dict[str, torch.Tensor]:
     return {key: p.detach() for key, p in network.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_partitioned_training_equals_plain_training(world_size):

@@ -43,6 +43,8 @@ from tests.pipeline.small_runs import (
     whole_state,
 )
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH, EVERY = 8, 24, 2
 FULL = (4, 5)  # steps after which the disk of rank 1 is full
@@ -353,6 +355,7 @@ def on_a_full_disk(rank, world_size, folder, shards):
     return outcomes, newest
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path):
     shards = small_shards(tmp_path / "shards")

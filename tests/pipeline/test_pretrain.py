@@ -18,6 +18,8 @@ from pipeline.run.movable_urls import resolve
 from tests.data_shards.test_index import rewrite_header
 from tests.pipeline.prepared import prepare
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):

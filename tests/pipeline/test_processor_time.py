@@ -1,7 +1,6 @@
 """A run whose budget is processor time: where its schedules stand, and when it ends."""
 
 import dataclasses
-import itertools
 import sys
 from types import SimpleNamespace
 
@@ -19,47 +18,54 @@ from pipeline.training.schedules import StepContext
 TOTAL = 50
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def clock(monkeypatch):
-    """Every look at the clock costs a second."""
-    ticks = itertools.count(100.0)
-    monkeypatch.setattr(processor_time, "time", SimpleNamespace(process_time=lambda: next(ticks)))
+    """The processor time of this process."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(processor_time, "time", SimpleNamespace(process_time=lambda: clock.now))
+    return clock
 
 
 def context_at(step):
     return StepContext(step, step / TOTAL, lr_factor=1 - step / TOTAL, eps=0.1)
 
 
-def record(hook, step, ranks=2):
-    """A record of ranks that have used the same time."""
-    values = {name: ranks * value for name, value in hook.local_metrics().items()}
+def record(hook, step):
+    values = hook.local_metrics()
     found = Record(step, Reduced(values, {}, values), {})
     hook.on_record(found)
     return found
 
 
-def test_schedules_follow_the_share_that_is_used_and_the_run_ends_when_it_is_all():
+def test_schedules_follow_the_share_that_is_used_and_the_run_ends_when_it_is_all(clock):
     hook = ProcessorTimeHook(10.0)
     at = hook.scheduled(context_at, TOTAL)
     assert at(0) == context_at(0)
-    ends = []
-    for step in range(1, 6):
+    for step in range(1, 10):
+        clock.now += 1.0
+        assert not hook.wants_record()
         found = record(hook, step)
-        assert found.reduced.values["train/processor_s"] == 2 * step  # of both ranks
-        ends.append((found.stop, found.save))
+        assert found.reduced.values["train/processor_s"] == step
+        assert (found.stop, found.save) == (False, False)
         now = at(step)
         assert now.step == step
-        assert now.lr_factor == 1 - min(10 * step, TOTAL - 1) / TOTAL
-        assert now.progress == min(10 * step, TOTAL - 1) / TOTAL
-    assert ends == [(False, False)] * 4 + [(True, True)]
+        assert now.lr_factor == 1 - 5 * step / TOTAL
+        assert now.progress == 5 * step / TOTAL
+    clock.now += 1.5
+    assert at(10) == dataclasses.replace(context_at(TOTAL - 1), step=10)
+    assert hook.wants_record()  # after the first step beyond it, whatever `log_every`
+    found = record(hook, 10)
+    assert (found.stop, found.save) == (True, True)
 
 
-def test_without_a_budget_time_is_recorded_and_nothing_else_changes():
+def test_without_a_budget_time_is_recorded_and_nothing_else_changes(clock):
     hook = ProcessorTimeHook(0.0)
     assert hook.scheduled(context_at, TOTAL) is context_at
+    clock.now += 1.0
+    assert not hook.wants_record()
     found = record(hook, 1)
     assert (found.stop, found.save) == (False, False)
-    assert found.reduced.values["train/processor_s"] == 2
+    assert found.reduced.values["train/processor_s"] == 1
 
 
 @pytest.mark.parametrize(("stop_after", "end"), [(0, sys.maxsize), (7, 7), (70, 70)])

@@ -15,6 +15,8 @@ from pipeline.pretrain import parse
 from pipeline.run.ray_submission import is_ray_job, submission_tags, uploaded_code
 from tests.pipeline.prepared import prepare
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def base(tmp_path):

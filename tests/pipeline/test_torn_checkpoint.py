@@ -19,6 +19,8 @@ from pipeline.checkpoint.writer import Snapshot, commit, write_snapshot
 from pipeline.errors import PipelineError
 from pipeline.run.layout import COMMIT, written_checkpoint
 
+pytestmark = pytest.mark.integration
+
 RANKS = 2
 
 
@@ -78,6 +80,7 @@ def killed_while_saving(folder: Store, step: int, last: int) -> bool:
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.slow
 def test_killed_at_any_write(tmp_path):
     newest_steps = []
     for last in itertools.count():

@@ -323,6 +323,7 @@ def track(uri, spool):
     sys.exit(not (tracker.run and tracker.close()))
 
 
+@pytest.mark.slow
 def test_processes_may_create_the_schema_together(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     context = forking_context()

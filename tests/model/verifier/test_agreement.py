@@ -57,6 +57,7 @@ def agree_on(seeds) -> int:
     return compared
 
 
+@pytest.mark.slow
 def test_random_networks_of_all_families():
     assert agree_on(range(24)) >= 12
 

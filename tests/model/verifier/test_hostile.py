@@ -11,6 +11,8 @@ from PIL import Image
 from model.verifier.certificate import FIELDS
 from tests.model.certificate_maker import CERTIFICATE, DISAGREES, UNUSABLE, Case, change, run
 
+pytestmark = pytest.mark.integration
+
 HOSTILE = (None, True, -1, 10**400, 1e308, 0.5, "", "x" * 300, [], [[[]]], {}, {"a": None})
 
 

@@ -153,6 +153,7 @@ def test_some_samples_can_be_drawn(case, capsys):
     assert "24 of 24 (100.0%)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_draw_finds_a_forged_sample_with_its_share(case):
     columns = case.samples()
     columns["sound_radius"][7] += 1e-6
