@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from data_shards.command_line.parsing import parse_subcommand
@@ -169,7 +168,7 @@ def _share(share: str | None, samples: str | None) -> str:
         return "?"
 
 
-def _console() -> Console:
+def _console() -> PlainConsole:
     return PlainConsole()
 
 
