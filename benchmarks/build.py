@@ -23,7 +23,7 @@ from optim.zero_layout import Slot, plan_rounds
 from pipeline.config import ClusterConfig, RunConfig, TrainConfig
 from pipeline.planner import memory as budget
 from pipeline.planner.estimate import setting_of, weights_of
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 from pipeline.run.distributed import join_process_group
 from pipeline.training.worker import build_engine
 

@@ -28,7 +28,7 @@ from optim.zero_layout import Slot
 from pipeline.checkpoint.export import take_export
 from pipeline.checkpoint.writer import HostMemory, commit, take_snapshot, write_snapshot
 from pipeline.config import ClusterConfig, RunConfig
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 from pipeline.run.distributed import DistributedContext, join_process_group
 from pipeline.run.worker_spec import TrainState
 from pipeline.training.worker import build_engine

@@ -31,8 +31,8 @@ from benchmarks.report import write_result
 from data_shards import bench
 from data_shards.config import StreamConfig
 from data_shards.format.index import load_index
-from data_shards.sources import imagefolder
 from data_shards.sources.convert import Recipe
+from data_shards.sources.imagefolder import imagefolder
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from data_shards.writing.writer import write_shard_set

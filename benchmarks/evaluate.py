@@ -29,7 +29,7 @@ from model.certification.matrix_bounds import matrix_bound
 from model.networks.base import CertifiedNetwork
 from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network, parameter_count
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 from pipeline.run.evaluation_summary import EvaluationSummary
 
 _ORDER = 4096

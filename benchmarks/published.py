@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.report import RESULTS
 from jobs.reporting.comparison_training import Outcome, RunRequest
 from model.networks.registry import parameter_count
-from pipeline.presets import PRESETS, run_preset
+from pipeline.presets.registry import PRESETS, run_preset
 from pipeline.run import layout
 
 PAGE = RESULTS / "published.md"

@@ -17,7 +17,8 @@ from data_shards.command_line.parsing import parse_subcommand
 from data_shards.config import MIB
 from data_shards.errors import exit_on_error
 from data_shards.format.index import HEADER_FILE
-from data_shards.sources import SOURCES, Source
+from data_shards.sources.base import Source
+from data_shards.sources.registry import SOURCES
 from data_shards.storage.store import Store
 from data_shards.writing.process_pool import usable_cpus
 from data_shards.writing.shard_plan import WriteOptions

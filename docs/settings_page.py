@@ -20,7 +20,7 @@ from pipeline.command_line.arguments import DEFAULT_PRESET
 from pipeline.config import RunConfig
 from pipeline.losses.registry import LOSSES
 from pipeline.plan import Request as PlanRequest
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 
 PAGE = Path(__file__).parent / "reference" / "settings.md"
 _HEAD = """\

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
 from data_shards.config import INDEXED_ONLY, SAME_SAMPLES, StreamConfig
-from data_shards.sources import generated_sources
+from data_shards.sources.registry import generated_sources
 from data_shards.storage.store import Store
 from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.text import unprintable

@@ -33,7 +33,7 @@ from pipeline.planner.calibration import Measured
 from pipeline.planner.estimate import Estimate, estimate, trials, weights_of, with_increment
 from pipeline.planner.step_time import Device, device_of
 from pipeline.planner.verify_time import GFLOPS, Verification, verification
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 from pipeline.training.data import Samples, open_samples
 
 _PROG = "python -m pipeline.plan"

@@ -24,7 +24,7 @@ from pipeline.driver.monitor import RunMonitor
 from pipeline.driver.preflight import prepare
 from pipeline.driver.session import run_session
 from pipeline.errors import REFUSALS, PipelineError, ProcessDiedError, RunFailedError
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 from pipeline.resilience.oom import fit_here, fit_in_memory
 from pipeline.resilience.signals import StopSignal
 from pipeline.run.config_file import to_yaml

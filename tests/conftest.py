@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest_randomly
 import torch
+from hypothesis import HealthCheck, settings
 
 LONGEST = Path(__file__).parent / "end_to_end"
 LONG = {"distributed", "integration", "ray"}
@@ -18,6 +19,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+# A loaded machine is slow.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 def _seed_torch(seed: int) -> None:

@@ -12,7 +12,7 @@ from data_shards.command_line.catalogue import settings
 from jobs.gate import NOT_PROMOTED
 from jobs.scheduling.claims import REFUSED_CODE, STOPPED_CODES
 from pipeline.config import RunConfig
-from pipeline.presets import PRESETS, run_preset
+from pipeline.presets.registry import PRESETS, run_preset
 from pipeline.resilience.hang_detector import HUNG
 from pipeline.run import layout
 

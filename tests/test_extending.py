@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from data_shards import write
 from data_shards.config import StreamConfig
 from data_shards.format.index import load_index
-from data_shards.sources import SOURCES
 from data_shards.sources.base import TEST, VALIDATION, Source, encode_png, hold_out
+from data_shards.sources.registry import SOURCES
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream
@@ -125,7 +125,7 @@ def test_a_loss_is_one_file_and_one_line(monkeypatch):
     assert losses[-1] < losses[0]
 
 
-# A data source: data_shards/sources/SOURCE.py, and a line of data_shards/sources/__init__.py.
+# A data source: data_shards/sources/SOURCE.py, and a line of data_shards/sources/registry.py.
 
 
 def stripes(*, samples: int = 60, size: int = 8) -> Source:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_shards.untrusted.limits import PREFIX, Limits
-from pipeline.presets import PRESETS
+from pipeline.presets.registry import PRESETS
 from pipeline.resilience.hang_detector import _WAITING
 
 ROOT = Path(__file__).resolve().parents[1]

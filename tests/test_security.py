@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 from pipeline.pretrain import parse
 from tests.harness import run_command
 from tests.mlflow_database import empty_database

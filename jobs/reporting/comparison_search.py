@@ -9,7 +9,7 @@ from jobs.evaluation.sample_records import EvaluationError
 from model.networks.registry import parameter_count
 from pipeline.config import RunConfig, replaced, value_of
 from pipeline.errors import PipelineError
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

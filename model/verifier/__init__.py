@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from model.verifier.families import family_of
+from model.verifier.families.registry import family_of
 from model.verifier.refusal import RefusalError, UnsupportedError
 
 

@@ -9,7 +9,8 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 
-from model.verifier import families
+from model.verifier.families.base import Family
+from model.verifier.families.registry import family_of
 from model.verifier.files import (
     LARGEST_JSON,
     Body,
@@ -84,7 +85,7 @@ class Weights(Mapping[str, Tensor]):
         return self._entries[name].sha256
 
 
-def read_artifact(folder: str, body: Body) -> tuple[type[families.Family], Body, Weights]:
+def read_artifact(folder: str, body: Body) -> tuple[type[Family], Body, Weights]:
     """Family, configuration and tensors, after comparing all digests of both files.
 
     Args:
@@ -94,7 +95,7 @@ def read_artifact(folder: str, body: Body) -> tuple[type[families.Family], Body,
     place = beside(folder, "artifact.json")
     info = parse_object(read_bytes(place, LARGEST_JSON), place)
     agree(info.get("schema_version"), 2, f"{place}: schema_version")
-    family, config = families.family_of(take(info, "network", dict, place), f"{place}: network")
+    family, config = family_of(take(info, "network", dict, place), f"{place}: network")
     for name in ("native_input_shape", "network_input_shape"):
         agree(info.get(name), body["native_shape"], f"{place}: {name}")
     agree(info.get("norm"), family.norm, f"{place}: norm")

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, cast
 
-from model.verifier.families import FAMILIES, family_of
 from model.verifier.families.base import Shapes
 from model.verifier.families.liresnet import LiResNet
 from model.verifier.families.liresnet_layers import Layer, patches
+from model.verifier.families.registry import FAMILIES, family_of
 from model.verifier.families.soc_layers import convolutions, is_matrix
 from model.verifier.mathematics.free_convolution import STEPS, WHOLE
 from model.verifier.mathematics.mlp_head import PAIRS_WORK

@@ -15,8 +15,8 @@ from data_shards.untrusted.terminal import PlainConsole
 from pipeline.config import RunConfig, replaced
 from pipeline.errors import NoEffectError, PipelineError
 from pipeline.losses.registry import LOSSES, another_loss, option_names, require_options
-from pipeline.presets import run_preset
 from pipeline.presets.fit_to_data import fitted
+from pipeline.presets.registry import run_preset
 from pipeline.run import layout
 from pipeline.run.config_file import newest_run, read_file, stored_config
 from pipeline.run.ray_submission import default_storage

@@ -21,7 +21,7 @@ from model.networks.registry import FAMILIES
 from pipeline.command_line.arguments import DEFAULT_PRESET, take_preset
 from pipeline.config import RunConfig
 from pipeline.losses.registry import LOSSES
-from pipeline.presets import PRESETS, run_preset
+from pipeline.presets.registry import PRESETS, run_preset
 
 PROG = "python -m pipeline.pretrain"
 _ANY_WIDTH = 1000

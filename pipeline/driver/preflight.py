@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from data_shards.sources import SOURCES
+from data_shards.sources.registry import SOURCES
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from model.artifact.release import release

@@ -2,7 +2,7 @@ import pytest
 
 from benchmarks import published
 from model.certification.eps import eps_value
-from pipeline.presets import PRESETS, run_preset
+from pipeline.presets.registry import PRESETS, run_preset
 
 
 def record(preset, seed, clean, *certified):

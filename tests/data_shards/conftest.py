@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from data_shards.format.index import load_index
-from data_shards.sources import digits, synthetic
+from data_shards.sources.digits import digits
+from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from tests.faulty_proxy import FaultyProxy

@@ -13,7 +13,7 @@ from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
 from data_shards.format import decode, image_pixels
 from data_shards.format.index import load_index
-from data_shards.sources import synthetic
+from data_shards.sources.synthetic import synthetic
 from data_shards.streaming.sample_reader import read_shard
 from data_shards.streaming.sampler import RANDAUGMENT, Cursor, Span, position_words
 from data_shards.streaming.stream import SampleStream

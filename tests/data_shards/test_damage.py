@@ -21,7 +21,7 @@ from PIL import Image
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
 from data_shards.format.index import load_index
-from data_shards.sources import synthetic
+from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store
 from data_shards.streaming.corruption_log import CorruptionLog
 from data_shards.streaming.sampler import Cursor

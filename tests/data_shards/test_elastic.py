@@ -5,12 +5,12 @@ import uuid
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_shards.config import StreamConfig
 from data_shards.format.index import load_index
-from data_shards.sources import synthetic
+from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import ORDER, Cursor
 from data_shards.streaming.stream import SampleStream
@@ -108,7 +108,6 @@ any_history = given(
     ),
     st.sampled_from([{}, {"cache_bytes": 1 << 20}, {"read_ahead_bytes": 150_000}]),
 )
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def goes_on(index, seed, history, fields):
@@ -122,14 +121,14 @@ def goes_on(index, seed, history, fields):
     assert seen == expected
 
 
-@settings(unhurried, max_examples=3)
+@settings(max_examples=3)
 @any_history
 def test_any_history_of_interruptions_gives_one_sequence(index, seed, history, fields):
     goes_on(index, seed, history, fields)
 
 
 @pytest.mark.slow
-@settings(unhurried, max_examples=100)
+@settings(max_examples=100)
 @any_history
 def test_a_hundred_histories_of_interruptions_give_one_sequence(index, seed, history, fields):
     goes_on(index, seed, history, fields)

@@ -285,7 +285,7 @@ def test_members_that_are_not_sorted_are_said_to_be_so(tmp_path):
         make(tmp_path, "--split", "train=a.tar", out=tmp_path / "index")
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.text(alphabet="ab./é ", min_size=1, max_size=12))
 def test_a_name_is_split_as_webdataset_does(name):
     """But hidden files have no key; there they would be samples called like their folder."""

@@ -5,7 +5,7 @@ import pytest
 
 from data_shards.errors import ShardError
 from data_shards.format.index import load_index
-from data_shards.sources import digits
+from data_shards.sources.digits import digits
 from data_shards.storage.store import Store
 from data_shards.verify import main as verify_main
 from data_shards.verify import verify

@@ -24,7 +24,7 @@ def order(shard_samples=(30, 31, 29, 30), seed=0, lanes=4, window=8, **fields):
     return EpochOrder(shard_samples, seed=seed, lanes=lanes, window=window, **fields)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(counts, seeds, st.integers(0, 2**40), st.integers(1, 9), st.integers(1, 50))
 def test_epoch_is_a_permutation_with_bounded_displacement(shards, seed, epoch, lanes, window):
     plan = EpochOrder(shards, seed=seed, lanes=lanes, window=window)
@@ -70,7 +70,7 @@ def test_small_set_is_shuffled_uniformly():
     assert len(set(firsts)) == 20
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(counts, seeds, st.integers(1, 12), st.data())
 def test_batches_do_not_depend_on_the_number_of_ranks(shards, seed, eighths, data):
     total, batch = sum(shards), 8 * eighths

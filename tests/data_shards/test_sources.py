@@ -9,9 +9,10 @@ from sklearn.svm import SVC
 
 from data_shards.errors import ShardError
 from data_shards.format.decode import decode_image
-from data_shards.sources import digits, synthetic
 from data_shards.sources.base import VALIDATION, hold_out
 from data_shards.sources.convert import image_extension
+from data_shards.sources.digits import digits
+from data_shards.sources.synthetic import synthetic
 
 
 def decoded(source):

@@ -5,13 +5,13 @@ import threading
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
 from data_shards.format.index import load_index
-from data_shards.sources import synthetic
+from data_shards.sources.synthetic import synthetic
 from data_shards.streaming import fetcher
 from data_shards.streaming.sample_reader import read_shard
 from data_shards.streaming.sampler import Cursor
@@ -84,7 +84,7 @@ def test_the_same_batches_for_any_number_of_ranks(small, config):
             assert all(part.cursor_after == batch.cursor_after for part in parts)
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15)
 @given(st.integers(0, 11), st.sampled_from([0, 1 << 20]), st.sampled_from([5, 16, 130]))
 def test_resume_anywhere_is_exact(small, stop, cache, batch):
     config = StreamConfig(cache_bytes=cache, shift_pixels=1)

@@ -11,7 +11,7 @@ from data_shards.format import index as index_module
 from data_shards.format import shard_scan
 from data_shards.format.index import load_index
 from data_shards.format.shard_scan import HashedFile
-from data_shards.sources import synthetic
+from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store
 from data_shards.verify import main as verify_main
 from data_shards.verify import verify

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from data_shards.sources import digits
+from data_shards.sources.digits import digits
 from data_shards.write import write_shard_set
 from tests.end_to_end.chaos_run import (
     INTERVAL,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from data_shards.sources import digits
+from data_shards.sources.digits import digits
 from data_shards.write import write_shard_set
 from tests.end_to_end.conftest import ROOT
 from tests.mlflow_database import empty_database

@@ -19,7 +19,7 @@ from pipeline.config import CheckpointConfig, ClusterConfig
 from pipeline.driver import preflight
 from pipeline.errors import PipelineError
 from pipeline.planner import environment_checks
-from pipeline.presets import PRESETS, run_preset
+from pipeline.presets.registry import PRESETS, run_preset
 from pipeline.resilience import hang_detector
 from pipeline.resilience.device_progress import DeviceProgress, collectives_begun
 from pipeline.resilience.hang_detector import HangDetector

@@ -1,6 +1,6 @@
 import pytest
 
-from data_shards.sources import synthetic
+from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from model.artifact.artifact import write_artifact

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from data_shards.format.decode import decode_image
-from data_shards.sources import synthetic
+from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import evaluate

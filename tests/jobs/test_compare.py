@@ -26,7 +26,7 @@ from jobs.reporting.comparison_report import comparison_png
 from jobs.reporting.comparison_search import search_space
 from jobs.reporting.comparison_training import RunRequest
 from model.networks.registry import FAMILIES, parameter_count
-from pipeline.presets import PRESETS, run_preset
+from pipeline.presets.registry import PRESETS, run_preset
 from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.tracking.client import connect
 

@@ -13,7 +13,7 @@ from jobs.evaluation.sample_records import EvaluationError
 from jobs.gate import NOT_PROMOTED, main
 from jobs.registry import promotion
 from jobs.registry.certificate_bundle import CertificateBundle
-from model.verifier.families import FAMILIES
+from model.verifier.families.registry import FAMILIES
 from pipeline.tracking.client import TrackingConfig
 from pipeline.tracking.model_registry import Registry, RegistryError
 from tests.jobs.gated import Gated

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import pytest
 
-from data_shards.sources import synthetic
+from data_shards.sources.synthetic import synthetic
 from data_shards.write import write_shard_set
 from jobs.report import main
 from jobs.reporting import verify_page

@@ -9,8 +9,8 @@ from model.networks.init import initial_kind, initial_value
 from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network, parameter_count
 from optim.manifolds import ORTHOGONAL, manifold_of
-from pipeline.presets import run_preset
 from pipeline.presets.lipnext import PRESETS
+from pipeline.presets.registry import run_preset
 from tests.model.small_networks import tiny_config, trained_like
 
 COUNTS = {

@@ -9,8 +9,8 @@ from model.errors import ModelError
 from model.networks.liresnet.bronet import BRONetConfig
 from model.networks.liresnet.liresnet import LiResNetConfig
 from model.networks.registry import build_network, parameter_count
-from pipeline.presets import run_preset
 from pipeline.presets.liresnet import PRESETS
+from pipeline.presets.registry import run_preset
 from tests.model.small_networks import trained_like
 
 SMALL = {

@@ -53,7 +53,7 @@ def exact_norm(a):
         return mpmath.ldexp(max(values), exponent)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     kind=st.sampled_from(KINDS),
     rows=st.integers(1, 5),

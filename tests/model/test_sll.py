@@ -13,7 +13,7 @@ from model.networks.sll.aol import AolConfig
 from model.networks.sll.layers import AlmostOrthogonal, Residual, max_min
 from model.networks.sll.network import SllConfig
 from model.networks.sll.scaling import gram, norm_bound, norm_estimate, row_sums
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 from tests.model.small_networks import trained_like
 
 SMALL = {"input_shape": (1, 4, 4), "num_classes": 3}

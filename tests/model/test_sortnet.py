@@ -17,7 +17,7 @@ from model.networks.linf.distance import Subsets
 from model.networks.linf.groupsort import GroupSortConfig, bounded_rows, group_sort, row_distances
 from model.networks.linf.sortnet import SampledCentering, SortNetConfig
 from model.networks.registry import build_network, parameter_count
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 from tests.model.small_networks import trained_like
 
 SMALL: dict[str, Any] = {"input_shape": (2, 3, 3), "num_classes": 4}

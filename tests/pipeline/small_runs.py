@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from data_shards.sources import digits
+from data_shards.sources.digits import digits
 from data_shards.write import write_shard_set
 from model.networks.lipnext.config import LipNeXtConfig
 from optim.config import OptimConfig

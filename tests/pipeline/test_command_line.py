@@ -7,7 +7,7 @@ import yaml
 
 import docs.settings_page
 from data_shards.command_line.catalogue import settings
-from data_shards.sources import digits
+from data_shards.sources.digits import digits
 from data_shards.write import write_shard_set
 from jobs import predict, report, schedule
 from pipeline import plan
@@ -17,7 +17,7 @@ from pipeline.driver import preflight
 from pipeline.errors import NoEffectError, PipelineError
 from pipeline.losses.offset import OffsetLoss
 from pipeline.losses.registry import LOSSES
-from pipeline.presets import PRESETS, run_preset
+from pipeline.presets.registry import PRESETS, run_preset
 from pipeline.pretrain import main, parse
 from pipeline.run.config_file import to_yaml, tomllib
 from tests.pipeline.prepared import prepare

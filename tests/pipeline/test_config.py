@@ -15,7 +15,7 @@ from pipeline.config import (
     flatten,
 )
 from pipeline.errors import PipelineError
-from pipeline.presets import PRESETS, run_preset
+from pipeline.presets.registry import PRESETS, run_preset
 from pipeline.run.step_schedule import make_step_schedule
 from tests.pipeline.small_runs import small_run
 

@@ -16,7 +16,7 @@ from pipeline.config import RESERVED_NAMES
 from pipeline.driver.console import RunConsole
 from pipeline.driver.preflight import _continue, _run_key
 from pipeline.errors import PipelineError
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 from pipeline.resilience.oom import too_large
 from pipeline.resilience.rollback import read_gaps
 from pipeline.run import layout

@@ -17,7 +17,7 @@ from optim.config import OptimConfig
 from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
 from pipeline.config import RunConfig
-from pipeline.presets import PRESETS, run_preset
+from pipeline.presets.registry import PRESETS, run_preset
 from pipeline.run.worker_spec import WorkerSpec
 from pipeline.training.schedules import StepContext
 from pipeline.training.worker import build_engine, run_rank

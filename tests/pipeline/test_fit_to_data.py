@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from data_shards.errors import ShardError
-from data_shards.sources import imagefolder_set, synthetic
+from data_shards.sources.imagefolder import imagefolder_set
+from data_shards.sources.synthetic import synthetic
 from data_shards.write import write_shard_set
 from model.networks.lipnext.config import LipNeXtConfig
 from pipeline.errors import PipelineError

@@ -17,7 +17,7 @@ from pipeline.driver.event_log import EventLog
 from pipeline.driver.monitor import RunMonitor
 from pipeline.driver.usage import UsageMetrics
 from pipeline.planner.meta_step import training_flops
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 from pipeline.run.events import (
     CheckpointFailed,
     CheckpointSaved,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_shards.errors import ShardError
-from data_shards.sources import digits
+from data_shards.sources.digits import digits
 from data_shards.storage import retry
 from data_shards.writing.writer import write_shard_set
 from pipeline.presets import fit_to_data

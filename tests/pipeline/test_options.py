@@ -13,7 +13,7 @@ from pipeline.losses.hinge import MixtureLoss
 from pipeline.losses.offset import OffsetLoss
 from pipeline.losses.registry import LOSSES, option_names
 from pipeline.plan import parse as parse_plan
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 from pipeline.pretrain import parse
 from tests.pipeline.small_runs import small_run
 

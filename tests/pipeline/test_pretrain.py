@@ -9,7 +9,8 @@ import torch
 
 import pipeline.launch.ray_launcher
 import pipeline.training.zero3
-from data_shards.sources import digits, synthetic
+from data_shards.sources.digits import digits
+from data_shards.sources.synthetic import synthetic
 from data_shards.write import write_shard_set
 from pipeline.config import changes, decides_result
 from pipeline.errors import NoEffectError

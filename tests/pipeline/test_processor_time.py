@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.config import CheckpointConfig, ClusterConfig, TrainConfig, replaced
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 from pipeline.run.step_schedule import make_step_schedule
 from pipeline.training import processor_time
 from pipeline.training.hooks import Record

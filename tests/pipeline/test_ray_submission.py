@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import pipeline.driver.preflight
-from data_shards.sources import digits
+from data_shards.sources.digits import digits
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from pipeline.errors import PipelineError

@@ -1,7 +1,7 @@
 """Which checkpoints go: by hand, by properties, and in a folder."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_shards.storage.store import Store
@@ -52,7 +52,6 @@ def test_what_might_be_the_best_stays_within_the_budget():
     assert surplus(found, CheckpointConfig(keep_last=1, budget_gb=1.5)) == [10, 20]
 
 
-@settings(deadline=None)  # a loaded machine is slow
 @given(
     st.sets(st.integers(1, 60), min_size=1),
     st.integers(0, 6),

@@ -12,7 +12,7 @@ from pipeline.config import ClusterConfig, RunConfig
 from pipeline.driver.system_metrics import SystemMetrics
 from pipeline.driver.usage import UsageMetrics
 from pipeline.planner.meta_step import training_flops
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 from pipeline.run.events import Metrics, Started
 from pipeline.training import device_peak
 from pipeline.training.device_peak import measured_flops, peak_flops

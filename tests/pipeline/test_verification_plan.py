@@ -9,14 +9,14 @@ import pytest
 from pydantic import TypeAdapter
 
 from model.networks.registry import build_network
-from model.verifier.families import family_of
+from model.verifier.families.registry import family_of
 from model.verifier.mathematics.arithmetic import PROGRAMS, VERIFIER
 from model.verifier.mathematics.matrix_bounds import bounds_of_matrix
 from model.verifier.operation_counts import bounds_work, gram_iteration, image_work
 from pipeline.errors import PipelineError
 from pipeline.plan import parse
 from pipeline.planner.verify_time import verification
-from pipeline.presets import run_preset
+from pipeline.presets.registry import run_preset
 
 
 class Counting(np.ndarray):

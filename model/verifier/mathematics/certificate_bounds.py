@@ -8,8 +8,8 @@ from multiprocessing import get_context
 import numpy as np
 
 from model.verifier.artifact import Weights
-from model.verifier.families import FAMILIES
 from model.verifier.families.base import Family
+from model.verifier.families.registry import FAMILIES
 from model.verifier.files import Body
 from model.verifier.mathematics.arithmetic import ROUND_UP
 from model.verifier.mathematics.matrix_bounds import MatrixBounds

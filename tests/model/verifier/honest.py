@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from data_shards.sources import synthetic
+from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import main as evaluate
@@ -22,8 +22,8 @@ from model.certify import ProvedCertifier, certify, image_norms
 from model.networks.base import CertifiedNetwork
 from model.networks.config import NetworkConfig
 from model.networks.registry import build_network
-from model.verifier.families import family_of
 from model.verifier.families.base import Family
+from model.verifier.families.registry import family_of
 from model.verifier.mathematics.certificate_bounds import check_bounds
 from model.verifier.samples import check_batch
 from tests.model.certificate_maker import Case

@@ -11,7 +11,7 @@ import torch
 from model.errors import ModelError
 from model.networks.registry import build_network
 from model.verifier import supported
-from model.verifier.families import FAMILIES
+from model.verifier.families.registry import FAMILIES
 from model.verifier.mathematics.convolution import adjoint, convolve
 from model.verifier.mathematics.free_convolution import observed_norm
 from model.verifier.refusal import DisagreementError, RefusalError

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_shards.sources import digits, synthetic
+from data_shards.sources.digits import digits
+from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import main as evaluate
