@@ -40,7 +40,9 @@ def test_every_part_leaves_what_it_said_and_how_it_ended(day):
     assert [row["ended"] for row in day.rows()][-1] == "not run"
 
 
-def test_the_same_command_goes_on_with_what_has_no_result(day):
+def test_the_same_command_goes_on_with_what_has_no_result(tmp_path):
+    day = Day(tmp_path, "cpu", STANDING_IN)
+    day.run(["bad"], 60)
     before = day.results()["bad"]
     day.run([], 60)
     assert day.results()["last"]["said"] == "at the end\n"
