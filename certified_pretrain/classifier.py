@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_shards.storage.store import Store
 from jobs.prediction.predictor import SoundNetwork, artifact_url
-from model.artifact.artifact import read_artifact, write_artifact
+from model.artifact.artifact import DESCRIPTION, read_artifact, write_artifact
 from model.attacks import apgd
 from model.certification.eps import eps_value
 from model.errors import ModelError
@@ -77,6 +77,11 @@ class CertifiedClassifier:
         self.network = _copy(network)
         self.class_names = tuple(class_names)
         self._sound = SoundNetwork(_copy(self.network))
+
+    def __repr__(self) -> str:
+        network, shape = self.network, "x".join(map(str, self.input_shape))
+        facts = f"images {shape}, {network.num_classes} classes, {self.norm}"
+        return f"<{type(self).__name__}: {network.configuration.kind}, {facts}>"
 
     @property
     def norm(self) -> Norm:
@@ -194,7 +199,10 @@ def load(artifact: str | Path) -> CertifiedClassifier:
         ModelError: the artifact is damaged, or nothing can be proved of it.
         FileNotFoundError: there is none.
     """
-    read = read_artifact(Store(artifact_url(str(artifact))).open)
+    place = Store(artifact_url(str(artifact)))
+    if not place.exists(DESCRIPTION):
+        raise FileNotFoundError(f"{place} is neither a model artifact nor a run that has one")
+    read = read_artifact(place.open)
     return CertifiedClassifier(read.network, read.info.class_names)
 
 
@@ -222,4 +230,10 @@ def _copy(network: CertifiedNetwork) -> CertifiedNetwork:
 
 
 def _tensor(images: Images) -> Tensor:
-    return torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+    if isinstance(images, np.ndarray):
+        return torch.from_numpy(images)
+    if not isinstance(images, Tensor):
+        raise ModelError(
+            f"images are a {type(images).__name__}; needed: a tensor or array (B, C, H, W) of uint8"
+        )
+    return images

@@ -29,11 +29,11 @@ class Evaluation:
 
     norm: str
     """Norm of the radii."""
-    label: Tensor
+    label: Tensor = dataclasses.field(repr=False)
     """True classes, int64."""
-    prediction: Tensor
+    prediction: Tensor = dataclasses.field(repr=False)
     """Classes, int64."""
-    radius: Tensor
+    radius: Tensor = dataclasses.field(repr=False)
     """Certified radius of the prediction, right or wrong; float64, pixels in [0, 1]."""
     cra: dict[str, float]
     """Certified robust accuracy by eps: share of the samples whose prediction is right and whose

@@ -8,18 +8,20 @@ import dataclasses
 import inspect
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from data_shards.command_line.parsing import parse_subcommand
 from data_shards.config import MIB
 from data_shards.errors import exit_on_error
-from data_shards.format.index import HEADER_FILE
+from data_shards.format.index import HEADER_FILE, ShardIndex, named_classes
 from data_shards.sources.base import Source
 from data_shards.sources.registry import SOURCES
 from data_shards.storage.store import Store
+from data_shards.untrusted.text import printable
 from data_shards.writing.process_pool import usable_cpus
 from data_shards.writing.shard_plan import WriteOptions
 from data_shards.writing.write_report import REPORT_FILE, reported
@@ -27,6 +29,7 @@ from data_shards.writing.writer import write_shard_set
 
 __all__ = ["main", "write_shard_set"]
 
+_NAMED = 3
 _SMALL_SET = 20_000  # images; one process is done before others have started
 
 
@@ -76,8 +79,23 @@ def _write(source: Source, output: Output) -> None:
     sys.stdout.write(
         f"{store}: {what}: {counts} samples in {len(index.shards)} shards, digest {index.digest}\n"
     )
+    for line in _remarks(index):
+        sys.stdout.write(f"{store}: {line}\n")
     if store.exists(REPORT_FILE):
         sys.stdout.write(reported(store))
+
+
+def _remarks(index: ShardIndex) -> Iterator[str]:
+    """The size of the stored test images, and classes of which a split has none."""
+    if shape := index.stored_shape("test"):
+        yield f"test images are stored as {'x'.join(map(str, shape))}"
+    names = named_classes(index.header) or tuple(map(str, range(index.header.num_classes)))
+    for split in ("train", "test"):
+        counts = np.bincount(index.rows.label[index.select(split)], minlength=len(names))
+        lacking = [printable(names[label]) for label in np.flatnonzero(counts == 0)]
+        if lacking and counts.any():
+            more = ", ..." * (len(lacking) > _NAMED)
+            yield f"no {split} image in {len(lacking)} classes: {', '.join(lacking[:_NAMED])}{more}"
 
 
 def _subcommand(make: Callable[..., Source]) -> Callable[..., None]:

@@ -162,8 +162,8 @@ def write(config: CompareConfig, systems: Sequence[System]) -> str:
         metrics=metrics,
         artifacts=files,
     )
-    command, path = ui_command(config.store().uri, run)
-    return f"{page}\nFiles: `{out}`. In MLflow: `{command}`, then `{path}`\n"
+    command, address = ui_command(config.store().uri, run)
+    return f"{page}\nFiles: `{out}`. In MLflow: `{command}`, then `{address}`\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -169,8 +169,8 @@ def main(
         store = record_store(config, artifact_info(config.artifact), summary)
         run = record(replace(config, tracking=store), summary)
         if run is not None:
-            command, path = ui_command(store.uri, run)
-            console.print(f"MLflow: {command}\n  then open {path}", soft_wrap=True)
+            command, address = ui_command(store.uri, run)
+            console.print(f"MLflow: {command}\n  then open {address}", soft_wrap=True)
         return 0
 
     package = (EvaluationError, ShardError, ModelError, ExposureError)

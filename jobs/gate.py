@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from data_shards.command_line.parsing import parse_subcommand
@@ -88,9 +87,10 @@ def _promote(
     registry = Registry(tracking)
     found = promotion.promote(registry, model, number=version, against=against, sample=sample)
     _say(f"{found.candidate}: {'promoted' if found.promoted else 'NOT promoted'}; {found.reason}")
-    command, path = ui_command(tracking.uri, found.run)
+    command, address = ui_command(tracking.uri, found.run)
     _say(
-        f"evidence: {promotion.DECISION} of run {found.run.run_id}\n  {command}\n  then open {path}"
+        f"evidence: {promotion.DECISION} of run {found.run.run_id}\n  {command}\n"
+        f"  then open {address}"
     )
     return 0 if found.promoted else NOT_PROMOTED
 
@@ -122,8 +122,7 @@ def _status(model: Name, tracking: TrackingConfig) -> int:
     rule = promotion.rule_of(registry, model)
     table = Table(title=f"{model}: {rule.metric}, alpha {rule.alpha:g}, gain >= {rule.min_gain:g}")
     for column in ("version", "alias", "step", "data", "samples", "CRA", "certificate", "decision"):
-        # What decides is never cut; a narrow terminal wraps the rest.
-        table.add_column(column, no_wrap=column in ("version", "alias", "decision"), min_width=3)
+        table.add_column(column, no_wrap=True)
     for version in registry.versions(model):
         tags = version.tags
         share = tags.get(rule.metric)
@@ -137,7 +136,7 @@ def _status(model: Name, tracking: TrackingConfig) -> int:
             tags.get("certificate_digest", "none")[:12],
             tags.get("gate.decision", "not judged"),
         )
-    _console().print(table)
+    _console().print_whole(table)
     champion = registry.aliased(model, promotion.CHAMPION)
     if champion and "gate.promotion_run" not in champion.tags:
         _say(f"WARNING: {champion} is champion, but the gate never promoted it")
@@ -169,7 +168,7 @@ def _share(share: str | None, samples: str | None) -> str:
         return "?"
 
 
-def _console() -> Console:
+def _console() -> PlainConsole:
     return PlainConsole()
 
 

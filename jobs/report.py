@@ -227,7 +227,7 @@ def _link(uri: str, run: TrackedRun) -> str | None:
     """Address of a run in the UI; None where the store has no server."""
     if uri.startswith("sqlite:"):
         return None
-    return uri + ui_command(uri, RunReference(run.experiment_id, run.run_id))[1]
+    return ui_command(uri, RunReference(run.experiment_id, run.run_id))[1]
 
 
 if __name__ == "__main__":

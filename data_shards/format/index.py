@@ -272,7 +272,10 @@ def load_header(store: Store) -> Header:
         stated = fields.pop("digest")
         version = fields["schema_version"]
     except FileNotFoundError as error:
-        raise ShardError(f"no shard set at {store}: there is no {HEADER_FILE}") from error
+        raise ShardError(
+            f"no shard set at {store}: there is no {HEADER_FILE}; python -m data_shards.write "
+            "makes one, of a folder of images as well"
+        ) from error
     except OSError as error:
         raise ShardError(f"cannot read the index of a shard set: {error}") from error
     except UntrustedError as error:

@@ -188,7 +188,10 @@ def _beside(part: Listing) -> NotTaken:
 def _no_images(store: Store, folder: str, listing: Listing) -> str:
     causes = Counter(cause for _, cause in listing.not_taken).most_common()
     found = "".join(f"; {count} entries: {cause}" for cause, count in causes)
-    return f"{store}/{printable(folder)} has no images ({', '.join(EXTENSIONS)}){found}"
+    return (
+        f"{store}/{printable(folder)} has no images ({', '.join(EXTENSIONS)}){found}; a folder of "
+        "the source is a class: give it images or remove it"
+    )
 
 
 def _class_names(store: Store, places: list[_Place]) -> tuple[str, ...]:

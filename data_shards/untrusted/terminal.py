@@ -8,6 +8,8 @@ from rich.segment import Segment
 
 from data_shards.untrusted.text import printable
 
+_ANY_WIDTH = 1000
+
 
 class PlainConsole(Console):
     """A console without markup, on which no text can move the cursor or hide another one.
@@ -17,6 +19,16 @@ class PlainConsole(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "highlight": False, "emoji": False, **options})
+
+    def print_whole(self, table: RenderableType) -> None:
+        """Print a table with nothing of it cut, also into a pipe and on a narrow terminal."""
+        needed = self.measure(table, options=self.options.update(max_width=_ANY_WIDTH)).maximum
+        own = self.width
+        self.width = max(own, needed)
+        try:
+            self.print(table)
+        finally:
+            self.width = own
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

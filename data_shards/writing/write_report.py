@@ -82,6 +82,7 @@ def report(
         "duplicates": {
             "count": len(duplicates[0]),
             "between_splits": int((source.test[originals] & ~source.test[found]).sum()),
+            "between_classes": int((source.labels[originals] != source.labels[found]).sum()),
             "dropped": dropped,
             "first": [
                 {"key": f"{number:08d}", "name": source.name_of(number),
@@ -172,8 +173,9 @@ def _summary(content: dict[str, Any]) -> str:
     """Count in one line what was left out and found twice, and name the first ones."""
     undecodable, duplicates = content["undecodable"], content["duplicates"]
     fate = "left out" if duplicates["dropped"] else "kept"
-    between = duplicates.get("between_splits", 0)
-    shared = f", of which {between} between train and test" if between else ""
+    pairs = {"train and test": "between_splits", "classes": "between_classes"}
+    counts = {what: duplicates.get(key, 0) for what, key in pairs.items()}
+    shared = "".join(f", of which {n} between {what}" for what, n in counts.items() if n)
     not_taken = content.get("not_taken", {})  # sets written before have none
     return (
         f"{undecodable['count']} undecodable{_in_brackets(undecodable['causes'])}"

@@ -184,7 +184,10 @@ def promote(
     rule = rule_of(registry, name)
     candidate = registry.version(name, number) if number else registry.aliased(name, CANDIDATE)
     if candidate is None:
-        raise RegistryError(f"registered model {name!r} has no alias {CANDIDATE!r}")
+        raise RegistryError(
+            f"registered model {name!r} has no alias {CANDIDATE!r}; python -m jobs.gate candidate "
+            f"{name} EVALUATION registers one"
+        )
     champion = registry.aliased(name, CHAMPION)
     if champion and champion.number == candidate.number:
         raise RegistryError(f"{candidate} is the champion already")

@@ -24,7 +24,6 @@ from pipeline.losses.registry import LOSSES
 from pipeline.presets.registry import PRESETS, run_preset
 
 PROG = "python -m pipeline.pretrain"
-_ANY_WIDTH = 1000
 OFTEN = (
     "data.shards",
     "data.train_split",
@@ -129,10 +128,7 @@ def show_presets() -> None:
     for name in sorted_presets():
         table.add_row(*preset_row(name))
     console = PlainConsole()
-    # A name is never cut: in a pipe, which has no width, and in a narrow terminal.
-    needed = console.measure(table, options=console.options.update(max_width=_ANY_WIDTH)).maximum
-    console.width = max(console.width, needed)
-    console.print(table)
+    console.print_whole(table)
 
 
 def sorted_presets() -> list[str]:

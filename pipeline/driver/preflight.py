@@ -45,6 +45,8 @@ from pipeline.training.schedules import step_context
 from pipeline.training.zero3 import require_precision
 
 _KEY = re.compile(rb"[0-9a-f]{32}")
+# MLflow keeps the first value of a parameter, and warns of another one.
+_OF_ONE_EXECUTION = ("resume", "start_or_resume", "wait_for_lease", "extend_to_epochs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,8 @@ class PreparedRun:
     def params(self) -> dict[str, Any]:
         """Parameters of the tracked run: the resolved configuration and the code version."""
         body = TypeAdapter(RunConfig).dump_python(self.job.config, mode="json")
-        return {**flatten(body), "code": self.job.context["code"]}
+        kept = {name: value for name, value in body.items() if name not in _OF_ONE_EXECUTION}
+        return {**flatten(kept), "code": self.job.context["code"]}
 
 
 @contextlib.contextmanager

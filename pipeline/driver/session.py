@@ -74,9 +74,9 @@ def run_session(prepared: PreparedRun, console: Console) -> Iterator[RunMonitor]
     status = "FAILED"
     if evaluations is not None and config.data.selection_split is None:
         display.message(
-            "data.train_split=train holds nothing out: no checkpoint is certified before the end, "
-            f"checkpoint.keep_best={config.checkpoint.keep_best} chooses none, and the newest is "
-            f"certified once, on {config.data.test_split}"
+            f"trains on all training images; the last checkpoint is certified once, on "
+            f"{config.data.test_split} (--data.train-split fit holds some out, and chooses the "
+            "best checkpoint by them)"
         )
     for notice in prepared.notices:
         display.message(as_typed(notice, settings(RunConfig, config)))
@@ -184,7 +184,5 @@ def _show(
     artifacts = f"{local_path(prepared.job.run_url)}/{layout.ARTIFACTS}"
     display.message(f"artifacts:   {artifacts}")
     if tracker.run is not None:
-        command, path = ui_command(prepared.tracking.uri, tracker.run)
-        display.message(
-            f"MLflow UI:   {command}\n             then open http://127.0.0.1:5000{path}"
-        )
+        command, address = ui_command(prepared.tracking.uri, tracker.run)
+        display.message(f"MLflow UI:   {command}\n             then open {address}")

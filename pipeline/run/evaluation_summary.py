@@ -280,7 +280,11 @@ def _lines(summary: EvaluationSummary) -> Iterator[str]:
     yield (
         f"mean certified radius {sound.mean_radius:.4f}; artifact {summary.artifact_digest[:12]}, "
         f"step {summary.step}, largest orthogonality residual "
-        f"{summary.orthogonality_residual:.1e}; cra_deployed is of the {deployed.program} program"
+        f"{summary.orthogonality_residual:.1e}"
+    )
+    yield (
+        f"cra_deployed proves the {deployed.program} program of a server, whose rounding costs "
+        "radius; predictions and the gate go by cra_sound"
     )
     if summary.attack:
         yield _attack_line(summary.attack)

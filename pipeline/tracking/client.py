@@ -168,7 +168,7 @@ def log_comparison(
 
 
 def ui_command(uri: str, run: RunReference) -> tuple[str, str]:
-    """Return the shell command that opens the MLflow UI and the URL path of a run in it."""
+    """Return the shell command that opens the MLflow UI, and the address of a run in it."""
     path = f"/#/experiments/{run.experiment_id}/runs/{run.run_id}?workflowType=machine_learning"
     if uri.startswith("sqlite:"):
         # Job execution off: its helper processes outlive the UI server.
@@ -176,8 +176,8 @@ def ui_command(uri: str, run: RunReference) -> tuple[str, str]:
         python = shlex.quote(sys.executable)  # works without an activated environment
         store = shlex.quote(uri)
         where = f"--backend-store-uri {store} --host 127.0.0.1 --port 5000"
-        return f"{switches} {python} -m mlflow ui {where}", path
-    return f"python -m webbrowser -t {shlex.quote(uri + path)}", path
+        return f"{switches} {python} -m mlflow ui {where}", f"http://127.0.0.1:5000{path}"
+    return f"python -m webbrowser -t {shlex.quote(uri + path)}", uri + path
 
 
 class MlflowConnection:

@@ -157,3 +157,13 @@ def test_the_curve_counts_the_radii_beyond_each_eps(net):
     assert share.tolist() == pytest.approx(expected, abs=1e-12)
     axes = found.plot(matplotlib.figure.Figure().add_subplot())
     assert axes.get_legend().get_texts()[0].get_text().startswith("1/255: ")
+
+
+def test_what_is_no_artifact_and_no_array_is_named(tmp_path, net):
+    with pytest.raises(FileNotFoundError, match="is neither a model artifact nor a run"):
+        cp.load(tmp_path / "nothing")
+    with pytest.raises(ModelError, match="images are a list; needed: a tensor or array"):
+        net.predict([1, 2])
+    shape = "x".join(map(str, net.input_shape))
+    classes = net.network.num_classes
+    assert repr(net) == f"<CertifiedClassifier: lipnext, images {shape}, {classes} classes, l2>"

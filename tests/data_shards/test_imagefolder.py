@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -247,3 +248,14 @@ def test_leaks_are_counted_and_refused(tree, tmp_path, capsys):
     main([*command, str(tmp_path / "c"), "--no-leaks", "--drop-duplicates"])
     header = json.loads((tmp_path / "c" / "index.json").read_text())
     assert (header["splits"]["train"], header["splits"]["test"]) == (5, 25)
+
+
+def test_a_class_that_a_split_lacks_and_an_image_of_two_classes_are_said(tree, tmp_path, capsys):
+    (tree / "single").mkdir()
+    (tree / "single" / "0.png").write_bytes((tree / "cat" / "0.png").read_bytes())
+    command = ["imagefolder", "--source", str(tree), "--hold-out", "0.2", "--uniform"]
+    main([*command, "--test-size", "16", "--out", str(tmp_path / "set")])
+    out = capsys.readouterr().out
+    assert "1 duplicates kept, of which 1 between classes" in out
+    assert re.search(r"no (train|test) image in 1 classes: single\n", out)
+    assert "test images are stored as 3x16x16\n" in out

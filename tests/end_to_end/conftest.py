@@ -108,14 +108,15 @@ def home(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("home")
 
 
-@pytest.fixture(scope="session")
+# Of the package: it would cost a tenth of the machine as long as other tests run.
+@pytest.fixture(scope="package")
 def head(home):
     """The cluster that the README starts."""
     with cluster(home, readme_cluster()[0]) as running:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def submitted_run(head, home) -> Finished:
     """What the README submits, with fewer epochs."""
     _, export, submit = readme_cluster()

@@ -197,6 +197,8 @@ def test_run_folder_is_opened_once_and_resumed_only_unchanged(tmp_path, shards):
     saved = json.loads(prepared.run.read("run.json"))
     assert saved["name"] == "a"
     assert prepared.job.context["shards_url"] == shards.as_uri()
+    # The same in every execution: MLflow keeps the first value of a parameter.
+    assert not {"resume", "start_or_resume", "extend_to_epochs"} & prepared.params().keys()
     with pytest.raises(ValueError, match="give --resume to continue it"):
         prepare(parse(base), world_size=2)
     with pytest.raises(ValueError, match=r"train.seed: 0 -> 1"):

@@ -337,14 +337,14 @@ def test_processes_may_create_the_schema_together(tmp_path):
 
 def test_ui_command(config, tmp_path):
     run = log_evaluation(config, evaluation())
-    command, path = ui_command(config.uri, run)
+    command, address = ui_command(config.uri, run)
     assert f"mlflow ui --backend-store-uri {config.uri} --host 127.0.0.1" in command
     assert "--host 127.0.0.1 --port 5000" in (ROOT / "Makefile").read_text()
-    assert path == (
-        f"/#/experiments/{run.experiment_id}/runs/{run.run_id}?workflowType=machine_learning"
-    )
-    command, _ = ui_command("http://host:5000", run)
-    assert f"http://host:5000{path}" in command
+    path = f"/#/experiments/{run.experiment_id}/runs/{run.run_id}?workflowType=machine_learning"
+    assert address == f"http://127.0.0.1:5000{path}"
+    command, address = ui_command("http://host:5000", run)
+    assert address == f"http://host:5000{path}"
+    assert address in command
 
 
 @pytest.mark.slow
