@@ -64,9 +64,9 @@ PARTS = (
     ),
     Part(
         "optimizer_step", 60, ("-m", "benchmarks.optimizer_step", "--width", "4096", "--matrices",
-                               "2", "--repeats", "2"),
+                               "2", "--repeats", "2", "--drift-steps", "200"),
         ("-m", "benchmarks.optimizer_step", "--width", "64", "--matrices", "1", "--repeats", "1",
-         "--drift-width", "16"),
+         "--drift-width", "16", "--drift-steps", "24"),
     ),
     Part(
         "billion", 90, ("-m", "benchmarks.calibrate", _BILLION, "--out", "{out}/measured.json",
@@ -161,7 +161,7 @@ class Day:
         ]
 
 
-def main(
+def spend(
     out: Path, parts: tuple[str, ...] = (), device: str = "cuda", limit_s: float = 480.0
 ) -> None:
     """Run what has no result yet and write its table.
@@ -179,5 +179,10 @@ def main(
     write_result("gpu_day", day.rows(), notes, folder=folder)
 
 
+def main() -> None:
+    """Run the entry."""
+    tyro.cli(spend, prog="python -m benchmarks.gpu_day")
+
+
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

@@ -12,6 +12,7 @@ import tyro
 from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError, exit_on_error
 from data_shards.format.foreign_scan import Layout
+from data_shards.format.index import split_counts
 from data_shards.storage.store import Store
 from data_shards.writing.foreign_set import IndexOptions, index_foreign_set
 from data_shards.writing.process_pool import usable_cpus
@@ -72,13 +73,12 @@ def _run(
         workers = usable_cpus() if size > _SMALL_SET else 1
     store = Store(out or url)
     found = index_foreign_set(root, shards, store, options, workers=workers, progress=True)
-    counts = ", ".join(f"{count} {split}" for split, count in found.index.header.splits.items())
     for line in found.notes:
         sys.stdout.write(line + "\n")
     what = "index written" if found.written else "already there, unchanged"
     sys.stdout.write(
-        f"{store}: {what}: {counts} samples in {len(found.index.shards)} shards, digest "
-        f"{found.index.digest}\n{reported(store)}"
+        f"{store}: {what}: {split_counts(found.index.header)} samples in "
+        f"{len(found.index.shards)} shards, digest {found.index.digest}\n{reported(store)}"
     )
 
 

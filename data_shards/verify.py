@@ -18,7 +18,7 @@ from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError, exit_on_error
 from data_shards.format.foreign_scan import read_adopted
 from data_shards.format.image_pixels import decoded_shape
-from data_shards.format.index import Rows, Shard, ShardIndex, load_index
+from data_shards.format.index import Rows, Shard, ShardIndex, load_index, split_counts
 from data_shards.format.shard_scan import HashedFile, StoredSample, read_shard_file
 from data_shards.storage.store import Store
 from data_shards.writing.process_pool import Advance, run_tasks, usable_cpus
@@ -193,10 +193,9 @@ def _repair(url: str, workers: int) -> None:
             f"error: {len(result.problems)} faults in the shards of {store}; the index was not "
             "touched. Restore or remove these shards and repair again"
         )
-    counts = ", ".join(f"{count} {split}" for split, count in result.index.header.splits.items())
     sys.stdout.write(
-        f"{store}: index written: {counts} samples in {len(result.index.shards)} shards, digest "
-        f"{result.index.digest}\n"
+        f"{store}: index written: {split_counts(result.index.header)} samples in "
+        f"{len(result.index.shards)} shards, digest {result.index.digest}\n"
     )
 
 

@@ -17,7 +17,7 @@ import tyro
 from data_shards.command_line.parsing import parse_subcommand
 from data_shards.config import MIB
 from data_shards.errors import exit_on_error
-from data_shards.format.index import HEADER_FILE, ShardIndex, named_classes
+from data_shards.format.index import HEADER_FILE, ShardIndex, named_classes, split_counts
 from data_shards.sources.base import Source
 from data_shards.sources.registry import SOURCES
 from data_shards.storage.store import Store
@@ -74,10 +74,10 @@ def _write(source: Source, output: Output) -> None:
         workers=workers,
         progress=True,
     )
-    counts = ", ".join(f"{count} {split}" for split, count in index.header.splits.items())
     what = "already there, unchanged" if there else "written"
     sys.stdout.write(
-        f"{store}: {what}: {counts} samples in {len(index.shards)} shards, digest {index.digest}\n"
+        f"{store}: {what}: {split_counts(index.header)} samples in {len(index.shards)} shards, "
+        f"digest {index.digest}\n"
     )
     for line in _remarks(index):
         sys.stdout.write(f"{store}: {line}\n")

@@ -119,6 +119,9 @@ RUN_BY = {
     "tests/benchmarks/test_pieces.py": {
         "python -m benchmarks.calibrate": "test_pieces_are_those_of_all_ranks_and_make_a_step",
     },
+    "tests/benchmarks/test_gpu_day.py": {
+        "python -m benchmarks.gpu_day": "test_every_part_leaves_what_it_said_and_how_it_ended",
+    },
     "tests/benchmarks/test_network_step.py": {
         "python -m benchmarks.network_step": "test_without_a_gpu_its_rows_say_so",
     },

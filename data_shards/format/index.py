@@ -237,6 +237,11 @@ def named_classes(header: Header) -> tuple[str, ...]:
     return names if len(names) == header.num_classes else ()
 
 
+def split_counts(header: Header) -> str:
+    """Return the number of samples of every split as a text: "240 train, 60 test"."""
+    return ", ".join(f"{count} {split}" for split, count in header.splits.items())
+
+
 def shard_files(store: Store, header: Header) -> ShardFiles:
     """Return the files of the shards that a header lists."""
     return ShardFiles(store, {shard.file: shard.source for shard in header.shards})

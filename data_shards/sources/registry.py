@@ -9,8 +9,8 @@ from collections.abc import Callable
 from data_shards.sources.base import Source
 from data_shards.sources.cifar import cifar10, cifar100
 from data_shards.sources.digits import digits
-from data_shards.sources.imagefolder import imagefolder, imagefolder_set
-from data_shards.sources.imagenet import imagenet, imagenet_set
+from data_shards.sources.imagefolder import imagefolder_set
+from data_shards.sources.imagenet import imagenet_set
 from data_shards.sources.mnist import fashion_mnist, mnist
 from data_shards.sources.synthetic import synthetic
 from data_shards.sources.tiny_imagenet import tiny_imagenet
@@ -36,19 +36,3 @@ def generated_sources() -> list[str]:
         for name, make in SOURCES.items()
         if all(p.default is not p.empty for p in inspect.signature(make).parameters.values())
     ]
-
-
-__all__ = [
-    "SOURCES",
-    "Source",
-    "cifar10",
-    "cifar100",
-    "digits",
-    "fashion_mnist",
-    "generated_sources",
-    "imagefolder",
-    "imagenet",
-    "mnist",
-    "synthetic",
-    "tiny_imagenet",
-]
