@@ -1,5 +1,6 @@
 """Environment of every test, set before a library reads it."""
 
+import gc
 import os
 
 # Threads of tests that run beside each other would wait for each other, many times their work.
@@ -7,32 +8,41 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
+import pytest
 import pytest_randomly
-import torch
-from hypothesis import HealthCheck, settings
 
 LONGEST = Path(__file__).parent / "end_to_end"
 LONG = {"distributed", "integration", "ray"}
 SERVERS = {"s3_address"}  # fixtures
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-# A loaded machine is slow.
-settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("unhurried")
-
-
 def _seed_torch(seed: int) -> None:
+    import torch
+
     torch.manual_seed(seed % 2**63)
 
 
 # The same as DeepSpeed's seeder, which pytest-randomly would load: that imports MLflow, and takes
 # longer than all other imports of a test process together.
 pytest_randomly.entrypoint_reseeds = [_seed_torch]
+
+
+def pytest_configure(config):
+    """Prepare a process that runs tests; all wait for the one that only starts them."""
+    if getattr(config.option, "dist", "no") != "no":
+        return
+    import torch
+    from hypothesis import HealthCheck, settings
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # A loaded machine is slow.
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("unhurried", deadline=None, suppress_health_check=slow)
+    settings.load_profile("unhurried")
 
 
 def pytest_collection_modifyitems(items):
@@ -42,3 +52,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker("integration")
     long = {item.path for item in items if LONG & {mark.name for mark in item.iter_markers()}}
     items.sort(key=lambda item: (not item.path.is_relative_to(LONGEST), item.path not in long))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """Modules stay: tests that collect garbage, as DeepSpeed does at every start, pass them over."""
+    gc.freeze()
