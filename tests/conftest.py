@@ -56,5 +56,5 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish():
-    """Modules stay: tests that collect garbage, as DeepSpeed does at every start, pass them over."""
+    """Modules stay: who collects garbage, as DeepSpeed does at every start, passes them over."""
     gc.freeze()

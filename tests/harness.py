@@ -210,7 +210,7 @@ def _rank_main(
 ) -> None:
     code = 1
     try:
-        gc.freeze()  # garbage is looked for often, and the modules, half a million objects, are none
+        gc.freeze()  # the modules are never garbage, and garbage is collected often
         os.environ.clear()
         os.environ.update(environment)
         # Nobody has seeded these in a new process, so no two ranks draw the same numbers.

@@ -1,5 +1,6 @@
 """The planner: its figures against a real run, and what it refuses."""
 
+import functools
 import gc
 import json
 from dataclasses import replace
@@ -16,6 +17,7 @@ from optim.config import OptimConfig
 from pipeline.config import TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.plan import main, parse, sweep, swept
+from pipeline.planner import estimate as estimation
 from pipeline.planner import memory as budget
 from pipeline.planner.calibration import Measured
 from pipeline.planner.estimate import estimate, memory, setting_of, weights_of
@@ -30,6 +32,14 @@ pytestmark = pytest.mark.integration
 STEPS = 3  # not right after a synchronisation, where exports have less to do
 MICRO = 8
 BILLION = ("imagenet-L32W4096", "--optim.retraction", "fast", "--optim.gradient", "trivialized")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rehearsed_once():
+    """The same pass is not rehearsed again for another number of devices: it takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimation, "rehearse", functools.cache(rehearse))
+        yield
 
 
 def planned_run(world_size, **train):
