@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sqlite3
 
 # Threads of tests that run beside each other would wait for each other, many times their work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,12 +31,20 @@ def _seed_torch(seed: int) -> None:
 pytest_randomly.entrypoint_reseeds = [_seed_torch]
 
 
+def _do_not_wait_for_the_disk(connection, _record):
+    """MLflow commits thousands of times, and no test cuts the power."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous = OFF")
+
+
 def pytest_configure(config):
     """Prepare a process that runs tests; all wait for the one that only starts them."""
     if getattr(config.option, "dist", "no") != "no":
         return
     import torch
     from hypothesis import HealthCheck, settings
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -43,6 +52,7 @@ def pytest_configure(config):
     slow = [HealthCheck.too_slow]
     settings.register_profile("unhurried", deadline=None, suppress_health_check=slow)
     settings.load_profile("unhurried")
+    event.listen(Engine, "connect", _do_not_wait_for_the_disk)
 
 
 def pytest_collection_modifyitems(items):
