@@ -41,6 +41,7 @@ def pytest_configure(config):
     """Prepare a process that runs tests; all wait for the one that only starts them."""
     if getattr(config.option, "dist", "no") != "no":
         return
+    gc.disable()  # until everything is imported
     import torch
     from hypothesis import HealthCheck, settings
     from sqlalchemy import event
@@ -68,3 +69,4 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     """Modules stay: who collects garbage, as DeepSpeed does at every start, passes them over."""
     gc.freeze()
+    gc.enable()
