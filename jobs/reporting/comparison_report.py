@@ -21,7 +21,6 @@ from jobs.reporting.comparison_training import Outcome
 from model.certification.eps import eps_value
 from model.certification.wilson_interval import wilson
 
-
 _NOT_IN_METRICS = re.compile(r"[^\w.:-]+")
 """What MLflow refuses in the name of a metric; a slash stands between its parts."""
 

@@ -83,8 +83,9 @@ class RunRequest:
             **self.values,
         }
         words = [f"--{name}={value}" for name, value in values.items()]
-        certify = [] if self.certify else ["--checkpoint.no-evaluate"]
-        return ["-m", "pipeline.pretrain", *shlex.split(self.preset), *words, *certify, *config.extra]
+        if not self.certify:
+            words.append("--checkpoint.no-evaluate")
+        return ["-m", "pipeline.pretrain", *shlex.split(self.preset), *words, *config.extra]
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,9 @@ def test_emma_of_several_radii_is_the_mean_of_those_of_each():
     labels = torch.tensor([0, 1])
     arguments = (y, FACTORS[labels], labels)
     one, several = EmmaLoss(scale=3.0), EmmaLoss(scale=3.0, radii=(0.5, 1, 4))
-    each = [emma_loss(*arguments, 0.2 * radius, 3.0) for radius in (0.5, 1, 4)]
-    assert several.mean(*arguments, eps=0.2, progress=0).item() == pytest.approx(sum(each).item() / 3)
-    assert one.mean(*arguments, eps=0.2, progress=0).item() == each[1].item()
+    each = [emma_loss(*arguments, 0.2 * radius, 3.0).item() for radius in (0.5, 1, 4)]
+    assert several.mean(*arguments, eps=0.2, progress=0).item() == pytest.approx(sum(each) / 3)
+    assert one.mean(*arguments, eps=0.2, progress=0).item() == each[1]
 
 
 @pytest.mark.parametrize("radii", [(), (1, 0), (-1,), (math.nan,), (math.inf,)])
