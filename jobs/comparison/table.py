@@ -113,7 +113,7 @@ def markdown(config: CompareConfig, systems: Sequence[System], *, date: str, cod
             "Optuna drew of learning rate, temperature, two sizes and, where there is one, the "
             "pool."
             + "".join(
-                f" {count} of {code_span(system.preset)} had a step too long for it and count as none."
+                f" {count} of {code_span(system.preset)} had steps too long and count as none."
                 for system in systems
                 if (count := sum(map(math.isnan, system.trials)))
             ),

@@ -186,7 +186,7 @@ def test_a_trial_whose_step_is_too_long_counts_as_none(machine, tmp_path):
     assert [math.isnan(score) for score in system.trials] == over
     assert 0 < sum(over) < 6
     assert system.changes["optim.lr"] < 0.02
-    assert f"{sum(over)} of `{QUICK}` had a step too long" in write(settings, [system])
+    assert f"{sum(over)} of `{QUICK}` had steps too long" in write(settings, [system])
     machine.too_long = 0.0
     with pytest.raises(EvaluationError, match="no trial held its budget"):
         compare(dataclasses.replace(settings, trials=2, trial_amount=3.0))
