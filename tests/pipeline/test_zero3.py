@@ -204,4 +204,4 @@ def loaded_by_a_rank(config):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rank_does_not_load_the_compiler():
-    assert in_ranks(1, loaded_by_a_rank, small_run()) == [([], True)]
+    assert in_ranks(1, loaded_by_a_rank, CASES[WHOLE[0]]) == [([], True)]
