@@ -64,6 +64,10 @@ CASES = {
     ),
     "gathered one by one": small_run(zero=ZeroConfig(max_live_parameters=1)),
     "whole during a step": small_run(cluster=cluster_config(persist_below=-1)),
+    "whole, accumulated": small_run(
+        train=train_config(accumulation=2, activation_checkpointing=True),
+        cluster=cluster_config(persist_below=-1),
+    ),
     "vectors whole during a step": small_run(cluster=cluster_config(persist_below=399)),
 }
 WHOLE = ("whole during a step", "vectors whole during a step")
