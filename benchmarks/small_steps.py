@@ -185,7 +185,7 @@ def _ratio(name: str, above: Row, below: Row) -> Row:
 
 
 def main(rounds: int = 5, width: int = 512) -> None:
-    """Measure and write benchmarks/results/small_steps.md.
+    """Measure and record the table.
 
     Args:
         rounds: turns of each contestant.

@@ -85,7 +85,7 @@ def _holds(storage: Path, name: str, what: bytes) -> bool:
 
 
 def main(preset: str = "digits", source: str = "digits", workers: int = 2, runs: int = 3) -> None:
-    """Measure and write benchmarks/results/start.md.
+    """Measure and record the table.
 
     Args:
         preset: what is trained.
