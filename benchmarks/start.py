@@ -30,7 +30,7 @@ def command(storage: Path, preset: str, shards: str, workers: int) -> list[str]:
     """A run of one step without evaluation."""
     words = [sys.executable, "-m", "pipeline.pretrain", preset, "--storage", str(storage)]
     words += ["--data.shards", shards, "--cluster.workers", str(workers)]
-    return [*words, "--train.stop-after", "1", "--no-checkpoint.evaluate"]
+    return [*words, "--train.stop-after", "1", "--checkpoint.no-evaluate"]
 
 
 def spent(process: psutil.Process) -> dict[str, float]:
