@@ -13,8 +13,8 @@ from data_shards.storage.store import Store
 from pipeline.config import ClusterConfig
 from pipeline.errors import REFUSALS, PipelineError, ProcessDiedError, RunFailedError
 from pipeline.launch.ray_watch import RayServers, wait_for
+from pipeline.planner.recomputation import decided
 from pipeline.resilience.signals import PAUSE, STOP, ControlActor, Flag, Interruption
-from pipeline.run.distributed import ALLOCATOR
 from pipeline.run.events import Emit, Event, GroupFailed
 from pipeline.run.layout import ray_folder
 from pipeline.run.ray_session import ray_session
@@ -61,7 +61,6 @@ _WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # DeepSpeed on torch >= 2.12 warns once per parameter and step.
     "PYTHONWARNINGS": "ignore::FutureWarning",
-    **ALLOCATOR,
 }
 
 
@@ -141,7 +140,7 @@ class _ControlPoller(Flag):
 def _rank_entry(settings: dict[str, Any]) -> None:
     """Function that Ray Train runs on every rank."""
     listener = _ControlPoller(settings["orders"])
-    run_rank(settings["job"], settings["emit"], listener)
+    run_rank(settings["job"], settings["emit"], listener, recomputing=decided)
     settings["emit"].wait()  # the driver fetches for the last time when the ranks have returned
     listener.rest()
 

@@ -10,16 +10,18 @@ from hypothesis import strategies as st
 
 from optim.manifolds import ORTHOGONAL
 from optim.matmul import rounded, symmetric_product
-from optim.matrix_exp import product_rounding, spectral_bound
+from optim.matrix_exp import norms, product_rounding, spectral_bound
 from optim.retraction import (
     CORRECT_EVERY,
     DEFECT,
     DRIFT,
+    _splits,
     coefficients,
     corrected,
     correction_due,
     defect,
     distance,
+    refined,
     retract,
     third_order,
 )
@@ -184,7 +186,9 @@ def test_theta_of_the_third_order_is_an_upper_bound(precision, order, scale):
     S = symmetric_product(D, D)
     m1, m2 = D.double().square().sum().item(), S.double().square().sum().item()
     first = spectral_bound(m1, m2, product_rounding(D, precision))
-    _, second = third_order(order, D, S, m1, m2, first, precision)
+    splits = _splits(order, D, m1, m2, first, precision)
+    norm = norms(third_order(order, splits, D, S, precision)).item()
+    second = refined(order, splits, D, m1, m2, first, norm, precision)
     norm_2 = torch.linalg.matrix_norm(D.double(), 2).item()
     assert norm_2 * (1 - 1e-14) <= second <= first < 2 * norm_2
 

@@ -46,7 +46,7 @@ def train_config(**changes) -> TrainConfig:
 CASES = {
     "plain": small_run(),
     "clipped": small_run(train=train_config(grad_clip=0.05)),
-    "accumulated": small_run(train=train_config(accumulation=2, activation_checkpointing=True)),
+    "accumulated": small_run(train=train_config(accumulation=2, activation_checkpointing="all")),
     "five sub-groups": small_run(zero=ZeroConfig(sub_group_size=300)),
     "X^T G, accumulated, clipped": small_run(
         optim=dataclasses.replace(small_run().optim, gradient="trivialized"),
