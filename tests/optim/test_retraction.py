@@ -8,9 +8,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optim import matrix_exp
 from optim.manifolds import ORTHOGONAL
-from optim.matmul import rounded, symmetric_product
-from optim.matrix_exp import norms, product_rounding, spectral_bound
+from optim.matmul import float32_products, rounded, symmetric_product
+from optim.matrix_exp import (
+    Decisions,
+    Expected,
+    finished,
+    norms,
+    product_rounding,
+    read,
+    spectral_bound,
+)
 from optim.retraction import (
     CORRECT_EVERY,
     DEFECT,
@@ -23,6 +32,7 @@ from optim.retraction import (
     distance,
     refined,
     retract,
+    retraction_move,
     third_order,
 )
 from tests.optim.test_matrix_exp import adam_like, normal, orthogonal, plane, rotations, skew
@@ -297,3 +307,41 @@ def test_drift_between_corrections_is_truncation_and_rounding(n, lr, precision):
     of_a_step = 0.7 * u**2 * lr * n + 2.0**-24 * math.sqrt(n)
     worst = max(residuals(n, lr, 2 * CORRECT_EVERY, torch.float32, precision))
     assert worst < DRIFT + 4 * math.sqrt(CORRECT_EVERY) * of_a_step
+
+
+EXPECTED = (None, (3, False), (3, True), (4, False), (4, True))
+
+
+@pytest.mark.parametrize(
+    ("rule", "precision"),
+    [("fast", "full"), ("fast", "bf16"), ("spectral", "full"), ("spectral", "tf32"),
+     ("frobenius", "full")],
+)  # fmt: skip
+def test_what_is_expected_changes_no_bit_and_how_often_norms_are_read(rule, precision, monkeypatch):
+    reads = []
+
+    def counted(asked):
+        reads.append(len(asked))
+        return read(asked)
+
+    monkeypatch.setattr(matrix_exp, "read", counted)
+    X, increments = orthogonal(120, torch.float32), [adam_like(120, lr) for lr in LRS]
+    alone = [retract(X, D, rule, precision) for D in increments]
+    for third in EXPECTED:
+        kept = [Expected(third) for _ in increments]
+        for again in range(2):
+            reads.clear()
+            decisions, moves = Decisions(), []
+            with float32_products(precision):
+                for D, expected in zip(increments, kept, strict=True):
+                    moves.append(retraction_move(X, D, rule, precision, expected))
+                    decisions.begin(moves[-1])
+                decisions.take()
+                together = [finished(move) for move in moves]
+            assert all(map(torch.equal, together, alone)), third
+            # Of all moves together; the second time what the first one has needed is expected.
+            assert reads[0] == len(increments)
+            assert len(reads) <= 2 - again, (third, again)
+
+
+LRS = (1e-5, 1e-3, 6e-3, 2e-2, 5e-2)

@@ -134,7 +134,7 @@ def memory_on_a_device(free):
         return int(room < LITTLE)
 
     with (
-        mock.patch.object(recomputation, "free_memory", lambda device: free),
+        mock.patch.object(recomputation, "free_memory", return_value=free),
         mock.patch.object(recomputation, "recomputed_blocks", needed),
     ):
         yield
