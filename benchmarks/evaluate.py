@@ -23,7 +23,7 @@ from benchmarks.timing import interleaved
 from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.pictures import draw_missing
+from jobs.evaluation.figures import draw_missing
 from jobs.evaluation.runner import compute
 from model.certification.matrix_bounds import matrix_bound
 from model.networks.base import CertifiedNetwork

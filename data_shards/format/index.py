@@ -25,6 +25,7 @@ from data_shards.format.image_pixels import EXTENSIONS
 from data_shards.format.shard_files import ShardFiles
 from data_shards.format.tar import BLOCK
 from data_shards.storage.store import Store
+from data_shards.untrusted.json_input import canonical_json
 from data_shards.untrusted.limits import UntrustedError, limits, require_name
 from data_shards.untrusted.parquet import open_parquet, read_column, require_rows
 
@@ -94,7 +95,7 @@ class Header:
 
     def digest(self) -> str:
         """Return the sha256 of the canonical JSON text; it covers every byte of the set."""
-        return hashlib.sha256(_canonical(_header_dict(self))).hexdigest()
+        return hashlib.sha256(canonical_json(_header_dict(self))).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,10 +355,6 @@ def load_index(url: str | Store, *, check_files: bool = True) -> ShardIndex:
         raise ShardError(str(error)) from error
     _check_rows(store, header, rows, splits)
     return ShardIndex(store, header, rows, header.digest())
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _header_dict(header: Header) -> dict[str, Any]:

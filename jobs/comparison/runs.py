@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,9 +22,8 @@ from typing import Any
 from data_shards.command_line.progress import ProgressBar
 from data_shards.storage.store import Store
 from jobs.child_processes import end_processes
-from jobs.evaluation.sample_records import EvaluationError
+from jobs.comparison.config import CompareConfig
 from jobs.evaluation.stored_result import StoredResult, read_result
-from jobs.reporting.comparison_config import CompareConfig
 from model.artifact.artifact import ArtifactInfo, parameter_shapes, read_info
 from pipeline.run import layout
 from pipeline.run.evaluation_summary import EvaluationSummary
@@ -42,12 +42,16 @@ _TOLERANCE = 0.03
 """Of a budget of processor time; a run ends at the first step beyond it."""
 
 
+class TrainingRunError(RuntimeError):
+    """A run of the comparison failed, or used more than its budget."""
+
+
 @dataclass(frozen=True)
 class RunRequest:
     """One training run: a preset, changed values and what it is for.
 
     Attributes:
-        preset: name of the preset.
+        preset: name of the preset, and more words of the command line after it.
         role: `shards`, `trial` or `final`.
         values: overrides by setting, such as {"train.seed": 1}.
         certify: whether the run ends with a certified table.
@@ -61,8 +65,10 @@ class RunRequest:
     def name(self, config: CompareConfig) -> str:
         """Name of the run: the same for the same order under the same machine settings."""
         parts = [self.values, config.shards, config.workers, config.threads, config.extra]
+        name, *more = shlex.split(self.preset)
+        parts += more and [more]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        return f"{self.preset}-{self.role}-{digest[:10]}"
+        return f"{name}-{self.role}-{digest[:10]}"
 
     def words(self, config: CompareConfig) -> list[str]:
         """The command line after `python`."""
@@ -80,8 +86,9 @@ class RunRequest:
             **self.values,
         }
         words = [f"--{name}={value}" for name, value in values.items()]
-        certify = [] if self.certify else ["--checkpoint.no-evaluate"]
-        return ["-m", "pipeline.pretrain", self.preset, *words, *certify, *config.extra]
+        if not self.certify:
+            words.append("--checkpoint.no-evaluate")
+        return ["-m", "pipeline.pretrain", *shlex.split(self.preset), *words, *config.extra]
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,7 @@ class Runs:
         """Outcomes in the order of the orders.
 
         Raises:
-            EvaluationError: a run failed; the others that are under way end first.
+            TrainingRunError: a run failed; the others that are under way end first.
 
         When the comparison is told to stop, it stops them.
         """
@@ -230,7 +237,7 @@ class Runs:
             self._running.discard(process)
         if code:
             tail = log.read_text(errors="replace")[-_TAIL:]
-            raise EvaluationError(
+            raise TrainingRunError(
                 f"{order.preset} ({order.role}) ended with exit code {code}; the end of "
                 f"{log}:\n{tail}"
             )
@@ -244,7 +251,7 @@ class Runs:
 def _require_budget(outcome: Outcome) -> None:
     budget = outcome.order.values.get("train.processor-seconds")
     if budget and abs(outcome.seconds / budget - 1) > _TOLERANCE:
-        raise EvaluationError(
+        raise TrainingRunError(
             f"{outcome.order.preset} ({outcome.order.role}) used {outcome.seconds:.2f} processor "
             f"seconds of a budget of {budget:g}, beyond {_TOLERANCE:.0%}: a step is too long for it"
         )
