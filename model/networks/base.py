@@ -245,15 +245,11 @@ class CertifiedNetwork(nn.Module, ABC):
     @property
     def block_count(self) -> int:
         """Blocks that can be recomputed in the backward pass: those of `blocks`."""
-        return len(self._blocks)
-
-    @property
-    def _blocks(self) -> list[nn.Module]:
-        return list(getattr(self, "blocks", ()))
+        return len(getattr(self, "blocks", ()))
 
     def recomputes(self, block: nn.Module) -> bool:
         """Whether a block is one of the `recomputed_blocks`."""
-        return block in self._blocks[: self.recomputed_blocks]
+        return block in list(getattr(self, "blocks", ()))[: self.recomputed_blocks]
 
     def run_block(self, block: nn.Module, x: Tensor, *arguments: Any) -> Any:
         """Output of a block, which may be one that is recomputed in the backward pass."""

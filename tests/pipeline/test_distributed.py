@@ -97,9 +97,12 @@ def test_fp16_is_asked_of_the_device_of_the_run(monkeypatch):
     """And not of a GPU that lies beside it."""
     asked = []
     accelerator = mock.Mock(**{"get_accelerator.return_value.is_fp16_supported.return_value": True})
-    monkeypatch.setattr(
-        zero3, "_import_deepspeed", lambda device: asked.append(device.type) or accelerator
-    )
+
+    def imported(device):
+        asked.append(device.type)
+        return accelerator
+
+    monkeypatch.setattr(zero3, "_import_deepspeed", imported)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     zero3.require_precision("fp16", torch.device("cpu"))
     assert asked == ["cpu"]

@@ -298,8 +298,8 @@ def test_blocks_are_recomputed_where_they_do_not_fit_otherwise():
     assert narrow.time.passes > wide.time.passes
     # As few as possible: the ranks of a run decide by the same function.
     request = parse([*BILLION, "--memory-gb", "24"])
-    fewer = replace(request.run.train, activation_checkpointing=narrow.rehearsal.recomputed - 1)
-    fewer = replace(request.run, train=fewer)
+    train = replace(request.run.train, activation_checkpointing=narrow.rehearsal.recomputed - 1)
+    fewer = replace(request.run, train=train)
     assert not estimate(fewer, ranks=8, device=narrow.device, images=request.data()[0]).fits
     # Where it is not left to the planner, all are.
     all_ = parse([*BILLION, "--memory-gb", "24", "--train.activation-checkpointing", "none"])
