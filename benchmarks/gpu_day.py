@@ -71,7 +71,8 @@ PARTS = (
     Part(
         "billion", 90, ("-m", "benchmarks.calibrate", _BILLION, "--out", "{out}/measured.json",
                         "--cluster.workers", "1", "--train.precision", "bf16", "--optim.retraction",
-                        "fast", "--train.no-activation-checkpointing", "--images", "128"),
+                        "fast", "--train.activation-checkpointing", "none", "--images",
+                        "128"),
         ("-m", "benchmarks.calibrate", "digits", "--out", "{out}/measured.json",
          "--cluster.workers", "1", "--images", "4"),
     ),
