@@ -18,7 +18,7 @@ from data_shards.command_line.parsing import parse_subcommand
 from data_shards.config import MIB
 from data_shards.errors import exit_on_error
 from data_shards.format.index import HEADER_FILE, ShardIndex, named_classes, split_counts
-from data_shards.sources.base import Source
+from data_shards.sources.base import Source, with_validation
 from data_shards.sources.registry import SOURCES
 from data_shards.storage.store import Store
 from data_shards.untrusted.text import printable
@@ -43,6 +43,8 @@ class Output:
     """Most samples in one shard; None = as many as fit --shard-mib."""
     shard_mib: int = 256
     """Largest target size of a shard in MiB; small sets have smaller shards."""
+    validation_samples: int | None = None
+    """Train images that "validation" holds and "fit" lacks; None = a fifth, at most 10,000."""
     drop_duplicates: bool = False
     """Leave out images whose bytes occurred before (reads the source twice)."""
     no_leaks: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -56,6 +58,8 @@ _Flat = Annotated[Output, tyro.conf.arg(name="")]
 
 
 def _write(source: Source, output: Output) -> None:
+    if output.validation_samples is not None:
+        source = with_validation(source, output.validation_samples)
     store = Store(output.out)
     there = store.exists(HEADER_FILE)
     options = WriteOptions(

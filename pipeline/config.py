@@ -82,7 +82,8 @@ class TrainConfig:
     processor_seconds: float = Field(default=0.0, ge=0)
     """Ends the run after the first step beyond so much processor time of its one rank, all threads
     counted; schedules follow the share that is used, in the shape that `epochs` gives them. Systems
-    of different speed compare under such a budget. 0: ends after `epochs`."""
+    of different speed compare under such a budget, so a set that is kept in memory is decoded
+    before it begins. 0: ends after `epochs`."""
     global_batch: int = Field(default=64, ge=1)
     """Samples per optimizer step over all ranks; must be divisible by workers * accumulation."""
     accumulation: int = Field(default=1, ge=1)

@@ -149,6 +149,27 @@ def hold_out_test(
     return hold_out(labels, different, TEST, fraction=fraction, most=len(labels))[first]
 
 
+def with_validation(source: Source, samples: int) -> Source:
+    """The source with so many train images in "validation".
+
+    Raises:
+        ShardError: not at least one, or none would be left to train on.
+    """
+    train = int((~source.test).sum())
+    if not 0 < samples < train:
+        raise ShardError(
+            f"{samples} images for validation: must be from 1 to {train - 1}, {source.name} has "
+            f"{train} train images"
+        )
+    return dataclasses.replace(
+        source,
+        validation=hold_out(
+            source.labels, ~source.test, VALIDATION, fraction=samples / train, most=samples
+        ),
+        parameters={**source.parameters, "validation_samples": samples},
+    )
+
+
 def checksum(data: bytes, stated: int, what: str) -> None:
     """Compare the CRC-32 of some bytes.
 

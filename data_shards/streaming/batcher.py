@@ -20,7 +20,7 @@ from data_shards.errors import ShardError
 from data_shards.format.crop_box import Words
 from data_shards.format.index import ShardIndex
 from data_shards.rng import unit_interval
-from data_shards.streaming.fetcher import Part, Reading, ReadPlan, SplitReader
+from data_shards.streaming.fetcher import DecodedSet, Part, Reading, ReadPlan, SplitReader
 from data_shards.streaming.sample_reader import DamagedSampleError, Encoded, decode
 from data_shards.streaming.sampler import (
     AUGMENT,
@@ -35,6 +35,8 @@ from data_shards.streaming.transforms import place, randaugment
 _logger = logging.getLogger(__name__)
 
 _MAX_REPLACEMENTS = 16
+_DECODED_TOGETHER = 1024
+"""Images of a small split that are read at once where all are decoded before the first batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,28 @@ class Assembler:
                     if part.stop == len(draft.samples):
                         yield self._finish(draft)
                         draft = None
+
+    def decode_all(self) -> None:
+        """Decode every image of a split that is kept in memory; of a larger one, none.
+
+        A damaged image is left to the batch that asks for it.
+
+        Raises:
+            ShardError: a shard cannot be read.
+        """
+        reader = self._reader
+        if reader.decoded is None:
+            return
+        with _each(self._config.workers) as each:
+            for begin in range(0, len(reader.rows), _DECODED_TOGETHER):
+                samples = range(begin, min(begin + _DECODED_TOGETHER, len(reader.rows)))
+                encoded = reader.read(np.asarray(samples), fill=True)
+                each(functools.partial(self._keep, reader.decoded, encoded), samples)
+
+    def _keep(self, kept: DecodedSet, encoded: Encoded, sample: int) -> None:
+        row = int(self._reader.rows[sample])
+        with contextlib.suppress(DamagedSampleError):
+            kept.put(sample, decode(self._index, row, encoded[row]))
 
     def _copied(self, draft: _Draft, part: Part) -> bool:
         """Fill slots at once from images decoded before, if all were and none is augmented."""

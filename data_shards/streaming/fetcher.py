@@ -242,8 +242,14 @@ class SplitReader:
 
     def _fetch(self, parts: list[Part], *, fill: bool) -> Encoded:
         samples = self._wanted(parts)
-        if not len(samples):
-            return {}
+        return self.read(samples, fill=fill) if len(samples) else {}
+
+    def read(self, samples: npt.NDArray[np.int64], *, fill: bool) -> Encoded:
+        """Read the images of different samples; `fill`: whole blocks into the disk cache.
+
+        Raises:
+            ShardError: a shard cannot be read.
+        """
         if self.decoded is not None:
             self.decoded.asked[samples] = True
         rows = self.rows[samples]

@@ -37,6 +37,8 @@ class SampleStream:
         world_size: Number of ranks W; it divides the global batch.
         cursor: Where to begin.
         corruption_log: Where damaged samples are recorded; None = in the log alone.
+        decode_first: Decode a split that is kept in memory here and not while its first epoch is
+            handed out, so that every batch costs the same.
 
     Attributes:
         samples_per_epoch: Samples of the split.
@@ -59,6 +61,7 @@ class SampleStream:
         rank: int = 0,
         world_size: int = 1,
         corruption_log: CorruptionLog | None = None,
+        decode_first: bool = False,
     ) -> None:
         self.samples_per_epoch = len(index.select(split))
         self.damaged: collections.Counter[str] = collections.Counter()
@@ -77,11 +80,14 @@ class SampleStream:
                 f"more than a quarter of read_ahead_bytes {config.read_ahead_bytes}"
             )
         reader = SplitReader(index, config, split, shares, cursor)
+        assembler = Assembler(reader)
+        if decode_first:
+            assembler.decode_all()
         readings: Prefetcher[Reading] = Prefetcher(
             reader.readings(), size_of=lambda reading: 1, max_bytes=1, max_items=1
         )
         self._batches: Prefetcher[Batch] = Prefetcher(
-            Assembler(reader).batches(iter(readings)),
+            assembler.batches(iter(readings)),
             size_of=lambda batch: batch.images.nbytes,
             max_bytes=config.read_ahead_bytes // 8,
             max_items=MAX_BATCHES_AHEAD,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from typing import Annotated, Literal
 
 import pydantic
@@ -18,7 +19,8 @@ class CompareConfig:
     """Train presets under an equal budget and put their certified accuracies side by side."""
 
     presets: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
-    """Presets to compare; those of one norm share a table and a figure."""
+    """Presets to compare; those of one norm share a table and a figure. Each may come with more
+    words of its command line, all in one pair of quotes: "digits --loss.scale 10"."""
     budget: Literal["time", "steps", "parameters"] = "time"
     """What is equal. `time`: processor seconds of the training loop, all threads counted, held to
     3 %; `steps`: optimizer steps; `parameters`: no network may be larger, each trains as its
@@ -61,6 +63,9 @@ class CompareConfig:
         for name, values in (("presets", self.presets), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {values} names one twice")
+        for preset in self.presets:
+            if not preset.strip() or shlex.split(preset)[0].startswith("-"):
+                raise ValueError(f"{preset!r} does not begin with the name of a preset")
         return self
 
     def store(self) -> TrackingConfig:

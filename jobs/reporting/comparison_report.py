@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +21,16 @@ from jobs.reporting.comparison_training import Outcome
 from model.certification.eps import eps_value
 from model.certification.wilson_interval import wilson
 
+_NOT_IN_METRICS = re.compile(r"[^\w.:-]+")
+"""What MLflow refuses in the name of a metric; a slash stands between its parts."""
+
 
 @dataclass(frozen=True)
 class System:
     """One preset with its final runs.
 
     Attributes:
-        preset: name of the preset.
+        preset: name of the preset, and more words of its command line.
         changes: values that the trials settled on, by setting.
         trials: mean certified accuracy on validation of every trial, in order.
         finals: one run per seed.
@@ -72,7 +76,8 @@ class System:
             found[name] = statistics.fmean(self.cra(ratio))
         found["processor_seconds"] = statistics.fmean(run.seconds for run in self.finals)
         found["parameters"] = float(self.finals[0].parameters)
-        return {f"{self.preset}/{name}": value for name, value in found.items()}
+        system = _NOT_IN_METRICS.sub(" ", self.preset).strip()
+        return {f"{system}/{name}": value for name, value in found.items()}
 
 
 def by_norm(systems: Sequence[System]) -> dict[str, list[System]]:

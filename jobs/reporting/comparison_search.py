@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from data_shards.command_line.parsing import parse_words
 from jobs.evaluation.sample_records import EvaluationError
 from model.networks.registry import parameter_count
+from pipeline.command_line.arguments import parse_with_preset
 from pipeline.config import RunConfig, replaced, value_of
 from pipeline.errors import PipelineError
-from pipeline.presets.registry import run_preset
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -34,15 +36,19 @@ _DRAWS = 100
 
 
 def preset_config(preset: str) -> RunConfig:
-    """Settings of a preset.
+    """Settings of a preset and of the words that follow its name.
 
     Raises:
-        EvaluationError: there is none of this name.
+        EvaluationError: there is no such preset, or an option has no effect. A bad flag or value
+            exits with status 2 and says which.
     """
     try:
-        return run_preset(preset)
+        return parse_with_preset(
+            shlex.split(preset),
+            lambda _, default, words: parse_words(RunConfig, words, default=default, prog=preset),
+        )
     except PipelineError as error:
-        raise EvaluationError(str(error)) from error
+        raise EvaluationError(f"{preset}: {error}") from error
 
 
 class Search:

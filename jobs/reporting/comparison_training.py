@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,7 @@ class RunRequest:
     """One training run: a preset, changed values and what it is for.
 
     Attributes:
-        preset: name of the preset.
+        preset: name of the preset, and more words of the command line after it.
         role: `shards`, `trial` or `final`.
         values: overrides by setting, such as {"train.seed": 1}.
         certify: whether the run ends with a certified table.
@@ -61,8 +62,10 @@ class RunRequest:
     def name(self, config: CompareConfig) -> str:
         """Name of the run: the same for the same order under the same machine settings."""
         parts = [self.values, config.shards, config.workers, config.threads, config.extra]
+        name, *more = shlex.split(self.preset)
+        parts += more and [more]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        return f"{self.preset}-{self.role}-{digest[:10]}"
+        return f"{name}-{self.role}-{digest[:10]}"
 
     def words(self, config: CompareConfig) -> list[str]:
         """The command line after `python`."""
@@ -80,8 +83,9 @@ class RunRequest:
             **self.values,
         }
         words = [f"--{name}={value}" for name, value in values.items()]
-        certify = [] if self.certify else ["--checkpoint.no-evaluate"]
-        return ["-m", "pipeline.pretrain", self.preset, *words, *certify, *config.extra]
+        if not self.certify:
+            words.append("--checkpoint.no-evaluate")
+        return ["-m", "pipeline.pretrain", *shlex.split(self.preset), *words, *config.extra]
 
 
 @dataclass(frozen=True)

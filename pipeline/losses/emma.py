@@ -1,8 +1,9 @@
 """EMMA: cross-entropy of margins less what the radius can cost (arXiv 2310.02513)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,12 +18,16 @@ class EmmaLoss(RampedLoss):
     """Cross-entropy of margins less what the radius can cost (arXiv 2310.02513)."""
 
     kind: Literal["emma"] = "emma"
+    radii: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1.0,), min_length=1)
+    """Multiples of the training radius; the loss is the mean over them. Several weigh small radii
+    against large ones at no cost: all follow from one forward pass."""
 
     def mean(
         self, y_BK: Tensor, d_BK: Tensor, t_B: Tensor, *, eps: float, progress: float
     ) -> Tensor:
         """See Loss."""
-        return emma_loss(y_BK, d_BK, t_B, eps, self.scale)
+        losses = [emma_loss(y_BK, d_BK, t_B, eps * radius, self.scale) for radius in self.radii]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
 def emma_loss(y_BK: Tensor, d_BK: Tensor, t_B: Tensor, eps: Tensor | float, scale: float) -> Tensor:

@@ -122,7 +122,7 @@ def aol() -> RunConfig:
 
 
 def _skew_orthogonal(name: str, **head: Any) -> RunConfig:
-    model = SocConfig(**_IMAGES, depth=2, stages=2, width=16, **head)
+    model = SocConfig(**_IMAGES, depth=2, stages=2, width=8, **head)
     train = dataclasses.replace(_COSINE, epochs=3, global_batch=128, warmup_epochs=0.25)
     return _run(name, model, _MANIFOLD, train)
 

@@ -105,6 +105,8 @@ class Samples:
             world_size=world.size,
             cursor=cursor,
             corruption_log=corruption_log,
+            # Systems of different speed are compared by how they learn, not by how images decode.
+            decode_first=train.processor_seconds > 0,
         )
 
 

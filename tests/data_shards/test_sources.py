@@ -9,7 +9,7 @@ from sklearn.svm import SVC
 
 from data_shards.errors import ShardError
 from data_shards.format.decode import decode_image
-from data_shards.sources.base import VALIDATION, hold_out
+from data_shards.sources.base import VALIDATION, hold_out, with_validation
 from data_shards.sources.convert import image_extension
 from data_shards.sources.digits import digits
 from data_shards.sources.synthetic import synthetic
@@ -56,6 +56,22 @@ def test_no_more_than_ten_thousand_are_held_out():
     counts = np.bincount(labels[held], minlength=7)
     assert counts[3] == 0
     assert counts[[0, 1, 2, 4, 5, 6]].max() - counts[[0, 1, 2, 4, 5, 6]].min() <= 1
+
+
+def test_validation_has_the_size_that_is_asked_for():
+    source = digits()
+    smaller = with_validation(source, 100)
+    assert smaller.validation.sum() == 100
+    assert (smaller.validation <= source.validation).all()
+    counts = np.bincount(source.labels[smaller.validation])
+    assert counts.max() - counts.min() <= 1
+    assert smaller.parameters == {**source.parameters, "validation_samples": 100}
+
+
+@pytest.mark.parametrize("samples", [0, -1, 1437])
+def test_a_validation_that_leaves_nothing_is_refused(samples):
+    with pytest.raises(ShardError, match=f"^{samples} images for validation: .* from 1 to 1436"):
+        with_validation(digits(), samples)
 
 
 @pytest.mark.parametrize("source", [digits(), synthetic(samples=30, classes=3)])

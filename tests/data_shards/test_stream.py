@@ -149,6 +149,36 @@ def test_cached_set_is_read_once(small, monkeypatch):
     assert sorted(rows) == small.select("train").tolist()
 
 
+def test_a_set_that_is_decoded_first_gives_the_same_batches(
+    digits_set, copy_of, damage, monkeypatch
+):
+    index = damage(copy_of(digits_set), [7])
+    fields = {"split": "train", "global_batch": 479, "cursor": START}
+    with SampleStream(index, StreamConfig(), **fields) as stream:
+        batches = [next(stream) for _ in range(6)]
+    rows = []
+    original = fetcher.fetch
+
+    def spy(index, wanted):
+        rows.extend(wanted)
+        return original(index, wanted)
+
+    monkeypatch.setattr(fetcher, "fetch", spy)
+    with SampleStream(index, StreamConfig(workers=2), decode_first=True, **fields) as stream:
+        assert rows[: len(index.select("train"))] == index.select("train").tolist()
+        assert same(batches, [next(stream) for _ in range(6)])
+        assert stream.damaged == {"digest": 2}
+    assert set(rows[len(index.select("train")) :]) == {7}  # the damaged image, once more
+
+
+def test_a_set_that_is_not_kept_is_not_decoded_first(small):
+    config = StreamConfig(cache_bytes=0)
+    with SampleStream(
+        small, config, split="train", global_batch=16, cursor=START, decode_first=True
+    ) as stream:
+        assert same([next(stream) for _ in range(6)], take(small, 6, config))
+
+
 def test_batches_do_not_share_memory_with_the_cache(small, pixels):
     with SampleStream(small, StreamConfig(), split="test", global_batch=24, cursor=START) as stream:
         for _ in range(3):

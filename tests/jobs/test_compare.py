@@ -305,6 +305,29 @@ def test_the_page_has_mean_spread_cost_order_and_a_paired_test(machine, tmp_path
     assert comparison_png(systems)[1:4] == b"PNG"
 
 
+def test_settings_of_one_preset_are_compared_under_their_words(machine, tmp_path):
+    varied = f"{QUICK} --optim.lr=0.02"
+    settings = config(tmp_path, presets=(QUICK, varied))
+    systems = compare(settings)
+    assert [given.get("optim.lr") for _, given in machine.started] == [None, "0.02"]
+    assert [system.preset for system in systems] == [QUICK, varied]
+    page = write(settings, systems)
+    leaders = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert leaders[:2] == [varied, QUICK]
+    client = connect(settings.store().uri)
+    [run] = client.search_runs(
+        [client.get_experiment_by_name("compare").experiment_id], "tags.stage = 'compare'"
+    )
+    name = f"{QUICK} --optim.lr 0.02/cra_sound/l2/36_255"
+    assert run.data.metrics[name] == pytest.approx(0.9)
+
+
+def test_words_after_a_preset_are_checked_before_anything_runs(machine, tmp_path):
+    with pytest.raises(EvaluationError, match=r"emma.*offset"):
+        compare(config(tmp_path, presets=(f"{QUICK} --loss.kind emma --loss.offset 9",)))
+    assert not machine.started
+
+
 def test_names_differ_with_everything_that_changes_a_number(tmp_path):
     settings = config(tmp_path)
     names = {
@@ -314,8 +337,10 @@ def test_names_differ_with_everything_that_changes_a_number(tmp_path):
             dataclasses.replace(settings, budget="steps", workers=2)
         ),
         RunRequest(QUICK, "trial", {"train.seed": 0}).name(settings),
+        RunRequest(f"{QUICK} --optim.lr 1", "final", {"train.seed": 0}).name(settings),
+        RunRequest(f"{QUICK} --optim.lr -1", "final", {"train.seed": 0}).name(settings),
     }
-    assert len(names) == 4
+    assert len(names) == 6
 
 
 @pytest.mark.parametrize(
@@ -323,6 +348,8 @@ def test_names_differ_with_everything_that_changes_a_number(tmp_path):
     [
         ({"seeds": (1, 1)}, "names one twice"),
         ({"workers": 2}, "give --budget steps"),
+        ({"presets": ("--optim.lr=1",)}, "'--optim.lr=1' does not begin with the name of a preset"),
+        ({"presets": ("",)}, "'' does not begin with"),
         ({"budget": "parameters", "trial_amount": 3}, "trial_amount=3 has no effect"),
     ],
 )

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from pipeline.losses.certificate import certificate_loss
 from pipeline.losses.emma import EmmaLoss, emma_loss
@@ -45,6 +46,22 @@ def test_scale_multiplies_the_margins():
     assert emma_loss(y, FACTORS[label], label, 0.5, 7.0).item() == pytest.approx(
         expected.item(), abs=1e-6
     )
+
+
+def test_emma_of_several_radii_is_the_mean_of_those_of_each():
+    y = torch.tensor([[2.0, 1.9, -1.0], [0.5, 1.5, 0.0]], dtype=torch.float64)
+    labels = torch.tensor([0, 1])
+    arguments = (y, FACTORS[labels], labels)
+    one, several = EmmaLoss(scale=3.0), EmmaLoss(scale=3.0, radii=(0.5, 1, 4))
+    each = [emma_loss(*arguments, 0.2 * radius, 3.0).item() for radius in (0.5, 1, 4)]
+    assert several.mean(*arguments, eps=0.2, progress=0).item() == pytest.approx(sum(each) / 3)
+    assert one.mean(*arguments, eps=0.2, progress=0).item() == each[1]
+
+
+@pytest.mark.parametrize("radii", [(), (1, 0), (-1,), (math.nan,), (math.inf,)])
+def test_radii_that_are_none_are_refused(radii):
+    with pytest.raises(ValidationError, match="radii"):
+        EmmaLoss(radii=radii)
 
 
 def test_learning_rate_warms_up_then_falls_to_the_floor():
