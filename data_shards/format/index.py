@@ -323,6 +323,7 @@ def load_index(url: str | Store, *, check_files: bool = True) -> ShardIndex:
         ShardError: missing, empty, changed or inconsistent set; the message has the URL, the
             shard, the value and what it should be.
     """
+    parquet = _parquet_reader()
     store = url if isinstance(url, Store) else Store(url)
     header = load_header(store)
     if not header.shards:
@@ -333,7 +334,6 @@ def load_index(url: str | Store, *, check_files: bool = True) -> ShardIndex:
             f"{store}/{HEADER_FILE} has train_shape {shape}, which is neither its image_shape "
             f"{header.image_shape} nor null"
         )
-    parquet = _parquet_reader()
     try:
         if check_files:
             _check_files(store, header)

@@ -106,7 +106,7 @@ def changed(name, path, value):
     if value is None:
         del place[last]
     else:
-        place[last] = value
+        place[int(last) if isinstance(place, list) else last] = value
     return body
 
 
