@@ -80,7 +80,8 @@ def run_session(prepared: PreparedRun, console: Console) -> Iterator[RunMonitor]
         )
     if config.checkpoint.none:
         display.message(
-            "checkpoint.none: nothing of this run is kept or certified, and it cannot be continued"
+            "--checkpoint.none: this run keeps no checkpoint, is not certified and cannot be "
+            "continued"
         )
     for notice in prepared.notices:
         display.message(as_typed(notice, settings(RunConfig, config)))
