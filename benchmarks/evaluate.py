@@ -18,7 +18,7 @@ from benchmarks.report import Row, write_result
 from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.pictures import draw_missing
+from jobs.evaluation.figures import draw_missing
 from jobs.evaluation.runner import compute
 from pipeline.run.evaluation_summary import EvaluationSummary
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import RESULTS
-from jobs.reporting.comparison_training import Outcome, RunRequest
+from jobs.comparison.runs import Outcome, RunRequest
 from model.networks.registry import parameter_count
 from pipeline.presets.registry import PRESETS, run_preset
 from pipeline.run import layout

@@ -15,6 +15,7 @@ import tyro
 import xxhash
 
 from data_shards.command_line.parsing import parse_words
+from data_shards.command_line.progress import ImageProgress
 from data_shards.errors import ShardError, exit_on_error
 from data_shards.format.foreign_scan import read_adopted
 from data_shards.format.image_pixels import decoded_shape
@@ -22,7 +23,6 @@ from data_shards.format.index import Rows, Shard, ShardIndex, load_index, split_
 from data_shards.format.shard_scan import HashedFile, StoredSample, read_shard_file
 from data_shards.storage.store import Store
 from data_shards.writing.process_pool import Advance, run_tasks, usable_cpus
-from data_shards.writing.progress_bar import ImageProgress
 from data_shards.writing.rebuild_index import repair
 
 _LISTED = 20  # disagreements of one shard

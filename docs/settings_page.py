@@ -9,11 +9,11 @@ from typing import Any
 
 from benchmarks.calibrate import Request as CalibrateRequest
 from data_shards.command_line.catalogue import Group, groups
+from jobs.comparison.config import CompareConfig
 from jobs.evaluation.config import EvaluationConfig
 from jobs.mlflow_views import ViewsConfig
 from jobs.predict import PredictConfig
 from jobs.report import ReportConfig
-from jobs.reporting.comparison_config import CompareConfig
 from jobs.scheduling.config import ScheduleConfig
 from model.networks.registry import FAMILIES
 from pipeline.command_line.arguments import DEFAULT_PRESET

@@ -14,16 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError
 from data_shards.format.index import load_index
-from data_shards.untrusted.terminal import PlainConsole
 from jobs.child_processes import exit_on_sigterm
+from jobs.command_line import exit_status
+from jobs.comparison.config import CompareConfig
+from jobs.comparison.runs import RunRequest, Runs
+from jobs.comparison.table import System, by_norm, comparison_png, markdown
+from jobs.comparison.trials import Search, preset_config
 from jobs.evaluation.sample_records import EvaluationError
-from jobs.reporting.comparison_config import CompareConfig
-from jobs.reporting.comparison_report import System, by_norm, comparison_png, markdown
-from jobs.reporting.comparison_search import Search, preset_config
-from jobs.reporting.comparison_training import RunRequest, Runs
 from model.networks.registry import parameter_count
 from pipeline.config import RunConfig
 from pipeline.tracking.client import log_comparison, ui_command
@@ -38,8 +40,8 @@ def compare(config: CompareConfig) -> list[System]:
     """Run everything that is not there yet.
 
     Raises:
-        EvaluationError: no such preset, a run failed or missed the budget, or a network is larger
-            than the budget allows.
+        EvaluationError: no such preset, or a network is larger than the budget allows.
+        TrainingRunError: a run failed or missed the budget.
     """
     presets = {name: preset_config(name) for name in config.presets}
     _require_size(config, presets)
@@ -168,19 +170,18 @@ def write(config: CompareConfig, systems: Sequence[System]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the entry; returns the exit code."""
-    console = PlainConsole()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     exit_on_sigterm()
+    config = parse_words(CompareConfig, arguments, prog="python -m jobs.compare")
+
+    def act(console: Console, errors: Console) -> int:
+        console.print(write(config, compare(config)), soft_wrap=True)
+        return 0
+
     try:
-        config = parse_words(CompareConfig, arguments, prog="python -m jobs.compare")
-        page = write(config, compare(config))
+        return exit_status(act, (EvaluationError, ShardError))
     except KeyboardInterrupt:
         return 130
-    except (EvaluationError, ShardError) as error:
-        PlainConsole(stderr=True).print(str(error), soft_wrap=True)
-        return 1
-    console.print(page, soft_wrap=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ name, in a thread, while training runs on the same Ray.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +20,12 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from data_shards.command_line.parsing import parse_words
+from data_shards.command_line.progress import ProgressBar
 from data_shards.errors import ShardError
+from jobs.command_line import exit_status
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.console import exit_status, following
-from jobs.evaluation.pictures import draw_missing
+from jobs.evaluation.figures import draw_missing
 from jobs.evaluation.progress import OnProgress
-from jobs.evaluation.record_store import record_store
 from jobs.evaluation.runner import (
     artifact_info,
     compute,
@@ -32,6 +33,7 @@ from jobs.evaluation.runner import (
 )
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.suites import NO_ATTACK
+from jobs.evaluation.tracking_store import record_store
 from model.errors import ModelError
 from pipeline.run.allocator import keep_freed_memory
 from pipeline.run.evaluation_summary import EvaluationSummary, report
@@ -158,7 +160,7 @@ def main(
         config = parse_words(EvaluationConfig, arguments, prog="python -m jobs.evaluate_cra")
         keep_freed_memory()
         label = "certifying" if config.attack == NO_ATTACK else "certifying, attacking"
-        with following(errors, label) as on_progress:
+        with _following(errors, label) as on_progress:
             summary = compute(config, on_progress=on_progress)
         report(console, [summary])  # the numbers are there before the pictures
         draw_missing(output(config), summary)
@@ -175,6 +177,13 @@ def main(
 
     package = (EvaluationError, ShardError, ModelError, ExposureError)
     return exit_status(act, (*package, FileNotFoundError, ConnectionError))
+
+
+@contextlib.contextmanager
+def _following(console: Console, label: str) -> Iterator[OnProgress]:
+    """Show the tasks that have ended, their scores so far and the time that is left."""
+    with ProgressBar(label, 0, unit="tasks", console=console) as bar:
+        yield lambda progress: bar.reach(progress.done, progress.total, progress.scores)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from rich.table import Table
 from data_shards.command_line.parsing import parse_subcommand
 from data_shards.errors import ShardError
 from data_shards.untrusted.terminal import PlainConsole
-from jobs.evaluation.console import exit_status
+from jobs.command_line import exit_status
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.registry import promotion
 from jobs.registry.promotion_rule import Rule

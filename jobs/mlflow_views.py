@@ -17,7 +17,7 @@ import pydantic
 from rich.console import Console
 
 from data_shards.command_line.parsing import parse_words
-from jobs.evaluation.console import exit_status
+from jobs.command_line import exit_status
 from jobs.reporting.report_data import differing_settings
 from model.certification.eps import eps_value
 from pipeline.tracking.client import RunReference, TrackingConfig, ui_command

@@ -29,8 +29,8 @@ from data_shards.command_line.progress import ProgressBar
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from data_shards.untrusted.limits import UntrustedError
+from jobs.command_line import exit_status
 from jobs.evaluation.certify_tasks import ArtifactTask, matrix_tasks
-from jobs.evaluation.console import exit_status
 from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.runner import artifact_info, run_task, task_device
 from jobs.evaluation.sample_records import EvaluationError

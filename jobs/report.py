@@ -27,11 +27,11 @@ from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from data_shards.untrusted.text import code, markdown, shown
-from jobs.evaluation.console import exit_status
+from jobs.command_line import exit_status
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.figures.plot_style import run_style
-from jobs.reporting.classes import confusion_table, frequent_confusions, worst_classes
 from jobs.reporting.figures import cost_svg, curves_svg, time_unit
+from jobs.reporting.per_class import confusion_table, frequent_confusions, worst_classes
 from jobs.reporting.report_data import ComparisonGroup, Report, ReportEntry, collect
 from jobs.reporting.verify_page import VERIFY_PAGE, locate, page
 from model.certification.wilson_interval import wilson, with_interval

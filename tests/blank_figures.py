@@ -5,10 +5,10 @@ import io
 import pytest
 from PIL import Image
 
-from jobs.evaluation import pictures
+from jobs.evaluation import figures
 
 DRAWN = {
-    name: getattr(pictures, name)
+    name: getattr(figures, name)
     for name in ("cra_png", "radius_histogram_png", "bounds_png", "strip_png")
 }
 
@@ -24,7 +24,7 @@ def blank_figures():
     """An evaluation of this process writes empty PNGs, except with `drawn_figures`."""
     with pytest.MonkeyPatch.context() as patch:
         for name in DRAWN:
-            patch.setattr(pictures, name, _blank)
+            patch.setattr(figures, name, _blank)
         yield
 
 
@@ -33,5 +33,5 @@ def drawn_figures(blank_figures):
     """In the modules that ask for it evaluations draw."""
     with pytest.MonkeyPatch.context() as patch:
         for name, draw in DRAWN.items():
-            patch.setattr(pictures, name, draw)
+            patch.setattr(figures, name, draw)
         yield

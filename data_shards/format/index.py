@@ -24,6 +24,7 @@ from data_shards.format.image_pixels import EXTENSIONS
 from data_shards.format.shard_files import ShardFiles
 from data_shards.format.tar import BLOCK
 from data_shards.storage.store import Store
+from data_shards.untrusted.json_input import canonical_json
 from data_shards.untrusted.limits import UntrustedError, limits, require_name
 
 _logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class Header:
 
     def digest(self) -> str:
         """Return the sha256 of the canonical JSON text; it covers every byte of the set."""
-        return hashlib.sha256(_canonical(_header_dict(self))).hexdigest()
+        return hashlib.sha256(canonical_json(_header_dict(self))).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,10 +374,6 @@ def _parquet_reader() -> ModuleType:
             "a training that reads tars without an index (data.unindexed_samples) does without it"
         ) from error
     return parquet
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _header_dict(header: Header) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""JSON from outside: the one place that parses it."""
+"""JSON from outside: the one place that parses it, and the text that its digests are of."""
 
 import json
 from typing import IO, Any
@@ -26,6 +26,15 @@ def parse_json(data: bytes | str, place: object) -> Any:
         raise UntrustedError(f"{place} is damaged: {error}") from error
     _require_depth(value, place)
     return value
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no blanks: equal values have one text.
+
+    Raises:
+        ValueError: a number that JSON has no text for.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def parse_object(data: bytes | str, place: object) -> dict[str, Any]:

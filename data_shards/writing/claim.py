@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from data_shards.errors import ShardError
-from data_shards.format.index import HEADER_FILE
+from data_shards.format.index import HEADER_FILE, load_header
 from data_shards.storage.store import Store
 
 PROGRESS = ".progress"
@@ -58,3 +58,22 @@ def _refuse_others(store: Store, folder: str) -> bool:
             "of other encoders. Choose another place (--out) or remove it first"
         )
     return bool(names)
+
+
+def refuse_other_set(store: Store, plan: str) -> None:
+    """Check that a finished set is the one that was asked for.
+
+    Args:
+        store: Where it lies.
+        plan: What identifies the set that was asked for; the header of a set states its own.
+
+    Raises:
+        ShardError: it is another one.
+    """
+    present = load_header(store)
+    if present.generator.get("plan") != plan:
+        raise ShardError(
+            f"{store} already holds another shard set, {present.name!r} with digest "
+            f"{present.digest()}, than what was asked for. Choose another --out or remove its "
+            f"{HEADER_FILE} first"
+        )

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from data_shards.command_line.progress import ImageProgress
 from data_shards.errors import ShardError
 from data_shards.format.foreign_scan import Layout, Unusable, is_number, read_foreign, row_key
 from data_shards.format.image_pixels import decoded_shape, probe_shape
@@ -30,7 +31,6 @@ from data_shards.format.index import (
     SCHEMA_VERSION,
     Shard,
     ShardIndex,
-    load_header,
     load_index,
 )
 from data_shards.format.shard_scan import HashedFile
@@ -38,10 +38,9 @@ from data_shards.sources.archive import Members
 from data_shards.sources.base import VALIDATION, Source, hold_out, hold_out_test, printable
 from data_shards.sources.convert import Recipe
 from data_shards.storage.store import Store
-from data_shards.writing.claim import PROGRESS, claim, or_finished_elsewhere
+from data_shards.writing.claim import PROGRESS, claim, or_finished_elsewhere, refuse_other_set
 from data_shards.writing.index_files import MAX_CLASSES, write_index
 from data_shards.writing.process_pool import Advance, run_tasks
-from data_shards.writing.progress_bar import ImageProgress
 from data_shards.writing.shard_patterns import ForeignShard
 from data_shards.writing.shard_plan import ShardPlan, StoredSplit, WriteOptions, plan_split
 from data_shards.writing.shard_record import ShardRecord
@@ -142,7 +141,7 @@ def index_foreign_set(
     """
     run = _Run(root, tuple(shards), out, options, workers, progress)
     if out.exists(HEADER_FILE):
-        run.refuse_other_set()
+        refuse_other_set(run.out, run.identity)
         if options.no_leaks:
             refuse_reported_leaks(out)
         return Indexed(load_index(out), [], written=False)
@@ -178,19 +177,11 @@ class _Run:
     def folder(self) -> str:
         return f"{PROGRESS}/{self.identity[:32]}"
 
-    def refuse_other_set(self) -> None:
-        present = load_header(self.out)
-        if present.generator.get("plan") != self.identity:
-            raise ShardError(
-                f"{self.out} already holds another shard set, {present.name!r} with digest "
-                f"{present.digest()}. Choose another --out or remove its {HEADER_FILE} first"
-            )
-
     def write(self, notes: list[str]) -> None:
         self._refuse_to_overwrite()
         with claim(self.out, self.folder):
             if self.out.exists(HEADER_FILE):  # another process was faster
-                self.refuse_other_set()
+                refuse_other_set(self.out, self.identity)
             else:
                 self._write(notes)
 

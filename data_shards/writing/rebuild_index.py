@@ -18,6 +18,7 @@ import pyarrow as pa
 import pydantic
 import xxhash
 
+from data_shards.command_line.progress import ImageProgress
 from data_shards.errors import ShardError
 from data_shards.format.image_pixels import decoded_shape
 from data_shards.format.index import (
@@ -38,7 +39,6 @@ from data_shards.sources.base import VALIDATION, hold_out
 from data_shards.storage.store import Store
 from data_shards.writing.index_files import MAX_CLASSES
 from data_shards.writing.process_pool import Advance, run_tasks
-from data_shards.writing.progress_bar import ImageProgress
 
 Shape = tuple[int, ...]
 

@@ -21,22 +21,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from data_shards.command_line.progress import ImageProgress
 from data_shards.errors import ShardError
 from data_shards.format.index import (
     HEADER_FILE,
     Shard,
     ShardIndex,
-    load_header,
     load_index,
 )
 from data_shards.format.tar import add_end, add_member
 from data_shards.sources.base import Source
 from data_shards.sources.convert import UndecodableError, image_extension
 from data_shards.storage.store import Store
-from data_shards.writing.claim import PROGRESS, claim, or_finished_elsewhere
+from data_shards.writing.claim import PROGRESS, claim, or_finished_elsewhere, refuse_other_set
 from data_shards.writing.index_files import write_index
 from data_shards.writing.process_pool import Advance, run_tasks
-from data_shards.writing.progress_bar import ImageProgress
 from data_shards.writing.shard_plan import (
     ShardPlan,
     WriteOptions,
@@ -94,7 +93,7 @@ def write_shard_set(
     if not store.exists(HEADER_FILE):
         with or_finished_elsewhere(store):
             run.write()
-    run.refuse_other_set()
+    refuse_other_set(run.store, run.identity)
     if no_leaks:
         refuse_reported_leaks(store)
     # Another process that writes the same set may be at work in there; what it leaves is harmless.
@@ -122,19 +121,10 @@ class _Run:
     def folder(self) -> str:
         return f"{PROGRESS}/{progress_key(self.identity)}"
 
-    def refuse_other_set(self) -> None:
-        present = load_header(self.store)
-        if present.generator.get("plan") != self.identity:
-            raise ShardError(
-                f"{self.store} already holds another shard set, {present.name!r} with digest "
-                f"{present.digest()}; {self.source.name!r} as asked for is not the same. "
-                "Choose another URL or remove it first"
-            )
-
     def write(self) -> None:
         with claim(self.store, self.folder):
             if self.store.exists(HEADER_FILE):  # another process was faster
-                self.refuse_other_set()
+                refuse_other_set(self.store, self.identity)
             else:
                 self._write()
 

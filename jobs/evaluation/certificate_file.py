@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from data_shards.format.index import ShardIndex
+from data_shards.untrusted.json_input import canonical_json
 from model.artifact.artifact import ArtifactInfo, head_rule
 from model.artifact.release import release
 from model.certification.matrix_bounds import MatrixBound
@@ -67,8 +68,7 @@ def certificate(
         "samples_sha256": samples_sha256,
         "code_version": release(),
     }
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return {**body, "digest": hashlib.sha256(text.encode()).hexdigest()}
+    return {**body, "digest": hashlib.sha256(canonical_json(body)).hexdigest()}
 
 
 def to_json(body: Mapping[str, Any]) -> bytes:

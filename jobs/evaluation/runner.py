@@ -28,7 +28,7 @@ from jobs.evaluation.certify_tasks import (
 )
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.executor import map_inline, map_shards
-from jobs.evaluation.pictures import remove_pictures
+from jobs.evaluation.figures import remove_pictures
 from jobs.evaluation.progress import Counting, OnProgress
 from jobs.evaluation.sample_records import (
     COLUMNS,

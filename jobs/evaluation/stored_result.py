@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_shards.storage.store import Store
-from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.json_input import canonical_json, parse_object
 from data_shards.untrusted.parquet import read_table, require_rows
 from jobs.evaluation.certificate_file import column_body
 from jobs.evaluation.sample_records import (
@@ -105,8 +104,7 @@ def certificate_body(data: bytes) -> dict[str, Any]:
     """
     body = parse_object(data, CERTIFICATE)
     content = {key: value for key, value in body.items() if key != "digest"}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256(canonical_json(content)).hexdigest()
     if body["digest"] != digest:
         raise EvaluationError(
             f"the digest in {CERTIFICATE} is {body['digest']}, but {CERTIFICATE} has {digest}"

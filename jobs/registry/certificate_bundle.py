@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_shards.storage.store import Store
-from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.json_input import canonical_json, parse_object
 from data_shards.untrusted.parquet import read_table
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.stored_result import evaluation_files
@@ -63,12 +62,12 @@ class CertificateBundle:
         try:
             body = parse_object(files[CERTIFICATE], CERTIFICATE)
             stated = body.pop("digest")
-            text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+            digest = hashlib.sha256(canonical_json(body)).hexdigest()
             summary = EvaluationSummary.from_json(files[SUMMARY])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EvaluationError(f"{place} cannot be read: {error!r}") from error
         checks = {
-            f"digest of {CERTIFICATE}": (stated, hashlib.sha256(text.encode()).hexdigest()),
+            f"digest of {CERTIFICATE}": (stated, digest),
             f"sha256 of {SAMPLES}": (
                 body.get("samples_sha256"),
                 hashlib.sha256(files[SAMPLES]).hexdigest(),

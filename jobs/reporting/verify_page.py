@@ -23,6 +23,7 @@ import pyarrow as pa
 from data_shards.format.index import ShardIndex, load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import decode, fetch
+from data_shards.untrusted.json_input import canonical_json
 from data_shards.untrusted.limits import UntrustedError
 from data_shards.untrusted.parquet import read_table, require_rows
 from data_shards.untrusted.text import shown
@@ -104,8 +105,8 @@ def page(located: Located, samples: int | None = None) -> str:
     identity = {"network": certificate["model"]["network"]}
     identity["weights_sha256"] = certificate["model"]["weights_sha256"]
     data = {
-        "certificate": {"text": _canonical(content), "digest": certificate["digest"]},
-        "identity": _canonical(identity),
+        "certificate": {"text": canonical_json(content).decode(), "digest": certificate["digest"]},
+        "identity": canonical_json(identity).decode(),
         "weights": base64.b64encode(weights).decode(),
         "rows": rows,
     }
@@ -251,15 +252,11 @@ def _rows(data: bytes, evaluation: Store) -> dict[str, list[Any]]:
             name: [None if value == math.inf else value for value in values]
             for name, values in columns.items()
         }
-        _canonical(rows)
+        canonical_json(rows)
         rows["key"][0]
     except (ValueError, TypeError, LookupError, OSError, pa.ArrowException) as error:
         raise EvaluationError(f"{evaluation}/{SAMPLES} cannot be used: {error!r}") from error
     return rows
-
-
-def _canonical(body: dict[str, Any]) -> str:
-    return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def _render(data: dict[str, Any], certificate: dict[str, Any], carried: int) -> str:

@@ -6,12 +6,11 @@ The scheduler starts it; it goes on when the scheduler dies.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pkgutil import resolve_name
 
 import tyro
 
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = 1
     try:
         with holding():
-            code = _resolve(options.entry)(words[split + 1 :], before_record=holding.renew)
+            code = resolve_name(options.entry)(words[split + 1 :], before_record=holding.renew)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
@@ -69,12 +68,6 @@ def _lost(why: str) -> None:
     """End at once: the thread that evaluates must not record anything any more."""
     print(f"{why}: this attempt ends without a record", file=sys.stderr, flush=True)  # noqa: T201
     os._exit(LOST_CODE)
-
-
-def _resolve(entry: str) -> Callable[..., Any]:
-    module, _, function = entry.partition(":")
-    resolved: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return resolved
 
 
 if __name__ == "__main__":

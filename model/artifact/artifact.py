@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from data_shards.untrusted.json_input import read_object
+from data_shards.untrusted.json_input import canonical_json, read_object
 from data_shards.untrusted.limits import UntrustedError, require_name
 from model.artifact.safetensors_io import (
     TensorRange,
@@ -31,7 +31,7 @@ from model.errors import ModelError
 from model.networks.base import CertifiedNetwork
 from model.networks.config import NetworkConfig
 from model.networks.parameter_limit import parameter_limit
-from model.networks.registry import AnyNetwork, build_network
+from model.networks.registry import AnyNetwork, build_network, on_meta_device
 from optim.manifolds import manifold_of
 
 SCHEMA_VERSION = 2
@@ -94,12 +94,12 @@ class Artifact:
 
 def parameter_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all parameters."""
-    return {name: tuple(p.shape) for name, p in _on_meta(config).named_parameters()}
+    return {name: tuple(p.shape) for name, p in on_meta_device(config).named_parameters()}
 
 
 def head_rule(config: NetworkConfig) -> str:
     """How margins become radii in this network, see CertifiedNetwork.head_rule."""
-    return _on_meta(config).head_rule
+    return on_meta_device(config).head_rule
 
 
 def _stored_tensors(network: CertifiedNetwork) -> dict[str, Tensor]:
@@ -131,7 +131,7 @@ def write_artifact(
             there are more or fewer names than classes.
     """
     _check_names(class_names, network_config)
-    network = _on_meta(network_config)
+    network = on_meta_device(network_config)
     parameters = _stored_tensors(network)
     residuals: dict[str, float] = {}
 
@@ -233,14 +233,14 @@ def _check_size(open_binary: OpenBinary, info: ArtifactInfo) -> None:
             )
     try:
         with parameter_limit(values):
-            _on_meta(info.network)
+            on_meta_device(info.network)
     except RuntimeError as error:  # sizes that no tensor can have
         raise ModelError(f"{DESCRIPTION}: no network can be built: {error}") from error
 
 
 def _check_units(info: ArtifactInfo) -> None:
     """A radius is a distance between stored images only if the network sees them as they are."""
-    network = _on_meta(info.network)
+    network = on_meta_device(info.network)
     shape = tuple(network.input_shape)
     stated = {
         "norm": (info.norm, network.norm),
@@ -278,7 +278,7 @@ def read_without_parameters(open_binary: OpenBinary, info: ArtifactInfo) -> Cert
     Raises:
         ModelError: see read_tensors.
     """
-    network = _on_meta(info.network)
+    network = on_meta_device(info.network)
     names = [name for name, _ in network.named_buffers()]
     if names:
         statistics = dict(read_tensors(open_binary, names))
@@ -347,16 +347,10 @@ class _HashingReader:
         return data
 
 
-def _on_meta(config: NetworkConfig) -> CertifiedNetwork:
-    with torch.device("meta"):
-        return build_network(config)
-
-
 def _as_json(value: object) -> Any:
     return TypeAdapter(type(value)).dump_python(value, mode="json")
 
 
 def _model_digest(config: NetworkConfig, weights_sha256: str) -> str:
     body = {"network": _as_json(config), "weights_sha256": weights_sha256}
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(canonical_json(body)).hexdigest()

@@ -2,6 +2,8 @@
 
 A new family is one file (or a folder) with a configuration and a network, and one line of
 `FAMILIES`: training, certification, the planner and the command line ask these two for everything.
+To be promoted it needs a line in `model/verifier/families/registry.py` as well, and for trials its
+two sizes in `jobs/comparison/trials.py`.
 """
 
 from typing import Annotated, Any, NamedTuple

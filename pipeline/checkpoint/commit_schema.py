@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
-from data_shards.untrusted.json_input import parse_object
+from data_shards.untrusted.json_input import canonical_json, parse_object
 from data_shards.untrusted.limits import UntrustedError, require, require_name
 from pipeline.errors import PipelineError
 from pipeline.run.events import Metrics
@@ -80,8 +79,8 @@ def commit_bytes(body: Mapping[str, Any]) -> bytes:
     Raises:
         UntrustedError: larger than a reader takes.
     """
-    digest = hashlib.sha256(_canonical(body)).hexdigest()
-    data = _canonical({**body, "digest": digest})
+    digest = hashlib.sha256(canonical_json(body)).hexdigest()
+    data = canonical_json({**body, "digest": digest})
     require(len(data), "json_bytes", f"{COMMIT} would have")
     return data
 
@@ -100,7 +99,7 @@ def read_commit(folder: Store) -> Commit:
             raise PipelineError(
                 f"{place} has schema_version={body.get('schema_version')}, not {SCHEMA_VERSION}"
             )
-        stated, canonical = body.pop("digest", None), _canonical(body)
+        stated, canonical = body.pop("digest", None), canonical_json(body)
         found = hashlib.sha256(canonical).hexdigest()
         if stated != found:
             raise PipelineError(f"{place} states digest {stated}, its content has {found}")
@@ -113,13 +112,13 @@ def read_commit(folder: Store) -> Commit:
         raise PipelineError(f"{place} is damaged: {problems}") from error
     except UntrustedError as error:
         raise PipelineError(str(error)) from error
+    except PipelineError:
+        raise
     except ShardError as error:
         raise PipelineError(f"{place}: {error}") from error
+    except ValueError as error:  # a number that is none
+        raise PipelineError(f"{place} is damaged: {error}") from error
     return commit
-
-
-def _canonical(body: Mapping[str, Any]) -> bytes:
-    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _check(commit: Commit, folder: Store, place: str) -> None:

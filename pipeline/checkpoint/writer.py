@@ -1,10 +1,10 @@
 """Sharded, atomic checkpoints that load at any world size: the format, and how one is written.
 
-A checkpoint is a folder. Each rank writes one safetensors file with its slices of every tensor
-(keys `kind/parameter`, 1-D) and a small report of it; rank 0 waits for all reports and writes
-`commit.json` last: step, data cursor, scalars, newest records, resolved configuration, and for each
-tensor the files and element ranges that hold it, with the sha256 of every file. A folder without
-`commit.json` is ignored by readers.
+A checkpoint is a folder, whose files `pipeline/run/layout.py` names. Each rank writes one
+safetensors file with its slices of every tensor (keys `kind/parameter`, 1-D) and a small report of
+it; rank 0 waits for all reports and writes `commit.json` last: step, data cursor, scalars, newest
+records, resolved configuration, and for each tensor the files and element ranges that hold it, with
+the sha256 of every file. A folder without `commit.json` is ignored by readers.
 
 Nothing here is collective, so the writing may happen beside training: ranks coordinate
 through files in the store.

@@ -2,22 +2,15 @@
 
 import concurrent.futures
 import dataclasses
-import importlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.tracking.client import EvaluationRecord
 
 ENTRY = "jobs.evaluate_cra:evaluate"
-
-
-def resolve(entry: str) -> Callable[..., EvaluationSummary]:
-    """Function named by `module:function`."""
-    module, function = entry.split(":")
-    resolved: Callable[..., EvaluationSummary] = getattr(importlib.import_module(module), function)
-    return resolved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +74,8 @@ class Evaluations:
     def _evaluate(self, artifact_url: str, step: int, split: str) -> EvaluationSummary:
         self._released.wait()
         settings = {**self._settings, "artifact": artifact_url, "split": split}
-        return resolve(ENTRY)(settings, step=step, log=self._log)
+        evaluate: Callable[..., EvaluationSummary] = resolve_name(ENTRY)
+        return evaluate(settings, step=step, log=self._log)
 
     @property
     def waiting(self) -> int:

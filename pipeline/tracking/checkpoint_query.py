@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.tracking.client import connect, model_of_version, quoted
+from pipeline.tracking.client import connect, model_of_version, pages, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -156,13 +156,10 @@ class CheckpointQuery:
 
     def _logged_models(self, experiment_ids: Sequence[str]) -> Iterator[Any]:
         search = self._client.search_logged_models
-        yield from _pages(
-            lambda token: search(experiment_ids, max_results=_MODELS_PER_PAGE, page_token=token)
-        )
+        yield from pages(search, experiment_ids, max_results=_MODELS_PER_PAGE)
 
     def _versions(self, name: str) -> Iterator[Any]:
-        search = self._client.search_model_versions
-        yield from _pages(lambda token: search(f"name = {quoted(name)}", page_token=token))
+        yield from pages(self._client.search_model_versions, f"name = {quoted(name)}")
 
     def _runs(self, experiment_ids: Iterable[str]) -> dict[str, Any]:
         found = self._search_runs(sorted(experiment_ids), "tags.stage = 'train'")
@@ -171,16 +168,4 @@ class CheckpointQuery:
     def _search_runs(self, experiment_ids: Sequence[str], condition: str) -> Iterator[Any]:
         if experiment_ids:
             search = self._client.search_runs
-            yield from _pages(
-                lambda token: search(experiment_ids, condition, max_results=_PAGE, page_token=token)
-            )
-
-
-def _pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
-    token = None
-    while True:
-        items = page(token)
-        yield from items
-        token = items.token
-        if not token:
-            return
+            yield from pages(search, experiment_ids, condition, max_results=_PAGE)

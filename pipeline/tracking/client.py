@@ -18,7 +18,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -516,6 +516,17 @@ def model_of_version(version: Any) -> str:
     """LoggedModel of a registered version; a registry in an embedded store knows a tag only."""
     known = version.model_id or version.tags.get("model_id")
     return str(known or (version.source or "").rpartition("/")[2])
+
+
+def pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
+    """Yield the results of an MLflow search from all of its pages."""
+    token = None
+    while True:
+        items = search(*arguments, **options, page_token=token)
+        yield from items
+        token = items.token
+        if not token:
+            return
 
 
 def quoted(text: str) -> str:

@@ -30,10 +30,10 @@ from pipeline.tracking.client import (
     flatten_params,
     missing_store,
     now_ms,
+    pages,
     quoted,
     read_file,
 )
-from pipeline.tracking.reader import pages
 from pipeline.tracking.relocation import follow
 from pipeline.tracking.server_answers import AddressError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from pipeline.tracking.client import (
     missing_store,
     model_of_version,
     open_files,
+    pages,
     quoted,
     read_file,
 )
@@ -232,17 +233,6 @@ class Reader:
             text = f"{version.name} v{number}{''.join(f' @{alias}' for alias in aliases)}"
             found.setdefault(model_of_version(version), []).append(text)
         return found
-
-
-def pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
-    """Yield the results of an MLflow search from all of its pages."""
-    token = None
-    while True:
-        items = search(*arguments, **options, page_token=token)
-        yield from items
-        token = items.token
-        if not token:
-            return
 
 
 def _one(name: str, known: Sequence[TrackedRun]) -> TrackedRun:

@@ -1,4 +1,7 @@
-"""Metrics of the ranks: declared once by name, reduced together in one tensor, read by name."""
+"""Metrics of the ranks: declared once by name, reduced together in one tensor, read by name.
+
+What is measured is declared where it is: `STATISTICS` in `objective.py`, and `metrics` of hooks.
+"""
 
 import dataclasses
 import enum

@@ -17,14 +17,14 @@ from pydantic import ValidationError
 import jobs.compare as compare_entry
 from data_shards.format.index import load_index
 from jobs.compare import compare, main, write
+from jobs.comparison import runs as comparison_runs
+from jobs.comparison.config import CompareConfig
+from jobs.comparison.runs import RunRequest, TrainingRunError
+from jobs.comparison.table import comparison_png
+from jobs.comparison.trials import search_space
 from jobs.evaluate_cra import evaluate
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.stored_result import read_result
-from jobs.reporting import comparison_training
-from jobs.reporting.comparison_config import CompareConfig
-from jobs.reporting.comparison_report import comparison_png
-from jobs.reporting.comparison_search import search_space
-from jobs.reporting.comparison_training import RunRequest
 from model.networks.registry import FAMILIES, parameter_count
 from pipeline.presets.registry import PRESETS, run_preset
 from pipeline.run.evaluation_summary import EvaluationSummary
@@ -123,10 +123,10 @@ class Machine:
 def machine(artifact, summary, monkeypatch):
     machine = Machine(artifact, summary)
     monkeypatch.setattr(
-        comparison_training, "subprocess", SimpleNamespace(Popen=machine.run, STDOUT=0, DEVNULL=0)
+        comparison_runs, "subprocess", SimpleNamespace(Popen=machine.run, STDOUT=0, DEVNULL=0)
     )
     # What the machine claims follows from no certificate.
-    monkeypatch.setattr(comparison_training, "read_result", claimed)
+    monkeypatch.setattr(comparison_runs, "read_result", claimed)
     return machine
 
 
@@ -139,7 +139,7 @@ def claimed(out):
 
 
 def test_a_claim_without_certificate_and_samples_is_not_compared(machine, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison_training, "read_result", read_result)
+    monkeypatch.setattr(comparison_runs, "read_result", read_result)
     with pytest.raises(EvaluationError, match="no finished evaluation at"):
         compare(config(tmp_path))
 
@@ -171,7 +171,7 @@ def test_equal_time_gives_each_preset_the_steps_it_can_take(machine, tmp_path):
 @pytest.mark.parametrize(("overrun", "held"), [(1.029, True), (0.98, True), (1.04, False)])
 def test_a_budget_of_time_is_held_within_three_percent(machine, tmp_path, overrun, held):
     machine.overrun = overrun
-    with contextlib.nullcontext() if held else pytest.raises(EvaluationError, match="of a budget"):
+    with contextlib.nullcontext() if held else pytest.raises(TrainingRunError, match="of a budget"):
         compare(config(tmp_path, presets=(QUICK,)))
 
 
@@ -205,7 +205,7 @@ def test_each_preset_has_the_same_trials_and_keeps_what_was_best(machine, tmp_pa
 def test_a_comparison_goes_on_where_it_was_stopped(machine, tmp_path):
     machine.fail = SLOW
     settings = config(tmp_path, trials=3)
-    with pytest.raises(EvaluationError, match=r"digits-sll \(trial\) ended with exit code 1"):
+    with pytest.raises(TrainingRunError, match=r"digits-sll \(trial\) ended with exit code 1"):
         compare(settings)
     machine.fail = None
     done = len(machine.started)
@@ -226,7 +226,7 @@ def test_a_comparison_that_is_told_to_stop_ends_its_runs(tmp_path, monkeypatch):
         return started[-1]
 
     module = SimpleNamespace(Popen=popen, STDOUT=0, DEVNULL=0)
-    monkeypatch.setattr(comparison_training, "subprocess", module)
+    monkeypatch.setattr(comparison_runs, "subprocess", module)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as stop:
@@ -362,6 +362,15 @@ def test_an_unknown_preset_is_refused_before_anything_runs(machine, tmp_path):
     with pytest.raises(EvaluationError, match=r"unknown preset 'digit'"):
         compare(config(tmp_path, presets=("digit",)))
     assert not machine.started
+
+
+def test_exit_codes_tell_a_refusal_from_a_failure(machine, tmp_path, monkeypatch, capsys):
+    words = ["--out", str(tmp_path), "--data.shards", SHARDS, "--amount", "2", "--presets"]
+    assert main([*words, "digit"]) == 2
+    assert "error: digit: unknown preset 'digit'" in capsys.readouterr().err
+    machine.fail = SLOW
+    assert main([*words, QUICK, SLOW]) == 1
+    assert "failed: TrainingRunError: digits-sll (final) ended" in capsys.readouterr().err
 
 
 def test_trials_without_optuna_say_what_to_install(machine, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
 from data_shards.untrusted.terminal import PlainConsole
 from jobs.evaluate_cra import evaluate
-from jobs.evaluation import pictures
+from jobs.evaluation import figures
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.image_strip import SHOWN, StripImage, closest_images, strip_png
 from jobs.evaluation.runner import compute
@@ -24,7 +24,7 @@ from jobs.evaluation.sample_records import (
     confusions,
 )
 from jobs.evaluation.stored_result import read_result
-from jobs.reporting.classes import confusion_table, frequent_confusions, worst_classes
+from jobs.reporting.per_class import confusion_table, frequent_confusions, worst_classes
 from pipeline.run.evaluation_summary import EvaluationSummary, report
 from tests.jobs.conftest import plain_fields
 
@@ -65,7 +65,7 @@ def test_pictures_that_are_gone_are_drawn_again_and_no_others(evaluated, artifac
     out, _ = evaluated
     before = (out / "closest.png").read_bytes()
     (out / "closest.png").unlink()
-    monkeypatch.setattr(pictures, "cra_png", lambda _: pytest.fail("that one is there"))
+    monkeypatch.setattr(figures, "cra_png", lambda _: pytest.fail("that one is there"))
     evaluate(plain_fields(artifact, out))
     assert (out / "closest.png").read_bytes() == before
 

@@ -1,15 +1,12 @@
-"""What a person sees of a job on the terminal."""
+"""What the commands of this package share: errors in one line, and the exit status."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from rich.console import Console
 
-from data_shards.command_line.progress import ProgressBar
 from data_shards.untrusted.terminal import PlainConsole
-from jobs.evaluation.progress import OnProgress
 
 
 def exit_status(
@@ -30,15 +27,3 @@ def exit_status(
     except Exception as error:
         errors.print(f"failed: {type(error).__name__}: {error}", soft_wrap=True)
         return 1
-
-
-@contextlib.contextmanager
-def following(console: Console, label: str) -> Iterator[OnProgress]:
-    """Show the tasks that have ended, their scores so far and the time that is left.
-
-    Args:
-        console: where.
-        label: what is done.
-    """
-    with ProgressBar(label, 0, unit="tasks", console=console) as bar:
-        yield lambda progress: bar.reach(progress.done, progress.total, progress.scores)

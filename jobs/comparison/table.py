@@ -14,10 +14,10 @@ from scipy.stats import binomtest
 from data_shards.untrusted.text import code as code_span
 from data_shards.untrusted.text import figure_text
 from data_shards.untrusted.text import markdown as markdown_text
+from jobs.comparison.config import CompareConfig
+from jobs.comparison.runs import Outcome
 from jobs.evaluation.sample_records import EvaluationError
 from jobs.figures import plot_style
-from jobs.reporting.comparison_config import CompareConfig
-from jobs.reporting.comparison_training import Outcome
 from model.certification.eps import eps_value
 from model.certification.wilson_interval import wilson
 

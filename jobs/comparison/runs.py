@@ -22,9 +22,8 @@ from typing import Any
 from data_shards.command_line.progress import ProgressBar
 from data_shards.storage.store import Store
 from jobs.child_processes import end_processes
-from jobs.evaluation.sample_records import EvaluationError
+from jobs.comparison.config import CompareConfig
 from jobs.evaluation.stored_result import StoredResult, read_result
-from jobs.reporting.comparison_config import CompareConfig
 from model.artifact.artifact import ArtifactInfo, parameter_shapes, read_info
 from pipeline.run import layout
 from pipeline.run.evaluation_summary import EvaluationSummary
@@ -41,6 +40,10 @@ _GRACE_S = 60.0
 
 _TOLERANCE = 0.03
 """Of a budget of processor time; a run ends at the first step beyond it."""
+
+
+class TrainingRunError(RuntimeError):
+    """A run of the comparison failed, or used more than its budget."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ class Runs:
         """Outcomes in the order of the orders.
 
         Raises:
-            EvaluationError: a run failed; the others that are under way end first.
+            TrainingRunError: a run failed; the others that are under way end first.
 
         When the comparison is told to stop, it stops them.
         """
@@ -234,7 +237,7 @@ class Runs:
             self._running.discard(process)
         if code:
             tail = log.read_text(errors="replace")[-_TAIL:]
-            raise EvaluationError(
+            raise TrainingRunError(
                 f"{order.preset} ({order.role}) ended with exit code {code}; the end of "
                 f"{log}:\n{tail}"
             )
@@ -248,7 +251,7 @@ class Runs:
 def _require_budget(outcome: Outcome) -> None:
     budget = outcome.order.values.get("train.processor-seconds")
     if budget and abs(outcome.seconds / budget - 1) > _TOLERANCE:
-        raise EvaluationError(
+        raise TrainingRunError(
             f"{outcome.order.preset} ({outcome.order.role}) used {outcome.seconds:.2f} processor "
             f"seconds of a budget of {budget:g}, beyond {_TOLERANCE:.0%}: a step is too long for it"
         )
