@@ -79,7 +79,7 @@ PARTS = (
     Part(
         "billion", 80, ("-m", "benchmarks.train", _BILLION, "12", "--model.depth", "8",
                         "--train.global-batch", "128", "--optim.retraction", "fast"),
-        ("-m", "benchmarks.train", _BILLION, "2", "--model.depth", "1", "--model.width", "32",
+        ("-m", "benchmarks.train", _BILLION, "2", "--model.depth", "1", "--model.width", "600",
          "--train.global-batch", "4", "--cluster.device", "cpu"),
     ),
     Part(

@@ -20,7 +20,7 @@ from pipeline.presets.registry import run_preset
 from pipeline.run import layout
 from pipeline.tracking.outbox import read_rows
 
-IMAGES = 2048
+IMAGES = 1024
 _EPOCH = 50_000
 """Samples that count as an epoch; the images repeat."""
 _RECORDS = 5
