@@ -97,7 +97,8 @@ def test_the_state_of_a_step_is_copied_and_exported(name, world_size, rank):
     assert copied == {}
     synchronize.assert_called_once_with(CUDA)
     assert {tensor.device.type for tensor in snapshot.tensors.values()} == {"cpu"}
-    assert set(waits) <= {"export.py:take_export", "manifolds.py:_newton_schulz"}
+    # A weight is copied when it is whole, and the iteration asks for its residual.
+    assert {place.partition(":")[0] for place in waits} <= {"export.py", "manifolds.py"}, waits
     if rank:
         assert export is None
         return

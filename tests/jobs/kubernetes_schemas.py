@@ -27,7 +27,7 @@ from lightkube.models import batch_v1, core_v1, meta_v1  # noqa: E402 - after wh
 for _module in (batch_v1, core_v1, meta_v1):
     for _model in vars(_module).values():
         if is_dataclass(_model):
-            _model.__pydantic_config__ = _CLOSED  # type: ignore[attr-defined]
+            _model.__pydantic_config__ = _CLOSED
 
 _Count = Annotated[int, Field(ge=0, lt=2**31)]
 _Text = Annotated[str, Field(min_length=1)]
