@@ -104,7 +104,7 @@ def pass_rows(width: int, depth: int, batch: int, device: torch.device) -> list[
 
 
 def main(order: int = ORDER, width: int = 2048, depth: int = 4, batch: int = 64) -> None:
-    """Measure and write benchmarks/results/float64_pass.md.
+    """Measure and write the table.
 
     Args:
         order: rows of the matrix whose bound is timed.

@@ -227,6 +227,8 @@ def _notices(
     Raises:
         PipelineError: the run is to stop before the step at which it goes on.
     """
+    if config.checkpoint.none:
+        yield "checkpoint.none: this run keeps nothing, is not certified and cannot be continued"
     stop, end, newest = config.train.stop_after, schedule.total_steps, max(steps, default=0)
     if stop > end and not config.train.processor_seconds:
         yield f"train.stop_after={stop} is never reached: the run ends after step {end}"

@@ -78,11 +78,6 @@ def run_session(prepared: PreparedRun, console: Console) -> Iterator[RunMonitor]
             f"{config.data.test_split} (--data.train-split fit holds some out, and chooses the "
             "best checkpoint by them)"
         )
-    if config.checkpoint.none:
-        display.message(
-            "--checkpoint.none: this run keeps no checkpoint, is not certified and cannot be "
-            "continued"
-        )
     for notice in prepared.notices:
         display.message(as_typed(notice, settings(RunConfig, config)))
     if prepared.changed:

@@ -75,7 +75,7 @@ def test_a_run_that_keeps_nothing_says_so_and_so_does_what_follows_it(trained, c
     left = {path.name for path in (folder / "run").iterdir()}
     assert not left & {"checkpoints", "artifacts"}
     assert sum(path.stat().st_size for path in (folder / "run").rglob("*")) < 200_000
-    assert "keeps no checkpoint, is not certified and cannot be" in done.stdout
+    assert "--checkpoint.none: this run keeps nothing, is not certified" in done.stdout
     assert "nothing can be evaluated" in done.stdout
     assert "--resume" not in done.stdout
     words = ["--resume", "--name", "run", "--storage", str(folder)]
