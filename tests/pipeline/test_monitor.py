@@ -153,7 +153,7 @@ def test_deaths_are_told_with_the_restarts_that_are_left(tmp_path):
 
 
 def evaluations(monkeypatch, fn, *, beside_training=True, splits=None):
-    monkeypatch.setattr(pipeline.driver.evaluations, "resolve", lambda entry: fn)
+    monkeypatch.setattr(pipeline.driver.evaluations, "resolve_name", lambda entry: fn)
     splits = splits or Splits("test", "test")
     return Evaluations({}, print, splits=splits, beside_training=beside_training)
 
