@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from data_shards.format.index import load_index
 from jobs.child_processes import exit_on_sigterm
 from jobs.command_line import exit_status
 from jobs.comparison.config import CompareConfig
-from jobs.comparison.runs import RunRequest, Runs
+from jobs.comparison.runs import FINAL, SHARDS, TRIAL, RunRequest, Runs
 from jobs.comparison.table import System, by_norm, comparison_png, markdown
 from jobs.comparison.trials import Search, preset_config
 from jobs.evaluation.sample_records import EvaluationError
@@ -51,7 +52,7 @@ def compare(config: CompareConfig) -> list[System]:
     finals = [
         RunRequest(
             preset,
-            "final",
+            FINAL,
             {
                 **_FINAL,
                 **_length(config, presets[preset], config.amount, samples("train")),
@@ -86,7 +87,7 @@ def _samples(config: CompareConfig, runs: Runs) -> Callable[[str], int]:
     url = config.shards
     if not url:
         # Several runs at once would each write it.
-        first = RunRequest(config.presets[0], "shards", {"train.stop-after": 1}, certify=False)
+        first = RunRequest(config.presets[0], SHARDS, {"train.stop-after": 1}, certify=False)
         [made] = runs.run([first])
         url = made.shards_url
     index = load_index(url)
@@ -125,13 +126,15 @@ def _tune(
         orders = [
             RunRequest(
                 name,
-                "trial",
+                TRIAL,
                 {**_TUNING, **_length(config, presets[name], amount, samples("fit")), **values},
             )
             for name, (_, values) in asked.items()
         ]
         for (name, (number, _)), outcome in zip(asked.items(), runs.run(orders), strict=True):
-            score = statistics.fmean(outcome.summary.columns["sound"].cra.values())
+            # A network whose step is too long for the budget would be judged after another one.
+            cra = outcome.summary.columns["sound"].cra.values()
+            score = statistics.fmean(cra) if outcome.held else math.nan
             scores[name].append(score)
             searches[name].tell(number, score)
     return {name: search.best for name, search in searches.items()}, scores

@@ -80,7 +80,7 @@ class TrainConfig:
     epochs: float = Field(default=40, gt=0)
     """Passes over the training split."""
     processor_seconds: float = Field(default=0.0, ge=0)
-    """Ends the run after the first step beyond so much processor time of its one rank, all threads
+    """Ends the run with the step nearest to so much processor time of its one rank, all threads
     counted; schedules follow the share that is used, in the shape that `epochs` gives them. Systems
     of different speed compare under such a budget, so a set that is kept in memory is decoded
     before it begins. 0: ends after `epochs`."""

@@ -39,7 +39,10 @@ _GRACE_S = 60.0
 """A run that is told to stop keeps a checkpoint first."""
 
 _TOLERANCE = 0.03
-"""Of a budget of processor time; a run ends at the first step beyond it."""
+"""Of a budget of processor time; a run ends with the step nearest to it."""
+
+SHARDS, TRIAL, FINAL = "shards", "trial", "final"
+"""What a run is for: to make the shard set, to judge settings, to be compared."""
 
 
 class TrainingRunError(RuntimeError):
@@ -52,7 +55,7 @@ class RunRequest:
 
     Attributes:
         preset: name of the preset, and more words of the command line after it.
-        role: `shards`, `trial` or `final`.
+        role: `SHARDS`, `TRIAL` or `FINAL`.
         values: overrides by setting, such as {"train.seed": 1}.
         certify: whether the run ends with a certified table.
     """
@@ -169,6 +172,16 @@ class Outcome:
         """Processor seconds of the training loop, over all ranks and threads."""
         return self._used[1]
 
+    @property
+    def budget(self) -> float:
+        """Processor seconds that it was given; 0: any number."""
+        return float(self.order.values.get("train.processor-seconds", 0))
+
+    @property
+    def held(self) -> bool:
+        """Whether it used its budget of time and no more."""
+        return not self.budget or abs(self.seconds / self.budget - 1) <= _TOLERANCE
+
 
 class Runs:
     """Runs orders as processes, `parallel` at a time; finished ones are read, not repeated.
@@ -243,15 +256,10 @@ class Runs:
             )
         if order.certify:
             outcome.summary  # noqa: B018  a run without a table must not count as finished
-        _require_budget(outcome)
+        if order.role == FINAL and not outcome.held:
+            raise TrainingRunError(
+                f"{order.preset} ({order.role}) used {outcome.seconds:.2f} processor seconds of a "
+                f"budget of {outcome.budget:g}, beyond {_TOLERANCE:.0%}: a step is too long for it"
+            )
         (folder / _DONE).write_text(json.dumps({"seconds": time.monotonic() - began}))
         return outcome
-
-
-def _require_budget(outcome: Outcome) -> None:
-    budget = outcome.order.values.get("train.processor-seconds")
-    if budget and abs(outcome.seconds / budget - 1) > _TOLERANCE:
-        raise TrainingRunError(
-            f"{outcome.order.preset} ({outcome.order.role}) used {outcome.seconds:.2f} processor "
-            f"seconds of a budget of {budget:g}, beyond {_TOLERANCE:.0%}: a step is too long for it"
-        )

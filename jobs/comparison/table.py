@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,8 @@ class System:
     Attributes:
         preset: name of the preset, and more words of its command line.
         changes: values that the trials settled on, by setting.
-        trials: mean certified accuracy on validation of every trial, in order.
+        trials: mean certified accuracy on validation of every trial, in order; NaN where one did
+            not hold its budget.
         finals: one run per seed.
     """
 
@@ -109,7 +111,12 @@ def markdown(config: CompareConfig, systems: Sequence[System], *, date: str, cod
             f"Each system had {config.trials} trials of {_amount(config, config.trial_amount)} on "
             "`fit`, judged by the mean certified accuracy on `validation`: the preset, then what "
             "Optuna drew of learning rate, temperature, two sizes and, where there is one, the "
-            "pool.",
+            "pool."
+            + "".join(
+                f" {count} of {code_span(system.preset)} had steps too long and count as none."
+                for system in systems
+                if (count := sum(map(math.isnan, system.trials)))
+            ),
         ]
     for norm, group in by_norm(systems).items():
         lines += ["", f"## {norm}", "", *_table(group), *_differences(group)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -96,13 +97,25 @@ class Search:
         )
 
     def tell(self, number: int, score: float) -> None:
-        """Say what a trial came to; more is better."""
-        self._study.tell(number, score)
+        """Say what a trial came to; more is better, NaN counts as none."""
+        from optuna.trial import TrialState
+
+        if math.isnan(score):
+            self._study.tell(number, state=TrialState.FAIL)
+        else:
+            self._study.tell(number, score)
 
     @property
     def best(self) -> dict[str, Any]:
-        """Values of the best trial so far."""
-        return self._study.best_params
+        """Values of the best trial so far.
+
+        Raises:
+            EvaluationError: no trial counts.
+        """
+        try:
+            return self._study.best_params
+        except ValueError as error:
+            raise EvaluationError(f"{self._config.preset}: no trial held its budget") from error
 
     def _fits(self, values: Mapping[str, Any]) -> bool:
         config = self._config

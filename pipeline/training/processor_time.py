@@ -13,7 +13,7 @@ class ProcessorTimeHook(Hook):
     """Sums the processor seconds of all ranks and threads since training began here.
 
     A budget, which only a run of one rank has, ends training with a record and a checkpoint after
-    the first step beyond it.
+    the step that ends nearest to it: another one would overshoot by more than this one falls short.
 
     Args:
         budget: processor seconds; 0: none.
@@ -25,6 +25,7 @@ class ProcessorTimeHook(Hook):
     def __init__(self, budget: float) -> None:
         self._budget = budget
         self._began = time.process_time()
+        self._before_step = 0.0
 
     def _spent(self) -> float:
         return time.process_time() - self._began
@@ -33,15 +34,22 @@ class ProcessorTimeHook(Hook):
         """Seconds of this rank."""
         return {self.SECONDS: self._spent()}
 
+    def before_step(self, step: int) -> None:
+        """See Hook."""
+        self._before_step = self._spent()
+
     def wants_record(self) -> bool:
-        """When the budget is spent."""
-        return 0 < self._budget <= self._spent()
+        """When another step would end farther from the budget."""
+        return self._ends(self._spent())
+
+    def _ends(self, spent: float) -> bool:
+        return 0 < self._budget <= spent + (spent - self._before_step) / 2
 
     def on_record(self, record: Record) -> None:
         """The last record is followed by the end."""
-        over = 0 < self._budget <= record.reduced.values[self.SECONDS]
-        record.stop |= over
-        record.save |= over
+        ends = self._ends(record.reduced.values[self.SECONDS])
+        record.stop |= ends
+        record.save |= ends
 
     def scheduled(
         self, context_at: Callable[[int], StepContext], total: int

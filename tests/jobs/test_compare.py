@@ -59,6 +59,7 @@ class Machine:
     def __init__(self, artifact, summary):
         self.artifact, self.summary = artifact, summary
         self.started, self.resumed, self.fail, self.overrun = [], [], None, 1.0
+        self.too_long = math.inf
 
     def run(self, words, **_):
         """Stands for `Popen`; the run has ended when it returns."""
@@ -84,6 +85,7 @@ class Machine:
         shutil.copytree(self.artifact, place, dirs_exist_ok=True)
         (folder / "run.json").write_text(json.dumps(settings))
         budget = float(given.get("train.processor-seconds", 0))
+        slower = 1.1 if settings["optim"]["lr"] > self.too_long else self.overrun
         steps = int(given.get("train.stop-after", 0)) or round(budget * SPEED[preset])
         steps = steps or math.ceil(
             settings["train"]["epochs"] * self.samples(settings) / settings["train"]["global_batch"]
@@ -93,7 +95,7 @@ class Machine:
             {
                 "kind": "metrics",
                 "step": i + 1,
-                "values": {"train/processor_s": self.overrun * (i + 1) / SPEED[preset]},
+                "values": {"train/processor_s": slower * (i + 1) / SPEED[preset]},
                 "timestamp_ms": i,
             }
             for i in range(steps)
@@ -173,6 +175,21 @@ def test_a_budget_of_time_is_held_within_three_percent(machine, tmp_path, overru
     machine.overrun = overrun
     with contextlib.nullcontext() if held else pytest.raises(TrainingRunError, match="of a budget"):
         compare(config(tmp_path, presets=(QUICK,)))
+
+
+def test_a_trial_whose_step_is_too_long_counts_as_none(machine, tmp_path):
+    machine.too_long = 0.02
+    settings = config(tmp_path, presets=(QUICK,), trials=6, trial_amount=1.0)
+    [system] = compare(settings)
+    rates = [float(given["optim.lr"]) for _, given in machine.started[:6]]
+    over = [rate > 0.02 for rate in rates]
+    assert [math.isnan(score) for score in system.trials] == over
+    assert 0 < sum(over) < 6
+    assert system.changes["optim.lr"] < 0.02
+    assert f"{sum(over)} of `{QUICK}` had steps too long" in write(settings, [system])
+    machine.too_long = 0.0
+    with pytest.raises(EvaluationError, match="no trial held its budget"):
+        compare(dataclasses.replace(settings, trials=2, trial_amount=3.0))
 
 
 def test_one_run_alone_makes_the_shards(machine, tmp_path):

@@ -42,6 +42,7 @@ def test_schedules_follow_the_share_that_is_used_and_the_run_ends_when_it_is_all
     at = hook.scheduled(context_at, TOTAL)
     assert at(0) == context_at(0)
     for step in range(1, 10):
+        hook.before_step(step - 1)
         clock.now += 1.0
         assert not hook.wants_record()
         found = record(hook, step)
@@ -51,11 +52,23 @@ def test_schedules_follow_the_share_that_is_used_and_the_run_ends_when_it_is_all
         assert now.step == step
         assert now.lr_factor == 1 - 5 * step / TOTAL
         assert now.progress == 5 * step / TOTAL
+    hook.before_step(9)
     clock.now += 1.5
     assert at(10) == dataclasses.replace(context_at(TOTAL - 1), step=10)
     assert hook.wants_record()  # after the first step beyond it, whatever `log_every`
     found = record(hook, 10)
     assert (found.stop, found.save) == (True, True)
+
+
+@pytest.mark.parametrize(("step", "ends"), [(0.9, False), (1.4, True), (3.0, True)])
+def test_a_run_ends_with_the_step_nearest_to_its_budget(clock, step, ends):
+    """After one more step of 1.4 s it would be 0.8 s beyond its 10 s, where it is 0.6 s short."""
+    hook = ProcessorTimeHook(10.0)
+    clock.now += 9.4 - step
+    hook.before_step(7)
+    clock.now += step
+    assert hook.wants_record() is ends
+    assert record(hook, 8).stop is ends
 
 
 def test_without_a_budget_time_is_recorded_and_nothing_else_changes(clock):
