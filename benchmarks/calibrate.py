@@ -197,7 +197,12 @@ def _collectives(world: DistributedContext, config: RunConfig) -> tuple[float, f
         total = sum(p.numel() for p in network.parameters())
     largest, block = gathered_sizes(network)
     settings = engine_settings(
-        train=config.train, zero=config.zero, micro_batch=1, largest=largest, block=block
+        train=config.train,
+        zero=config.zero,
+        micro_batch=1,
+        largest=largest,
+        block=block,
+        persist_below=0,
     )["zero_optimization"]
     bucket = min(settings["reduce_bucket_size"], total)
     dtype = DTYPES[config.train.precision]

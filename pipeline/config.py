@@ -228,6 +228,10 @@ class ClusterConfig:
     controller have died; 0: none, -1: any number."""
     max_preemptions: int = Field(default=-1, ge=-1)
     """The same after nodes that were taken away with notice, counted on its own; -1: any number."""
+    persist_below: int = Field(default=-1, ge=-1)
+    """Elements below which working weights are whole on every rank during a step, gathered at once
+    and not module by module; masters, moments and gradients are partitioned in any case. 0: none;
+    -1: all of a network of up to 16,777,216 elements, none of a larger one."""
     collective_timeout_s: int = Field(default=600, ge=1)
     """A collective that waits longer stops the run."""
     hang_timeout_s: int = Field(default=300, ge=0)

@@ -5,6 +5,7 @@ trained, 124 hung without Ray, 130 or 143 stopped (`docs/reference/exit-codes.md
 """
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ from pipeline.resilience.signals import StopSignal
 from pipeline.run.config_file import to_yaml
 from pipeline.run.distributed import join_process_group
 from pipeline.run.events import Emit, Event, Hung
+from pipeline.tracking.client import import_mlflow
 from pipeline.training.worker import run_rank
 
 _SIGNALS = 128
@@ -149,6 +151,9 @@ def _run_on_ray(config: RunConfig, console: Console, stop: StopSignal) -> None:
         preparing = prepare(config, world_size=config.cluster.workers, waiting=_once(console))
         with console.status("preparing"):
             prepared = stack.enter_context(preparing)
+        # While Ray's processes start, of which this one waits for most.
+        ahead = functools.partial(_import_ahead, prepared.tracking.uri)
+        threading.Thread(target=ahead, name="mlflow-import", daemon=True).start()
         stack.enter_context(cluster_session(config.cluster))
         stop.install()  # once more: ray.init has put a handler of its own there
         servers = stack.enter_context(watched())
@@ -159,6 +164,12 @@ def _run_on_ray(config: RunConfig, console: Console, stop: StopSignal) -> None:
                 monitor.stamp(prepared.job),
                 stop,
             )
+
+
+def _import_ahead(uri: str) -> None:
+    """Import MLflow; what is wrong with it is told by whoever connects."""
+    with contextlib.suppress(Exception):
+        import_mlflow(uri)
 
 
 def _run_here(config: RunConfig, console: Console, stop: StopSignal) -> None:

@@ -101,6 +101,11 @@ class BlockCache:
             if block not in self._pending and not self._path(block).exists():
                 self._pending[block] = self._pool.submit(self._fetch, block)
 
+    def lacking(self, ranges: Sequence[Range]) -> int:
+        """How many blocks of ranges are not on the disk."""
+        blocks = {block for wanted in ranges for block in self._blocks(wanted)}
+        return sum(not self._path(block).exists() for block in blocks)
+
     def close(self) -> None:
         """Give up what was not begun."""
         self._pool.shutdown(wait=False, cancel_futures=True)

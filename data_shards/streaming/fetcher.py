@@ -22,6 +22,7 @@ MAX_BATCHES_AHEAD = 64  # more would only cost start-up time where batches are t
 # more in gaps.
 _PLANNED = 3  # readings whose blocks are fetched to the disk at the same time
 _READING = 16  # part of the read-ahead that one reading may have
+_FEWER = 2  # blocks for so many images of a first batch cost no more than these images alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ class SplitReader:
         """
         plans = self._plans()
         parts, size = next(plans)
-        yield Reading(parts, self._fetch(parts, fill=False), size)
+        yield Reading(parts, self._fetch(parts, fill=self._few_blocks(parts)), size)
         ahead: collections.deque[tuple[list[Part], int]] = collections.deque()
         try:
             while True:
@@ -236,9 +237,19 @@ class SplitReader:
         samples = np.unique(np.concatenate([p.plan.samples[p.start : p.stop] for p in parts]))
         return samples[~self._asked(samples)]
 
+    def _extents(self, parts: list[Part]) -> list[tuple[str, int, int]]:
+        return [self._extent(row) for row in self.rows[self._wanted(parts)]]
+
     def _prefetch(self, parts: list[Part]) -> None:
         if self.cache is not None:
-            self.cache.prefetch([self._extent(row) for row in self.rows[self._wanted(parts)]])
+            self.cache.prefetch(self._extents(parts))
+
+    def _few_blocks(self, parts: list[Part]) -> bool:
+        """Whether whole blocks, which are needed soon anyway, are few beside the images in them."""
+        if self.cache is None:
+            return False
+        extents = self._extents(parts)
+        return _FEWER * self.cache.lacking(extents) <= len(extents)
 
     def _fetch(self, parts: list[Part], *, fill: bool) -> Encoded:
         samples = self._wanted(parts)
@@ -255,7 +266,7 @@ class SplitReader:
         rows = self.rows[samples]
         if self.cache is None:
             return fetch(self.index, rows)
-        # Whole blocks would keep the first batch of a run waiting: it is read without `fill`.
+        # Whole blocks would keep the first batch of a run waiting, unless they are few.
         read_ranges = functools.partial(self.cache.read_ranges, fill=fill)
         return fetch(self.index, rows, read_ranges=read_ranges, max_gap=0)
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from model.networks.config import NetworkConfig
 from model.networks.registry import build_network
 
 _TASK_ELEMENTS = 1 << 24
+_CERTIFIED_ELEMENTS = 1 << 20
+"""Logits or slopes from which on a shard's batches are certified, together: 8 MiB in float64."""
 _OBSERVED_EVERY = 4096
 """Samples of a split for each one whose derivative is observed: it costs some 60 times as much."""
 
@@ -61,6 +64,31 @@ class MatrixTask:
         return [
             network.bound_matrix(name, tensor.to(self.artifact.device)) for name, tensor in tensors
         ]
+
+
+class _Passes(NamedTuple):
+    """What is certified of some samples: (B,), logits (B, K), slopes of these or of all samples."""
+
+    classes: Tensor
+    norms: Tensor
+    single: Tensor
+    double: Tensor
+    serving: Tensor
+    factors: Tensor
+    slopes: Tensor
+
+
+def _size(batches: Sequence[_Passes]) -> int:
+    """Elements of the tables that have a row for each sample."""
+    slopes = [t for batch in batches for t in (batch.factors, batch.slopes) if t.ndim == 3]
+    return sum(batch.single.numel() for batch in batches) + sum(t.numel() for t in slopes)
+
+
+def _joined(batches: Sequence[_Passes]) -> _Passes:
+    """The samples of some batches; slopes that hold everywhere are those of any batch."""
+    *rows, factors, slopes = zip(*batches, strict=True)
+    everywhere = (t[0] if t[0].ndim == 2 else torch.cat(t) for t in (factors, slopes))
+    return _Passes(*map(torch.cat, rows), *everywhere)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +124,7 @@ class ShardTask:
         """
         digests: list[str] = []
         found: dict[str, list[Certificates]] = {name: [] for name in COLUMNS}
+        waiting: list[_Passes] = []
         observed = 0.0
         for number, batch in enumerate(read_shard(self.index, self.shard, self.batch_size)):
             digests += [
@@ -103,8 +132,11 @@ class ShardTask:
             ]
             if self.observed and number == 0:
                 observed = self._observed(batch.images[: self.observed])
-            for name, certificates in self._certify(batch.images, batch.labels).items():
-                found[name].append(certificates)
+            waiting.append(self._passes(batch.images, batch.labels))
+            if len(digests) == len(self.index.rows) or _size(waiting) >= _CERTIFIED_ELEMENTS:
+                for name, certificates in self._certify(waiting).items():
+                    found[name].append(certificates)
+                waiting.clear()
         return ShardRecords(
             shard=self.shard.file,
             key=tuple(self.keys),
@@ -118,15 +150,20 @@ class ShardTask:
     def _certifier(self, program: str) -> ProvedCertifier:
         return certifier(self.artifact, self.matrices, program)
 
-    def _certify(self, pixels: Tensor, labels: Tensor) -> dict[str, Certificates]:
-        """Certificates of a batch by column."""
+    def _passes(self, pixels: Tensor, labels: Tensor) -> _Passes:
+        """What the network says of a batch, in all programs."""
         device = self.artifact.device
-        classes, norms = labels.to(device), self._norms(pixels).to(device)
         single, factors = _evaluate(self.artifact, pixels, FLOAT32.name)
         double, slopes = _evaluate(self.artifact, pixels, FLOAT64.name)
         serving = single
         if self.deployed != FLOAT32.name:
             serving, _ = _evaluate(self.artifact, pixels, self.deployed)
+        norms = self._norms(pixels).to(device)
+        return _Passes(labels.to(device), norms, single, double, serving, factors, slopes)
+
+    def _certify(self, batches: Sequence[_Passes]) -> dict[str, Certificates]:
+        """Certificates of some batches by column: row by row, so for many at once as for one."""
+        classes, norms, single, double, serving, factors, slopes = _joined(batches)
 
         def proved(program: str, logits: Tensor) -> Certificates:
             return self._certifier(program).certify(logits, norms, classes, slopes)

@@ -12,10 +12,11 @@ from typing import Any
 from data_shards.storage.store import Store
 from pipeline.config import ClusterConfig
 from pipeline.errors import REFUSALS, PipelineError, ProcessDiedError, RunFailedError
+from pipeline.launch.event_queue import EventQueue, EventSender
 from pipeline.launch.ray_watch import RayServers, wait_for
 from pipeline.resilience.signals import PAUSE, STOP, ControlActor, Flag, Interruption
 from pipeline.run.distributed import ALLOCATOR
-from pipeline.run.events import Emit, Event, GroupFailed
+from pipeline.run.events import Emit, GroupFailed
 from pipeline.run.layout import ray_folder
 from pipeline.run.ray_session import ray_session
 from pipeline.run.step_schedule import world_sizes
@@ -63,43 +64,6 @@ _WORKER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore::FutureWarning",
     **ALLOCATOR,
 }
-
-
-class _EventQueue:
-    """Actor that holds events until they are fetched.
-
-    It handles one call after the other, so those of a rank stay in order; Ray's queue is
-    asynchronous, and on a busy machine records came out of order.
-    """
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-
-    def put(self, event: Event) -> None:
-        self._events.append(event)
-
-    def take(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
-
-    def arrived(self) -> None:
-        """Answers once all that the caller has put before is held."""
-
-
-class _EventSender:
-    """Worker side of the events; sending never waits."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    def __call__(self, event: Event) -> None:
-        self._actor.put.remote(event)
-
-    def wait(self) -> None:
-        """Wait until everything sent by this process is held."""
-        import ray
-
-        ray.get(self._actor.arrived.remote())
 
 
 class _ControlPoller(Flag):
@@ -237,9 +201,9 @@ def fit(job: WorkerSpec, handle: Emit, stop: Interruption, servers: RayServers) 
     # Beside this process: on another node they would be lost with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": here}
-    events = ray.remote(_EventQueue).options(**options).remote()
+    events = ray.remote(EventQueue).options(**options).remote()
     orders = ray.remote(ControlActor).options(**options).remote()
-    settings = {"job": job, "emit": _EventSender(events), "orders": orders}
+    settings = {"job": job, "emit": EventSender(events), "orders": orders}
     with _pump(events, handle, orders, stop, servers.lost):
         while not _trained(job, settings, servers):
             if stop.stop_requested():

@@ -25,7 +25,7 @@ from pipeline.planner.step_time import (
 )
 from pipeline.run.step_schedule import StepSchedule, make_step_schedule
 from pipeline.training.device_peak import DTYPES
-from pipeline.training.zero3 import engine_settings, gathered_sizes
+from pipeline.training.zero3 import engine_settings, gathered_sizes, persistence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +133,15 @@ def with_increment(config: RunConfig, weights: Weights, device: str) -> RunConfi
 
 def setting_of(config: RunConfig, weights: Weights, *, largest: int, ranks: int) -> Setting:
     """What decides the memory of a rank, with the bucket sizes that DeepSpeed is given."""
+    sizes = (*weights.matrices, *weights.others)
+    persist_below = persistence(config.cluster.persist_below, sizes)
     settings = engine_settings(
-        train=config.train, zero=config.zero, micro_batch=1, largest=largest, block=weights.block
+        train=config.train,
+        zero=config.zero,
+        micro_batch=1,
+        largest=largest,
+        block=weights.block,
+        persist_below=persist_below,
     )["zero_optimization"]
     return Setting(
         ranks=ranks,
@@ -146,6 +153,7 @@ def setting_of(config: RunConfig, weights: Weights, *, largest: int, ranks: int)
         bucket=settings["reduce_bucket_size"],
         prefetch=settings["stage3_prefetch_bucket_size"],
         live=settings["stage3_max_live_parameters"],
+        persist_below=persist_below,
     )
 
 

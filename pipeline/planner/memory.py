@@ -61,6 +61,7 @@ class Setting:
         bucket: elements of one gradient reduction.
         prefetch: elements gathered ahead of use.
         live: gathered elements that a rank keeps.
+        persist_below: elements below which a parameter is whole during a step.
     """
 
     ranks: int
@@ -72,6 +73,7 @@ class Setting:
     bucket: int
     prefetch: int
     live: int
+    persist_below: int
 
 
 _PEER_BYTES = 2_000_000
@@ -127,6 +129,11 @@ def persistent(weights: Weights, setting: Setting) -> list[Component]:
     return [Component(name, ALWAYS, size) for name, size in rows]
 
 
+def _whole(weights: Weights, setting: Setting) -> list[int]:
+    """The parameters that are gathered once, when a step begins."""
+    return [n for n in (*weights.matrices, *weights.others) if n < setting.persist_below]
+
+
 def passes(weights: Weights, setting: Setting, *, activations: int, pinned: int) -> list[Component]:
     """What the forward and backward pass of one micro-batch adds at its peak.
 
@@ -141,8 +148,9 @@ def passes(weights: Weights, setting: Setting, *, activations: int, pinned: int)
     """
     # A single rank uses its partition as it lies.
     many = setting.ranks > 1
-    gathered = many * min(weights.total, setting.live)
-    ahead = many * min(weights.total, setting.prefetch)
+    whole = sum(_whole(weights, setting))
+    gathered = many * min(weights.total, setting.live + whole)
+    ahead = many * min(weights.total - whole, setting.prefetch)
     pinned = many * min(pinned, setting.working * (weights.total - gathered))
     bucket = min(weights.total, setting.bucket)
     left = activations * (weights.total - bucket) // weights.total
@@ -294,6 +302,8 @@ def traffic(
     """
     ranks = setting.ranks
     whole = ranks * (shares(weights.matrices, ranks) + shares(weights.others, ranks))
+    once = ranks * shares(_whole(weights, setting), ranks)
+    by_module = whole - once
     matrices = ranks * shares(weights.matrices, ranks)
 
     def sent(elements: int, size: int) -> int:
@@ -309,16 +319,16 @@ def traffic(
         for group in _sub_groups(weights.matrices, setting)
     )
     # What is used again soon enough is not gathered again.
-    kept = min(whole, weights.block * (setting.live // (2 * weights.block) + 1))
-    modules = -(-weights.total // max(1, min(setting.prefetch, weights.block)))
+    kept = min(by_module, weights.block * (setting.live // (2 * weights.block) + 1))
+    modules = -(-by_module // max(1, min(setting.prefetch, weights.block)))
     buckets = -(-weights.total // setting.bucket)
     return Traffic(
-        forward=accumulation * sent(whole, setting.working),
-        backward=accumulation * sent(whole - kept, setting.working),
+        forward=accumulation * sent(by_module, setting.working) + sent(once, setting.working),
+        backward=accumulation * sent(by_module - kept, setting.working),
         reduce=accumulation * sent(whole, 4),
         manifold=manifold,
         rounds=rounds,
-        gathers=accumulation * (2 * modules + buckets),
+        gathers=accumulation * (2 * modules + buckets) + (once > 0),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import importlib
 import json
 import logging
 import os
@@ -463,25 +464,33 @@ def missing_store(uri: str) -> str:
     return f"there is no MLflow store {database}: give --tracking.uri"
 
 
-def connect(uri: str) -> Any:
-    """Return a client of `uri`; one process at a time creates an sqlite schema."""
+def import_mlflow(uri: str) -> Any:
+    """Import what a client of `uri` needs: seconds that a thread can spend ahead; its class."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
+    if uri.startswith(SQLITE):  # else the client does so when it connects
+        importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Logs what it raises, each time with its trace: who calls it says it once.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    return MlflowClient
+
+
+def connect(uri: str) -> Any:
+    """Return a client of `uri`; one process at a time creates an sqlite schema."""
+    client = import_mlflow(uri)
     if not uri.startswith("sqlite:"):
         bound_answers()
-        return MlflowClient(uri)
+        return client(uri)
     database = Path(uri.removeprefix(SQLITE))
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_name(database.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         relocate(database)
-        return MlflowClient(uri)
+        return client(uri)
 
 
 def open_files(config: TrackingConfig, location: str) -> Any:

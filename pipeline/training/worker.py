@@ -95,6 +95,7 @@ def build_engine(config: RunConfig, *, world: DistributedContext, micro_batch: i
         train=config.train,
         zero=config.zero,
         micro_batch=micro_batch,
+        persist_below=config.cluster.persist_below,
     )
 
 

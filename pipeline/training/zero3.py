@@ -4,10 +4,11 @@ Builds the partitioned network, hands the flat partitions to the manifold optimi
 """
 
 import gc
+import importlib
 import inspect
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from pipeline.training.device_peak import DTYPES
 from pipeline.training.metrics import Metric
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import StepContext
+from pipeline.training.without_compiler import without_compiler
 
 
 def require_precision(precision: str) -> None:
@@ -51,7 +53,13 @@ def require_precision(precision: str) -> None:
 
 
 def engine_settings(
-    *, train: TrainConfig, zero: ZeroConfig, micro_batch: int, largest: int, block: int
+    *,
+    train: TrainConfig,
+    zero: ZeroConfig,
+    micro_batch: int,
+    largest: int,
+    block: int,
+    persist_below: int,
 ) -> dict[str, Any]:
     """DeepSpeed configuration of ZeRO-3.
 
@@ -61,6 +69,7 @@ def engine_settings(
         micro_batch: samples per rank and backward pass.
         largest: elements of the largest parameter.
         block: elements of the largest module that is gathered as one.
+        persist_below: elements of the smallest parameter that is gathered module by module.
     """
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -78,8 +87,8 @@ def engine_settings(
             "sub_group_size": zero.sub_group_size,
             "reduce_bucket_size": zero.reduce_bucket_size or max(4 * largest, 1_000_000),
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size or block,
-            # The default of 1e5 would leave every matrix up to 316 x 316 unpartitioned.
-            "stage3_param_persistence_threshold": 0,
+            # Of the largest one that stays whole; the default is 1e5, whatever the network.
+            "stage3_param_persistence_threshold": max(0, persist_below - 1),
             # On, it replaces torch's F.linear in the whole process, for good and for a slower one.
             "memory_efficient_linear": False,
             # The default of 1e9 would keep a whole billion-parameter network on every rank.
@@ -95,6 +104,7 @@ def engine_settings(
     return settings
 
 
+@without_compiler()
 def _import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed for this device, quiet."""
     if device.type == "cpu":
@@ -106,6 +116,9 @@ def _import_deepspeed(device: torch.device) -> Any:
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     if device.type == "cpu":
+        # Ranges that no profiler of a CPU records, around 150 calls a step.
+        nvtx: Any = importlib.import_module("deepspeed.utils.nvtx")
+        nvtx.enable_nvtx = False
         # The shared-memory op would be compiled at start (40 s, needs g++ and ninja).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -154,7 +167,7 @@ def _order_streams(zero_optimizer: Any) -> None:
 
     DeepSpeed gathers on a stream of its own (`overlap_comm`, on in stage 3) that waits for nothing:
     the next forward pass could gather weights that the step is still writing. Its one wait for the
-    device is in the gathering of parameters that are never partitioned, of which there are none.
+    device is in its gathering of parameters that stay whole, which `WholeParameters` does instead.
     """
     coordinator = zero_optimizer.parameter_offload.param_coordinator
     gathering = coordinator._PartitionedParameterCoordinator__allgather_stream
@@ -188,6 +201,56 @@ def gathered_sizes(network: torch.nn.Module) -> tuple[int, int]:
     return largest, block
 
 
+WHOLE_ELEMENTS = 1 << 24
+"""Elements of a network up to which its working weights stay whole: 64 MiB in float32."""
+
+
+def persistence(asked: int, sizes: Collection[int]) -> int:
+    """Elements below which a parameter is whole on every rank during a step.
+
+    Args:
+        asked: `cluster.persist_below`.
+        sizes: elements of all parameters.
+    """
+    if asked >= 0:
+        return asked
+    return max(sizes) + 1 if sum(sizes) <= WHOLE_ELEMENTS else 0
+
+
+class WholeParameters:
+    """Working weights that are gathered at once before a step, and not module by module.
+
+    Masters, moments and gradients stay partitioned. DeepSpeed gathers such parameters after a step,
+    one collective each, and neither after a step that it skips nor after a change behind its back;
+    here they are gathered, all in one collective, when a step begins, and let go before their
+    partitions are updated, so that between steps there is no copy that could be stale.
+
+    Args:
+        zero_optimizer: of an engine that has just been made.
+    """
+
+    def __init__(self, zero_optimizer: Any) -> None:
+        self._parameters = zero_optimizer.persistent_parameters
+        zero_optimizer.persistent_parameters = []
+        if len(self._parameters) == sum(map(len, zero_optimizer.fp16_groups)):
+            # Nothing is gathered or released during the passes: half of the calls of a small step.
+            zero_optimizer.parameter_offload.destroy()
+
+    def gather(self) -> None:
+        """Make them whole. Collective."""
+        if self._parameters:
+            self._parameters[0].all_gather_coalesced(self._parameters).wait()
+
+    def release(self) -> None:
+        """Let them go, as DeepSpeed would one by one, for a tenth of a small step."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
+
+        for p in self._parameters:
+            p.ds_active_sub_modules.clear()  # as DeepSpeed does: some hooks are never called
+            free_param(p)
+            p.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
 class Zero3:
     """A network trained under ZeRO-3 by the sharded manifold optimizer.
 
@@ -199,6 +262,7 @@ class Zero3:
         train: precision, accumulation, clipping, activation checkpointing, seed.
         zero: bucket sizes.
         micro_batch: samples per rank and backward pass.
+        persist_below: see `ClusterConfig`.
 
     Attributes:
         statistics: what the tensor that `step` returns holds, in this order.
@@ -208,6 +272,7 @@ class Zero3:
         parameter_count: elements of the whole network.
     """
 
+    @without_compiler()
     def __init__(
         self,
         *,
@@ -218,14 +283,21 @@ class Zero3:
         train: TrainConfig,
         zero: ZeroConfig,
         micro_batch: int,
+        persist_below: int,
     ) -> None:
         deepspeed = _import_deepspeed(world.device)
         deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
         # Sizes of buckets have to be known before the first real parameter is made.
         with torch.device("meta"):
-            largest, block = gathered_sizes(build_network(model))
+            shape = build_network(model)
+        largest, block = gathered_sizes(shape)
         settings = engine_settings(
-            train=train, zero=zero, micro_batch=micro_batch, largest=largest, block=block
+            train=train,
+            zero=zero,
+            micro_batch=micro_batch,
+            largest=largest,
+            block=block,
+            persist_below=persistence(persist_below, [p.numel() for p in shape.parameters()]),
         )
         # The type comes from the settings: DeepSpeed 0.19.8 ignores `dtype` where fp16 is missing.
         with deepspeed.zero.Init(config_dict_or_path=settings):
@@ -240,6 +312,7 @@ class Zero3:
         self._engine, *_ = deepspeed.initialize(
             model=objective, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
+        self._whole = WholeParameters(self._engine.optimizer)
         # After initialize: its hooks must run inside of those that gather and release parameters.
         self._stopwatch = Stopwatch(objective, world.device)
         self._device = world.device
@@ -267,7 +340,7 @@ class Zero3:
         self._stopwatch.close()
         self.optimizer.close()
         self.partitions = []
-        del self._engine, self._network
+        del self._engine, self._network, self._whole
         gc.collect()  # what is left refers to itself in circles
 
     def initialise(self, seed: int) -> None:
@@ -287,6 +360,8 @@ class Zero3:
         )
         # DeepSpeed divides by the accumulation itself and steps only after the last micro-batch.
         self._engine.backward(loss)
+        if self._engine.is_gradient_accumulation_boundary():
+            self._whole.release()
         self._engine.step()
         return sums
 
@@ -301,6 +376,7 @@ class Zero3:
         """
         for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * now.lr_factor
+        self._whole.gather()
         # Before the first micro-batch: what is drawn for a step is the same in all of them.
         self._network.begin_step(step=now.step, progress=now.progress, seed=self._seed)
         sums = torch.stack([self.accumulate(x, t, now) for x, t in micro_batches]).sum(0)

@@ -1,5 +1,7 @@
 """The pieces that the planner is calibrated with, and the memory while a network is built."""
 
+import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -7,6 +9,8 @@ import pytest
 from benchmarks.build import computed, resident, run_of
 from benchmarks.calibrate import measure
 from benchmarks.scaling import Setup, in_ranks, predicted, volume_rows
+from benchmarks.small_steps import Turns
+from benchmarks.start import first_step
 from model.networks.linf.groupsort import GroupSortConfig
 from optim.config import OptimConfig
 from pipeline.config import ZeroConfig
@@ -101,3 +105,29 @@ def broken():
 def test_a_rank_that_dies_is_noticed():
     with pytest.raises(RuntimeError, match="a rank of broken has died"):
         in_ranks(1, broken)
+
+
+def test_contestants_take_turns():
+    taken = []
+    turns = Turns(threading.Barrier(2), contestants=2, rounds=3, steps=4)
+
+    def contestant(own):
+        assert all(seconds >= 0 for seconds in turns.take(own, lambda: taken.append(own)))
+
+    other = threading.Thread(target=contestant, args=(1,))
+    other.start()
+    contestant(0)
+    other.join()
+    assert sorted(taken[:2]) == [0, 1]
+    assert taken[2:] == 3 * (4 * [0] + 4 * [1])
+
+
+def test_a_start_without_a_step_says_what_the_command_said(tmp_path):
+    words = [sys.executable, "-c", "raise SystemExit('refused: no shards')"]
+    with pytest.raises(RuntimeError, match="refused: no shards"):
+        first_step(words, tmp_path)
+    record = "import pathlib; pathlib.Path('spool.jsonl').write_text('{\"train/loss\": 1}')"
+    code = f"import os, time; os.chdir({str(tmp_path)!r}); {record}; time.sleep(1)"
+    began, stepped, processor = first_step([sys.executable, "-c", code], tmp_path)
+    assert 0 < began <= stepped
+    assert list(processor) == ["this command"]

@@ -176,6 +176,16 @@ def test_damaged_blocks_do_no_damage(index, tmp_path):
         assert np.array_equal(ours.rows, theirs.rows)
 
 
+@pytest.mark.parametrize(("block", "whole"), [(EVERYTHING, True), (512, False)])
+def test_a_first_batch_is_read_by_blocks_where_these_are_few(
+    index, tmp_path, asked, monkeypatch, block, whole
+):
+    monkeypatch.setattr(cache_module, "BLOCK", block)
+    with stream(index, tmp_path) as batches:
+        first = wanted(index, next(batches).rows)
+    assert len(set(first) & set(asked)) == (0 if whole else 16)
+
+
 def test_a_cache_smaller_than_the_shuffle_is_refused(index, tmp_path):
     with pytest.raises(ShardError, match=r"disk_cache_bytes 1000 is less than the \d+ bytes"):
         stream(index, tmp_path, disk_cache_bytes=1000)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 import pipeline.launch.ray_launcher
-from pipeline.launch.ray_launcher import _EventSender
+from pipeline.launch.event_queue import EventSender
 from pipeline.pretrain import main
 from tests.end_to_end.conftest import ROOT
 
@@ -45,7 +45,7 @@ def stop_one_after(folder, process):
     return victim
 
 
-class StopsAtTheEnd(_EventSender):
+class StopsAtTheEnd(EventSender):
     """Once, the last rank is stopped when it has nothing left to do but to return."""
 
     def wait(self):
@@ -61,7 +61,7 @@ def test_a_rank_that_is_stopped_after_its_last_step(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("STOPPED", str(tmp_path / "stopped"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the ranks
-    monkeypatch.setattr(pipeline.launch.ray_launcher, "_EventSender", StopsAtTheEnd)
+    monkeypatch.setattr(pipeline.launch.ray_launcher, "EventSender", StopsAtTheEnd)
     flags = ["--train.epochs", "1", *RUN[2:], "--cluster.hang-timeout-s", "10"]
     assert main(["digits", "--storage", str(tmp_path), *flags, "--cluster.max-failures", "1"]) == 0
     assert (tmp_path / "stopped").exists()

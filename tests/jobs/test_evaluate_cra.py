@@ -464,6 +464,14 @@ def test_derivatives_are_observed_per_evaluation_not_per_shard(
     assert sum(seen) == observed
 
 
+def test_batches_are_certified_together_as_one_by_one(fields, first, tmp_path, monkeypatch):
+    monkeypatch.setattr(certify_tasks, "_CERTIFIED_ELEMENTS", 1)
+    alone = evaluate(fields | {"out": str(tmp_path / "alone")})
+    assert Store(alone.out_url).read("samples.parquet") == Store(first.out_url).read(
+        "samples.parquet"
+    )
+
+
 def test_summary_json_round_trip(first):
     assert EvaluationSummary.from_json(first.to_json()) == first
 

@@ -7,6 +7,7 @@ import torch
 
 from data_shards.storage.store import Store
 from jobs.evaluate_cra import evaluate
+from jobs.evaluation import certify_tasks
 from jobs.evaluation.sample_records import EvaluationError
 from model.artifact.artifact import write_artifact
 from model.errors import ModelError
@@ -47,6 +48,16 @@ def settings(request, shards, tmp_path):
         "attack": "fast",
         "record": False,
     }
+
+
+def test_batches_are_certified_together_as_one_by_one(settings, tmp_path, monkeypatch):
+    found = []
+    for elements in (1 << 20, 1):
+        monkeypatch.setattr(certify_tasks, "_CERTIFIED_ELEMENTS", elements)
+        out = str(tmp_path / f"certified-{elements}")
+        evaluate(settings | {"attack": "none", "out": out})
+        found.append(Store(out).read("samples.parquet"))
+    assert found[0] == found[1]
 
 
 def test_radii_metrics_and_attacks_are_those_of_the_norm(settings, tmp_path):

@@ -45,14 +45,17 @@ def small_model(**changes) -> LipNeXtConfig:
 
 
 def small_run(**parts) -> RunConfig:
-    """A run on 1x8x8 images; `parts` replace whole sections of the configuration."""
+    """A run on 1x8x8 images, gathered module by module as a large network is.
+
+    `parts` replace whole sections of the configuration.
+    """
     base = RunConfig(
         preset="test",
         model=small_model(),
         optim=OptimConfig(lr=1e-2, eps=1e-5, lookahead_steps=7, polar_every=5),
         loss=EmmaLoss(eps=36 / 255, eps_start=1.0, eps_end=1.0, scale=4.0),
         train=TrainConfig(global_batch=24, epochs=1, warmup_epochs=0),
-        cluster=ClusterConfig(launcher="local", device="cpu"),
+        cluster=ClusterConfig(launcher="local", device="cpu", persist_below=0),
     )
     return dataclasses.replace(base, **parts)
 

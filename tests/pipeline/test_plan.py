@@ -13,7 +13,7 @@ from benchmarks.plan import PUBLISHED
 from benchmarks.plan import planned as planned_row
 from model.networks.lipnext.config import LipNeXtConfig
 from optim.config import OptimConfig
-from pipeline.config import TrainConfig, ZeroConfig
+from pipeline.config import ClusterConfig, TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.plan import main, parse, sweep, swept
 from pipeline.planner import memory as budget
@@ -32,13 +32,14 @@ MICRO = 8
 BILLION = ("imagenet-L32W4096", "--optim.retraction", "fast", "--optim.gradient", "trivialized")
 
 
-def planned_run(world_size, **train):
+def planned_run(world_size, persist_below=0, **train):
     """0.9 MB per tensor and rank: everything else is small beside the matrices."""
     return small_run(
         model=LipNeXtConfig(input_shape=(1, 8, 8), num_classes=10, patch=1, width=256, depth=3),
         optim=OptimConfig(lookahead_steps=2, polar_every=1, audit_every=0),
         train=TrainConfig(global_batch=MICRO * world_size, epochs=1, warmup_epochs=0, **train),
         zero=ZeroConfig(reduce_bucket_size=4 * 256**2),
+        cluster=ClusterConfig(launcher="local", device="cpu", persist_below=persist_below),
     )
 
 
@@ -105,6 +106,7 @@ def observe(rank, world_size, train):
             id="bf16, recomputing",
             marks=pytest.mark.slow,
         ),
+        pytest.param({"persist_below": -1}, id="whole during a step", marks=pytest.mark.slow),
     ],
 )
 def test_memory_and_traffic_are_those_of_a_real_run(train):
