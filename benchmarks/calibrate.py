@@ -170,7 +170,7 @@ def _passing(
     )
     flops = rehearse(short, micro_batch=images).flops
     network = build_network(short.model)
-    network.checkpoint_blocks = config.train.activation_checkpointing
+    network.recomputed_blocks = config.train.recomputed(network.block_count)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.02)
     objective = Objective(network.to(DTYPES[config.train.precision]), config.loss)

@@ -85,7 +85,7 @@ PARTS = (
     Part(
         "calibrate", 60, ("-m", "benchmarks.calibrate", _BILLION, "--out", "{out}/measured.json",
                           "--cluster.workers", "1", "--optim.retraction", "fast",
-                          "--train.no-activation-checkpointing", "--images", "128"),
+                          "--train.activation-checkpointing", "none", "--images", "128"),
         ("-m", "benchmarks.calibrate", "digits", "--out", "{out}/measured.json",
          "--cluster.workers", "1", "--images", "4"),
     ),

@@ -1,13 +1,14 @@
 """One step of the matrices of a partition: what a round does, and how rounds overlap.
 
-A round is written as a coroutine that yields wherever it waits for the other ranks. Run one after
-the other, rounds are the plain algorithm; interleaved, what one sends travels while another one
-multiplies. The ranks begin the same collectives in the same order in either case, also those that
-own nothing, and rounds share no element, so the results are the same bit for bit.
+A round is written as a coroutine that yields wherever it waits for the other ranks, or for norms
+that decide how its matrices move. Run one after the other, rounds are the plain algorithm;
+interleaved, what one sends travels while another one multiplies, and the norms of all of them leave
+the device together. The ranks begin the same collectives in the same order in either case, also
+those that own nothing, and rounds share no element, so the results are the same bit for bit.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from optim.collectives import Exchange, Transfer
 from optim.config import OptimConfig
 from optim.failure_sync import Guard
 from optim.manifolds import Manifold
-from optim.matmul import Precision
+from optim.matmul import Precision, float32_products
+from optim.matrix_exp import Decisions, Expected, Move, finished
 from optim.orthogonality_audit import Audit
 from optim.retraction import correction_due
 from optim.zero_layout import FlatPartition, Round
@@ -39,6 +41,10 @@ class ManifoldStep:
     guard: Guard
     increment: Precision
     """Of the products that make an increment."""
+    expected: MutableMapping[tuple[str, bool], Expected]
+    """By name of a matrix, and whether it moves at a synchronisation."""
+    decisions: Decisions = field(default_factory=Decisions)
+    """Of the moves that have begun; the first round that goes on takes all of them."""
 
     @property
     def synchronises(self) -> bool:
@@ -63,7 +69,7 @@ class ManifoldStep:
         """Update the matrices of one round, in the order of the reference. Collective.
 
         Yields:
-            Four times, with nothing to do but wait for the others.
+            Where there is nothing to do but wait: for the others, or until moves are decided.
         """
         config, exchange = self.config, self.exchange
         cut = slice(plan.start, plan.stop)
@@ -84,8 +90,9 @@ class ManifoldStep:
         del increment
         yield
         X = points.wait() if self.synchronises else X
-        returning = self._send_moved(plan, X, increments.wait(), master)
-        del X
+        moves = self._begin_moves(plan, X, increments.wait())
+        yield
+        returning = self._send_moved(plan, moves, master)
         yield
         returning.wait()
         self._follow(plan, cut)
@@ -111,18 +118,29 @@ class ManifoldStep:
             state["tangent_sum"][cut] += increment
         return increment
 
-    def _send_moved(
-        self, plan: Round, X: list[Tensor], D: list[Tensor], master: Tensor
-    ) -> Transfer[Tensor]:
-        """Move the matrices, correct, retract and measure them where due, begin to send them.
+    def _begin_moves(self, plan: Round, X: list[Tensor], D: list[Tensor]) -> list[Move]:
+        """Queue what decides how the matrices move; X and D are used up."""
+        moves = []
+        with float32_products(self.increment):
+            for slot in plan.owned[self.exchange.rank]:
+                expected = self.expected.setdefault((slot.name, self.synchronises), Expected())
+                move = self.manifold.move(
+                    X.pop(0), D.pop(0), self.config.rule, self.increment, expected
+                )
+                self.decisions.begin(move)
+                moves.append(move)
+        return moves
 
-        X and D are used up: of each matrix its successor takes the place.
-        """
-        config, slots = self.config, plan.owned[self.exchange.rank]
-        for number in range(len(X)):
-            X[number] = self.manifold.retract(X[number], D.pop(0), config.rule, self.increment)
-            if self.corrects:
-                X[number] = self.manifold.correct(X[number])
+    def _send_moved(self, plan: Round, moves: list[Move], master: Tensor) -> Transfer[Tensor]:
+        """Move the matrices, correct, retract and measure them where due, begin to send them."""
+        slots = plan.owned[self.exchange.rank]
+        X = []
+        with float32_products(self.increment):
+            self.decisions.take()
+            while moves:
+                X.append(finished(moves.pop(0)))
+                if self.corrects:
+                    X[-1] = self.manifold.correct(X[-1])
         if self.projects:
             X[:] = self.guard.call(slots, lambda x, slot: self.manifold.project(x), X)
         if self.audit.due(self.state["step"]):
@@ -155,11 +173,18 @@ def interleaved(rounds: Sequence[Iterator[None]]) -> None:
     """Run rounds of `ManifoldStep.update` so that each product hides what was sent before it.
 
     At tick t, in this order, round t + 1 asks for its X and G; t forms its tangents and sends them;
-    t - 2, whose matrices have travelled meanwhile, ends; t - 1 applies its exponentials and sends
-    its matrices; and t, whose tangents have travelled meanwhile, sends its increments. So at an
-    owner lie the matrices of one round, X and G of the next, and X and A or D of the one between.
+    t - 1, whose increments have travelled meanwhile, begins its moves; and t, whose tangents have
+    travelled meanwhile, sends its increments. When all moves have begun, each round finishes its
+    own and sends the matrices, and the one before it ends. So an owner holds the matrices of all
+    rounds, their increments and the powers of these (`optim.zero_layout.flights`).
     """
-    for tick in range(-1, len(rounds) + 2):
-        for number in (tick + 1, tick, tick - 2, tick - 1, tick):
-            if 0 <= number < len(rounds):
-                next(rounds[number], None)
+    for tick in range(-1, len(rounds) + 1):
+        _advance(rounds, tick + 1, tick, tick - 1, tick)
+    for number in range(len(rounds) + 1):
+        _advance(rounds, number, number - 1)
+
+
+def _advance(rounds: Sequence[Iterator[None]], *numbers: int) -> None:
+    for number in numbers:
+        if 0 <= number < len(rounds):
+            next(rounds[number], None)

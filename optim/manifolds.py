@@ -17,7 +17,8 @@ from torch import Tensor
 
 from optim.errors import OptimizerError
 from optim.matmul import Precision, float32_products, product, symmetric_product
-from optim.retraction import RetractionRule, corrected, retract
+from optim.matrix_exp import Expected, Move
+from optim.retraction import RetractionRule, corrected, retract, retraction_move
 
 TensorT = TypeVar("TensorT", bound=Tensor)
 
@@ -48,6 +49,16 @@ class Manifold(Protocol):
         precision: Precision = "full",
     ) -> Tensor:
         """Move from the point along a Lie-algebra increment."""
+
+    def move(
+        self,
+        point: Tensor,
+        tangent: Tensor,
+        rule: RetractionRule,
+        precision: Precision,
+        expected: Expected,
+    ) -> Move:
+        """The same, begun and not finished, inside of `float32_products`."""
 
     def correct(self, point: Tensor) -> Tensor:
         """Nearer to the manifold, to second order in the distance."""
@@ -104,6 +115,17 @@ class Orthogonal:
     ) -> Tensor:
         """X exp(D), or what `optim.retraction` takes for it; point and tangent are (n, n)."""
         return retract(point, tangent, rule, precision)
+
+    def move(
+        self,
+        point: Tensor,
+        tangent: Tensor,
+        rule: RetractionRule,
+        precision: Precision,
+        expected: Expected,
+    ) -> Move:
+        """`retract` as a move, whose norms may wait for those of others (`optim.matrix_exp`)."""
+        return retraction_move(point, tangent, rule, precision, expected)
 
     def correct(self, point: Tensor) -> Tensor:
         """One Newton-Schulz step from a point (n, n) near the group, in the point's dtype."""

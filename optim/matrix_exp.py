@@ -25,8 +25,9 @@ times as large.
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -62,6 +63,79 @@ _ROOM = 8.0
 is measured."""
 
 
+# -- moves whose norms leave the device together ---------------------------------------------------
+
+
+Move = Generator[Tensor | None, list[float], None]
+"""X on its way along D. It yields norms on the device, 1-D, and is sent their values, until its
+series is decided; then None; and at last X's successor. Norms have to wait for the device and may
+wait for those of other moves; until the last `next`, X, D and its powers are held."""
+
+
+@dataclass
+class Expected:
+    """What the last move of a matrix has needed, and the next one probably needs.
+
+    It decides what is computed before the first norms are read, and so how often the host waits.
+    What is taken follows from the norms alone: where the expectation was wrong the term is computed
+    again, and the move is the same bit for bit.
+    """
+
+    third: tuple[int, bool] | None = None
+    """Which third-order term: 3 or 4, of `fast` its form; whether its factors are split."""
+
+
+class Decisions:
+    """Moves that have begun and whose series are decided together."""
+
+    def __init__(self) -> None:
+        self._asked: list[tuple[Move, Tensor]] = []
+
+    def begin(self, move: Move) -> None:
+        """Queue what a move computes before its norms are read."""
+        self._asked.append((move, cast(Tensor, next(move))))
+
+    def take(self) -> None:
+        """Decide all moves that have begun.
+
+        The host waits once, and once more where a move needs another term than was expected.
+        """
+        while self._asked:
+            moves, asked = zip(*self._asked, strict=True)
+            wanted = (
+                (move, move.send(values)) for move, values in zip(moves, read(asked), strict=True)
+            )
+            self._asked = [(move, more) for move, more in wanted if more is not None]
+
+
+def finished(move: Move) -> Tensor:
+    """X's successor, of a move whose series is decided."""
+    return cast(Tensor, next(move))
+
+
+def taken(move: Move) -> Tensor:
+    """X's successor, of a move that waits for no other one."""
+    decisions = Decisions()
+    decisions.begin(move)
+    decisions.take()
+    return finished(move)
+
+
+def norms(*matrices: Tensor) -> Tensor:
+    """Frobenius norms, summed up by rows, float64: those of a matrix whatever stands beside it."""
+    rows = (torch.linalg.vector_norm(A, dim=1).double() for A in matrices)
+    return torch.stack([torch.linalg.vector_norm(row) for row in rows])
+
+
+def read(asked: Sequence[Tensor]) -> list[list[float]]:
+    """The values of 1-D tensors, with one host synchronisation."""
+    values = iter(torch.cat([numbers.double() for numbers in asked]).tolist())
+    return [[next(values) for _ in range(len(numbers))] for numbers in asked]
+
+
+# -- the exponential -------------------------------------------------------------------------------
+
+
 def apply_exponential(
     X: Tensor, D: Tensor, rule: SeriesRule = "spectral", precision: Precision = "full"
 ) -> Tensor:
@@ -81,9 +155,16 @@ def apply_exponential(
     Raises:
         OptimizerError: The rule is the paper's and the precision is reduced.
     """
-    check_series(rule, precision)
     with float32_products(precision):
-        return _spectral(X, D, precision) if rule == "spectral" else _frobenius(X, D)
+        return taken(exponential_move(X, D, rule, precision, Expected()))
+
+
+def exponential_move(
+    X: Tensor, D: Tensor, rule: SeriesRule, precision: Precision, expected: Expected
+) -> Move:
+    """X exp(D) as a move, to be taken inside of `float32_products`; else as `apply_exponential`."""
+    check_series(rule, precision)
+    return _spectral(X, D, precision, expected) if rule == "spectral" else _frobenius(X, D)
 
 
 def check_series(rule: SeriesRule, precision: Precision) -> None:
@@ -98,50 +179,70 @@ def check_series(rule: SeriesRule, precision: Precision) -> None:
 # -- the spectral rule ---------------------------------------------------------------------------
 
 
-def _spectral(X: Tensor, D: Tensor, precision: Precision) -> Tensor:
+def _spectral(X: Tensor, D: Tensor, precision: Precision, expected: Expected) -> Move:
     """Even order 2j costs j + 1 products: D^2, one for every two further orders, and X M."""
     factor = rounded(D, precision)
     D, square = factor.to(D.dtype), symmetric_product(factor, factor)
-    m1, m2 = (norm * norm for norm in norms(D, square))
-    theta = spectral_bound(m1, m2, product_rounding(D, precision))
+    del factor
+    ahead = expected.third
+    term = None if ahead is None else _term(D, square, ahead[1], precision)
+    m1, m2, *third = yield norms(D, square, *([] if term is None else [term]))
+    m1, m2 = m1 * m1, m2 * m2
+    rounding = product_rounding(D, precision)
+    theta = spectral_bound(m1, m2, rounding)
     if not theta <= LARGEST_NORM:
-        return torch.full_like(X, math.nan)
+        yield None
+        yield torch.full_like(X, math.nan)
+        return
     substeps = max(1, math.ceil(theta / _SUBSTEP_NORM))
     if substeps > 1:
-        D, square = D / substeps, square / substeps**2
+        ahead, D, square = None, D / substeps, square / substeps**2
         m1, m2, theta = m1 / substeps**2, m2 / substeps**4, theta / substeps
-    M = _increment(D, square, m1, m2, theta, precision)
-    del factor, D, square
+    order = order_of(theta, TOLERANCE[D.dtype])
+    u = unit_roundoff(D.dtype, precision)
+    splits = u > 0 and term_error(m1, m2, theta, 0.0, u) > term_limit(D.shape[0], m1, u)
+    expected.third = (3, splits) if order > 4 and substeps == 1 else None
+    if ahead is None or ahead[1] != splits or order == 2:
+        term = None
+    if order > 4:  # the third moment often proves that 4 is enough
+        if term is None:
+            term = _term(D, square, splits, precision)
+            third = yield norms(term)
+        if splits:
+            rounding, u = rounding + 4 * u * u, 0.0
+        for _ in range(3):  # what bounds theta better bounds the error of the term better
+            known = third[0], term_error(m1, m2, theta, rounding, u)
+            theta = min(theta, spectral_bound(m1, m2, rounding, third=known))
+        order = order_of(theta, TOLERANCE[D.dtype])
+    yield None
+    M = _increment(D, square, term, order, splits, precision)
+    del D, square, term
     for _ in range(substeps):
         X = moved(X, M, precision)
-    return X
+    yield X
+
+
+def _term(D: Tensor, square: Tensor, splits: bool, precision: Precision) -> Tensor:
+    """D^3 / 6 + D^4 / 24."""
+    multiply = split_product if splits else product
+    return multiply(square, torch.add(D, square, alpha=0.25), precision).mul_(1 / 6)
 
 
 def _increment(
-    D: Tensor, square: Tensor, m1: float, m2: float, theta: float, precision: Precision
+    D: Tensor, square: Tensor, term: Tensor | None, order: int, splits: bool, precision: Precision
 ) -> Tensor:
-    """M = exp(D) - I for ||D||_2 <= theta.
+    """M = exp(D) - I to an even order; `term` is that of `_term` where it is known already.
 
     With T_1 = D + D^2 / 2 and T_j = D^(2j-1) / (2j-1)! + D^(2j) / (2j)!, the first part skew and
     the second symmetric, T_(j+1) = D^2 (a skew(T_j) + b sym(T_j)). Horner's rule on X would need
     2j products.
     """
-    tolerance = TOLERANCE[D.dtype]
-    order = order_of(theta, tolerance)
     M = torch.add(D, square, alpha=0.5)
     if order == 2:
         return M
-    rounding, u = product_rounding(D, precision), unit_roundoff(D.dtype, precision)
-    multiply: Callable[[Tensor, Tensor, Precision], Tensor] = product
-    if u and term_error(m1, m2, theta, 0.0, u) > term_limit(D.shape[0], m1, u):
-        multiply, rounding, u = split_product, rounding + 4 * u * u, 0.0
-    term = multiply(square, torch.add(D, square, alpha=0.25), precision).mul_(1 / 6)
-    if order > 4:  # the third moment often proves that 4 is enough
-        norm = norms(term)[0]
-        for _ in range(3):  # what bounds theta better bounds the error of the term better
-            third = norm, term_error(m1, m2, theta, rounding, u)
-            theta = min(theta, spectral_bound(m1, m2, rounding, third=third))
-        order = order_of(theta, tolerance)
+    multiply: Callable[[Tensor, Tensor, Precision], Tensor] = split_product if splits else product
+    if term is None:
+        term = _term(D, square, splits, precision)
     M += term
     for power in range(5, order, 2):
         a, b = 1 / ((power - 1) * power), 1 / (power * (power + 1))
@@ -257,12 +358,6 @@ def spectral_bound(
     return math.sqrt(min(bound, L * (1 + 1e-12)))
 
 
-def norms(*matrices: Tensor) -> list[float]:
-    """Frobenius norms, summed up by rows, with one host synchronisation."""
-    rows = torch.stack([torch.linalg.vector_norm(A, dim=1) for A in matrices])
-    return torch.linalg.vector_norm(rows.double(), dim=1).tolist()
-
-
 # -- the rule of the paper -----------------------------------------------------------------------
 
 
@@ -275,23 +370,24 @@ def frobenius_order(norm_F: float) -> int | None:
     return next((order for limit, order in FROBENIUS_RULE if norm_F < limit), None)
 
 
-def _frobenius(X: Tensor, D: Tensor) -> Tensor:
-    # One host synchronisation for both norms: the order is a branch on the host.
-    norm_F, norm_1 = torch.stack(
+def _frobenius(X: Tensor, D: Tensor) -> Move:
+    norm_F, norm_1 = yield torch.stack(
         (torch.linalg.matrix_norm(D), torch.linalg.matrix_norm(D, ord=1))
-    ).tolist()
+    )
+    yield None
     # For skew D both are upper bounds of ||D||_2: singular values come in pairs, and D is normal.
     norm_2 = min(norm_F / math.sqrt(2.0), norm_1)
-    if not norm_2 <= LARGEST_NORM:
-        return torch.full_like(X, math.nan)
     order = frobenius_order(norm_F)
-    if order is not None:
-        return _horner(X, D, order)
-    substeps = math.ceil(norm_2 / _SUBSTEP_NORM)
-    terms = taylor_terms(norm_2 / substeps, D.dtype)
-    for _ in range(substeps):
-        X = _horner(X, D, terms, scale=1.0 / substeps)
-    return X
+    if not norm_2 <= LARGEST_NORM:
+        X = torch.full_like(X, math.nan)
+    elif order is not None:
+        X = _horner(X, D, order)
+    else:
+        substeps = math.ceil(norm_2 / _SUBSTEP_NORM)
+        terms = taylor_terms(norm_2 / substeps, D.dtype)
+        for _ in range(substeps):
+            X = _horner(X, D, terms, scale=1.0 / substeps)
+    yield X
 
 
 def taylor_terms(norm: float, dtype: torch.dtype) -> int:

@@ -23,7 +23,6 @@ the exponential (`matrix_exp`), whose bounds of theta and of products are used h
 """
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -40,12 +39,15 @@ from optim.matmul import (
 )
 from optim.matrix_exp import (
     LARGEST_NORM,
+    Expected,
+    Move,
     SeriesRule,
-    apply_exponential,
+    exponential_move,
     moved,
     norms,
     product_rounding,
     spectral_bound,
+    taken,
     term_error,
     term_limit,
 )
@@ -83,10 +85,17 @@ def retract(
     Raises:
         OptimizerError: The rule is the paper's and the precision is reduced.
     """
-    if rule != "fast":
-        return apply_exponential(X, D, rule, precision)
     with float32_products(precision):
-        return _fast(X, D, precision)
+        return taken(retraction_move(X, D, rule, precision, Expected()))
+
+
+def retraction_move(
+    X: Tensor, D: Tensor, rule: RetractionRule, precision: Precision, expected: Expected
+) -> Move:
+    """`retract` as a move, to be taken inside of `float32_products`."""
+    if rule != "fast":
+        return exponential_move(X, D, rule, precision, expected)
+    return _fast(X, D, precision, expected)
 
 
 def correction_due(step: int, lookahead_steps: int) -> bool:
@@ -147,32 +156,45 @@ _THIRD = {3: (_C3[3], 0.0), 4: (_C4[3], _C4[4] / _C4[3])}
 """c_3, and c_4 / c_3: what form 3 or 4 adds to D + S / 2 is c_3 S (D + c_4 / c_3 S)."""
 
 
-def _fast(X: Tensor, D: Tensor, precision: Precision) -> Tensor:
+def _fast(X: Tensor, D: Tensor, precision: Precision, expected: Expected) -> Move:
     factor = rounded(D, precision)
     D, S = factor.to(D.dtype), symmetric_product(factor, factor)
     del factor
     # Sums of squares again: those of equal entries, as of a first step of Adam, are all rounded to
     # the same side by a product, and X would grow a little with every step.
     S.diagonal().copy_(torch.linalg.vector_norm(D, dim=1).square_().neg_())
-    m1, m2 = (norm * norm for norm in norms(D, S))
+    ahead = expected.third
+    T = None if ahead is None else third_order(*ahead, D, S, precision)
+    m1, m2, *third = yield norms(D, S, *([] if T is None else [T]))
+    m1, m2 = m1 * m1, m2 * m2
     theta = spectral_bound(m1, m2, product_rounding(D, precision))
     if not theta <= LARGEST_NORM:
-        return torch.full_like(X, math.nan)
-    M, substeps = _increment(D, S, m1, m2, theta, precision)
-    del D, S
+        yield None
+        yield torch.full_like(X, math.nan)
+        return
+    expected.third, order = None, 2
+    if defect(2, theta) > DEFECT:
+        order = _first_form(m1, m2, theta)
+        splits = _splits(order, D, m1, m2, theta, precision)
+        expected.third = order, splits
+        if T is None or ahead != expected.third:
+            T = third_order(order, splits, D, S, precision)
+            third = yield norms(T)
+        theta = refined(order, splits, D, m1, m2, theta, third[0], precision)
+    yield None
+    M, substeps = _increment(D, S, T, order, theta, precision)
+    del D, S, T
     for _ in range(substeps):
         X = moved(X, M, precision)
-    return X
+    yield X
 
 
 def _increment(
-    D: Tensor, S: Tensor, m1: float, m2: float, theta: float, precision: Precision
+    D: Tensor, S: Tensor, T: Tensor | None, order: int, theta: float, precision: Precision
 ) -> tuple[Tensor, int]:
-    """M, and how often it is applied; the first four arguments are those of `spectral_bound`."""
-    if defect(2, theta) <= DEFECT:
+    """M, and how often it is applied; T is the `third_order` of form 3 or 4."""
+    if T is None or order == 2:
         return torch.add(D, S, alpha=0.5), 1
-    order = _first_form(m1, m2, theta)
-    T, theta = third_order(order, D, S, m1, m2, theta, precision)
     if defect(order, theta) <= DEFECT:
         return torch.add(D, S, alpha=0.5).add_(T, alpha=_THIRD[order][0]), 1
     Q = T if order == 3 else torch.sub(T, T.mT).mul_(0.5)
@@ -192,23 +214,48 @@ def _first_form(m1: float, m2: float, theta: float) -> int:
     return 4 if defect(4, likely) <= DEFECT < defect(3, likely) else 3
 
 
-def third_order(
-    order: int, D: Tensor, S: Tensor, m1: float, m2: float, theta: float, precision: Precision
-) -> tuple[Tensor, float]:
-    """T = D^3, for form 4 with its multiple of D^4, and the better bound that its norm gives."""
-    rounding, u = product_rounding(D, precision), unit_roundoff(D.dtype, precision)
+def third_order(order: int, splits: bool, D: Tensor, S: Tensor, precision: Precision) -> Tensor:
+    """T = D^3, for form 4 with its multiple of D^4, from rounded factors or split ones."""
+    V = D if order == 3 else torch.add(D, S, alpha=_THIRD[order][1])
+    if splits:
+        return split_product(S, V, precision)
+    return product(S, V, precision) if order == 4 else _skew(S, V, precision)
+
+
+def _splits(
+    order: int, D: Tensor, m1: float, m2: float, theta: float, precision: Precision
+) -> bool:
+    """Whether rounding the factors of T once has a larger proved error than is admitted."""
+    rounding, u = _errors(order, False, D, precision)
     c, d = _THIRD[order]
-    multiply: Callable[[Tensor, Tensor, Precision], Tensor] = product
-    if order == 3:  # mirrored: what the computed half has of an error the other half has, too
-        multiply, rounding, u = _skew, math.sqrt(2) * rounding, math.sqrt(2) * u
-    if u and c * term_error(m1, m2, theta, rounding, u, 1.0, d) > term_limit(len(D), m1, u):
-        multiply, rounding, u = split_product, rounding + 4 * u * u, 0.0
-    T = multiply(S, D if order == 3 else torch.add(D, S, alpha=d), precision)
-    norm = norms(T)[0]
+    error = c * term_error(m1, m2, theta, rounding, u, 1.0, d)
+    return u > 0 and error > term_limit(len(D), m1, u)
+
+
+def refined(
+    order: int,
+    splits: bool,
+    D: Tensor,
+    m1: float,
+    m2: float,
+    theta: float,
+    norm: float,
+    precision: Precision,
+) -> float:
+    """The better bound of theta that the norm of T gives."""
+    rounding, u = _errors(order, splits, D, precision)
     for _ in range(3):  # what bounds theta better bounds the error of T better
-        third = norm / 6, term_error(m1, m2, theta, rounding, u, 1.0, d) / 6
+        third = norm / 6, term_error(m1, m2, theta, rounding, u, 1.0, _THIRD[order][1]) / 6
         theta = min(theta, spectral_bound(m1, m2, rounding, third=third))
-    return T, theta
+    return theta
+
+
+def _errors(order: int, splits: bool, D: Tensor, precision: Precision) -> tuple[float, float]:
+    """Rounding of the product T, and of its factors."""
+    rounding, u = product_rounding(D, precision), unit_roundoff(D.dtype, precision)
+    if order == 3:  # mirrored: what the computed half has of an error the other half has, too
+        rounding, u = math.sqrt(2) * rounding, math.sqrt(2) * u
+    return (rounding + 4 * u * u, 0.0) if splits else (rounding, u)
 
 
 def _skew(S: Tensor, V: Tensor, precision: Precision) -> Tensor:

@@ -28,6 +28,7 @@ from optim.failure_sync import Guard
 from optim.manifold_step import ManifoldStep, in_sequence, interleaved
 from optim.manifolds import Manifold
 from optim.matmul import Precision
+from optim.matrix_exp import Expected
 from optim.orthogonality_audit import Audit
 from optim.zero_layout import (
     ROUND_ELEMENTS,
@@ -36,6 +37,7 @@ from optim.zero_layout import (
     Slot,
     check_expected,
     check_partition,
+    flights,
     plan_rounds,
 )
 
@@ -101,6 +103,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
         self.partitioned_matrices = 0
         self.increment: Precision = "full"
         self._raised = False
+        self._expected: dict[tuple[str, bool], Expected] = {}
         self.partitions: list[FlatPartition] = []
         self._partition_of: dict[Tensor, FlatPartition] = {}
         self._exchange: Exchange | None = None
@@ -194,10 +197,14 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
             audit=self.audit,
             guard=self._guard,
             increment=self.increment,
+            expected=self._expected,
         )
-        # One rank waits for nobody: interleaving would only hold more matrices at a time.
-        run = interleaved if self._overlap and self.exchange.world_size > 1 else in_sequence
-        run([step.update(plan) for plan in self._rounds(partition)])
+        # One rank waits for nobody, and on a CPU for no norms: interleaving would only hold more
+        # matrices at a time.
+        waits = self.exchange.world_size > 1 or self._device().type != "cpu"
+        run = interleaved if self._overlap and waits else in_sequence
+        for rounds in flights(self._rounds(partition)):
+            run([step.update(plan) for plan in rounds])
         if step.projects:
             self._guard.raise_together()
         if self.audit.due(state["step"]):

@@ -7,7 +7,7 @@ is undefined and may be NaN.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -97,6 +97,15 @@ matrix travels alone, so that the memory of a step does not grow with the networ
 """
 
 
+FLIGHT_ELEMENTS = 1 << 28
+"""Most elements of the matrices of an owner whose moves are decided together, unless a single round
+has more.
+
+An owner holds each with its increment and up to two powers of it: 4 GiB in float32. One wait of the
+host serves so many: all of LipNeXt-1B's on 8 ranks, 16 matrices of 4096 x 4096 on one.
+"""
+
+
 def plan_rounds(
     slots: tuple[Slot, ...], world_size: int, *, elements: int = ROUND_ELEMENTS
 ) -> list[Round]:
@@ -124,6 +133,20 @@ def plan_rounds(
         cuts = [rank * len(part) // world_size for rank in range(world_size + 1)]
         rounds.append(Round(tuple(part[a:b] for a, b in pairwise(cuts))))
     return rounds
+
+
+def flights(rounds: Sequence[Round]) -> list[list[Round]]:
+    """Cut rounds into those that are under way at the same time: see FLIGHT_ELEMENTS."""
+    found: list[list[Round]] = []
+    held = 0
+    for plan in rounds:
+        elements = max(sum(slot.numel for slot in slots) for slots in plan.owned)
+        held += elements
+        if not found or held > FLIGHT_ELEMENTS:
+            found.append([])
+            held = elements
+        found[-1].append(plan)
+    return found
 
 
 def check_partition(partition: FlatPartition, world_size: int) -> None:

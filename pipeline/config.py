@@ -7,10 +7,10 @@ which of its options are idle, and an idle option has to be at its default, or o
 import dataclasses
 import functools
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
@@ -73,6 +73,11 @@ class DataConfig:
             )
 
 
+def _of_a_switch(value: Any) -> Any:
+    """Runs of an earlier version have a switch where a number of blocks is now."""
+    return ("all" if value else "none") if isinstance(value, bool) else value
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainConfig:
     """The loop."""
@@ -106,9 +111,12 @@ class TrainConfig:
     rollbacks: int = Field(default=0, ge=0)
     """How often a run with more of them goes back to its newest checkpoint and on with the samples
     after them, instead of ending; 0: it ends."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass from the first step on; without it that begins when
-    memory does not suffice."""
+    activation_checkpointing: Annotated[
+        Literal["none", "auto", "all"] | Annotated[int, Field(ge=0)], BeforeValidator(_of_a_switch)
+    ] = "none"
+    """Blocks that are recomputed in the backward pass, from the first on: `none`, `all`, a number,
+    or as many as the memory of the GPUs asks for (`auto`; none on a CPU). Results are the same bit
+    for bit. Where memory does not suffice all the same, the run starts again with all of them."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the initial weights and of the order of the samples."""
     calibration_samples: int = Field(default=2048, ge=1)
@@ -117,6 +125,13 @@ class TrainConfig:
     """Steps between two metric records; metrics leave the device only then."""
     stop_after: int = Field(default=0, ge=0)
     """Stop cleanly after this step with a checkpoint (schedules unchanged); 0 runs to the end."""
+
+    def recomputed(self, blocks: int) -> int:
+        """How many of so many blocks are recomputed; of `auto` none, until it is decided."""
+        asked = self.activation_checkpointing
+        if isinstance(asked, int):
+            return min(asked, blocks)
+        return blocks if asked == "all" else 0
 
     def without_effect(self) -> dict[str, str]:
         """Options that the others leave without effect: name -> the setting that does so."""

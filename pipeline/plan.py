@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import ValidationError
@@ -30,7 +30,14 @@ from pipeline.config import RunConfig
 from pipeline.errors import REFUSALS, PipelineError
 from pipeline.planner import memory as budget
 from pipeline.planner.calibration import Measured
-from pipeline.planner.estimate import Estimate, estimate, trials, weights_of, with_increment
+from pipeline.planner.estimate import (
+    Estimate,
+    estimate,
+    recomputed_blocks,
+    trials,
+    weights_of,
+    with_increment,
+)
 from pipeline.planner.step_time import Device, device_of
 from pipeline.planner.verify_time import GFLOPS, Verification, verification
 from pipeline.presets.registry import run_preset
@@ -206,21 +213,25 @@ class Request:
     def estimate(self, ranks: int, run: RunConfig | None = None) -> Estimate:
         """The run (or another one) on a number of devices.
 
-        As the run itself does, blocks are recomputed where they do not fit otherwise.
+        As the run itself does, blocks are recomputed where they do not fit otherwise: as many as
+        needed, or all where `auto` is not asked for.
         """
-        run = run or self.run
-        train = dataclasses.replace(run.train, activation_checkpointing=True)
-        attempts = (run, dataclasses.replace(run, train=train))
-        for attempt in attempts[: 2 - run.train.activation_checkpointing]:
-            found = estimate(
-                attempt,
+        run, device = run or self.run, self.on(-(-ranks // self.gpus))
+        found = estimate(run, ranks=ranks, device=device, images=self.data()[0])
+        if found.fits or found.rehearsal.recomputed == found.rehearsal.blocks:
+            return found
+        blocks: int | Literal["all"] = "all"
+        if run.train.activation_checkpointing == "auto" and device.name != "cpu":
+            blocks = recomputed_blocks(
+                run,
                 ranks=ranks,
-                device=self.on(-(-ranks // self.gpus)),
-                images=self.data()[0],
+                micro_batch=found.counts.micro_batch,
+                device=device.name,
+                room=found.room,
             )
-            if found.fits:
-                break
-        return found
+        train = dataclasses.replace(run.train, activation_checkpointing=blocks)
+        again = dataclasses.replace(run, train=train)
+        return estimate(again, ranks=ranks, device=device, images=self.data()[0])
 
 
 def _counted(samples: Samples) -> tuple[int, float, int]:
@@ -263,7 +274,8 @@ def report(found: Estimate, request: Request) -> dict[str, Any]:
         "memory": [dataclasses.asdict(row) for row in found.components],
         "memory_peak": found.peak,
         "memory_room": found.room,
-        "recomputed": found.recomputed,
+        "blocks": found.rehearsal.blocks,
+        "recomputed": found.rehearsal.recomputed,
         "fits": found.fits,
         "host": found.host,
         "flops_per_image": found.least_flops,
@@ -414,7 +426,9 @@ def _figures(found: Estimate, facts: dict[str, Any]) -> Iterator[tuple[str, str]
         "batch",
         f"{found.ranks} ranks x {found.counts.rank_batch}, {found.counts.micro_batch} a pass",
     )
-    yield "blocks", "recomputed in the backward pass" if found.recomputed else "kept"
+    seen = found.rehearsal
+    again = f"{seen.recomputed} of {seen.blocks} recomputed in the backward pass"
+    yield "blocks", again if seen.recomputed else "kept"
     yield "steps", f"{found.counts.total_steps:,}"
     yield "least FLOPs per image", f"{known:.4g}" if known else "not known for this family"
     flops = facts["flops_per_rank_step"]
@@ -462,7 +476,7 @@ def sweep(estimates: Sequence[Estimate]) -> Iterator[str]:
         t = e.time
         cells = [
             str(e.ranks), str(e.counts.rank_batch), f"{e.peak / _GB:.1f}",
-            "yes" if e.fits else "no", "yes" if e.recomputed else "no",
+            "yes" if e.fits else "no", f"{e.rehearsal.recomputed} of {e.rehearsal.blocks}",
             f"{1e3 * t.passes:.0f}", f"{1e3 * t.zero3:.0f}", f"{1e3 * t.manifold:.0f}",
             f"{1e3 * t.total:.0f}", t.bound, f"{e.images_per_s:,.0f}",
             f"{e.mfu:.0%}" if e.mfu is not None else "", f"{e.epoch_s / 60:.1f}",

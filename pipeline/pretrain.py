@@ -25,6 +25,7 @@ from pipeline.driver.monitor import RunMonitor
 from pipeline.driver.preflight import prepare
 from pipeline.driver.session import run_session
 from pipeline.errors import REFUSALS, PipelineError, ProcessDiedError, RunFailedError
+from pipeline.planner.recomputation import decided
 from pipeline.presets.registry import run_preset
 from pipeline.resilience.oom import fit_here, fit_in_memory
 from pipeline.resilience.signals import StopSignal
@@ -191,7 +192,9 @@ def _run_here(config: RunConfig, console: Console, stop: StopSignal) -> None:
                 raise PipelineError(told)
             with stop.deferred():
                 shared = world.share(job)
-                fit_here(lambda: run_rank(shared, emit, stop), ranks=world.size)
+                fit_here(
+                    lambda: run_rank(shared, emit, stop, recomputing=decided), ranks=world.size
+                )
 
 
 def _once(console: Console) -> Callable[[str], None]:

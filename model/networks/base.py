@@ -59,14 +59,16 @@ class CertifiedNetwork(nn.Module, ABC):
         norm: norm on images, `l2` or `linf`.
         input_shape: (C, H, W) of the images.
         num_classes: number K of logits.
-        checkpoint_blocks: recompute each block in the backward pass instead of storing it.
+        recomputed_blocks: so many of `blocks`, from the first on, are recomputed in the backward
+            pass instead of stored. The first are best: what the last ones have stored is free
+            again when the first are recomputed.
     """
 
     configuration: NetworkConfig
     norm: Literal["l2", "linf"]
     input_shape: tuple[int, int, int]
     num_classes: int
-    checkpoint_blocks: bool = False
+    recomputed_blocks: int = 0
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -240,9 +242,18 @@ class CertifiedNetwork(nn.Module, ABC):
         names = self.bounded_matrices
         return {name: self.bound_matrix(name, self.get_parameter(name)) for name in names}
 
+    @property
+    def block_count(self) -> int:
+        """Blocks that can be recomputed in the backward pass: those of `blocks`."""
+        return len(getattr(self, "blocks", ()))
+
+    def recomputes(self, block: nn.Module) -> bool:
+        """Whether a block is one of the `recomputed_blocks`."""
+        return block in list(getattr(self, "blocks", ()))[: self.recomputed_blocks]
+
     def run_block(self, block: nn.Module, x: Tensor, *arguments: Any) -> Any:
-        """Output of a block, which is recomputed in the backward pass with `checkpoint_blocks`."""
-        if self.checkpoint_blocks:
+        """Output of a block, which may be one that is recomputed in the backward pass."""
+        if self.recomputes(block):
             return checkpoint(block, x, *arguments, use_reentrant=False, preserve_rng_state=False)
         return block(x, *arguments)
 

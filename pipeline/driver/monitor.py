@@ -175,7 +175,11 @@ class RunMonitor:
         self._display.started(event)
         batch = event.micro_batch
         self._tracker.set_tags({**self._usage.started(event), "micro_batch": str(batch)})
-        self._tracker.log_metrics(event.step, {"train/micro_batch": float(batch)})
+        sizes = {
+            "train/micro_batch": float(batch),
+            "train/recomputed_blocks": float(event.recomputed_blocks),
+        }
+        self._tracker.log_metrics(event.step, sizes)
 
     def _recall(self, event: MetricsReplayed) -> None:
         """Record what an execution that was killed has not."""

@@ -120,7 +120,7 @@ def prepare(
     require_closed(ray=elsewhere, mlflow=config.tracking.uri)
     no_gpu = not elsewhere and not torch.cuda.is_available()
     if cluster.device == "cpu" or no_gpu:
-        require_precision(config.train.precision)
+        require_precision(config.train.precision, torch.device("cpu"))
     hold = functools.partial(_hold, waiting=waiting if config.wait_for_lease else None, lost=lost)
     with contextlib.ExitStack() as stack:
         try:

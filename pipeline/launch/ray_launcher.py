@@ -14,8 +14,8 @@ from pipeline.config import ClusterConfig
 from pipeline.errors import REFUSALS, PipelineError, ProcessDiedError, RunFailedError
 from pipeline.launch.event_queue import EventQueue, EventSender
 from pipeline.launch.ray_watch import RayServers, wait_for
+from pipeline.planner.recomputation import decided
 from pipeline.resilience.signals import PAUSE, STOP, ControlActor, Flag, Interruption
-from pipeline.run.distributed import ALLOCATOR
 from pipeline.run.events import Emit, GroupFailed
 from pipeline.run.layout import ray_folder
 from pipeline.run.ray_session import ray_session
@@ -62,7 +62,6 @@ _WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # DeepSpeed on torch >= 2.12 warns once per parameter and step.
     "PYTHONWARNINGS": "ignore::FutureWarning",
-    **ALLOCATOR,
 }
 
 
@@ -105,7 +104,7 @@ class _ControlPoller(Flag):
 def _rank_entry(settings: dict[str, Any]) -> None:
     """Function that Ray Train runs on every rank."""
     listener = _ControlPoller(settings["orders"])
-    run_rank(settings["job"], settings["emit"], listener)
+    run_rank(settings["job"], settings["emit"], listener, recomputing=decided)
     settings["emit"].wait()  # the driver fetches for the last time when the ranks have returned
     listener.rest()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 import torch
 
@@ -46,7 +47,6 @@ class Estimate:
         lookahead: whether a checkpoint has the slow copy.
         least_flops: of an image's passes, see `training_flops`.
         epochs: of the run.
-        recomputed: whether blocks are recomputed in the backward pass.
     """
 
     ranks: int
@@ -62,7 +62,6 @@ class Estimate:
     lookahead: bool
     least_flops: float | None
     epochs: float
-    recomputed: bool
 
     @property
     def peak(self) -> int:
@@ -72,8 +71,7 @@ class Estimate:
     @property
     def room(self) -> int:
         """Bytes of device memory that a run may fill."""
-        free = self.device.memory_gb * 1e9 * (1 - budget.RESERVE)
-        return int(free) - budget.collective_buffers(self.ranks)
+        return budget.room(int(self.device.memory_gb * 1e9), self.ranks)
 
     @property
     def fits(self) -> bool:
@@ -131,7 +129,9 @@ def with_increment(config: RunConfig, weights: Weights, device: str) -> RunConfi
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, increment=increment))
 
 
-def setting_of(config: RunConfig, weights: Weights, *, largest: int, ranks: int) -> Setting:
+def setting_of(
+    config: RunConfig, weights: Weights, *, largest: int, ranks: int, device: str = "cpu"
+) -> Setting:
     """What decides the memory of a rank, with the bucket sizes that DeepSpeed is given."""
     sizes = (*weights.matrices, *weights.others)
     persist_below = persistence(config.cluster.persist_below, sizes)
@@ -153,6 +153,7 @@ def setting_of(config: RunConfig, weights: Weights, *, largest: int, ranks: int)
         bucket=settings["reduce_bucket_size"],
         prefetch=settings["stage3_prefetch_bucket_size"],
         live=settings["stage3_max_live_parameters"],
+        interleaved=ranks > 1 or device != "cpu",
         persist_below=persist_below,
     )
 
@@ -187,7 +188,7 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
     counts = make_step_schedule(config.train, config.checkpoint, samples=images, world_size=ranks)
     weights, largest = weights_of(config)
     config = with_increment(config, weights, device.name)
-    setting = setting_of(config, weights, largest=largest, ranks=ranks)
+    setting = setting_of(config, weights, largest=largest, ranks=ranks, device=device.name)
     optim, accumulation = config.optim, config.train.accumulation
     seen = _rehearsed(config, counts.micro_batch)
     sent = budget.traffic(
@@ -220,7 +221,6 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
         lookahead=setting.lookahead,
         least_flops=training_flops(config),
         epochs=config.train.epochs,
-        recomputed=config.train.activation_checkpointing,
     )
 
 
@@ -258,21 +258,64 @@ def _host(config: RunConfig, weights: Weights, setting: Setting) -> dict[str, in
     }
 
 
+def recomputed_blocks(
+    config: RunConfig, *, ranks: int, micro_batch: int, device: str, room: int
+) -> int | Literal["all"]:
+    """Fewest blocks, from the first on, that have to be recomputed for a run to fit.
+
+    Args:
+        config: the run.
+        ranks: devices, all training.
+        micro_batch: images of one of them in a pass.
+        device: name of the device.
+        room: bytes that a run may fill on each.
+
+    Returns:
+        All, if that is not enough either.
+
+    Raises:
+        PipelineError: the network cannot be rehearsed.
+    """
+    weights, largest = weights_of(config)
+    config = with_increment(config, weights, device)
+    setting = setting_of(config, weights, largest=largest, ranks=ranks, device=device)
+
+    def rehearsed(blocks: int) -> Rehearsal:
+        train = dataclasses.replace(config.train, activation_checkpointing=blocks)
+        return _rehearsed(dataclasses.replace(config, train=train), micro_batch)
+
+    def fits(seen: Rehearsal) -> bool:
+        return budget.peak(memory(weights, setting, seen)) <= room
+
+    kept = rehearsed(0)
+    if fits(kept):
+        return 0
+    too_few, found = 0, kept.blocks
+    while found - too_few > 1:
+        middle = (too_few + found) // 2
+        if fits(rehearsed(middle)):
+            found = middle
+        else:
+            too_few = middle
+    return "all" if found == kept.blocks else found
+
+
 def trials(config: RunConfig, *, ranks: int) -> list[tuple[str, RunConfig, int]]:
     """Changes that need less memory: what to say on the command line, the run, its ranks."""
     train = config.train
     found: list[tuple[str, RunConfig, int]] = []
-    recomputing = dataclasses.replace(train, activation_checkpointing=True)
-    if not train.activation_checkpointing:
-        flag = "--train.activation-checkpointing"
+    recomputing = dataclasses.replace(train, activation_checkpointing="all")
+    all_, decided = "--train.activation-checkpointing all", ("all", "auto")
+    if train.activation_checkpointing not in decided:
+        flag = all_
         found.append((flag, dataclasses.replace(config, train=recomputing), ranks))
     micro_batch = train.global_batch // (ranks * train.accumulation)
     for factor in (2, 4, 8, 16, 32, 64):
         if micro_batch % factor == 0:
             less = dataclasses.replace(recomputing, accumulation=train.accumulation * factor)
             flag = f"--train.accumulation {less.accumulation}"
-            if not train.activation_checkpointing:
-                flag += " --train.activation-checkpointing"
+            if train.activation_checkpointing not in decided:
+                flag += f" {all_}"
             found.append((flag, dataclasses.replace(config, train=less), ranks))
         if train.global_batch % (ranks * factor * train.accumulation) == 0:
             found.append((f"{ranks * factor} devices", config, ranks * factor))

@@ -8,7 +8,7 @@ allocator's own loss and the context of the device come on top (`RESERVE`).
 import dataclasses
 from collections.abc import Sequence
 
-from optim.zero_layout import Slot, plan_rounds
+from optim.zero_layout import Round, Slot, flights, plan_rounds
 
 RESERVE = 0.08
 """Share of a device's memory that is left to its context, the collectives' own buffers and what an
@@ -61,6 +61,8 @@ class Setting:
         bucket: elements of one gradient reduction.
         prefetch: elements gathered ahead of use.
         live: gathered elements that a rank keeps.
+        interleaved: whether rounds of the manifold step are under way together: those of several
+            ranks, and on a GPU.
         persist_below: elements below which a parameter is whole during a step.
     """
 
@@ -73,6 +75,7 @@ class Setting:
     bucket: int
     prefetch: int
     live: int
+    interleaved: bool
     persist_below: int
 
 
@@ -83,6 +86,11 @@ _PEER_BYTES = 2_000_000
 def collective_buffers(ranks: int) -> int:
     """Bytes of a device that collectives keep for themselves; they grow with the ranks."""
     return _PEER_BYTES * (ranks - 1)
+
+
+def room(memory: int, ranks: int) -> int:
+    """Bytes of a device's memory that a run of so many ranks may fill."""
+    return int(memory * (1 - RESERVE)) - collective_buffers(ranks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,19 +184,16 @@ def optimizer_step(weights: Weights, setting: Setting) -> list[Component]:
 
 def _manifold_step(group: tuple[int, ...], setting: Setting) -> list[tuple[str, int]]:
     """Rows of one sub-group of matrices (optim/manifold_step.py, ManifoldStep.update)."""
-    owned, cut, largest, rounds = _rounds(group, setting)
-    many = setting.ranks > 1
+    owned, cut, largest, flight = _rounds(group, setting)
     series = _SERIES + _ROUNDED * setting.rounds_factors
-    if many:  # X and D; or X, A, A on its way and what it becomes, while others end
-        held = max(2 * owned + series * largest, (3 + 2 * (rounds > 2)) * owned + cut)
+    if setting.interleaved:  # D, D^2 and a term of all, and X of what lies on several ranks
+        powers, held = (3 + (setting.ranks > 1)) * flight, (series - 2) * largest
     else:  # what has moved, and D; all else is seen as it lies in flat tensors
-        held = owned + cut + (series - 1) * largest
-    # X and G of the next round, X and A or D of the one between, and a slice.
-    others = many * (2 * owned * min(rounds - 1, 2) + cut * (rounds > 1))
+        powers, held = owned + cut, (series - 1) * largest
     return [
         ("gradient of a sub-group", 4 * shares(group, setting.ranks)),
-        ("a round's matrices at their owner", 4 * held),
-        ("those of rounds that overlap with it", 4 * others),
+        ("matrices that move together, at their owner", 4 * powers),
+        ("what one of them is worked on with", 4 * held),
     ]
 
 
@@ -197,7 +202,8 @@ def export(weights: Weights, setting: Setting) -> list[Component]:
     groups = _sub_groups(weights.matrices, setting)
     if not groups:
         return [Component("one parameter in float64", EXPORT, 8 * max(weights.others))]
-    owned, cut, largest, _ = max((_rounds(group, setting) for group in groups), key=sum)
+    rounds = (_rounds(group, setting) for group in groups)
+    owned, cut, largest, _ = max(rounds, key=lambda found: sum(found[:3]))
     sources = 4 * (2 if setting.lookahead else 1) * owned
     # The last matrix is worked on, or all of them are on their way back.
     working = 8 * (owned - largest) + 8 * (_SERIES + 3) * largest
@@ -223,7 +229,7 @@ def _sub_groups(parameters: tuple[int, ...], setting: Setting) -> list[tuple[int
 def _rounds(group: tuple[int, ...], setting: Setting) -> tuple[int, int, int, int]:
     """Of the largest round: elements that an owner assembles, a rank's slice, the largest matrix.
 
-    The last figure is the number of rounds.
+    The last figure: elements that an owner assembles of the rounds that are under way together.
     """
     slots, offset = [], 0
     for number, elements in enumerate(group):
@@ -231,10 +237,17 @@ def _rounds(group: tuple[int, ...], setting: Setting) -> tuple[int, int, int, in
         slots.append(Slot(str(number), (elements,), elements, offset, length))
         offset += length
     rounds = plan_rounds(tuple(slots), setting.ranks)
-    owned = max(
-        setting.ranks * sum(slot.length for slot in slots) for r in rounds for slots in r.owned
+
+    def assembled(plan: Round) -> int:
+        return max(setting.ranks * sum(slot.length for slot in slots) for slots in plan.owned)
+
+    together = max(sum(map(assembled, flight)) for flight in flights(rounds))
+    return (
+        max(map(assembled, rounds)),
+        max(r.stop - r.start for r in rounds),
+        max(group),
+        together,
     )
-    return owned, max(r.stop - r.start for r in rounds), max(group), len(rounds)
 
 
 def peak(components: Sequence[Component]) -> int:

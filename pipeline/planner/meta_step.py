@@ -109,12 +109,16 @@ class Rehearsal:
             rank although ZeRO-3 has released them; none with activation checkpointing.
         flops: products of the pass, recomputation included.
         moved_bytes: read and written by all other operators.
+        blocks: of the network.
+        recomputed: those of them that are recomputed.
     """
 
     activation_bytes: int
     pinned_weight_bytes: int
     flops: int
     moved_bytes: int
+    blocks: int
+    recomputed: int
 
 
 def rehearse(config: RunConfig, *, micro_batch: int) -> Rehearsal:
@@ -132,7 +136,7 @@ def rehearse(config: RunConfig, *, micro_batch: int) -> Rehearsal:
         network = build_network(config.model).to(DTYPES[config.train.precision])
         images = torch.zeros((micro_batch, *config.model.input_shape), dtype=torch.uint8)
         labels = torch.zeros(micro_batch, dtype=torch.int64)
-    network.checkpoint_blocks = config.train.activation_checkpointing
+    network.recomputed_blocks = config.train.recomputed(network.block_count)
     objective = Objective(network, config.loss)
     weights = {
         p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in network.parameters()
@@ -155,7 +159,14 @@ def rehearse(config: RunConfig, *, micro_batch: int) -> Rehearsal:
             loss, _ = objective(images, labels, StepContext(0, 0.0, 1.0, config.loss.eps))
         loss.backward()
     kept = sum(weights[key] for key in pinned)
-    return Rehearsal(held.peak, kept, counting.get_total_flops(), seen.moved)
+    return Rehearsal(
+        activation_bytes=held.peak,
+        pinned_weight_bytes=kept,
+        flops=counting.get_total_flops(),
+        moved_bytes=seen.moved,
+        blocks=network.block_count,
+        recomputed=network.recomputed_blocks,
+    )
 
 
 def training_flops(config: RunConfig) -> float | None:
@@ -177,7 +188,7 @@ def training_flops(config: RunConfig) -> float | None:
     if known is not None:
         return known
     plain = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, activation_checkpointing=False)
+        config, train=dataclasses.replace(config.train, activation_checkpointing="none")
     )
     try:
         few, more = (rehearse(plain, micro_batch=images).flops for images in (2, 4))

@@ -99,6 +99,7 @@ def _published(
             precision="bf16",
             warmup_epochs=20,
             grad_clip=3.0,
+            activation_checkpointing="auto",
             log_every=20,
         ),
         checkpoint=CheckpointConfig(every_steps=5000),

@@ -2,7 +2,7 @@
 
 The first step is the probe: it needs what every later one needs. A rank that runs out of memory
 writes the size of its micro-batch into the run's folder and ends; whoever starts the ranks again
-starts them with blocks that are recomputed in the backward pass, which changes no number, and then
+starts them with all blocks recomputed in the backward pass, which changes no number, and then
 with half of the micro-batch. So nothing is recomputed that fits. The global batch, its samples and
 their order stay; of half a micro-batch the sums over it are rounded in another order, and centred
 layers take their means over fewer samples, as they do on more ranks.
@@ -80,20 +80,20 @@ def fitting(train: TrainConfig, sizes: Sequence[int], world_size: int) -> TrainC
     """The loop with as many more backward passes per step as the memory asks for.
 
     Args:
-        train: the loop as it was asked for.
+        train: the loop as it was asked for, and `auto` decided.
         sizes: micro-batches that did not fit.
         world_size: number of ranks, which share the global batch.
 
     Returns:
-        `train` with blocks recomputed. If that was tried, with the smallest `accumulation`, at
+        `train` with all blocks recomputed. If that was tried, with the smallest `accumulation`, at
         least its own, that divides a rank's share into micro-batches of at most half of the
         smallest of `sizes`.
     """
     if not sizes:
         return train
-    # Of the first attempt nothing was recomputed, unless that was asked for.
-    tried = sizes if train.activation_checkpointing else sizes[1:]
-    train = dataclasses.replace(train, activation_checkpointing=True)
+    # In the first attempt some blocks were kept, unless all are to be recomputed.
+    tried = sizes if train.activation_checkpointing == "all" else sizes[1:]
+    train = dataclasses.replace(train, activation_checkpointing="all")
     share = train.global_batch // world_size
     counts = range(train.accumulation, share + 1)
     # Samples of one rank decide, so what failed counts on any number of ranks.
@@ -142,7 +142,7 @@ def recorded(
         run: folder of the run.
         sizes: what did not fit before.
         micro_batch: samples per rank and backward pass in this block.
-        recomputes: whether blocks are recomputed in the backward pass.
+        recomputes: whether all blocks are recomputed in the backward pass.
         where: step and rank.
         writer: number of the run's lease.
 
@@ -161,7 +161,7 @@ def recorded(
         write_record(run, layout.OUT_OF_MEMORY, writer, body)
         reason = f"{where()}: out of memory with {{}} samples per backward pass; {{}} ({error})"
         if not recomputes:
-            again = "the next execution of this run recomputes blocks in the backward pass"
+            again = "the next execution of this run recomputes all blocks in the backward pass"
             raise TooLargeError(reason.format(micro_batch, again)) from None
         if micro_batch > 1:
             half = "the next execution of this run tries half of them"

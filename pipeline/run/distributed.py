@@ -17,10 +17,15 @@ from pipeline.errors import PipelineError
 from pipeline.run.allocator import keep_freed_memory
 
 _LOOPBACK = "127.0.0.1"
-ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-"""Environment of a rank: blocks of CUDA's allocator that grow. Micro-batches and rounds of
-different sizes would leave others in pieces."""
-_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_ALLOCATOR = "expandable_segments:True"
+"""Blocks of CUDA's allocator that grow: micro-batches and rounds of different sizes would leave
+others in pieces."""
+_ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""The second is its former name, which the first would overrule."""
+_INTERFACES = {
+    "gloo": ("GLOO_SOCKET_IFNAME",),
+    "nccl": ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"),  # gloo is beside it, for control
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +127,7 @@ def create_group(backend: str, timeout: datetime.timedelta) -> None:
     are on the loopback device.
     """
     if on_one_machine():
-        for name in _INTERFACES:
+        for name in _INTERFACES[backend]:
             os.environ[name] = _loopback_device()
     if not on_one_machine() or "TORCHELASTIC_USE_AGENT_STORE" in os.environ:  # torchrun keeps it
         dist.init_process_group(backend, timeout=timeout)
@@ -157,8 +162,8 @@ def join_process_group(cluster: ClusterConfig) -> Iterator[DistributedContext]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = use_cuda(cluster.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if cuda:
-        for name, value in ALLOCATOR.items():  # read at the first allocation
-            os.environ.setdefault(name, value)
+        if not any(name in os.environ for name in _ALLOCATOR_NAMES):
+            os.environ[_ALLOCATOR_NAMES[0]] = _ALLOCATOR  # read at the first allocation
         torch.cuda.set_device(local_rank)
         chosen = torch.device("cuda", local_rank)
     else:

@@ -16,6 +16,7 @@ class Started:
         devices: how many devices compute, one per rank.
         device: name of rank 0's device, `cpu` or that of a GPU.
         micro_batch: samples per rank and backward pass.
+        recomputed_blocks: blocks that are recomputed in the backward pass.
         measured_flops: FLOP/s of rank 0 in products, where its device has no data sheet; else 0.
     """
 
@@ -25,6 +26,7 @@ class Started:
     devices: int = 1
     device: str = "cpu"
     micro_batch: int = 0
+    recomputed_blocks: int = 0
     measured_flops: float = 0.0
 
 

@@ -17,7 +17,7 @@ from data_shards.streaming.stream import SampleStream
 from data_shards.streaming.webdataset_stream import UnindexedStream
 from pipeline.checkpoint.async_saver import AsyncSaver
 from pipeline.checkpoint.reader import load_newest
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, TrainConfig
 from pipeline.errors import failing
 from pipeline.resilience.hang_detector import watched
 from pipeline.resilience.heartbeat import Phase
@@ -49,9 +49,21 @@ from pipeline.training.schedules import step_context
 from pipeline.training.trainer import Trainer
 from pipeline.training.zero3 import Zero3, require_precision
 
+Recomputing = Callable[[RunConfig, DistributedContext], TrainConfig]
+"""Decides `activation_checkpointing auto`; all ranks call it together and have the same answer."""
+
+
+def _undecided(config: RunConfig, world: DistributedContext) -> TrainConfig:
+    return config.train
+
 
 def run_rank(
-    job: WorkerSpec, emit: Emit, interruption: Interruption, hooks: Sequence[Hook] = ()
+    job: WorkerSpec,
+    emit: Emit,
+    interruption: Interruption,
+    hooks: Sequence[Hook] = (),
+    *,
+    recomputing: Recomputing = _undecided,
 ) -> None:
     """Train on this rank until the plan's last step, or until a stop is requested.
 
@@ -62,6 +74,7 @@ def run_rank(
         emit: receives events; but for Hung, on rank 0 alone.
         interruption: what this rank can learn of the end of its time.
         hooks: join the loop after those that every run has.
+        recomputing: by the memory of the devices; without it `auto` keeps all blocks.
 
     Raises:
         PipelineError, ShardError, ModelError, OptimizerError: bad input, named.
@@ -73,8 +86,9 @@ def run_rank(
         "ignore", category=FutureWarning, module=r"deepspeed|torch\.distributed"
     )
     with join_process_group(config.cluster) as world:
-        require_precision(config.train.precision)
-        _train(job, world, emit, interruption, hooks)
+        require_precision(config.train.precision, world.device)
+        asked = dataclasses.replace(job.config, train=recomputing(job.config, world))
+        _train(dataclasses.replace(job, config=asked), world, emit, interruption, hooks)
 
 
 def build_engine(config: RunConfig, *, world: DistributedContext, micro_batch: int) -> Zero3:
@@ -189,7 +203,7 @@ def _train_with(
             run,
             sizes,
             plan.micro_batch,
-            recomputes=config.train.activation_checkpointing,
+            recomputes=config.train.activation_checkpointing == "all",
             where=lambda: f"step {trainer.progress.step + 1}, rank {world.rank}",
             writer=job.writer,
         ):
@@ -312,7 +326,7 @@ def _started(
     damaged: list[str],
     too_large: list[int],
 ) -> Started:
-    matrices = engine.optimizer.partitioned_matrices
+    matrices, recomputed = engine.optimizer.partitioned_matrices, engine.recomputed_blocks
     facts: dict[str, Any] = {
         "network": f"{config.model.kind}, {engine.parameter_count:,} parameters",
         "ranks": f"{world.size} on {world.device.type}, {config.train.precision}, ZeRO-3",
@@ -320,7 +334,7 @@ def _started(
         + (" (one rank holds them whole)" if world.size == 1 else ""),
         "batch": f"{config.train.global_batch} = {world.size} ranks x "
         f"{config.train.accumulation} x {plan.micro_batch}"
-        + (", blocks recomputed" if config.train.activation_checkpointing else ""),
+        + (f", {recomputed} of {engine.block_count} blocks recomputed" if recomputed else ""),
     }
     if progress.step:
         facts["resumed"] = f"after step {progress.step}"
@@ -339,5 +353,6 @@ def _started(
         devices=world.size,
         device=device,
         micro_batch=plan.micro_batch,
+        recomputed_blocks=recomputed,
         measured_flops=0.0 if known else measured_flops(world.device, precision),
     )

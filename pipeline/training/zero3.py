@@ -3,12 +3,13 @@
 Builds the partitioned network, hands the flat partitions to the manifold optimizer, runs the steps.
 """
 
+import contextlib
 import gc
 import importlib
 import inspect
 import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,15 +36,14 @@ from pipeline.training.schedules import StepContext
 from pipeline.training.without_compiler import without_compiler
 
 
-def require_precision(precision: str) -> None:
-    """Refuse a precision that this machine's accelerator does not have.
+def require_precision(precision: str, device: torch.device) -> None:
+    """Refuse a precision that the accelerator of a rank does not have.
 
     Raises:
         PipelineError: fp16 on a device without fp16 arithmetic.
     """
     if precision != "fp16":
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     accelerator = _import_deepspeed(device).get_accelerator()
     if not accelerator.is_fp16_supported():
         raise PipelineError(
@@ -107,8 +107,9 @@ def engine_settings(
 @without_compiler()
 def _import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed for this device, quiet."""
+    # Not what it would find on the machine: a run may be on the CPU beside a GPU.
+    os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
         # Else stage 3 starts `numactl` at every reduction of gradients, to count the devices here.
         os.environ["LOCAL_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", "1")
     import deepspeed
@@ -175,12 +176,22 @@ def _order_streams(zero_optimizer: Any) -> None:
         gathering.wait_stream(torch.accelerator.current_stream())
 
 
-def _initialising_threads(device: torch.device) -> int:
-    """Matrices that a rank makes at the same time: beside a GPU, its share of idle cores."""
+@contextlib.contextmanager
+def _initialising_threads(device: torch.device) -> Iterator[int]:
+    """Matrices that a rank makes at the same time: beside a GPU, one on each of its share of cores.
+
+    Whatever `OMP_NUM_THREADS` says, and without ranks that take each other's cores.
+    """
     if device.type == "cpu":  # each of its cores computes in every product already
-        return 1
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, cores // torch.get_num_threads())
+        yield 1
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        yield max(1, len(os.sched_getaffinity(0)) // ranks)
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_working_type(named: Iterable[tuple[str, Any]], precision: str) -> None:
@@ -270,6 +281,8 @@ class Zero3:
         partitions: this rank's flat partitions.
         matrix_count: matrices on the manifold.
         parameter_count: elements of the whole network.
+        block_count: blocks of the network.
+        recomputed_blocks: those of them that are recomputed in the backward pass.
     """
 
     @without_compiler()
@@ -302,7 +315,8 @@ class Zero3:
         # The type comes from the settings: DeepSpeed 0.19.8 ignores `dtype` where fp16 is missing.
         with deepspeed.zero.Init(config_dict_or_path=settings):
             network = build_network(model)
-        network.checkpoint_blocks = train.activation_checkpointing
+        self.block_count = network.block_count
+        self.recomputed_blocks = network.recomputed_blocks = train.recomputed(self.block_count)
         objective = Objective(network, loss)
         self.statistics: Sequence[Metric] = [s.metric for s in objective.statistics]
         named: list[tuple[str, Any]] = list(network.named_parameters())
@@ -349,7 +363,8 @@ class Zero3:
         def value(slot: Slot) -> Tensor:
             return initial_value(self._initial[slot.name], slot.shape, seed=seed, name=slot.name)
 
-        self.optimizer.initialise(value, threads=_initialising_threads(self._device))
+        with _initialising_threads(self._device) as threads:
+            self.optimizer.initialise(value, threads=threads)
 
     def accumulate(self, images: Tensor, labels: Tensor, now: StepContext) -> Tensor:
         """Forward and backward pass of one micro-batch; returns the sums of `statistics`."""

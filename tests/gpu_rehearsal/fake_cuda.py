@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -178,17 +178,27 @@ def fake_cuda() -> Iterator[HostWaits]:
     seen = HostWaits()
     _give_cuda_a_guard()
 
-    def norms_at(third: float) -> Callable[..., list[float]]:
-        """The genuine ones leave the device with one wait. Of one matrix: `third` times D^3."""
+    values: dict[int, list[float]] = {}
 
-        def norms(*matrices: Tensor) -> list[float]:
-            seen.waits["matrix_exp.py:norms"] += 1
-            of_powers = norms_of_powers(matrices[0].shape[0])
-            return of_powers[:2] if len(matrices) == 2 else [third * of_powers[2]]
+    def norms_at(third: float) -> Callable[..., Tensor]:
+        """Of D, D^2 and `third` times D^3, or of the last alone: they stay on the device."""
+
+        def norms(*matrices: Tensor) -> Tensor:
+            *powers, cube = norms_of_powers(matrices[0].shape[0])
+            found = [*powers, third * cube]
+            on_device = torch.empty(len(matrices), dtype=torch.float64, device=CUDA)
+            values[id(on_device)] = found[2:] if len(matrices) == 1 else found[: len(matrices)]
+            return on_device
 
         return norms
 
+    def read(asked: Sequence[Tensor]) -> list[list[float]]:
+        """Leaves the device with one wait, as the genuine one."""
+        seen.waits["matrix_exp.py:read"] += 1
+        return [values[id(on_device)] for on_device in asked]
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(optim.matrix_exp, "read", read))
         for module, third in ((optim.matrix_exp, 1 / 6), (optim.retraction, 1.0)):
             stack.enter_context(mock.patch.object(module, "norms", norms_at(third)))
         stack.enter_context(

@@ -54,7 +54,7 @@ def training_pass(name, precision, *, recomputed):
     config = run_preset(name)
     with fake_cuda() as seen:
         network = on_gpu(config.model, DTYPES[precision])
-        network.checkpoint_blocks = recomputed
+        network.recomputed_blocks = network.block_count * recomputed
         objective = Objective(network, config.loss)
         images = torch.zeros((BATCH, *config.model.input_shape), dtype=torch.uint8)
         labels = torch.zeros(BATCH, dtype=torch.int64)
@@ -100,7 +100,7 @@ def test_an_evaluation_of_float64_stays_on_the_device(name):
 def test_gradients_of_the_fake_pass_are_those_of_autograd():
     """The walk that stands in the place of autograd's engine, on the host."""
     network = build_network(run_preset("digits").model)
-    network.checkpoint_blocks = True
+    network.recomputed_blocks = network.block_count
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     images = torch.rand(BATCH, *run_preset("digits").model.input_shape)

@@ -8,19 +8,31 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optim import matrix_exp
 from optim.manifolds import ORTHOGONAL
-from optim.matmul import rounded, symmetric_product
-from optim.matrix_exp import product_rounding, spectral_bound
+from optim.matmul import float32_products, rounded, symmetric_product
+from optim.matrix_exp import (
+    Decisions,
+    Expected,
+    finished,
+    norms,
+    product_rounding,
+    read,
+    spectral_bound,
+)
 from optim.retraction import (
     CORRECT_EVERY,
     DEFECT,
     DRIFT,
+    _splits,
     coefficients,
     corrected,
     correction_due,
     defect,
     distance,
+    refined,
     retract,
+    retraction_move,
     third_order,
 )
 from tests.optim.test_matrix_exp import adam_like, normal, orthogonal, plane, rotations, skew
@@ -184,7 +196,9 @@ def test_theta_of_the_third_order_is_an_upper_bound(precision, order, scale):
     S = symmetric_product(D, D)
     m1, m2 = D.double().square().sum().item(), S.double().square().sum().item()
     first = spectral_bound(m1, m2, product_rounding(D, precision))
-    _, second = third_order(order, D, S, m1, m2, first, precision)
+    splits = _splits(order, D, m1, m2, first, precision)
+    norm = norms(third_order(order, splits, D, S, precision)).item()
+    second = refined(order, splits, D, m1, m2, first, norm, precision)
     norm_2 = torch.linalg.matrix_norm(D.double(), 2).item()
     assert norm_2 * (1 - 1e-14) <= second <= first < 2 * norm_2
 
@@ -293,3 +307,41 @@ def test_drift_between_corrections_is_truncation_and_rounding(n, lr, precision):
     of_a_step = 0.7 * u**2 * lr * n + 2.0**-24 * math.sqrt(n)
     worst = max(residuals(n, lr, 2 * CORRECT_EVERY, torch.float32, precision))
     assert worst < DRIFT + 4 * math.sqrt(CORRECT_EVERY) * of_a_step
+
+
+EXPECTED = (None, (3, False), (3, True), (4, False), (4, True))
+
+
+@pytest.mark.parametrize(
+    ("rule", "precision"),
+    [("fast", "full"), ("fast", "bf16"), ("spectral", "full"), ("spectral", "tf32"),
+     ("frobenius", "full")],
+)  # fmt: skip
+def test_what_is_expected_changes_no_bit_and_how_often_norms_are_read(rule, precision, monkeypatch):
+    reads = []
+
+    def counted(asked):
+        reads.append(len(asked))
+        return read(asked)
+
+    monkeypatch.setattr(matrix_exp, "read", counted)
+    X, increments = orthogonal(120, torch.float32), [adam_like(120, lr) for lr in LRS]
+    alone = [retract(X, D, rule, precision) for D in increments]
+    for third in EXPECTED:
+        kept = [Expected(third) for _ in increments]
+        for again in range(2):
+            reads.clear()
+            decisions, moves = Decisions(), []
+            with float32_products(precision):
+                for D, expected in zip(increments, kept, strict=True):
+                    moves.append(retraction_move(X, D, rule, precision, expected))
+                    decisions.begin(moves[-1])
+                decisions.take()
+                together = [finished(move) for move in moves]
+            assert all(map(torch.equal, together, alone)), third
+            # Of all moves together; the second time what the first one has needed is expected.
+            assert reads[0] == len(increments)
+            assert len(reads) <= 2 - again, (third, again)
+
+
+LRS = (1e-5, 1e-3, 6e-3, 2e-2, 5e-2)

@@ -93,7 +93,12 @@ def show(*events, terminal, folder):
 def test_person_sees_facts_progress_and_checkpoints(tmp_path, terminal):
     text, tracker = show(
         Started(
-            {"partitioned matrices": "9 of 9"}, 0, 10, micro_batch=6, measured_flops=2.422784e9
+            {"partitioned matrices": "9 of 9"},
+            0,
+            10,
+            micro_batch=6,
+            recomputed_blocks=2,
+            measured_flops=2.422784e9,
         ),
         Metrics(10, VALUES, 7, productive_s=1e-9),
         CheckpointSaved(
@@ -118,7 +123,7 @@ def test_person_sees_facts_progress_and_checkpoints(tmp_path, terminal):
     assert "not kept step 20: rank 1: no space left" in text
     stalls = {"checkpoint/stall_s": 0.25, "checkpoint/write_s": 1.5}
     first, (step, values, time_ms), *others = tracker.metrics
-    assert first == (0, {"train/micro_batch": 6}, None)
+    assert first == (0, {"train/micro_batch": 6, "train/recomputed_blocks": 2}, None)
     assert (step, time_ms) == (10, 7)
     assert {name: values[name] for name in VALUES} == VALUES
     assert values["cost/device_hours"] > 0

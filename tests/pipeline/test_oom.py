@@ -10,6 +10,8 @@ import torch
 from data_shards.storage.store import Store
 from pipeline.config import TrainConfig, changes, decides_result
 from pipeline.errors import PipelineError
+from pipeline.planner import recomputation
+from pipeline.planner.recomputation import decided
 from pipeline.resilience.oom import (
     TooLargeError,
     fit_here,
@@ -69,16 +71,20 @@ def test_allocators_say_it_in_several_ways(error, is_one):
 )
 def test_the_next_micro_batch_is_at_most_half(accumulation, sizes, ranks, expected):
     asked = config(accumulation).train
-    recomputed = dataclasses.replace(config(expected).train, activation_checkpointing=bool(sizes))
+    wanted = "all" if sizes else "none"
+    recomputed = dataclasses.replace(config(expected).train, activation_checkpointing=wanted)
     assert fitting(asked, sizes, ranks) == recomputed
-    if sizes:  # where it was asked for, the first attempt was recomputed already
-        asked = dataclasses.replace(asked, activation_checkpointing=True)
-        assert fitting(asked, sizes[1:] or sizes, ranks).activation_checkpointing
+    if sizes:
+        some = dataclasses.replace(asked, activation_checkpointing=3)  # then more of them
+        assert fitting(some, sizes, ranks) == recomputed
+        # Where it was asked for, the first attempt was recomputed already.
+        asked = dataclasses.replace(asked, activation_checkpointing="all")
+        assert fitting(asked, sizes[1:] or sizes, ranks).activation_checkpointing == "all"
         assert len(sizes) == 1 or fitting(asked, sizes[1:], ranks) == recomputed
 
 
 def test_what_lack_of_memory_changes_may_change_on_resume():
-    recomputed = dataclasses.replace(config(2).train, activation_checkpointing=True)
+    recomputed = dataclasses.replace(config(2).train, activation_checkpointing="all")
     assert not any(map(decides_result, changes(config(), small_run(train=recomputed))))
 
 
@@ -92,7 +98,9 @@ def test_what_did_not_fit_is_recorded_until_nothing_smaller_is_left(tmp_path):
         ):
             raise MemoryError
     assert too_large(run) == [3, 1]
-    again = pytest.raises(TooLargeError, match="the next execution of this run recomputes blocks")
+    again = pytest.raises(
+        TooLargeError, match="the next execution of this run recomputes all blocks"
+    )
     with again, recorded(run, [], 1, recomputes=False, where=str):
         raise MemoryError
     failed = pytest.raises(RuntimeError, match="closed")
@@ -114,18 +122,42 @@ def memory_for(samples, *, but_step=None):
         yield
 
 
+LITTLE = 1 << 20
+
+
+@contextlib.contextmanager
+def memory_on_a_device(free):
+    """What a rank's device has left; where it is little, one block has to be recomputed."""
+
+    def needed(config, *, ranks, micro_batch, device, room):
+        assert (ranks, micro_batch) == (2, BATCH // 2)
+        return int(room < LITTLE)
+
+    with (
+        mock.patch.object(recomputation, "free_memory", return_value=free),
+        mock.patch.object(recomputation, "recomputed_blocks", needed),
+    ):
+        yield
+
+
 def runs(rank, world_size, folder, shards):
     """By case: events, error, micro-batches that did not fit. All ranks fail at the same time."""
     cases = {"plain": memory_for(BATCH), "later": memory_for(6, but_step=4)}
     cases |= {"never": memory_for(0)} if world_size == 1 else {"first": memory_for(5)}
+    if world_size == 2:
+        cases |= {"auto": memory_on_a_device(LITTLE if rank else 1 << 40)}
     answers = {}
     with rank_world(rank, world_size):
         for name, memory in cases.items():
-            job = WorkerSpec(config(), f"{folder}/{name}-{world_size}", shards, {})
+            asked = config()
+            if name == "auto":
+                train = dataclasses.replace(asked.train, activation_checkpointing="auto")
+                asked = dataclasses.replace(asked, train=train)
+            job = WorkerSpec(asked, f"{folder}/{name}-{world_size}", shards, {})
             events, error = [], ""
 
             def train(job=job, events=events):
-                worker.run_rank(job, events.append, Undisturbed())
+                worker.run_rank(job, events.append, Undisturbed(), recomputing=decided)
 
             with memory:
                 try:
@@ -141,6 +173,35 @@ def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("oom")
     shards = small_shards(folder / "shards")
     return {n: run_ranks(runs, n, str(folder), shards, timeout=200)[0] for n in (1, 2)}
+
+
+@pytest.mark.distributed
+def test_the_device_with_the_least_memory_decides_what_is_recomputed(outcomes):
+    """On all ranks alike, and no loss differs by a bit."""
+    answers = outcomes[2]
+    events, error, found = answers["auto"]
+    assert (error, found) == ("", [])
+    (started,) = (e for e in events if isinstance(e, Started))
+    assert started.recomputed_blocks == 1
+    assert started.facts["batch"].endswith("1 of 2 blocks recomputed")
+    assert losses(events) == losses(answers["plain"][0])
+
+
+def test_the_memory_of_a_cpu_is_not_asked():
+    auto = dataclasses.replace(config().train, activation_checkpointing="auto")
+    world = mock.Mock(device=torch.device("cpu"), gather=lambda value: [value])
+    asked = dataclasses.replace(config(), train=auto)
+    assert decided(asked, world) == auto
+    assert auto.recomputed(8) == 0
+
+
+def test_a_switch_of_an_earlier_version_is_understood():
+    found = [TrainConfig(activation_checkpointing=value) for value in (True, False, "3", 0)]
+    assert [train.activation_checkpointing for train in found] == ["all", "none", 3, 0]
+    assert [train.recomputed(8) for train in found] == [8, 0, 3, 0]
+    assert found[2].recomputed(2) == 2
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        TrainConfig(activation_checkpointing=-1)
 
 
 def losses(events):
@@ -163,7 +224,7 @@ def test_the_run_goes_on_with_the_same_samples_and_losses(outcomes, ranks):
         assert (
             started[-1]
             .facts["batch"]
-            .endswith(f"{share // (sizes[-1] // 2)} x {sizes[-1] // 2}, blocks recomputed")
+            .endswith(f"{share // (sizes[-1] // 2)} x {sizes[-1] // 2}, 2 of 2 blocks recomputed")
         )
         assert str(sizes[-1]) in started[-1].facts["out of memory"]
         assert losses(events) == pytest.approx(plain, rel=2e-4)

@@ -102,7 +102,7 @@ def observe(rank, world_size, train):
     [
         pytest.param({"precision": "fp32"}, id="fp32"),
         pytest.param(
-            {"precision": "bf16", "activation_checkpointing": True},
+            {"precision": "bf16", "activation_checkpointing": "all"},
             id="bf16, recomputing",
             marks=pytest.mark.slow,
         ),
@@ -143,7 +143,7 @@ def test_flops_counted_are_the_least_plus_what_is_folded_and_recomputed():
     seen = rehearse(config, micro_batch=images)
     assert seen.flops == pytest.approx(images * least + 3 * fold, rel=1e-3)
     assert seen.pinned_weight_bytes == 0  # a block keeps its weights as parameters
-    again = rehearse(planned_run(1, activation_checkpointing=True), micro_batch=images)
+    again = rehearse(planned_run(1, activation_checkpointing="all"), micro_batch=images)
     assert again.pinned_weight_bytes == 0
     # Of a block's six products one is repeated, and M R^T.
     repeated = 3 * (2 * images * 64 * 256**2 + fold / 3)
@@ -298,14 +298,24 @@ def test_a_ring_uses_all_adapters_of_a_node_and_an_exchange_its_own():
     assert one.latency_s < two.latency_s < many.latency_s
 
 
-def test_blocks_are_recomputed_where_they_do_not_fit_otherwise():
-    wide, narrow = (
-        swept(parse([*BILLION, "--sweep", "8", "--memory-gb", gb]))[0] for gb in ("80", "24")
-    )
-    assert (wide.recomputed, narrow.recomputed) == (False, True)
+def test_as_few_blocks_are_recomputed_as_fit():
+    words = [*BILLION, "--model.depth", "6"]
+    wide = parse(words).estimate(8)
+    memory_gb = 0.85 * wide.peak / (1 - budget.RESERVE) / 1e9
+    request = parse([*words, "--memory-gb", f"{memory_gb:.2f}"])
+    narrow = request.estimate(8)
+    assert wide.rehearsal.recomputed == 0
+    assert 0 < narrow.rehearsal.recomputed < narrow.rehearsal.blocks == 6
     assert narrow.fits
     assert narrow.peak < wide.peak
     assert narrow.time.passes > wide.time.passes
+    # The ranks of a run decide by the same function.
+    train = replace(request.run.train, activation_checkpointing=narrow.rehearsal.recomputed - 1)
+    fewer = replace(request.run, train=train)
+    assert not estimate(fewer, ranks=8, device=narrow.device, images=request.data()[0]).fits
+    # Where it is not left to the planner, all are.
+    none = parse([*words, f"--memory-gb={memory_gb}", "--train.activation-checkpointing", "none"])
+    assert none.estimate(8).rehearsal.recomputed == 6
 
 
 def test_a_sweep_says_where_scaling_ends(capsys):

@@ -64,6 +64,7 @@ def planned(world_size, matrices, increment, monkeypatch):
         bucket=1,
         prefetch=1,
         live=1,
+        interleaved=world_size > 1,
         persist_below=0,
     )
     rows = memory.optimizer_step(weights, setting)

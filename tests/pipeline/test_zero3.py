@@ -56,7 +56,7 @@ def cluster_config(**changes) -> ClusterConfig:
 CASES = {
     "plain": small_run(),
     "clipped": small_run(train=train_config(grad_clip=0.05)),
-    "accumulated": small_run(train=train_config(accumulation=2, activation_checkpointing=True)),
+    "accumulated": small_run(train=train_config(accumulation=2, activation_checkpointing="all")),
     "five sub-groups": small_run(zero=ZeroConfig(sub_group_size=300)),
     "X^T G, accumulated, clipped": small_run(
         optim=dataclasses.replace(small_run().optim, gradient="trivialized"),

@@ -36,7 +36,7 @@ class LipNeXt(CertifiedNetwork):
         self.check_images(images)
         x = self.stem(images)
         for block in self.blocks:
-            x = block(x, recompute=self.checkpoint_blocks)
+            x = block(x, recompute=self.recomputes(block))
         return x
 
     def features(self, images: Tensor) -> Tensor:
