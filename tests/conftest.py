@@ -1,5 +1,7 @@
 """Environment of every test, set before a library reads it."""
 
+import contextlib
+import importlib.util
 import os
 
 # Threads of tests that run beside each other would wait for each other, many times their work.
@@ -7,9 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
-import pytest_randomly
 import torch
-from hypothesis import HealthCheck, settings
 
 LONGEST = Path(__file__).parent / "end_to_end"
 LONG = {"distributed", "integration", "ray"}
@@ -21,18 +21,38 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-# A loaded machine is slow.
-settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("unhurried")
-
-
 def _seed_torch(seed: int) -> None:
     torch.manual_seed(seed % 2**63)
 
 
-# The same as DeepSpeed's seeder, which pytest-randomly would load: that imports MLflow, and takes
-# longer than all other imports of a test process together.
-pytest_randomly.entrypoint_reseeds = [_seed_torch]
+# Tests of a GPU run where pytest and nothing of its kind is installed.
+with contextlib.suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    # A loaded machine is slow.
+    unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("unhurried", **unhurried)
+    settings.load_profile("unhurried")
+with contextlib.suppress(ImportError):
+    import pytest_randomly
+
+    # The same as DeepSpeed's seeder, which pytest-randomly would load: that imports MLflow, and
+    # takes longer than all other imports of a test process together.
+    pytest_randomly.entrypoint_reseeds = [_seed_torch]
+
+
+def pytest_addoption(parser):
+    if importlib.util.find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "of pytest-timeout, which is not installed")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Of `-m gpu` the files that have such tests: what others import need not be installed."""
+    if config.option.markexpr != "gpu":
+        return None
+    folder = collection_path.is_dir()
+    files = collection_path.rglob("test_*.py") if folder else [collection_path]
+    return not any("mark.gpu" in file.read_text() for file in files) or None
 
 
 def pytest_collection_modifyitems(items):
