@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from benchmarks.report import write_result
 from benchmarks.timing import interleaved
@@ -74,6 +73,8 @@ def mixed_photographs(count: int, *, seed: int = 0) -> tuple[list[bytes], str]:
     Sources are the photographs that scikit-learn and, where it is installed, scikit-image ship.
     Crops have half to all of each side, short sides of 240 to 640 pixels, qualities of 75 to 95.
     """
+    from sklearn.datasets import load_sample_images
+
     found: list[npt.NDArray[np.uint8]] = list(load_sample_images().images)
     origin = "scikit-learn"
     try:

@@ -1,24 +1,32 @@
-"""What a few minutes on a GPU are spent on first: `python -m benchmarks.gpu_day --out FOLDER`.
+"""What a few minutes on a GPU are spent on first, on a machine that has torch and nothing else.
+
+    python -m benchmarks.gpu_day wheels FOLDER    # here: what that machine lacks, to be copied
+    python -m pip install --no-index --no-deps FOLDER/*.whl                             # there
+    python -m benchmarks.gpu_day run --out DAY                                          # there
+    python -m benchmarks.gpu_day take DAY         # here: its tables go to benchmarks/results
 
 Parts run one after the other, each in a process of its own with its own limit, the most important
-first. What a part has said is written when it ends: a machine that is taken away takes one part
-with it, and the same command goes on with the parts that have no result yet. Nothing has to be
-installed but what a part itself imports: one whose imports are missing says so in a second.
+first. What a part has said and its tables are written when it ends: a machine that is taken away
+takes one part with it, and the same command goes on with the parts that have no result yet.
 """
 
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
+from tyro.extras import SubcommandApp
 
-from benchmarks.report import RESULTS, Row, hardware, write_result
+from benchmarks.gpu_wheels import download
+from benchmarks.report import RESULTS, Row, here, keep, markdown
 
 _RESULTS = "gpu_day.json"
 _SAID = 4000
@@ -43,20 +51,15 @@ class Part:
     small: tuple[str, ...] = ()
 
 
-def _training(preset: str, steps: int, *more: str) -> tuple[str, ...]:
-    return (
-        "-m", "pipeline.pretrain", preset, "--cluster.launcher", "local", "--train.precision",
-        "bf16", "--train.stop-after", str(steps), "--checkpoint.no-evaluate",
-        "--storage", "{out}/runs", *more,
-    )  # fmt: skip
-
-
 PARTS = (
     Part(
-        "kernels", 60, ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:randomly",
-                        "tests/model/test_block_pass.py", "tests/benchmarks/test_network_step.py"),
+        "kernels", 60, ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:randomly", "tests"),
     ),
-    Part("digits", 90, _training("digits", 20), _training("digits", 2)),
+    Part(
+        "digits", 50, ("-m", "benchmarks.train", "digits", "20", "--train.precision", "bf16"),
+        ("-m", "benchmarks.train", "digits", "2", "--train.precision", "bf16",
+         "--model.depth", "1"),
+    ),
     Part(
         "network_step", 60, ("-m", "benchmarks.network_step", "--width", "2048"),
         ("-m", "benchmarks.network_step", "--width", "64", "--depth", "2", "--batch", "4",
@@ -69,16 +72,27 @@ PARTS = (
          "--drift-width", "16", "--drift-steps", "24"),
     ),
     Part(
-        "billion", 90, ("-m", "benchmarks.calibrate", _BILLION, "--out", "{out}/measured.json",
-                        "--cluster.workers", "1", "--train.precision", "bf16", "--optim.retraction",
-                        "fast", "--train.activation-checkpointing", "none", "--images",
-                        "128"),
+        "cifar", 80, ("-m", "benchmarks.train", "cifar10-L32W2048", "40"),
+        ("-m", "benchmarks.train", "cifar10-L32W2048", "2", "--model.depth", "1", "--model.width",
+         "32", "--train.global-batch", "4", "--cluster.device", "cpu"),
+    ),
+    Part(
+        "billion", 80, ("-m", "benchmarks.train", _BILLION, "12", "--model.depth", "8",
+                        "--train.global-batch", "128", "--optim.retraction", "fast"),
+        ("-m", "benchmarks.train", _BILLION, "2", "--model.depth", "1", "--model.width", "600",
+         "--train.global-batch", "4", "--cluster.device", "cpu"),
+    ),
+    Part(
+        "calibrate", 60, ("-m", "benchmarks.calibrate", _BILLION, "--out", "{out}/measured.json",
+                          "--cluster.workers", "1", "--optim.retraction", "fast",
+                          "--train.activation-checkpointing", "none", "--images", "128"),
         ("-m", "benchmarks.calibrate", "digits", "--out", "{out}/measured.json",
          "--cluster.workers", "1", "--images", "4"),
     ),
     Part(
-        "cifar", 90, _training("cifar10-L32W2048", 40, "--data.source", "synthetic"),
-        _training("digits", 2, "--model.depth", "1"),
+        "evaluation", 30, ("-m", "benchmarks.float64_pass"),
+        ("-m", "benchmarks.float64_pass", "--order", "64", "--width", "32", "--depth", "1",
+         "--batch", "1"),
     ),
 )  # fmt: skip
 
@@ -128,21 +142,17 @@ class Day:
         words = part.small if self._device == "cpu" and part.small else part.command
         command = [word.format(out=self._out, device=self._device) for word in words]
         begin = self._clock()
-        try:
-            done = subprocess.run(
-                [sys.executable, *command],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=limit_s,
-                cwd=Path(__file__).parents[1],
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
-            said, ended = done.stdout, f"exit {done.returncode}" if done.returncode else "done"
-        except subprocess.TimeoutExpired as late:
-            said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-            ended = f"ended after {limit_s:.0f} s"
-        return {"ended": ended, "s": self._clock() - begin, "said": said[-_SAID:]}
+        with tempfile.TemporaryDirectory() as tables:
+            said, ended = _finished([sys.executable, *command], limit_s, Path(tables))
+            found = [json.loads(path.read_text()) for path in sorted(Path(tables).rglob("*.json"))]
+        return {
+            "device": self._device,
+            "where": here(),
+            "ended": ended,
+            "s": self._clock() - begin,
+            "said": said[-_SAID:],
+            "tables": found,
+        }
 
     def _keep(self, name: str, result: dict[str, Any]) -> None:
         results = {**self.results(), name: result}
@@ -161,28 +171,96 @@ class Day:
             for part in self._parts
         ]
 
+    def table(self) -> dict[str, Any]:
+        """The day as a result of a benchmark, measured when its last part was."""
+        ended = [result["where"] for result in self.results().values()]
+        where = max(ended, key=lambda found: str(found["date"]), default=here())
+        notes = [f"What each part has said, and its tables, are in {_RESULTS}."]
+        return {"name": "gpu_day", **where, "rows": self.rows(), "notes": notes}
 
-def spend(
+    def take(self, folder: Path) -> None:
+        """Keep the tables of all parts as results of their benchmarks.
+
+        Raises:
+            ValueError: there are none, or a part ran without a GPU.
+        """
+        results = self.results()
+        small = [name for name, result in results.items() if result["device"] != "cuda"]
+        if small or not results:
+            raise ValueError(f"{self._out}: {', '.join(small) or 'no part'} ran, and on no GPU")
+        for table in [*(t for result in results.values() for t in result["tables"]), self.table()]:
+            keep(table, folder=folder)
+
+
+def _finished(command: list[str], limit_s: float, tables: Path) -> tuple[str, str]:
+    """What a command has said, and how it ended; its own processes end with it."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "BENCHMARK_RESULTS": str(tables)},
+    )
+    try:
+        said, _ = process.communicate(timeout=limit_s)
+        return said, f"exit {process.returncode}" if process.returncode else "done"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        return said, f"ended after {limit_s:.0f} s"
+
+
+app = SubcommandApp()
+
+
+@app.command
+def run(
     out: Path, parts: tuple[str, ...] = (), device: str = "cuda", limit_s: float = 480.0
 ) -> None:
-    """Run what has no result yet and write its table.
+    """Run what has no result yet, and write the table of the day.
+
+    What `calibrate` has measured is in `measured.json`, for `pipeline.plan --measured`.
 
     Args:
-        out: folder of the results.
+        out: folder of the results, three files.
         parts: run these, also those that have a result.
         device: cuda, or cpu to try the route with small sizes.
         limit_s: seconds of all parts together.
     """
-    day = Day(out, device)
+    day = Day(out.absolute(), device)
     day.run(parts, limit_s)
-    folder = RESULTS if device == "cuda" else out
-    notes = [f"{device}; {hardware()}.", "What each part has said is in gpu_day.json."]
-    write_result("gpu_day", day.rows(), notes, folder=folder)
+    table = markdown(day.table())
+    (out / "gpu_day.md").write_text(table)
+    print(table)
+
+
+@app.command
+def wheels(folder: tyro.conf.Positional[Path], python: str = "3.12") -> None:
+    """Fetch what a machine with torch alone lacks, as wheels.
+
+    Args:
+        folder: where they go.
+        python: version of that machine's Python.
+    """
+    print(f"{download(folder, python) / 1e6:.1f} MB of wheels in {folder}")
+
+
+@app.command
+def take(out: tyro.conf.Positional[Path]) -> None:
+    """Keep the tables that a GPU has measured in benchmarks/results.
+
+    Args:
+        out: folder of the results.
+    """
+    Day(out, "cuda").take(RESULTS)
 
 
 def main() -> None:
     """Run the entry."""
-    tyro.cli(spend, prog="python -m benchmarks.gpu_day")
+    app.cli(prog="python -m benchmarks.gpu_day")
 
 
 if __name__ == "__main__":

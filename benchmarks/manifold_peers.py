@@ -1,6 +1,6 @@
 """Optimizers of orthogonal matrices that are not the project's, on one kind of problem."""
 
-import importlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -195,15 +195,9 @@ def random_submanifold(problem: Problem, share: float, target: str = "") -> Cont
     return Contestant(step, lambda: steppers[0][0].X, target)
 
 
-def peers() -> dict[str, Factory]:
-    """What package indexes offer, random submanifolds, and Muon's iteration."""
-    return {
-        "geoopt RiemannianAdam, canonical Stiefel": partial(
-            geoopt_adam, canonical=True, target=">= 2.5"
-        ),
-        "geoopt RiemannianAdam, Euclidean Stiefel": partial(
-            geoopt_adam, canonical=False, target=">= 1.5"
-        ),
+def peers() -> tuple[dict[str, Factory], list[str]]:
+    """What package indexes offer, random submanifolds, Muon; and what is not installed."""
+    found: dict[str, Factory] = {
         "torch parametrizations.orthogonal, cayley": partial(
             parametrized, orthogonal_map="cayley", target=">= 1.8"
         ),
@@ -216,3 +210,14 @@ def peers() -> dict[str, Factory]:
             muon_newton_schulz, target=">= 3"
         ),
     }
+    of_geoopt: dict[str, Factory] = {
+        "geoopt RiemannianAdam, canonical Stiefel": partial(
+            geoopt_adam, canonical=True, target=">= 2.5"
+        ),
+        "geoopt RiemannianAdam, Euclidean Stiefel": partial(
+            geoopt_adam, canonical=False, target=">= 1.5"
+        ),
+    }
+    if importlib.util.find_spec("geoopt") is None:
+        return found, list(of_geoopt)
+    return of_geoopt | found, []

@@ -330,8 +330,9 @@ def table(
 ) -> list[Row]:
     """Measure everything in one run."""
     public, missing = public_peers(checkouts)
+    installed, others = peers()
     ours = manifold_steps(problem)
-    factories = {**ours, **reduced_steps(problem), **peers(), **public}
+    factories = {**ours, **reduced_steps(problem), **installed, **public}
     work = {
         "one product": one_product(problem),
         # X^T G and X M, with D^2 and D^3 or D^2 and S V beside them.
@@ -359,7 +360,7 @@ def table(
         rows.append(row)
     add_targets(rows, times, list(public))
     rows += now_and_then(problem, 2 * repeats + 1)
-    rows += [{"what": name, "in products": "not run"} for name in missing]
+    rows += [{"what": name, "in products": "not run"} for name in (*missing, *others)]
     rows += losses_at_equal_time(problem, 20)
     rows += drifts(replace(problem, width=drift_width), problem, drift_steps)
     return rows

@@ -4,6 +4,7 @@ python -m benchmarks.report [NAME ...]
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 Row = dict[str, Any]
 
 
@@ -41,16 +42,20 @@ def write_result(
     """
     if not rows:
         raise ValueError(f"benchmark {name!r} has no rows to write")
-    now = datetime.now(timezone.utc)
-    result = {
-        "name": name,
-        "date": now.isoformat(timespec="seconds"),
-        "commit": commit(),
-        "hardware": hardware(),
-        "rows": [dict(row) for row in rows],
-        "notes": list(notes),
-    }
-    path = folder / name / f"{now:%Y%m%dT%H%M%SZ}-{result['commit']}.json"
+    result = {"name": name, **here(), "rows": [dict(row) for row in rows], "notes": list(notes)}
+    return keep(result, folder=folder)
+
+
+def here() -> dict[str, str]:
+    """When and where something is measured: date, commit and hardware."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"date": date, "commit": commit(), "hardware": hardware()}
+
+
+def keep(result: Mapping[str, Any], *, folder: Path = RESULTS) -> Path:
+    """Write a result, also one that another machine has measured; returns the JSON file."""
+    date, name = datetime.fromisoformat(result["date"]), result["name"]
+    path = folder / name / f"{date:%Y%m%dT%H%M%SZ}-{result['commit']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     text = markdown(result)
@@ -82,7 +87,10 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with `-dirty` when a tracked file was changed."""
+    """Short hash of the checkout, with `-dirty` when a tracked file was changed.
+
+    Of a copy without its history, what CERTIFIED_PRETRAIN_COMMIT says, else "unknown".
+    """
     root = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
@@ -90,8 +98,11 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     # Results and documents do not change what was measured.
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "pyproject.toml")
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    status = ("status", "--porcelain", "--untracked-files=no", "--", "*.py", "pyproject.toml")
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git(*status) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("CERTIFIED_PRETRAIN_COMMIT", "unknown")
 
 
 def hardware() -> str:

@@ -162,6 +162,9 @@ class ZeroConfig:
 class CheckpointConfig:
     """When the state is kept."""
 
+    none: bool = False
+    """Write no checkpoint and no artifact, not even of the last step: for measurements. Nothing is
+    certified, and the run cannot be continued."""
     every_steps: int = Field(default=0, ge=0)
     """Steps between checkpoints; the last step always has one. 0: only the last."""
     keep_last: int = Field(default=5, ge=0)
@@ -193,9 +196,20 @@ class CheckpointConfig:
         """Refuse a table that no evaluation would make."""
         check_table(self.evaluate_eps)
 
+    @property
+    def certifies(self) -> bool:
+        """Whether the run has its checkpoints evaluated."""
+        return self.evaluate and not self.none
+
     def without_effect(self) -> dict[str, str]:
         """Options that the others leave without effect: name -> the setting that does so."""
         found: dict[str, str] = {}
+        if self.none:
+            return {
+                field.name: "none=True, which writes no checkpoint"
+                for field in dataclasses.fields(self)
+                if field.name not in ("none", "evaluate")
+            }
         if not self.keep_last:
             found |= dict.fromkeys(("keep_every", "keep_best"), "keep_last=0, which keeps all")
         if not self.evaluate:
@@ -337,6 +351,11 @@ class RunConfig:
         _check_name(self.name)
         if self.start_or_resume and not self.name:
             raise PipelineError("start_or_resume needs --name: else no run is the same one again")
+        if self.checkpoint.none and (self.resume or self.start_or_resume):
+            raise PipelineError(
+                "checkpoint.none: a run that writes no checkpoint is not continued, there is "
+                "nothing to go on from; start a new one"
+            )
         if self.wait_for_lease and not (self.name or self.resume):
             raise PipelineError("wait_for_lease needs --name or --resume: a new run has no writer")
         hang, collective = self.cluster.hang_timeout_s, self.cluster.collective_timeout_s
@@ -367,6 +386,11 @@ class RunConfig:
 
         self._check_images()
         self._check_effects()
+
+    @property
+    def continuable(self) -> bool:
+        """Whether `--resume` goes on with the run: not where a budget of time ends it."""
+        return not (self.checkpoint.none or self.train.processor_seconds)
 
     def _check_effects(self) -> None:
         """Refuse a setting that would be ignored."""

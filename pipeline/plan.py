@@ -262,6 +262,7 @@ def parse(arguments: Sequence[str]) -> Request:
 def report(found: Estimate, request: Request) -> dict[str, Any]:
     """The estimate as JSON values: bytes, seconds, counts."""
     image_bytes = request.data()[1]
+    kept = not request.run.checkpoint.none
     state = budget.checkpoint_bytes(found.weights, lookahead=found.lookahead)
     return {
         "preset": request.run.preset,
@@ -290,8 +291,8 @@ def report(found: Estimate, request: Request) -> dict[str, Any]:
         "epoch_s": found.epoch_s,
         "device_hours": found.device_hours,
         "cost": found.device_hours * request.price if request.price else None,
-        "checkpoint_bytes": state,
-        "artifact_bytes": budget.artifact_bytes(found.weights),
+        "checkpoint_bytes": state if kept else 0,
+        "artifact_bytes": budget.artifact_bytes(found.weights) if kept else 0,
         "data_bytes_per_s": image_bytes * found.images_per_s if image_bytes else None,
         "verification": _verification_facts(request.verification()),
     }
@@ -441,8 +442,9 @@ def _figures(found: Estimate, facts: dict[str, Any]) -> Iterator[tuple[str, str]
     yield "time per epoch", f"{found.epoch_s:,.0f} s"
     yield "device hours", f"{found.device_hours:,.1f}"
     yield "cost", f"{facts['cost']:,.0f}" if facts["cost"] else "no price given"
-    yield "checkpoint", f"{facts['checkpoint_bytes'] / _GB:.2f} GB"
-    yield "artifact", f"{facts['artifact_bytes'] / _GB:.2f} GB"
+    for what in ("checkpoint", "artifact"):
+        size = facts[f"{what}_bytes"]
+        yield what, f"{size / _GB:.2f} GB" if size else "none is written"
     needed = facts["data_bytes_per_s"]
     yield "data", f"{needed / 1e6:,.1f} MB/s from the store" if needed else "give --image-kb"
 

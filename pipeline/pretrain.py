@@ -74,9 +74,7 @@ def _main(arguments: Sequence[str], console: Console, stop: StopSignal) -> int:
         _run(config, console, stop)
     except (RunFailedError, ProcessDiedError) as error:
         message = _one_message(error, config)
-        if config is None or not config.train.processor_seconds:
-            message += "; --resume goes on after the newest checkpoint"
-        _say(console, "failed", message)
+        _say(console, "failed", message + _way_on(config))
         return 1
     except (*REFUSALS, ValidationError) as error:
         _say(console, "refused", _one_message(error, config))
@@ -91,9 +89,15 @@ def _main(arguments: Sequence[str], console: Console, stop: StopSignal) -> int:
         if code == _SIGNALS + signal.SIGINT:
             console.print("interrupted")
         else:
-            console.print("stopped by a signal; --resume goes on after the newest checkpoint")
+            console.print("stopped by a signal" + _way_on(config))
         return code
     return 0
+
+
+def _way_on(config: RunConfig | None) -> str:
+    """What a person can do after a run that has ended early."""
+    continuable = config is None or config.continuable
+    return "; --resume goes on after the newest checkpoint" if continuable else ""
 
 
 def _asked(arguments: Sequence[str]) -> bool:

@@ -1,6 +1,8 @@
 """Environment of every test, set before a library reads it."""
 
+import contextlib
 import gc
+import importlib.util
 import os
 import sqlite3
 
@@ -10,7 +12,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 
 import pytest
-import pytest_randomly
 
 LONGEST = Path(__file__).parent / "end_to_end"
 LONG = {"distributed", "integration", "ray"}
@@ -26,9 +27,13 @@ def _seed_torch(seed: int) -> None:
     torch.manual_seed(seed % 2**63)
 
 
-# The same as DeepSpeed's seeder, which pytest-randomly would load: that imports MLflow, and takes
-# longer than all other imports of a test process together.
-pytest_randomly.entrypoint_reseeds = [_seed_torch]
+# Tests of a GPU run where pytest and nothing of its kind is installed.
+with contextlib.suppress(ImportError):
+    import pytest_randomly
+
+    # The same as DeepSpeed's seeder, which pytest-randomly would load: that imports MLflow, and
+    # takes longer than all other imports of a test process together.
+    pytest_randomly.entrypoint_reseeds = [_seed_torch]
 
 
 def _do_not_wait_for_the_disk(connection, _record):
@@ -43,17 +48,35 @@ def pytest_configure(config):
         return
     gc.disable()  # until everything is imported
     import torch
-    from hypothesis import HealthCheck, settings
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # A loaded machine is slow.
-    slow = [HealthCheck.too_slow]
-    settings.register_profile("unhurried", deadline=None, suppress_health_check=slow)
-    settings.load_profile("unhurried")
-    event.listen(Engine, "connect", _do_not_wait_for_the_disk)
+    with contextlib.suppress(ImportError):
+        from hypothesis import HealthCheck, settings
+
+        # A loaded machine is slow.
+        unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+        settings.register_profile("unhurried", **unhurried)
+        settings.load_profile("unhurried")
+    with contextlib.suppress(ImportError):
+        from sqlalchemy import event
+        from sqlalchemy.engine import Engine
+
+        event.listen(Engine, "connect", _do_not_wait_for_the_disk)
+
+
+def pytest_addoption(parser):
+    if importlib.util.find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "of pytest-timeout, which is not installed")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Of `-m gpu` the files that have such tests: what others import need not be installed."""
+    if config.option.markexpr != "gpu":
+        return None
+    folder = collection_path.is_dir()
+    files = collection_path.rglob("test_*.py") if folder else [collection_path]
+    return not any("mark.gpu" in file.read_text() for file in files) or None
 
 
 def pytest_collection_modifyitems(items):

@@ -120,7 +120,9 @@ RUN_BY = {
         "python -m benchmarks.calibrate": "test_pieces_are_those_of_all_ranks_and_make_a_step",
     },
     "tests/benchmarks/test_gpu_day.py": {
-        "python -m benchmarks.gpu_day": "test_every_part_leaves_what_it_said_and_how_it_ended",
+        "python -m benchmarks.gpu_day run": "test_every_part_leaves_what_it_said_and_how_it_ended",
+        "python -m benchmarks.gpu_day take": "test_what_a_gpu_has_measured_goes_to_the_results",
+        "python -m benchmarks.gpu_day wheels": "test_the_wheels_are_pinned_and_may_not_grow",
     },
     "tests/benchmarks/test_network_step.py": {
         "python -m benchmarks.network_step": "test_without_a_gpu_its_rows_say_so",
@@ -136,6 +138,8 @@ NOT_RUN = {
     f"{SHARDS}.write synthetic": "gigabytes, for a measurement on a GPU",
     f"{PRETRAIN} imagenet-L32W4096 --cluster.launcher local": "a measurement on a GPU",
     f"{PRETRAIN} cifar10-L32W2048 --cluster.launcher local": "a measurement on a GPU",
+    "pip install --no-index": "on a machine with a GPU; tests/benchmarks/test_bare_machine.py "
+    "trains with the same packages",
     "docker build": "needs Docker; tests/jobs/test_kubernetes.py reads the Dockerfile",
     "kubectl": "needs Kubernetes; tests/jobs/test_kubernetes.py parses the manifests' commands",
     "export RAY_AUTH_MODE=token RAY_JOB": "on the machines of a cluster; `make cluster` sets both",
@@ -179,7 +183,8 @@ def flags_of(module, first, capsys, monkeypatch):
         known = settings(RunConfig, run_preset(first if first in PRESETS else "digits"))
         words = {word for one in known for word in (one.flag, one.negated)}
         return words | {"--list", "--help", "--print-config", "--config"}
-    subcommand = [first] if module in ("data_shards.write", "jobs.gate") else []
+    with_subcommands = ("data_shards.write", "jobs.gate", "benchmarks.gpu_day")
+    subcommand = [first] if module in with_subcommands else []
     entry = importlib.import_module(module.replace("model.verify", "model.verifier.command"))
     monkeypatch.setattr("sys.argv", [module, *subcommand, "--help"])
     with contextlib.suppress(SystemExit):

@@ -11,12 +11,11 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pydantic
 from pydantic import ConfigDict, Field
 
@@ -27,7 +26,6 @@ from data_shards.format.tar import BLOCK
 from data_shards.storage.store import Store
 from data_shards.untrusted.json_input import canonical_json
 from data_shards.untrusted.limits import UntrustedError, limits, require_name
-from data_shards.untrusted.parquet import open_parquet, read_column, require_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -40,16 +38,17 @@ SPLITS = (*STORED_SPLITS, "fit", "validation")
 SplitName = Literal["train", "test", "fit", "validation"]
 
 _COLUMNS = {
-    "split": pa.string(),
-    "validation": pa.bool_(),
-    "shard": pa.int32(),
-    "key": pa.string(),
-    "offset": pa.int64(),
-    "size": pa.int64(),
-    "extension": pa.string(),
-    "xxh3_64": pa.uint64(),
-    "label": pa.int32(),
+    "split": "string",
+    "validation": "bool",
+    "shard": "int32",
+    "key": "string",
+    "offset": "int64",
+    "size": "int64",
+    "extension": "string",
+    "xxh3_64": "uint64",
+    "label": "int32",
 }
+"""Arrow types of the columns of a row."""
 _ROWS_PER_GROUP = 1 << 15  # with keys as long as they may be, half of the limit of a row group
 _SMALLEST_SAMPLE = 2 * BLOCK  # its header and its body in a tar
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: multiplication spreads the bits
@@ -255,6 +254,9 @@ def rows_to_parquet(columns: Mapping[str, Sequence[Any] | npt.NDArray[Any]]) -> 
         columns: The columns of a row (split, validation, shard, key, offset, size, extension,
             xxh3_64, label), all of one length.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     table = pa.table({name: pa.array(columns[name], kind) for name, kind in _COLUMNS.items()})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=_ROWS_PER_GROUP)
@@ -322,6 +324,7 @@ def load_index(url: str | Store, *, check_files: bool = True) -> ShardIndex:
         ShardError: missing, empty, changed or inconsistent set; the message has the URL, the
             shard, the value and what it should be.
     """
+    parquet = _parquet_reader()
     store = url if isinstance(url, Store) else Store(url)
     header = load_header(store)
     if not header.shards:
@@ -336,7 +339,7 @@ def load_index(url: str | Store, *, check_files: bool = True) -> ShardIndex:
         if check_files:
             _check_files(store, header)
         samples = sum(shard.samples for shard in header.shards)
-        require_rows(store.size(ROWS_FILE), samples, f"{store}/{ROWS_FILE}")
+        parquet.require_rows(store.size(ROWS_FILE), samples, f"{store}/{ROWS_FILE}")
         data = store.read(ROWS_FILE)
     except FileNotFoundError as error:
         raise ShardError(f"shard set {store} has no {ROWS_FILE}") from error
@@ -350,11 +353,27 @@ def load_index(url: str | Store, *, check_files: bool = True) -> ShardIndex:
             f"{store}/{ROWS_FILE} has sha256 {found}, the header states {header.rows_sha256}"
         )
     try:
-        rows, splits = _read_rows(store, data, samples)
+        rows, splits = _read_rows(parquet, store, data, samples)
     except UntrustedError as error:
         raise ShardError(str(error)) from error
     _check_rows(store, header, rows, splits)
     return ShardIndex(store, header, rows, header.digest())
+
+
+def _parquet_reader() -> ModuleType:
+    """Import what reads Parquet: late, because pyarrow is larger than all that streaming needs.
+
+    Raises:
+        ShardError: it is not installed.
+    """
+    try:
+        from data_shards.untrusted import parquet
+    except ImportError as error:
+        raise ShardError(
+            f"the index of a shard set is a Parquet file, and {error.name} is not installed; only "
+            "a training that reads tars without an index (data.unindexed_samples) does without it"
+        ) from error
+    return parquet
 
 
 def _header_dict(header: Header) -> dict[str, Any]:
@@ -365,9 +384,13 @@ def _header_dict(header: Header) -> dict[str, Any]:
     return fields
 
 
-def _read_rows(store: Store, data: bytes, samples: int) -> tuple[Rows, npt.NDArray[np.bytes_]]:
+def _read_rows(
+    parquet: ModuleType, store: Store, data: bytes, samples: int
+) -> tuple[Rows, npt.NDArray[np.bytes_]]:
+    import pyarrow as pa
+
     place = f"{store}/{ROWS_FILE}"
-    file = open_parquet(data, place)
+    file = parquet.open_parquet(data, place)
     missing = set(_COLUMNS) - set(file.schema_arrow.names)
     if missing:
         raise ShardError(f"{store}/{ROWS_FILE} lacks the columns {', '.join(sorted(missing))}")
@@ -377,7 +400,7 @@ def _read_rows(store: Store, data: bytes, samples: int) -> tuple[Rows, npt.NDArr
         )
 
     def read(name: str) -> npt.NDArray[Any]:  # one by one: Arrow's copy is gone before the next
-        column = read_column(file, name, place)
+        column = parquet.read_column(file, name, place)
         if column.null_count:
             raise ShardError(f"{place} has {column.null_count} empty cells in {name}")
         if pa.types.is_dictionary(column.type):

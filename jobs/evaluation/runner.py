@@ -55,6 +55,7 @@ from pipeline.run.allocator import keep_freed_memory
 from pipeline.run.evaluation_summary import AttackScores, ColumnScores, EvaluationSummary, LayerRow
 from pipeline.run.layout import (
     CERTIFICATE,
+    CONFIG,
     PROGRESS,
     SAMPLES,
     SUMMARY,
@@ -191,7 +192,9 @@ def artifact_info(url: str) -> ArtifactInfo:
     try:
         return read_info(store.open)
     except FileNotFoundError as error:
-        raise EvaluationError(f"no artifact at {store}: there is no artifact.json") from error
+        # Of a run: it has not come to its first checkpoint, or it writes none.
+        why = ", and a run with --checkpoint.none has none" if store.exists(CONFIG) else ""
+        raise EvaluationError(f"no artifact at {store}: there is no artifact.json{why}") from error
 
 
 def _fitting_index(

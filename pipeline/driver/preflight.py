@@ -18,7 +18,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_shards.sources.registry import SOURCES
 from data_shards.storage.store import Store
-from data_shards.write import write_shard_set
 from model.artifact.release import release
 from pipeline.checkpoint.reader import committed, name_strays
 from pipeline.config import RunConfig, changes, decides_result, flatten
@@ -148,7 +147,7 @@ def _require_own_gpus(config: RunConfig) -> None:
         PipelineError: nothing keeps them off the nodes that train.
     """
     checkpoint = config.checkpoint
-    queued = config.cluster.launcher == "ray" and checkpoint.evaluate
+    queued = config.cluster.launcher == "ray" and checkpoint.certifies
     if queued and checkpoint.evaluate_gpus and not checkpoint.evaluate_placement:
         raise PipelineError(
             f"checkpoint.evaluate_gpus={checkpoint.evaluate_gpus:g} without "
@@ -166,7 +165,7 @@ def _prepare(
     storage = storage_root(config)
     shards = _shards(config, storage)
     samples = open_samples(
-        shards.url, config.data, config.model, certify=config.checkpoint.evaluate
+        shards.url, config.data, config.model, certify=config.checkpoint.certifies
     )
     schedule = make_step_schedule(
         config.train, config.checkpoint, samples=samples.per_epoch, world_size=world_size
@@ -228,6 +227,8 @@ def _notices(
     Raises:
         PipelineError: the run is to stop before the step at which it goes on.
     """
+    if config.checkpoint.none:
+        yield "checkpoint.none: this run keeps nothing, is not certified and cannot be continued"
     stop, end, newest = config.train.stop_after, schedule.total_steps, max(steps, default=0)
     if stop > end and not config.train.processor_seconds:
         yield f"train.stop_after={stop} is never reached: the run ends after step {end}"
@@ -312,8 +313,22 @@ def _shards(config: RunConfig, storage: Store) -> Store:
         )
     shards = storage.child("data", source)
     if not shards.exists("index.json"):
-        write_shard_set(SOURCES[source](), shards.url)
+        _write(source, shards)
     return shards
+
+
+def _write(source: str, shards: Store) -> None:
+    try:
+        # Late: a run that writes no shards and reads no index may be without pyarrow.
+        from data_shards.write import write_shard_set
+
+        images = SOURCES[source]()
+    except ImportError as error:
+        raise PipelineError(
+            f"data.source={source}: its shards cannot be written, {error.name} is not installed; "
+            "give --data.shards"
+        ) from error
+    write_shard_set(images, shards.url)
 
 
 def _run_key(run: Store) -> str:

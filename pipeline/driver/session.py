@@ -50,7 +50,7 @@ def run_session(prepared: PreparedRun, console: Console) -> Iterator[RunMonitor]
         params=prepared.params(),
         tags={**_tags(prepared), **submission_tags()},
     )
-    evaluations = _evaluations(prepared, tracker) if config.checkpoint.evaluate else None
+    evaluations = _evaluations(prepared, tracker) if config.checkpoint.certifies else None
     display = RunConsole(console)
     usage = UsageMetrics(
         config.cluster, config.train.precision, training_flops(config), tracker.last_value
@@ -174,15 +174,18 @@ def _show(
     """The final table, where everything lies, and how to open the MLflow UI."""
     if summaries:
         report(display.console, summaries)
+    config = prepared.job.config
     stopped, end = prepared.schedule.last_step, prepared.schedule.total_steps
-    # A run with a budget of time ends when it is spent, and is not continued.
-    if stopped < end and not prepared.job.config.train.processor_seconds:
+    if stopped < end and config.continuable:
         display.message(
             f"stopped after step {stopped} of {end}, as --train.stop-after says; to go on:\n"
-            f"             {_resume_command(prepared.job.config)}"
+            f"             {_resume_command(config)}"
         )
-    artifacts = f"{local_path(prepared.job.run_url)}/{layout.ARTIFACTS}"
-    display.message(f"artifacts:   {artifacts}")
+    if config.checkpoint.none:
+        display.message("artifacts:   none, as --checkpoint.none says: nothing can be evaluated")
+    else:
+        artifacts = f"{local_path(prepared.job.run_url)}/{layout.ARTIFACTS}"
+        display.message(f"artifacts:   {artifacts}")
     if tracker.run is not None:
         command, address = ui_command(prepared.tracking.uri, tracker.run)
         display.message(f"MLflow UI:   {command}\n             then open {address}")

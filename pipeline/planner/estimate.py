@@ -247,11 +247,14 @@ def _manifold_bytes(weights: Weights, ranks: int, optim: OptimConfig) -> float:
 
 
 def _host(config: RunConfig, weights: Weights, setting: Setting) -> dict[str, int]:
+    ahead = {"data read ahead": config.data.stream.read_ahead_bytes}
+    if config.checkpoint.none:
+        return ahead
     state = budget.checkpoint_bytes(weights, lookahead=setting.lookahead)
     return {
         "copy of the state for a checkpoint": -(-state // setting.ranks),
         "exported weights (rank 0)": budget.artifact_bytes(weights),
-        "data read ahead": config.data.stream.read_ahead_bytes,
+        **ahead,
     }
 
 

@@ -20,6 +20,7 @@ class StepSchedule:
         rank_batch: samples per rank and step.
         micro_batch: samples per rank and backward pass.
         checkpoint_every: steps between checkpoints; 0 means only at the end.
+        keeps: whether there are checkpoints at all.
         record_every: steps between records.
     """
 
@@ -30,11 +31,12 @@ class StepSchedule:
     micro_batch: int
     checkpoint_every: int
     record_every: int
+    keeps: bool = True
 
     def saves(self, step: int) -> bool:
         """True if a checkpoint is saved after `step` steps."""
         regular = self.checkpoint_every > 0 and step % self.checkpoint_every == 0
-        return regular or step == self.last_step
+        return self.keeps and (regular or step == self.last_step)
 
     def records(self, step: int) -> bool:
         """True if metrics are recorded after `step` steps."""
@@ -91,6 +93,7 @@ def make_step_schedule(
         micro_batch=train.global_batch // parts,
         checkpoint_every=checkpoint.every_steps,
         record_every=train.log_every,
+        keeps=not checkpoint.none,
     )
 
 

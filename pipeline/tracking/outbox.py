@@ -232,10 +232,11 @@ class Tracker:
         while True:
             try:
                 self._ship_pending()
-                failures, pause = 0, 1.0
+                failures, pause, lacking = 0, 1.0, False
             except Exception as error:  # whatever the server does, training goes on
                 failures = self._failures + 1
                 pause = min(2.0 ** min(self._failures, 10), 30.0)
+                lacking = isinstance(error, ImportError)  # no waiting at the end brings it
                 if failures == 1:
                     why = printable((str(error) or repr(error)).splitlines()[0])[:_LONGEST_REASON]
                     logger.warning("MLflow %s: %s; will retry", self._config.uri, why)
@@ -245,7 +246,7 @@ class Tracker:
                 self._condition.notify_all()
                 done = self._spool.acknowledged == self._spool.end
                 if self._deadline is not None:
-                    if done or time.monotonic() >= self._deadline:
+                    if done or lacking or time.monotonic() >= self._deadline:
                         return
                     pause = min(pause, 0.5)
                 self._condition.wait(pause)

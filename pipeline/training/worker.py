@@ -126,7 +126,7 @@ def _train(
     train = fitting(job.config.train, sizes, world.size)
     config = dataclasses.replace(job.config, train=train)
     samples = open_samples(
-        job.shards_url, config.data, config.model, certify=config.checkpoint.evaluate
+        job.shards_url, config.data, config.model, certify=config.checkpoint.certifies
     )
     plan = make_step_schedule(
         config.train, config.checkpoint, samples=samples.per_epoch, world_size=world.size
@@ -233,7 +233,9 @@ def _saver(
     engine: Zero3,
     samples: Samples,
     emit: Emit,
-) -> AsyncSaver:
+) -> contextlib.AbstractContextManager[AsyncSaver | None]:
+    if config.checkpoint.none:
+        return contextlib.nullcontext()
     return AsyncSaver(
         run,
         world=world,
@@ -256,7 +258,7 @@ def _hooks(
     interruption: Interruption,
     emit: Emit,
     beat: Callable[[int, Phase], None],
-    saver: AsyncSaver,
+    saver: AsyncSaver | None,
     stepped: Callable[[], None],
 ) -> list[Hook]:
     """What joins the loop of every run, in the order in which it is called."""
@@ -267,7 +269,7 @@ def _hooks(
         InterruptionHook(interruption),
         StragglerHook(engine.forward_seconds, straggler, hosts=world.hosts, emit=emit),
         OrthogonalityHook(engine.audit_metrics),
-        CheckpointHook(saver),
+        *([CheckpointHook(saver)] if saver else []),
         # After the saver, so that the trace of a step holds its checkpoint as well.
         ProfilerHook(stepped),
     ]

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed import fake_pg  # noqa: F401 - makes the backend known
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -67,12 +67,14 @@ class HostWaits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operators += 1
         name = func.overloadpacket.__name__
-        if name == "_local_scalar_dense" and args[0].device.type == "cuda":
-            self.waits[place()] += 1
+        if name == "_local_scalar_dense" and isinstance(args[0], FakeTensor):
+            self.waits[place()] += args[0].device.type == "cuda"
             return args[0].dtype.is_floating_point or 1  # of no contents; True is 1.0
         out = func(*args, **(kwargs or {}))
         given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         made = [a for a in tree_leaves(out) if isinstance(a, Tensor)]
+        if (kwargs or {}).get("pin_memory"):
+            self._pinned.update(tensor.untyped_storage()._cdata for tensor in made)
         if name in ("nonzero", "masked_select", "equal", "_linalg_check_errors"):
             if given and given[0].device.type == "cuda":
                 self.waits[place()] += 1

@@ -29,12 +29,12 @@ STEPS = [
 ]
 
 
-def slots(shapes, world_size, *, trivialized=False):
+def slots(shapes, world_size, *, trivialized=False, names=None):
     found, offset = [], 0
     for number, shape in enumerate(shapes):
         numel = torch.Size(shape).numel()
         length = -(-numel // world_size)
-        name = f"{len(shape)}d-{number}"
+        name = names[number] if names else f"{len(shape)}d-{number}"
         found.append(Slot(name, shape, numel, offset, length, trivialized=trivialized))
         offset += length
     return tuple(found), offset

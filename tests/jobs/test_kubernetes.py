@@ -1,8 +1,9 @@
 """The manifests: fields that exist, commands that parse, resources that fit each other."""
 
+import copy
 import re
 import shlex
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import tyro
@@ -15,16 +16,6 @@ from pipeline.pretrain import parse
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "jobs/kubernetes"
 MANIFESTS = {path.stem: yaml.safe_load(path.read_text()) for path in FOLDER.glob("*.yaml")}
-# Fields of KubeRay 1.7 and Kubernetes 1.31 that are used here.
-RAY_JOB = {
-    "entrypoint", "metadata", "backoffLimit", "submissionMode", "shutdownAfterJobFinishes",
-    "ttlSecondsAfterFinished", "activeDeadlineSeconds", "rayClusterSpec",
-}  # fmt: skip
-GROUP = {
-    "groupName", "replicas", "minReplicas", "maxReplicas", "labels", "rayStartParams", "template",
-}  # fmt: skip
-
-
 TRAININGS = ("pretrain", "pretrain-ethernet")
 
 
@@ -87,20 +78,79 @@ def test_kinds_and_versions():
     assert images.pop() in (FOLDER / "Dockerfile").read_text()
 
 
-def test_fields_are_known():
+@pytest.fixture(scope="module")
+def require_manifest():
+    pytest.importorskip("lightkube.models", reason="the test extra installs lightkube-models")
+    from tests.jobs.kubernetes_schemas import require_manifest
+
+    return require_manifest
+
+
+@pytest.mark.parametrize("name", sorted(MANIFESTS))
+def test_kubernetes_and_kuberay_accept_the_manifests(name, require_manifest):
+    require_manifest(MANIFESTS[name])
+
+
+JOB = "spec.rayClusterSpec.workerGroupSpecs.0"
+POD = f"{JOB}.template.spec"
+CONTAINER = f"{POD}.containers.0"
+
+
+def changed(name, path, value):
+    """A manifest in which the value at a path is another one, or is missing."""
+    body = copy.deepcopy(MANIFESTS[name])
+    *parents, last = path.split(".")
+    place = body
+    for parent in parents:
+        place = place[int(parent) if isinstance(place, list) else parent]
+    if value is None:
+        del place[last]
+    else:
+        place[int(last) if isinstance(place, list) else last] = value
+    return body
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("pretrain", "spec.entryPoint", "python"),
+        ("pretrain", f"{JOB}.maxReplica", 4),
+        ("pretrain", f"{POD}.hostnetwork", True),
+        ("pretrain", f"{CONTAINER}.resources.limit", {"cpu": "1"}),
+        ("pretrain", f"{CONTAINER}.securityContext.capabilities.adds", ["IPC_LOCK"]),
+        ("evaluate-cronjob", "spec.jobTemplate.spec.backOffLimit", 1),
+        ("evaluate-raycronjob", "spec.timezone", "Etc/UTC"),
+        ("pretrain", "spec.backoffLimit", "3"),
+        ("pretrain", f"{JOB}.replicas", "4"),
+        ("pretrain", f"{JOB}.rayStartParams", {"num-cpus": 0}),
+        ("pretrain", f"{POD}.hostNetwork", "true"),
+        ("pretrain", f"{CONTAINER}.env.0", {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": 240}),
+        ("evaluate-cronjob", "spec.successfulJobsHistoryLimit", 2.5),
+        ("pretrain", f"{CONTAINER}.resources.limits.memory", "900GB"),
+        ("pretrain", f"{CONTAINER}.resources.requests.cpu", "104 cores"),
+        ("pretrain", f"{POD}.volumes.0.emptyDir.sizeLimit", "200gib"),
+        ("pretrain", "spec.submissionMode", "K8SJobMode"),
+        ("pretrain", f"{POD}.dnsPolicy", "ClusterFirstWithHostnet"),
+        ("pretrain", "spec.rayClusterSpec.authOptions.mode", "Token"),
+        ("pretrain", f"{JOB}.groupName", None),
+        ("pretrain", f"{CONTAINER}.name", None),
+        ("evaluate-cronjob", "spec.schedule", None),
+    ],
+)
+def test_a_wrong_field_type_or_unit_is_found(name, path, value, require_manifest):
+    with pytest.raises(ValueError, match=re.escape(path.rpartition(".")[2])):
+        require_manifest(changed(name, path, value))
+
+
+def test_the_clusters_keep_strangers_and_tasks_away():
     for job in (*map(ray_job, TRAININGS), nightly()):
-        assert set(job) <= RAY_JOB
         assert job["shutdownAfterJobFinishes"]
     for cluster in clusters():
         assert cluster["authOptions"] == {"mode": "token", "secretName": "ray-token"}
-        assert set(cluster["headGroupSpec"]) == {"rayStartParams", "template"}
         for group in cluster["workerGroupSpecs"]:
-            assert set(group) <= GROUP
             assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         # Nothing but the control plane and the drivers runs on the head.
         assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    cron = MANIFESTS["evaluate-raycronjob"]["spec"]
-    assert set(cron) == {"schedule", "timeZone", "suspend", "jobTemplate"}
     plain = MANIFESTS["evaluate-cronjob"]["spec"]
     assert plain["concurrencyPolicy"] == "Forbid"
     assert plain["jobTemplate"]["spec"]["template"]["spec"]["restartPolicy"] == "Never"
@@ -175,10 +225,33 @@ def test_the_image_has_what_the_manifests_ask_for():
     assert "constraints.txt" in lines
     assert re.search(r"^USER ray$", lines, re.MULTILINE)
     assert "CERTIFIED_PRETRAIN_COMMIT" in lines
-    ignored = (FOLDER / "Dockerfile.dockerignore").read_text().split()
-    assert {".git", ".env*", "**/*.key", "**/*.pem"} <= set(ignored)
     # A rank has the threads of its CPUs, and the image no tools of the tests.
     assert "OMP_NUM_THREADS" not in lines
     assert "-c /tmp/project/constraints.txt" in lines
     assert "-r /tmp/project/constraints.txt" not in lines
     assert re.search(r"^FROM \$BASE$", lines, re.MULTILINE)
+
+
+def test_the_base_of_the_image_is_one_release_and_its_digest_can_be_given():
+    lines = (FOLDER / "Dockerfile").read_text()
+    image, tag = re.search(r"^ARG BASE=([a-z]+):(\S+)$", lines, re.MULTILINE).groups()
+    assert image == "python"
+    assert re.fullmatch(r"3\.\d+-slim-[a-z]+", tag), "a release, not latest"
+    page = (ROOT / "docs/how-to/kubernetes.md").read_text()
+    for text in (lines, page):
+        assert f"docker buildx imagetools inspect {image}:{tag}" in text
+        assert f"BASE={image}:{tag}@" in text
+
+
+def test_no_secret_gets_into_the_image():
+    patterns = (FOLDER / "Dockerfile.dockerignore").read_text().split()
+    anywhere = [p.removeprefix("**/") for p in patterns if p.startswith("**/")]
+    at_root = [p for p in patterns if "/" not in p]
+    for name in (
+        ".env", ".env.local", "a/.env", "tls.key", "a/b/tls.key", "ca.pem", "x/ca.pem", ".netrc",
+        "x/id_rsa", "id_ed25519", "keys/store.p12", ".aws", "home/.aws", ".kube", ".ssh", ".git",
+    ):  # fmt: skip
+        path = PurePosixPath(name)
+        assert any(map(path.match, anywhere if "/" in name else anywhere + at_root)), name
+    for name in ("jobs/schedule.py", "pyproject.toml", "constraints.txt", "a/keys.py"):
+        assert not any(map(PurePosixPath(name).match, anywhere)), name

@@ -1,8 +1,6 @@
 import pytest
 import torch
 
-from tests.model.certificate_maker import Case, make
-
 
 @pytest.fixture
 def generator() -> torch.Generator:
@@ -10,10 +8,12 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture(scope="session")
-def honest(tmp_path_factory) -> Case:
+def honest(tmp_path_factory):
+    from tests.model.certificate_maker import make  # what tests of a GPU do without
+
     return make(tmp_path_factory.mktemp("honest"))
 
 
 @pytest.fixture
-def case(honest, tmp_path) -> Case:
+def case(honest, tmp_path):
     return honest.copy(tmp_path / "case")

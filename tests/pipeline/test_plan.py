@@ -212,6 +212,15 @@ def test_the_billion_in_json_without_a_gpu(capsys):
     assert verified["memory_peak"] < 1.2e9
 
 
+def test_a_run_that_keeps_nothing_needs_no_room_for_it(capsys):
+    code, out, _ = run_plan(capsys, "digits", "--checkpoint.none", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["checkpoint_bytes"] == found["artifact_bytes"] == 0
+    assert set(found["host"]) == {"data read ahead"}
+    assert "none is written" in run_plan(capsys, "digits", "--checkpoint.none")[1]
+
+
 def test_what_cannot_fit_is_refused_with_its_reason_and_a_way_out(capsys):
     large = ("synthetic", "--images", "80000", "--gpus", "2", "--train.global-batch", "8192",
              "--model.depth", "8", "--memory-gb", "0.6")  # fmt: skip

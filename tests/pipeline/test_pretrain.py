@@ -120,6 +120,10 @@ def refusal(capsys, tmp_path, shards):
         (["--storage", "bogus://x"], ["bogus", "not known"]),
         (["--name", "a/b"], ["--name 'a/b'", "without /"]),
         (["--start-or-resume"], ["start_or_resume", "--name"]),
+        (
+            ["--start-or-resume", "--name", "a", "--checkpoint.none"],
+            ["--checkpoint.none", "nothing to go on from"],
+        ),
         (["--resume", "--name", "nothing"], ["--resume", "nothing"]),
         (["--resume"], ["--resume", "no run of preset 'digits'"]),
     ],
