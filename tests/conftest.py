@@ -1,44 +1,68 @@
 """Environment of every test, set before a library reads it."""
 
 import contextlib
+import gc
 import importlib.util
 import os
+import sqlite3
 
 # Threads of tests that run beside each other would wait for each other, many times their work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
-import torch
+import pytest
 
 LONGEST = Path(__file__).parent / "end_to_end"
 LONG = {"distributed", "integration", "ray"}
 SERVERS = {"s3_address"}  # fixtures
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
 def _seed_torch(seed: int) -> None:
+    import torch
+
     torch.manual_seed(seed % 2**63)
 
 
 # Tests of a GPU run where pytest and nothing of its kind is installed.
-with contextlib.suppress(ImportError):
-    from hypothesis import HealthCheck, settings
-
-    # A loaded machine is slow.
-    unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-    settings.register_profile("unhurried", **unhurried)
-    settings.load_profile("unhurried")
 with contextlib.suppress(ImportError):
     import pytest_randomly
 
     # The same as DeepSpeed's seeder, which pytest-randomly would load: that imports MLflow, and
     # takes longer than all other imports of a test process together.
     pytest_randomly.entrypoint_reseeds = [_seed_torch]
+
+
+def _do_not_wait_for_the_disk(connection, _record):
+    """MLflow commits thousands of times, and no test cuts the power."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous = OFF")
+
+
+def pytest_configure(config):
+    """Prepare a process that runs tests; all wait for the one that only starts them."""
+    if getattr(config.option, "dist", "no") != "no":
+        return
+    gc.disable()  # until everything is imported
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with contextlib.suppress(ImportError):
+        from hypothesis import HealthCheck, settings
+
+        # A loaded machine is slow.
+        unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+        settings.register_profile("unhurried", **unhurried)
+        settings.load_profile("unhurried")
+    with contextlib.suppress(ImportError):
+        from sqlalchemy import event
+        from sqlalchemy.engine import Engine
+
+        event.listen(Engine, "connect", _do_not_wait_for_the_disk)
 
 
 def pytest_addoption(parser):
@@ -62,3 +86,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker("integration")
     long = {item.path for item in items if LONG & {mark.name for mark in item.iter_markers()}}
     items.sort(key=lambda item: (not item.path.is_relative_to(LONGEST), item.path not in long))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """Modules stay: who collects garbage, as DeepSpeed does at every start, passes them over."""
+    gc.freeze()
+    gc.enable()

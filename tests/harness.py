@@ -6,6 +6,7 @@ folder are those of a process that was started for the test.
 """
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -100,6 +101,7 @@ def run_module(module: str, *words: str, timeout: float, **environment: str) -> 
 def _command_main(
     module: str, words: tuple[str, ...], environment: Mapping[str, str], outputs: list[str]
 ) -> None:
+    gc.freeze()
     os.environ.clear()
     os.environ.update(environment)
     with contextlib.ExitStack() as files:
@@ -208,6 +210,7 @@ def _rank_main(
 ) -> None:
     code = 1
     try:
+        gc.freeze()  # the modules are never garbage, and garbage is collected often
         os.environ.clear()
         os.environ.update(environment)
         # Nobody has seeded these in a new process, so no two ranks draw the same numbers.

@@ -1,6 +1,7 @@
 """The settings of an entry, read from its dataclass: flag, type, default and meaning of each."""
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterator
@@ -83,11 +84,7 @@ def _walk(
     configuration: type, default: Any, options: str, flags: str, about: str
 ) -> Iterator[tuple[str, str, Setting]]:
     """Group, what the group is about, and setting."""
-    meanings = {
-        part.arg_name: part.description or ""
-        for above in reversed(configuration.__mro__[:-1])  # a field may be documented by a base
-        for part in docstring_parser.parse_from_object(above).params
-    }
+    meanings = _meanings(configuration)
     hints = typing.get_type_hints(configuration, include_extras=True)
     for field in dataclasses.fields(configuration):
         hint, marks = _parts(hints[field.name])
@@ -106,6 +103,16 @@ def _walk(
         flag = name if tyro.conf.Positional in marks else f"--{flags}{name}"
         setting = Setting(f"{options}{field.name}", flag, _type(hint), _typed(value), meaning)
         yield flags.rstrip("."), about, setting
+
+
+@functools.cache
+def _meanings(configuration: type) -> dict[str, str]:
+    """What docstrings say of each field: they are looked up in source files, which takes long."""
+    return {
+        part.arg_name: part.description or ""
+        for above in reversed(configuration.__mro__[:-1])  # a field may be documented by a base
+        for part in docstring_parser.parse_from_object(above).params
+    }
 
 
 def _default(field: Any, default: Any) -> Any:

@@ -84,7 +84,7 @@ def test_the_same_batches_for_any_number_of_ranks(small, config):
             assert all(part.cursor_after == batch.cursor_after for part in parts)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.integers(0, 11), st.sampled_from([0, 1 << 20]), st.sampled_from([5, 16, 130]))
 def test_resume_anywhere_is_exact(small, stop, cache, batch):
     config = StreamConfig(cache_bytes=cache, shift_pixels=1)

@@ -135,6 +135,7 @@ def cluster(home, head="ray start --head --num-cpus 5", auth="token"):
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": auth,
         "RAY_worker_niceness": "0",  # 15 would starve them on a busy machine
+        "RAY_prestart_worker_first_driver": "0",  # of five, which import for seconds, one is used
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
     if not head.startswith(MAKE):  # which makes it

@@ -11,6 +11,7 @@ from pipeline.training.device_peak import DTYPES
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import StepContext
 from tests.gpu_rehearsal.fake_cuda import CUDA, backward, fake_cuda
+from tests.repetitions import mostly_slow
 
 FAMILIES = (
     "digits", "digits-dense", "digits-soc", "digits-soc-mlp", "digits-sll", "digits-cpl",
@@ -72,7 +73,9 @@ WAITS = {"cholesky.py:_factor", "cholesky.py:_check_residuals"}
 says why, and a certificate asks whether the residuals are as small as it charges."""
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", mostly_slow(FAMILIES, set(FAMILIES) - {"digits-aol", "digits-bronet", "digits-soc-mlp"})
+)
 def test_a_pass_stays_on_the_device_and_the_host_waits_for_nothing(name):
     for precision, recomputed in (("fp32", False), ("bf16", True)):
         waits, lost = training_pass(name, precision, recomputed=recomputed)
@@ -80,12 +83,11 @@ def test_a_pass_stays_on_the_device_and_the_host_waits_for_nothing(name):
         assert lost == [], (name, precision, recomputed)
 
 
-SLOW = ("digits-cpl", "digits-soc", "digits-soc-mlp")  # bounds of theirs are many small operators
+# Bounds of SOC and CPL are many small operators. AOL is like SLL, BRONet like LiResNet.
+SLOW = ("digits-aol", "digits-bronet", "digits-cpl", "digits-soc", "digits-soc-mlp")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FAMILIES]
-)
+@pytest.mark.parametrize("name", mostly_slow(FAMILIES, set(FAMILIES) - set(SLOW)))
 def test_an_evaluation_of_float64_stays_on_the_device(name):
     config = run_preset(name)
     with fake_cuda() as seen, torch.no_grad():

@@ -18,6 +18,17 @@ from tests.gpu_rehearsal.fake_cuda import CUDA, fake_cuda, fake_ranks
 WIDTH, MATRICES = 1024, 17
 
 
+# `make test` runs each increment and each retraction, `make test-slow` all of them together.
+STEPS = [
+    ("full", "exp"),
+    ("tf32", "fast"),
+    ("bf16", "fast"),
+    pytest.param("full", "fast", marks=pytest.mark.slow),
+    pytest.param("tf32", "exp", marks=pytest.mark.slow),
+    pytest.param("bf16", "exp", marks=pytest.mark.slow),
+]
+
+
 def slots(shapes, world_size, *, trivialized=False, names=None):
     found, offset = [], 0
     for number, shape in enumerate(shapes):
@@ -47,8 +58,7 @@ def bound_optimizer(config, world_size, *, width=WIDTH, count=MATRICES):
     return optimizer
 
 
-@pytest.mark.parametrize("increment", ["full", "tf32", "bf16"])
-@pytest.mark.parametrize("retraction", ["exp", "fast"])
+@pytest.mark.parametrize(("increment", "retraction"), STEPS)
 def test_a_step_waits_for_the_device_once(increment, retraction):
     """All host synchronisations of a step: a read of the norms of all matrices that a rank owns."""
     config = OptimConfig(increment=increment, retraction=retraction, audit_every=0, polar_every=0)
@@ -74,8 +84,7 @@ def test_a_step_waits_for_the_device_once(increment, retraction):
     assert {0, 1, MATRICES} < owners
 
 
-@pytest.mark.parametrize("retraction", ["exp", "fast"])
-@pytest.mark.parametrize("increment", ["full", "tf32", "bf16"])
+@pytest.mark.parametrize(("increment", "retraction"), STEPS)
 def test_the_planner_counts_what_a_step_of_the_billion_does(retraction, increment):
     config = OptimConfig(
         increment=increment, retraction=retraction, audit_every=0, polar_every=0, lr=1e-3

@@ -42,6 +42,7 @@ def test_one_of_many_takes_a_claim(tmp_path):
     assert winner.read(FIRST)["by"] == winner._me
 
 
+@pytest.mark.integration
 def test_one_of_many_takes_a_claim_on_an_object_store():
     with s3_server() as address, s3_clients(f"http://{address}"):
         url = f"s3://{BUCKET}/claims"

@@ -22,6 +22,7 @@ from model.networks.sll.network import SllConfig
 from tests.end_to_end.mlflow_ui import browser, chromium
 from tests.jobs.conftest import export
 from tests.model.certificate_maker import CONFIRMED, DISAGREES, SAMPLES, change, make, run
+from tests.repetitions import mostly_slow
 
 pytestmark = pytest.mark.integration
 
@@ -108,7 +109,7 @@ def right_place(case):
         {"pool": "grid", "pool_windows": 2, "patch": 1, "depth": 3, "shift": "doubling"},
     ],
 )
-@pytest.mark.parametrize("deployed", ["float32", "bfloat16"])
+@pytest.mark.parametrize("deployed", mostly_slow(["float32", "bfloat16"], ["bfloat16"]))
 def test_page_confirms_what_the_verifier_confirms(tmp_path, network, deployed):
     case = make(tmp_path / "case", deployed=deployed, **network)
     body = case.body()

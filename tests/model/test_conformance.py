@@ -23,6 +23,7 @@ from model.networks.sll.network import SllConfig
 from model.networks.soc.network import SocConfig
 from optim.manifolds import manifold_of
 from tests.model.small_networks import tiny_config, trained_like
+from tests.repetitions import mostly_slow
 
 SMALL = {"input_shape": (2, 4, 4), "num_classes": 3}
 RESIDUAL = {
@@ -89,6 +90,12 @@ FREE_NORMS = {"liresnet", "bronet"}
 @pytest.fixture(params=NETWORKS)
 def config(request):
     return NETWORKS[request.param]
+
+
+def one_of_soc(test):
+    """For what takes SOC long: its other forms differ in what other tests here look at."""
+    names = mostly_slow(NETWORKS, NETWORKS.keys() - {"soc_angles", "soc_mlp"})
+    return pytest.mark.parametrize("config", names, indirect=True)(test)
 
 
 @pytest.fixture
@@ -164,6 +171,7 @@ def test_blocks_that_are_recomputed_keep_less_and_have_the_same_gradients(config
 
 
 @pytest.mark.integration
+@one_of_soc
 def test_the_proof_holds_for_the_float32_program(config, images):
     """Bounds name every matrix once, no derivative refutes them, no logit errs by more than E."""
     stored = trained_like(config).float()
@@ -208,6 +216,7 @@ def test_bound_is_just_above_what_is_observed(config, dtype):
 
 
 @pytest.mark.integration
+@one_of_soc
 @pytest.mark.parametrize(
     ("steps", "restarts"), [(8, 1), pytest.param(20, 2, marks=pytest.mark.slow)]
 )

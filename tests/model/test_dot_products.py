@@ -10,6 +10,7 @@ from model.certification.rounding import BFLOAT16, FLOAT32, FLOAT64, PROGRAMS, E
 from model.networks.registry import build_network
 from tests.model.small_networks import trained_like
 from tests.model.test_conformance import NETWORKS
+from tests.repetitions import mostly_slow
 
 
 class Refusing(TorchDispatchMode):
@@ -32,7 +33,7 @@ class Refusing(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", mostly_slow(PROGRAMS, ["float32"]))
 def test_evaluation_has_no_product_of_unknown_rounding(name, program):
     config = NETWORKS[name]
     network = build_network(config).to(PROGRAMS[program].dtype).eval().requires_grad_(False)

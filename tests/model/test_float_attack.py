@@ -140,7 +140,11 @@ def broken_by_neighbours(network, images, certificates, generator, tries=100):
     return found
 
 
-@pytest.mark.parametrize("program", [FLOAT32, FLOAT64], ids=lambda program: program.name)
+@pytest.mark.parametrize(
+    "program",
+    [FLOAT32, pytest.param(FLOAT64, marks=pytest.mark.slow)],
+    ids=lambda program: program.name,
+)
 @pytest.mark.parametrize("size", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_near_ties(generator, program, size):
     """The weights are orthogonal to rounding: what breaks here is the arithmetic alone."""

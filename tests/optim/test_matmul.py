@@ -157,7 +157,9 @@ def work_of(monkeypatch, X, D, precision):
 
 
 @pytest.mark.parametrize("precision", REDUCED)
-@pytest.mark.parametrize(("n", "lr"), [(200, 1e-3), (1024, 3e-4), (1024, 9e-4)])
+@pytest.mark.parametrize(
+    ("n", "lr"), [(200, 1e-3), pytest.param(1024, 3e-4, marks=pytest.mark.slow), (1024, 9e-4)]
+)
 def test_an_adam_step_needs_one_product_more_for_each_split(precision, n, lr, monkeypatch):
     """D^2, T, and three for X M."""
     work, _ = work_of(monkeypatch, orthogonal(n, torch.float32), adam_like(n, lr), precision)

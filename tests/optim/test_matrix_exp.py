@@ -20,6 +20,7 @@ from optim.matrix_exp import (
     taylor_terms,
     term_error,
 )
+from tests.repetitions import mostly_slow
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -114,7 +115,7 @@ def test_theta_is_an_upper_bound(dtype, angles, scale):
     assert bound_of(D) >= norm_2 * (1 - 1e-14)
 
 
-@pytest.mark.parametrize("n", [3, 64, 513, 1024])
+@pytest.mark.parametrize("n", mostly_slow([3, 64, 513, 1024], [3, 64, 513]))
 @pytest.mark.parametrize("lr", [1e-5, 1e-3])
 def test_theta_of_an_adam_step_is_near_the_norm(n, lr):
     D = adam_like(n, lr)
@@ -141,7 +142,7 @@ def test_rounding_covers_the_worst_product_seen():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [2, 5, 12])
+@pytest.mark.parametrize("n", mostly_slow([2, 5, 12], [2, 5]))
 @pytest.mark.parametrize("norm", [1e-6, 1e-3, 0.03, 0.2, 0.6, 1.01, 4.1, 20.0])
 def test_spectral_rule_is_the_exponential(n, norm, dtype):
     D = skew(n, norm, dtype=dtype)
@@ -153,7 +154,7 @@ def test_spectral_rule_is_the_exponential(n, norm, dtype):
     assert error <= TOLERANCE[dtype] + rounding
 
 
-@pytest.mark.parametrize("n", [512, 600])
+@pytest.mark.parametrize("n", mostly_slow([512, 600], [512]))
 @pytest.mark.parametrize("lr", [1e-4, 1e-3, 4e-3])
 def test_an_adam_step_of_a_large_matrix(n, lr):
     D, X = adam_like(n, lr), orthogonal(n, torch.float32)
@@ -165,7 +166,13 @@ def test_an_adam_step_of_a_large_matrix(n, lr):
 
 @pytest.mark.parametrize(
     ("n", "lr", "products"),
-    [(1024, 1e-5, 2), (1024, 3e-4, 3), (1024, 1e-3, 3), (1024, 2e-3, 4), (200, 1e-3, 3)],
+    [
+        pytest.param(1024, 1e-5, 2, marks=pytest.mark.slow),
+        pytest.param(1024, 3e-4, 3, marks=pytest.mark.slow),
+        (1024, 1e-3, 3),
+        (1024, 2e-3, 4),
+        (200, 1e-3, 3),
+    ],
 )
 def test_products_of_an_adam_step(n, lr, products, monkeypatch):
     """Order 4 where the paper's rule (||D||_F = 1.02) takes the exact exponential."""

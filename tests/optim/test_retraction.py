@@ -175,9 +175,9 @@ def work_of(monkeypatch, X, D):
 @pytest.mark.parametrize(
     ("n", "lr", "products"),
     [
-        (1024, 5e-5, 1.625),
+        pytest.param(1024, 5e-5, 1.625, marks=pytest.mark.slow),
         (1024, 1e-3, 2.25),  # theta 0.063
-        (1024, 4.4e-3, 2.625),  # theta 0.28
+        pytest.param(1024, 4.4e-3, 2.625, marks=pytest.mark.slow),  # theta 0.28
         (1024, 6e-3, 3.25),
         (200, 2e-3, 3),  # small products are not mirrored
     ],

@@ -136,6 +136,7 @@ def test_of_many_that_begin_together_one_writes(run):
     assert writers_at_once(run) == [1]
 
 
+@pytest.mark.integration
 def test_of_many_that_begin_together_one_writes_into_an_object_store():
     with s3_server() as address, s3_clients(f"http://{address}"):
         assert writers_at_once(Store(f"s3://{BUCKET}/run"), 3) == [1]

@@ -16,6 +16,7 @@ from optim.config import OptimConfig
 from pipeline.config import ClusterConfig, TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.plan import main, parse, sweep, swept
+from pipeline.planner import estimate as estimation
 from pipeline.planner import memory as budget
 from pipeline.planner.calibration import Measured
 from pipeline.planner.estimate import estimate, memory, setting_of, weights_of
@@ -30,6 +31,22 @@ pytestmark = pytest.mark.integration
 STEPS = 3  # not right after a synchronisation, where exports have less to do
 MICRO = 8
 BILLION = ("imagenet-L32W4096", "--optim.retraction", "fast", "--optim.gradient", "trivialized")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rehearsed_once():
+    """The same pass is not rehearsed again for another number of devices: it takes a second."""
+    known = {}
+
+    def rehearse_once(config, *, micro_batch):
+        asked = config.to_json(), micro_batch
+        if asked not in known:
+            known[asked] = rehearse(config, micro_batch=micro_batch)
+        return known[asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimation, "rehearse", rehearse_once)
+        yield
 
 
 def planned_run(world_size, persist_below=0, **train):

@@ -36,7 +36,7 @@ WEIGHT = {
 }
 
 
-@pytest.fixture(scope="module", params=mostly_slow(NETWORKS, ["lipnext", "sortnet"]))
+@pytest.fixture(scope="module", params=mostly_slow(NETWORKS, ["lipnext"]))
 def untouched(request, tmp_path_factory) -> Case:
     config = parsed(**SMALL, **NETWORKS[request.param])
     network = build_network(config).float().eval()
