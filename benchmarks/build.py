@@ -18,7 +18,7 @@ import tyro
 from benchmarks.processes import in_ranks
 from benchmarks.report import Row, write_result
 from model.networks.lipnext.config import LipNeXtConfig
-from optim.sharded import TENSOR_KINDS
+from optim.zero3_adam import TENSOR_KINDS
 from optim.zero_layout import Slot, plan_rounds
 from pipeline.config import ClusterConfig, RunConfig, TrainConfig
 from pipeline.planner import memory as budget

@@ -30,9 +30,9 @@ from benchmarks.object_store import local_server
 from benchmarks.report import write_result
 from data_shards import bench
 from data_shards.config import StreamConfig
-from data_shards.format.index import load_index
-from data_shards.sources.convert import Recipe
+from data_shards.format.shard_index import load_index
 from data_shards.sources.imagefolder import imagefolder
+from data_shards.sources.transcode import Recipe
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from data_shards.writing.writer import write_shard_set

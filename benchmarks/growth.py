@@ -21,7 +21,7 @@ from benchmarks.index import make_set
 from benchmarks.report import Row, write_result
 from data_shards.config import StreamConfig
 from data_shards.format.foreign_scan import Layout
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.format.tar import add_end, add_member
 from data_shards.sources.base import encode_png
 from data_shards.storage.store import Store

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.report import write_result
 from data_shards.config import StreamConfig
-from data_shards.format.index import (
+from data_shards.format.shard_index import (
     SCHEMA_VERSION,
     Header,
     Shard,

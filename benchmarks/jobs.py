@@ -18,7 +18,7 @@ import tyro
 
 from benchmarks.report import Row, write_result
 from benchmarks.timing import interleaved
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.report import write_result
 from data_shards.config import StreamConfig
-from data_shards.format.index import (
+from data_shards.format.shard_index import (
     HEADER_FILE,
     ROWS_FILE,
     SCHEMA_VERSION,

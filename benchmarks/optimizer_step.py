@@ -42,9 +42,9 @@ from optim.manifolds import ORTHOGONAL, declare, is_trivialized
 from optim.matmul import Precision, symmetric_product
 from optim.param_groups import parameter_groups
 from optim.retraction import CORRECT_EVERY
-from optim.sharded import ShardedManifoldAdam
+from optim.zero3_adam import ShardedManifoldAdam
 from optim.zero_layout import FlatPartition, Slot
-from pipeline.run.allocator import keep_freed_memory
+from pipeline.run.malloc import keep_freed_memory
 
 LOOKAHEAD, POLAR, AUDIT = 6, 200, 50
 STEPS = 12

@@ -23,7 +23,7 @@ from benchmarks.object_store import LATENCY_S, RATE
 from benchmarks.report import write_result
 from data_shards import bench
 from data_shards.config import StreamConfig
-from data_shards.format.index import ShardIndex, load_index
+from data_shards.format.shard_index import ShardIndex, load_index
 from data_shards.storage.range_reader import IN_FLIGHT
 from data_shards.storage.store import Store
 from data_shards.streaming import batcher

@@ -24,9 +24,9 @@ from benchmarks.report import write_result
 from pipeline.config import RunConfig
 from pipeline.driver.console import RunConsole
 from pipeline.driver.event_log import EventLog
+from pipeline.driver.goodput import UsageMetrics
 from pipeline.driver.monitor import RunMonitor
 from pipeline.driver.preflight import PreparedRun, prepare
-from pipeline.driver.usage import UsageMetrics
 from pipeline.planner.meta_step import training_flops
 from pipeline.pretrain import parse
 from pipeline.resilience.signals import Flag

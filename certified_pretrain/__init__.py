@@ -11,7 +11,7 @@ and for a training loop of one's own, without Ray and DeepSpeed: `networks`, `Ma
 `emma_loss`, and `certified`, which makes the same kind of object of a trained network.
 """
 
-from data_shards.untrusted.shadowed import refuse_shadowed
+from data_shards.untrusted.import_guard import refuse_shadowed
 
 refuse_shadowed(__name__)
 

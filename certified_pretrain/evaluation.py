@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from certified_pretrain.classifier import CertifiedClassifier, Images
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.streaming.sample_reader import read_shard
 from jobs.evaluation.config import USUAL_EPS
 from model.certification.eps import check_table, eps_value

@@ -15,7 +15,7 @@ from data_shards.command_line.parsing import parse_words
 from data_shards.command_line.progress import ProgressBar
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError, exit_on_error
-from data_shards.format.index import ShardIndex, load_index
+from data_shards.format.shard_index import ShardIndex, load_index
 from data_shards.streaming.sampler import Cursor, EpochOrder
 from data_shards.streaming.shuffle_quality import ShuffleQuality, shuffle_quality
 from data_shards.streaming.stream import SampleStream

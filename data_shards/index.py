@@ -12,7 +12,7 @@ import tyro
 from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError, exit_on_error
 from data_shards.format.foreign_scan import Layout
-from data_shards.format.index import split_counts
+from data_shards.format.shard_index import split_counts
 from data_shards.storage.store import Store
 from data_shards.writing.foreign_set import IndexOptions, index_foreign_set
 from data_shards.writing.process_pool import usable_cpus

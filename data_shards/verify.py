@@ -19,7 +19,7 @@ from data_shards.command_line.progress import ImageProgress
 from data_shards.errors import ShardError, exit_on_error
 from data_shards.format.foreign_scan import read_adopted
 from data_shards.format.image_pixels import decoded_shape
-from data_shards.format.index import Rows, Shard, ShardIndex, load_index, split_counts
+from data_shards.format.shard_index import Rows, Shard, ShardIndex, load_index, split_counts
 from data_shards.format.shard_scan import HashedFile, StoredSample, read_shard_file
 from data_shards.storage.store import Store
 from data_shards.writing.process_pool import Advance, run_tasks, usable_cpus

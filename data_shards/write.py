@@ -17,7 +17,7 @@ import tyro
 from data_shards.command_line.parsing import parse_subcommand
 from data_shards.config import MIB
 from data_shards.errors import exit_on_error
-from data_shards.format.index import HEADER_FILE, ShardIndex, named_classes, split_counts
+from data_shards.format.shard_index import HEADER_FILE, ShardIndex, named_classes, split_counts
 from data_shards.sources.base import Source, with_validation
 from data_shards.sources.registry import SOURCES
 from data_shards.storage.store import Store

@@ -1,3 +1,3 @@
-from data_shards.untrusted.shadowed import refuse_shadowed
+from data_shards.untrusted.import_guard import refuse_shadowed
 
 refuse_shadowed(__name__)

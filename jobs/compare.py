@@ -19,7 +19,7 @@ from rich.console import Console
 
 from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from jobs.child_processes import exit_on_sigterm
 from jobs.command_line import exit_status
 from jobs.comparison.config import CompareConfig

@@ -35,7 +35,6 @@ from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.suites import NO_ATTACK
 from jobs.evaluation.tracking_store import record_store
 from model.errors import ModelError
-from pipeline.run.allocator import keep_freed_memory
 from pipeline.run.evaluation_summary import EvaluationSummary, report
 from pipeline.run.layout import (
     BOUNDS_FIGURE,
@@ -45,7 +44,8 @@ from pipeline.run.layout import (
     RADIUS_FIGURE,
     SUMMARY,
 )
-from pipeline.run.open_servers import ExposureError
+from pipeline.run.malloc import keep_freed_memory
+from pipeline.run.server_exposure import ExposureError
 from pipeline.tracking.client import EvaluationRecord, RunReference, log_evaluation, ui_command
 
 logger = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from jobs.scheduling.config import ScheduleConfig, arguments, log_folder
 from jobs.scheduling.launchers import Processes, RayJobs, Submitter
 from jobs.scheduling.status_page import page
 from pipeline.run.lease import Lease, LeaseError
-from pipeline.run.open_servers import ExposureError, require_closed
+from pipeline.run.server_exposure import ExposureError, require_closed
 from pipeline.tracking.checkpoint_query import CheckpointQuery
 
 logger = logging.getLogger(__name__)

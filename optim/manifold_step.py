@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from optim.adam import adam_increment, update_moments
+from optim.collective_errors import Guard
 from optim.collectives import Exchange, Transfer
 from optim.config import OptimConfig
-from optim.failure_sync import Guard
 from optim.manifolds import Manifold
 from optim.matmul import Precision, float32_products
 from optim.matrix_exp import Decisions, Expected, Move, finished

@@ -18,14 +18,14 @@ FORBIDDEN = {
     "jobs.gate": "pipeline.checkpoint.reader",
     "jobs.figures.plots": "jobs.registry.promotion",
     "model.networks.head": "optim.matrix_exp",
-    "model.attacks": "data_shards.format.index",
+    "model.attacks": "data_shards.format.shard_index",
     "model.certification.rounding": "model.networks.base",
     "pipeline.run.events": "pipeline.training.trainer",
-    "pipeline.driver.usage": "deepspeed",
+    "pipeline.driver.goodput": "deepspeed",
     "pipeline.plan": "ray",
     "data_shards.format.tar": "s3fs",
-    "data_shards.sources.convert": "torch",
-    "data_shards.storage.store": "data_shards.format.index",
+    "data_shards.sources.transcode": "torch",
+    "data_shards.storage.store": "data_shards.format.shard_index",
     "optim.matmul": "data_shards.rng",
 }
 """Imports of modules that exist or might be added, one for every kind of contract."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from data_shards import write
 from data_shards.config import StreamConfig
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.sources.base import TEST, VALIDATION, Source, encode_png, hold_out
 from data_shards.sources.registry import SOURCES
 from data_shards.storage.store import Store

@@ -51,7 +51,7 @@ def test_functions_are_short():
 
 
 def _named_paths(text):
-    """Files and folders of the project, as `optim/sharded.py`; capitals are placeholders."""
+    """Files and folders of the project, as `optim/zero3_adam.py`; capitals are placeholders."""
     heads = "|".join((*PACKAGES, "tests", "benchmarks", "docs"))
     for name in re.findall(rf"(?<![\w.$/{{}}-])/?((?:{heads})/[\w/.-]*\w)", text):
         if name == name.lower() and name not in MADE_BY_TESTS:
@@ -59,7 +59,7 @@ def _named_paths(text):
 
 
 def _named_modules(text):
-    """Modules and what they define, as `optim.sharded.in_sequence`.
+    """Modules and what they define, as `optim.zero3_adam.in_sequence`.
 
     `model.x` and `optim.x` are also options and variables: they count where x is in the package.
     """

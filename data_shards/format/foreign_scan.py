@@ -15,7 +15,7 @@ from typing import Any
 
 from data_shards.errors import ShardError
 from data_shards.format.image_pixels import EXTENSIONS
-from data_shards.format.index import Shard, ShardIndex
+from data_shards.format.shard_index import Shard, ShardIndex
 from data_shards.format.shard_scan import HashedFile, StoredSample
 from data_shards.format.tar import Member, walk
 from data_shards.untrusted.json_input import parse_json

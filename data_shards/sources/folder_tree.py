@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 
 from data_shards.errors import ShardError
-from data_shards.sources.convert import FILE_EXTENSIONS
+from data_shards.sources.transcode import FILE_EXTENSIONS
 from data_shards.storage.store import Store
 
 EXTENSIONS = tuple(f".{extension}" for extension in FILE_EXTENSIONS)

@@ -12,8 +12,8 @@ import xxhash
 from data_shards.errors import ShardError
 from data_shards.sources.archive import Members
 from data_shards.sources.base import VALIDATION, Source, hold_out, hold_out_test, printable
-from data_shards.sources.convert import Recipe
 from data_shards.sources.folder_tree import EXTENSIONS, FolderTree, Listing, NotTaken
+from data_shards.sources.transcode import Recipe
 from data_shards.storage.store import Store
 from data_shards.untrusted.limits import UntrustedError, require
 

@@ -17,8 +17,8 @@ from data_shards.errors import ShardError
 from data_shards.format.tar import Member, walk
 from data_shards.sources.archive import Members, open_file, require
 from data_shards.sources.base import VALIDATION, Source, hold_out
-from data_shards.sources.convert import Recipe
 from data_shards.sources.imagenet_devkit import DEVKIT, Devkit, read_devkit
+from data_shards.sources.transcode import Recipe
 from data_shards.storage.store import Store
 from data_shards.untrusted.terminal import PlainConsole
 

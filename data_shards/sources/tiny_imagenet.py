@@ -16,7 +16,7 @@ import numpy.typing as npt
 from data_shards.errors import ShardError
 from data_shards.sources.archive import Members, locate, open_file
 from data_shards.sources.base import VALIDATION, Source, checksum, hold_out
-from data_shards.sources.convert import Recipe
+from data_shards.sources.transcode import Recipe
 from data_shards.storage.store import Store
 
 _ARCHIVE = "tiny-imagenet-200.zip"

@@ -18,7 +18,7 @@ from torch import Tensor
 from data_shards.config import MIB, StreamConfig
 from data_shards.errors import ShardError
 from data_shards.format.crop_box import Words
-from data_shards.format.index import ShardIndex
+from data_shards.format.shard_index import ShardIndex
 from data_shards.rng import unit_interval
 from data_shards.streaming.fetcher import DecodedSet, Part, Reading, ReadPlan, SplitReader
 from data_shards.streaming.sample_reader import DamagedSampleError, Encoded, decode

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from data_shards.config import MIB
 from data_shards.errors import ShardError
-from data_shards.format.index import ShardIndex
+from data_shards.format.shard_index import ShardIndex
 from data_shards.storage.retry import PATIENCE_S
 
 _logger = logging.getLogger(__name__)

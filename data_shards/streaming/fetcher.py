@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.format.index import ShardIndex
+from data_shards.format.shard_index import ShardIndex
 from data_shards.streaming.block_cache import BlockCache
 from data_shards.streaming.sample_reader import Encoded, fetch
 from data_shards.streaming.sampler import Cursor, EpochOrder, Span, begin_order, rank_spans

@@ -12,7 +12,7 @@ from torch import Tensor
 from data_shards.config import MIB
 from data_shards.errors import ShardError
 from data_shards.format import decode as codec
-from data_shards.format.index import Shard, ShardIndex
+from data_shards.format.shard_index import Shard, ShardIndex
 
 # A request costs tens of milliseconds, in which one connection carries about this much.
 MAX_GAP = MIB

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.format.index import ShardIndex
+from data_shards.format.shard_index import ShardIndex
 from data_shards.streaming.batcher import Assembler, Batch
 from data_shards.streaming.corruption_log import CorruptionLog
 from data_shards.streaming.fetcher import MAX_BATCHES_AHEAD, Reading, Shares, SplitReader

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from data_shards.errors import ShardError
-from data_shards.format.index import HEADER_FILE, load_header
+from data_shards.format.shard_index import HEADER_FILE, load_header
 from data_shards.storage.store import Store
 
 PROGRESS = ".progress"

@@ -26,7 +26,7 @@ from data_shards.command_line.progress import ImageProgress
 from data_shards.errors import ShardError
 from data_shards.format.foreign_scan import Layout, Unusable, is_number, read_foreign, row_key
 from data_shards.format.image_pixels import decoded_shape, probe_shape
-from data_shards.format.index import (
+from data_shards.format.shard_index import (
     HEADER_FILE,
     SCHEMA_VERSION,
     Shard,
@@ -36,7 +36,7 @@ from data_shards.format.index import (
 from data_shards.format.shard_scan import HashedFile
 from data_shards.sources.archive import Members
 from data_shards.sources.base import VALIDATION, Source, hold_out, hold_out_test, printable
-from data_shards.sources.convert import Recipe
+from data_shards.sources.transcode import Recipe
 from data_shards.storage.store import Store
 from data_shards.writing.claim import PROGRESS, claim, or_finished_elsewhere, refuse_other_set
 from data_shards.writing.index_files import MAX_CLASSES, write_index

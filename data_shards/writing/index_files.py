@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from data_shards.errors import ShardError
-from data_shards.format.index import (
+from data_shards.format.shard_index import (
     HEADER_FILE,
     ROWS_FILE,
     SCHEMA_VERSION,

@@ -21,7 +21,7 @@ import xxhash
 from data_shards.command_line.progress import ImageProgress
 from data_shards.errors import ShardError
 from data_shards.format.image_pixels import decoded_shape
-from data_shards.format.index import (
+from data_shards.format.shard_index import (
     HEADER_FILE,
     ROWS_FILE,
     SCHEMA_VERSION,

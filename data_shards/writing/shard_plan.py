@@ -14,10 +14,10 @@ import simplejpeg
 
 from data_shards.config import MIB
 from data_shards.errors import ShardError
-from data_shards.format.index import SCHEMA_VERSION
+from data_shards.format.shard_index import SCHEMA_VERSION
 from data_shards.rng import philox_words
 from data_shards.sources.base import Source
-from data_shards.sources.convert import UndecodableError
+from data_shards.sources.transcode import UndecodableError
 
 StoredSplit = Literal["train", "test"]
 

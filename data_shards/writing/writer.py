@@ -23,7 +23,7 @@ import xxhash
 
 from data_shards.command_line.progress import ImageProgress
 from data_shards.errors import ShardError
-from data_shards.format.index import (
+from data_shards.format.shard_index import (
     HEADER_FILE,
     Shard,
     ShardIndex,
@@ -31,7 +31,7 @@ from data_shards.format.index import (
 )
 from data_shards.format.tar import add_end, add_member
 from data_shards.sources.base import Source
-from data_shards.sources.convert import UndecodableError, image_extension
+from data_shards.sources.transcode import UndecodableError, image_extension
 from data_shards.storage.store import Store
 from data_shards.writing.claim import PROGRESS, claim, or_finished_elsewhere, refuse_other_set
 from data_shards.writing.index_files import write_index

@@ -28,7 +28,7 @@ from model.artifact.artifact import ArtifactInfo, parameter_shapes, read_info
 from pipeline.run import layout
 from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.lease import read_record_object
-from pipeline.run.movable_urls import resolve
+from pipeline.run.relative_urls import resolve
 from pipeline.tracking.outbox import read_rows
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.format.index import Shard, ShardIndex
+from data_shards.format.shard_index import Shard, ShardIndex
 from data_shards.streaming.sample_reader import ShardBatch, read_shard
 from jobs.evaluation.certify_tasks import ArtifactTask, ShardTask, in_program
 from jobs.evaluation.config import EvaluationConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from data_shards.format.index import ShardIndex
+from data_shards.format.shard_index import ShardIndex
 from data_shards.untrusted.json_input import canonical_json
 from model.artifact.artifact import ArtifactInfo, head_rule
 from model.artifact.release import release

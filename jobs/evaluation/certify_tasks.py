@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.format.index import Shard, ShardIndex
+from data_shards.format.shard_index import Shard, ShardIndex
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
 from jobs.evaluation.sample_records import COLUMNS, ColumnRecords, EvaluationError, ShardRecords

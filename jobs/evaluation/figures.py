@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.storage.store import Store
 from jobs.evaluation.image_strip import closest_images, strip_png
 from jobs.evaluation.stored_result import read_result

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards.format.index import ShardIndex
+from data_shards.format.shard_index import ShardIndex
 from data_shards.streaming.sample_reader import decode, fetch
 from data_shards.untrusted.text import figure_text
 from jobs.evaluation.sample_records import ColumnRecords

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_shards.format.index import ShardIndex, load_index, named_classes
+from data_shards.format.shard_index import ShardIndex, load_index, named_classes
 from data_shards.storage.store import Store
 from jobs.evaluation.attack_task import attack_tasks, merge_attack
 from jobs.evaluation.certificate_file import certificate, to_json
@@ -51,7 +51,6 @@ from model.certification.rounding import PROGRAMS
 from model.empirical_lipschitz import refute
 from model.errors import ModelError
 from model.networks.base import LipschitzBound
-from pipeline.run.allocator import keep_freed_memory
 from pipeline.run.evaluation_summary import AttackScores, ColumnScores, EvaluationSummary, LayerRow
 from pipeline.run.layout import (
     CERTIFICATE,
@@ -61,8 +60,9 @@ from pipeline.run.layout import (
     SUMMARY,
     evaluation,
 )
-from pipeline.run.movable_urls import resolve
+from pipeline.run.malloc import keep_freed_memory
 from pipeline.run.ray_session import ray_session
+from pipeline.run.relative_urls import resolve
 
 DEVICE_KINDS = ("cpu", "cuda")
 Run = Callable[[Sequence[Any]], list[Any]]

@@ -8,7 +8,7 @@ from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.sample_records import EvaluationError
 from model.artifact.artifact import ArtifactInfo
 from pipeline.run.evaluation_summary import EvaluationSummary, local_path
-from pipeline.run.movable_urls import resolve
+from pipeline.run.relative_urls import resolve
 from pipeline.tracking.client import SQLITE, TrackingConfig, default_uri, missing_store
 from pipeline.tracking.server_answers import ADDRESSES, require_address
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_shards.format.decode import decode_image
 from data_shards.sources.base import encode_png
-from data_shards.sources.convert import FILE_EXTENSIONS, Recipe, image_extension, readable
+from data_shards.sources.transcode import FILE_EXTENSIONS, Recipe, image_extension, readable
 from data_shards.storage.store import Store
 from jobs.evaluation.sample_records import EvaluationError
 
@@ -80,7 +80,7 @@ def find_pictures(inputs: list[str]) -> tuple[list[Picture], list[str]]:
 def prepare(data: bytes, shape: tuple[int, int, int], *, resize: bool) -> PreparedImage:
     """Decode one file for a network.
 
-    With `resize` it goes the way of a test set's images (`data_shards.sources.convert`): grey is
+    With `resize` it goes the way of a test set's images (`data_shards.sources.transcode`): grey is
     copied to three channels for a colour network, of three equal channels a grey network gets one,
     the short side is brought to 256/224 of the network's, bilinear and antialiased, and the centre
     is cut out.

@@ -1,4 +1,4 @@
-"""What a training run took, from its usage metrics (pipeline/driver/usage.py)."""
+"""What a training run took, from its usage metrics (pipeline/driver/goodput.py)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_shards.format.index import ShardIndex, load_index
+from data_shards.format.shard_index import ShardIndex, load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import decode, fetch
 from data_shards.untrusted.json_input import canonical_json
@@ -30,7 +30,7 @@ from data_shards.untrusted.text import shown
 from jobs.evaluation.sample_records import EvaluationError
 from model.artifact.artifact import WEIGHTS, ArtifactInfo, read_info
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
-from pipeline.run.movable_urls import moved, roots
+from pipeline.run.relative_urls import moved, roots
 
 VERIFY_PAGE = "verify.html"
 LARGEST_WEIGHTS = 2 << 20

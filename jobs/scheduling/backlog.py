@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from data_shards.format.index import ShardIndex, load_index
+from data_shards.format.shard_index import ShardIndex, load_index
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.runner import evaluation_keys
 from jobs.evaluation.sample_records import EvaluationError

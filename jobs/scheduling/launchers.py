@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from jobs.child_processes import end_processes
 from jobs.evaluation.executor import job_client
 from pipeline.run.lease import Lease
-from pipeline.run.open_servers import require_closed
+from pipeline.run.server_exposure import require_closed
 
 logger = logging.getLogger(__name__)
 

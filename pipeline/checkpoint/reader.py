@@ -11,7 +11,7 @@ import torch
 from data_shards.storage.store import Store
 from data_shards.untrusted.limits import UntrustedError
 from model.artifact.safetensors_io import difference, read_header, tensor_of
-from optim.sharded import OPTIONAL_SCALARS, ShardedManifoldAdam
+from optim.zero3_adam import OPTIONAL_SCALARS, ShardedManifoldAdam
 from pipeline.checkpoint.commit_schema import Commit, CommittedFile, CommittedTensor, read_commit
 from pipeline.checkpoint.writer import Partitioned, held, slices
 from pipeline.errors import PipelineError

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data_shards.storage.store import Store
 from model.artifact.safetensors_io import TensorSpec, write_safetensors
-from optim.sharded import ShardedManifoldAdam
+from optim.zero3_adam import ShardedManifoldAdam
 from optim.zero_layout import Slot
 from pipeline.checkpoint.commit_schema import SCHEMA_VERSION, commit_bytes
 from pipeline.errors import PipelineError

@@ -12,7 +12,7 @@ from model.artifact.artifact import read_info
 from pipeline.driver.console import RunConsole
 from pipeline.driver.evaluations import Evaluations
 from pipeline.driver.event_log import EventLog
-from pipeline.driver.usage import UsageMetrics
+from pipeline.driver.goodput import UsageMetrics
 from pipeline.run import layout
 from pipeline.run.evaluation_summary import local_path
 from pipeline.run.events import (

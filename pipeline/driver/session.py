@@ -16,10 +16,10 @@ from pipeline.config import RunConfig
 from pipeline.driver.console import RunConsole
 from pipeline.driver.evaluations import Evaluations, Splits
 from pipeline.driver.event_log import EventLog
+from pipeline.driver.goodput import UsageMetrics
 from pipeline.driver.monitor import NOT_REMOVED, RunMonitor
 from pipeline.driver.preflight import PreparedRun
 from pipeline.driver.system_metrics import SystemMetrics
-from pipeline.driver.usage import UsageMetrics
 from pipeline.errors import failing
 from pipeline.planner.meta_step import training_flops
 from pipeline.run import layout

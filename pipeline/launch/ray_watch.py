@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.errors import ProcessDiedError
-from pipeline.run.open_servers import split_address
+from pipeline.run.server_exposure import split_address
 
 _LOOK_S = 0.2
 _GCS = "the GCS of the Ray cluster"

@@ -25,7 +25,7 @@ from pipeline.planner.step_time import (
     step_time,
 )
 from pipeline.run.step_schedule import StepSchedule, make_step_schedule
-from pipeline.training.device_peak import DTYPES
+from pipeline.training.device_flops import DTYPES
 from pipeline.training.zero3 import engine_settings, gathered_sizes, persistence
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.networks.registry import build_network
 from pipeline.config import RunConfig
-from pipeline.training.device_peak import DTYPES
+from pipeline.training.device_flops import DTYPES
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import StepContext
 
@@ -175,7 +175,7 @@ def training_flops(config: RunConfig) -> float | None:
     Where the family has no formula of its own, it is what its products take for one image more,
     counted on the meta device: what is done to the weights is once per batch, and left out.
     Networks of distances instead of products have none. The ratio to what a device can do at most
-    (`pipeline/training/device_peak.py`) is the model FLOP utilisation (MFU, arXiv 2204.02311):
+    (`pipeline/training/device_flops.py`) is the model FLOP utilisation (MFU, arXiv 2204.02311):
     recomputation, the optimizer and everything else that is no product count as lost time.
 
     Args:

@@ -23,7 +23,7 @@ import dataclasses
 from pipeline.errors import PipelineError
 from pipeline.planner.calibration import Measured
 from pipeline.planner.memory import Traffic
-from pipeline.training.device_peak import has, peak_flops
+from pipeline.training.device_flops import has, peak_flops
 
 MANIFOLD_WORK = {
     ("exp", "full"): (4.625, 145),

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from data_shards.command_line.parsing import one_line
 from data_shards.errors import ShardError
-from data_shards.format.index import Header, load_header
+from data_shards.format.shard_index import Header, load_header
 from data_shards.storage.store import Store
 from model.errors import ModelError
 from model.networks.config import NetworkConfig

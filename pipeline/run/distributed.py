@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
-from pipeline.run.allocator import keep_freed_memory
+from pipeline.run.malloc import keep_freed_memory
 
 _LOOPBACK = "127.0.0.1"
 _ALLOCATOR = "expandable_segments:True"

@@ -31,7 +31,7 @@ from pipeline.run.layout import (
     RADIUS_FIGURE,
     SUMMARY,
 )
-from pipeline.run.movable_urls import moved, roots
+from pipeline.run.relative_urls import moved, roots
 
 
 @dataclass(frozen=True)

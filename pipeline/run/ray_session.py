@@ -4,7 +4,7 @@ A Ray that is started here serves this process alone. Every socket of it listens
 device, it asks for a token that is drawn anew at every start, and token, logs and unix sockets lie
 in a folder that only this account can enter and that goes with it.
 
-A cluster that is joined has been judged before (`pipeline.run.open_servers`).
+A cluster that is joined has been judged before (`pipeline.run.server_exposure`).
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_shards.untrusted.shadowed import hidden_by
-from pipeline.run.open_servers import own_addresses, require_closed, split_address
+from data_shards.untrusted.import_guard import hidden_by
+from pipeline.run.server_exposure import own_addresses, require_closed, split_address
 
 _LOOPBACK = "127.0.0.1"
 _CONNECT_S = 3.0

@@ -28,7 +28,7 @@ from data_shards.untrusted.limits import UntrustedError, limits, require
 from data_shards.untrusted.text import printable
 from pipeline.run.append_log import AppendLog
 from pipeline.run.layout import SPOOL
-from pipeline.run.movable_urls import relative, resolve
+from pipeline.run.relative_urls import relative, resolve
 from pipeline.tracking.client import (
     METRICS_PER_CALL,
     EvaluationRecord,

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_shards.untrusted.json_input import read_object
-from pipeline.run.movable_urls import moved
+from pipeline.run.relative_urls import moved
 
 logger = logging.getLogger(__name__)
 

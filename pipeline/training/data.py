@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from data_shards.format.index import ShardIndex, load_index, named_classes
+from data_shards.format.shard_index import ShardIndex, load_index, named_classes
 from data_shards.streaming.corruption_log import CorruptionLog
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream, require_crop

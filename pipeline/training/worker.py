@@ -31,7 +31,7 @@ from pipeline.run.events import Emit, Event, MetricsReplayed, Started
 from pipeline.run.step_schedule import StepSchedule, make_step_schedule
 from pipeline.run.worker_spec import TrainState, WorkerSpec
 from pipeline.training.data import Samples, open_samples
-from pipeline.training.device_peak import measured_flops, peak_flops
+from pipeline.training.device_flops import measured_flops, peak_flops
 from pipeline.training.hooks import (
     CheckpointHook,
     HangDetectionHook,

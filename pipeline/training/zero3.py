@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.device_copy import to_device
 from model.networks.init import initial_kind, initial_value
 from model.networks.registry import AnyNetwork, build_network
-from model.transfer import to_device
 from optim.collectives import LocalExchange, ProcessGroupExchange
 from optim.config import OptimConfig
 from optim.manifolds import is_trivialized, manifold_of
 from optim.param_groups import parameter_groups
-from optim.sharded import ShardedManifoldAdam
+from optim.zero3_adam import ShardedManifoldAdam
 from optim.zero_layout import FlatPartition, Slot
 from pipeline.config import TrainConfig, ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.losses.base import Loss
 from pipeline.resilience.straggler import Stopwatch
 from pipeline.run.distributed import DistributedContext
-from pipeline.training.device_peak import DTYPES
+from pipeline.training.device_flops import DTYPES
 from pipeline.training.metrics import Metric
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import StepContext

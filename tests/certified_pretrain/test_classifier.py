@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import certified_pretrain as cp
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.sources.synthetic import synthetic
 from data_shards.streaming.sample_reader import read_shard
 from data_shards.write import write_shard_set

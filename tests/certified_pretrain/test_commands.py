@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.untrusted.shadowed import hidden_by
+from data_shards.untrusted.import_guard import hidden_by
 from pipeline.run.ray_session import ray_session
 
 ROOT = Path(__file__).resolve().parents[2]

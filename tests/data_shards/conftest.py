@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.sources.digits import digits
 from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import xxhash
 
-from data_shards.format.index import header_to_json, load_header, rows_to_parquet
+from data_shards.format.shard_index import header_to_json, load_header, rows_to_parquet
 from data_shards.storage.store import Store
 
 FILE = "train-00001.tar"

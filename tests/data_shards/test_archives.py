@@ -20,10 +20,10 @@ from data_shards.errors import ShardError
 from data_shards.format.decode import decode_image
 from data_shards.sources import cifar
 from data_shards.sources.cifar import cifar10, cifar100
-from data_shards.sources.convert import Recipe, UndecodableError, image_extension
 from data_shards.sources.imagefolder import imagefolder
 from data_shards.sources.mnist import fashion_mnist, mnist
 from data_shards.sources.tiny_imagenet import tiny_imagenet
+from data_shards.sources.transcode import Recipe, UndecodableError, image_extension
 from data_shards.storage.store import Store
 from data_shards.verify import verify
 from data_shards.writing.writer import write_shard_set

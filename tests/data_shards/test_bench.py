@@ -5,7 +5,7 @@ import pytest
 from data_shards import bench
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.streaming.sampler import Cursor
 from tests.data_shards.test_index import rewrite_header
 

@@ -6,7 +6,7 @@ import pytest
 
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.storage.store import Store
 from data_shards.streaming import block_cache as cache_module
 from data_shards.streaming.block_cache import BlockCache

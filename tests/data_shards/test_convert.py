@@ -6,7 +6,7 @@ from PIL import Image
 
 from data_shards.errors import ShardError
 from data_shards.format.decode import decode_image
-from data_shards.sources.convert import Recipe, UndecodableError, image_extension
+from data_shards.sources.transcode import Recipe, UndecodableError, image_extension
 from tests.data_shards.imagenet_archive import encode, pixels_of
 
 

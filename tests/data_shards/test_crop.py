@@ -12,7 +12,7 @@ from PIL import Image
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
 from data_shards.format import decode, image_pixels
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.sources.synthetic import synthetic
 from data_shards.streaming.sample_reader import read_shard
 from data_shards.streaming.sampler import RANDAUGMENT, Cursor, Span, position_words

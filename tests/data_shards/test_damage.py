@@ -20,7 +20,7 @@ from PIL import Image
 
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store
 from data_shards.streaming.corruption_log import CorruptionLog
@@ -304,7 +304,7 @@ def test_no_url_starts_a_shell(tmp_path):
     urls = ["pipe:touch canary", "pipe://touch canary", "file://x::pipe:touch"]
     code = (
         "import sys\n"
-        "from data_shards.format.index import load_index\n"
+        "from data_shards.format.shard_index import load_index\n"
         "from data_shards.errors import ShardError\n"
         "for url in sys.argv[1:]:\n"
         "    try:\n        load_index(url)\n"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_shards.config import StreamConfig
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import ORDER, Cursor

@@ -15,7 +15,7 @@ from webdataset.tariterators import base_plus_ext
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
 from data_shards.format import foreign_scan
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.index import main
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard

@@ -9,7 +9,7 @@ import pytest
 import webdataset
 from sklearn.datasets import load_digits
 
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.sources.base import encode_png
 from tests.harness import run_module
 

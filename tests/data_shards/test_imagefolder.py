@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from data_shards.errors import ShardError
-from data_shards.sources.convert import Recipe
 from data_shards.sources.imagefolder import imagefolder
+from data_shards.sources.transcode import Recipe
 from data_shards.verify import verify
 from data_shards.write import main, write_shard_set
 from tests.data_shards.imagenet_archive import pixels_of

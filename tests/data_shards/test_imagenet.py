@@ -11,9 +11,9 @@ import scipy.io
 from data_shards import write
 from data_shards.errors import ShardError
 from data_shards.format.decode import decode_image
-from data_shards.format.index import load_index
-from data_shards.sources.convert import Recipe
+from data_shards.format.shard_index import load_index
 from data_shards.sources.imagenet import imagenet
+from data_shards.sources.transcode import Recipe
 from data_shards.streaming.sample_reader import fetch
 from data_shards.verify import verify
 from data_shards.writing.writer import write_shard_set

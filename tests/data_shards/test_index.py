@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_shards.errors import ShardError
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 
 
 def rewrite_rows(path, **columns):

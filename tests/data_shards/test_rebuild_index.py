@@ -4,7 +4,7 @@ import re
 import pytest
 
 from data_shards.errors import ShardError
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.sources.digits import digits
 from data_shards.storage.store import Store
 from data_shards.verify import main as verify_main

@@ -10,7 +10,7 @@ import pytest
 
 from data_shards.config import MIB
 from data_shards.errors import ShardError
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.storage import multipart, range_reader, retry
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import fetch

@@ -4,7 +4,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from data_shards.errors import ShardError
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.sources.digits import digits
 from data_shards.streaming import sample_reader
 from data_shards.streaming.sample_reader import fetch, read_shard

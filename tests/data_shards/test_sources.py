@@ -10,9 +10,9 @@ from sklearn.svm import SVC
 from data_shards.errors import ShardError
 from data_shards.format.decode import decode_image
 from data_shards.sources.base import VALIDATION, hold_out, with_validation
-from data_shards.sources.convert import image_extension
 from data_shards.sources.digits import digits
 from data_shards.sources.synthetic import synthetic
+from data_shards.sources.transcode import image_extension
 
 
 def decoded(source):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.sources.synthetic import synthetic
 from data_shards.streaming import fetcher
 from data_shards.streaming.sample_reader import read_shard

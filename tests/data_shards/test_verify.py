@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from data_shards.errors import ShardError
-from data_shards.format import index as index_module
+from data_shards.format import shard_index as index_module
 from data_shards.format import shard_scan
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.format.shard_scan import HashedFile
 from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store

@@ -13,10 +13,10 @@ import webdataset
 
 from data_shards import write
 from data_shards.errors import ShardError
-from data_shards.format.index import load_index
-from data_shards.sources.convert import Recipe
+from data_shards.format.shard_index import load_index
 from data_shards.sources.digits import digits
 from data_shards.sources.synthetic import synthetic
+from data_shards.sources.transcode import Recipe
 from data_shards.storage.store import Store
 from data_shards.verify import verify
 from data_shards.write import write_shard_set

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from tests.data_shards.imagenet_archive import make_imagenet
 from tests.harness import run_module
 from tests.object_store import BUCKET, s3_clients, s3_environment, s3_server

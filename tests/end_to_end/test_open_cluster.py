@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from pipeline.run.open_servers import ExposureError, require_closed
+from pipeline.run.server_exposure import ExposureError, require_closed
 from tests.end_to_end.ray_cluster import cluster
 from tests.strangers import answers, drive, listening, machine_addresses, post_job
 

@@ -8,11 +8,11 @@ import torch
 
 import optim.manifolds
 from data_shards.streaming.sampler import Cursor
+from optim.collective_errors import Guard
 from optim.collectives import ProcessGroupExchange
 from optim.config import OptimConfig
-from optim.failure_sync import Guard
 from optim.manifolds import manifold_of
-from optim.sharded import ShardedManifoldAdam
+from optim.zero3_adam import ShardedManifoldAdam
 from optim.zero_layout import FlatPartition
 from pipeline.checkpoint.export import take_export
 from pipeline.checkpoint.writer import HostMemory, take_snapshot

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from model.networks.linf.sortnet import SortNet
 from model.networks.registry import build_network
 from pipeline.presets.registry import run_preset
-from pipeline.training.device_peak import DTYPES
+from pipeline.training.device_flops import DTYPES
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import StepContext
 from tests.gpu_rehearsal.fake_cuda import CUDA, backward, fake_cuda

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from optim.collectives import ProcessGroupExchange
 from optim.config import OptimConfig
 from optim.manifolds import ORTHOGONAL
-from optim.sharded import ShardedManifoldAdam, made_ahead
+from optim.zero3_adam import ShardedManifoldAdam, made_ahead
 from optim.zero_layout import FlatPartition, Slot
 from pipeline.planner.meta_step import MovedBytes
 from pipeline.planner.step_time import LOOKAHEAD_BYTES, MANIFOLD_WORK, SLICE_BYTES, TANGENT_BYTES

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import jobs.evaluation.attack_task
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
 from jobs.evaluate_cra import evaluate

@@ -15,7 +15,7 @@ import pytest
 from pydantic import ValidationError
 
 import jobs.compare as compare_entry
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from jobs.compare import compare, main, write
 from jobs.comparison import runs as comparison_runs
 from jobs.comparison.config import CompareConfig

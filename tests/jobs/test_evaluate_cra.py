@@ -13,7 +13,7 @@ import torch
 
 import jobs.evaluate_cra
 from data_shards.format.decode import decode_image
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
 from jobs.evaluation.sample_records import EvaluationError

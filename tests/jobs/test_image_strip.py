@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
 from data_shards.untrusted.terminal import PlainConsole

@@ -12,7 +12,7 @@ from optim.config import OptimConfig
 from optim.manifolds import ORTHOGONAL, declare, is_trivialized, manifold_of
 from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
-from optim.sharded import ShardedManifoldAdam
+from optim.zero3_adam import ShardedManifoldAdam
 from optim.zero_layout import ROUND_ELEMENTS, FlatPartition, Slot
 
 

@@ -92,7 +92,7 @@ def test_products_of_other_rounds_hide_every_collective(run, monkeypatch):
     problem = replace(PROBLEM, lookahead_steps=0, polar_every=0, audit_every=0)
     exchange = Watched(log)
     emulation = Emulation(problem, exchange)
-    monkeypatch.setattr("optim.sharded.in_sequence", run)
+    monkeypatch.setattr("optim.zero3_adam.in_sequence", run)
     matrices = emulation.partitions[0]
     matrices = emulation.partitions[0] = replace(matrices, manifold=Noted(log))
     emulation.optimizer.bind(

@@ -15,8 +15,8 @@ from pipeline.config import DataConfig
 from pipeline.driver.console import RunConsole
 from pipeline.driver.evaluations import Evaluations, Splits
 from pipeline.driver.event_log import EventLog
+from pipeline.driver.goodput import UsageMetrics
 from pipeline.driver.monitor import RunMonitor
-from pipeline.driver.usage import UsageMetrics
 from pipeline.planner.meta_step import training_flops
 from pipeline.presets.registry import run_preset
 from pipeline.run.events import (

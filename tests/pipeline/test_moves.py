@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.run.layout import is_ray_folder
-from pipeline.run.movable_urls import relative, resolve
+from pipeline.run.relative_urls import relative, resolve
 from pipeline.tracking.checkpoint_query import CheckpointQuery
 from pipeline.tracking.client import EvaluationRecord, MlflowConnection, TrackingConfig, now_ms
 from pipeline.tracking.outbox import Tracker

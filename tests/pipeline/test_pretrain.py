@@ -15,7 +15,7 @@ from data_shards.write import write_shard_set
 from pipeline.config import changes, decides_result
 from pipeline.errors import NoEffectError
 from pipeline.pretrain import main, parse
-from pipeline.run.movable_urls import resolve
+from pipeline.run.relative_urls import resolve
 from tests.data_shards.test_index import rewrite_header
 from tests.pipeline.prepared import prepare
 

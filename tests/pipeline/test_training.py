@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_shards.format.index import load_index
+from data_shards.format.shard_index import load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream
@@ -19,13 +19,13 @@ from optim.config import OptimConfig
 from optim.manifolds import ORTHOGONAL, manifold_of
 from optim.param_groups import parameter_groups
 from optim.reference import ReferenceManifoldAdam
-from optim.sharded import TENSOR_KINDS
+from optim.zero3_adam import TENSOR_KINDS
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.losses import emma
 from pipeline.losses.emma import emma_loss
 from pipeline.run.events import CheckpointFailed, Metrics, Skipped
 from pipeline.run.worker_spec import WorkerSpec
-from pipeline.training.device_peak import DTYPES
+from pipeline.training.device_flops import DTYPES
 from pipeline.training.zero3 import Zero3
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import (

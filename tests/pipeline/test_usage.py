@@ -9,13 +9,13 @@ from model.networks.linf.groupsort import GroupSortConfig
 from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network
 from pipeline.config import ClusterConfig, RunConfig
+from pipeline.driver.goodput import UsageMetrics
 from pipeline.driver.system_metrics import SystemMetrics
-from pipeline.driver.usage import UsageMetrics
 from pipeline.planner.meta_step import training_flops
 from pipeline.presets.registry import run_preset
 from pipeline.run.events import Metrics, Started
-from pipeline.training import device_peak
-from pipeline.training.device_peak import measured_flops, peak_flops
+from pipeline.training import device_flops
+from pipeline.training.device_flops import measured_flops, peak_flops
 
 
 class Clock:
@@ -145,7 +145,7 @@ def test_products_are_enlarged_until_one_takes_long_enough(monkeypatch):
         sizes.append(len(left))
         return seconds[len(left)]
 
-    monkeypatch.setattr(device_peak, "product_seconds", product_seconds)
+    monkeypatch.setattr(device_flops, "product_seconds", product_seconds)
     assert measured_flops(torch.device("cpu"), "fp32") == 2 * 1024**3 / 5e-3
     assert sizes == [256] * 3 + [512] * 3 + [1024] * 3
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from model.device_copy import to_device
 from model.networks.lipnext.layers import at_least_float32
-from model.transfer import to_device
 
 _TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24, "meta": 1 << 24}
 """A tile and its copy stay in a core's cache; a GPU needs more work for each launch. What is only

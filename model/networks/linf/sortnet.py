@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from model.certification.matrix_bounds import Matrices
 from model.certification.rounding import FLOAT64, ErrorState, Program
+from model.device_copy import to_device
 from model.errors import ModelError
 from model.networks.base import LipschitzBound, LipschitzByConstruction
 from model.networks.centering import Centering
@@ -34,7 +35,6 @@ from model.networks.linf.distance import (
 )
 from model.networks.linf.tanh_head import TanhHead
 from model.networks.lipnext.layers import at_least_float32
-from model.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

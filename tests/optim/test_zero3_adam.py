@@ -6,7 +6,7 @@ from optim.config import OptimConfig
 from optim.errors import OptimizerError
 from optim.manifolds import ORTHOGONAL
 from optim.param_groups import parameter_groups
-from optim.sharded import ShardedManifoldAdam
+from optim.zero3_adam import ShardedManifoldAdam
 from optim.zero_layout import FlatPartition
 from tests.harness import run_ranks
 from tests.optim.cases import PROBLEMS, check_everything

@@ -7,8 +7,9 @@ import pytest
 from jobs import schedule
 from jobs.scheduling.launchers import RayJobs
 from pipeline import pretrain
-from pipeline.run import open_servers
-from pipeline.run.open_servers import (
+from pipeline.run import server_exposure
+from pipeline.run.ray_session import cluster_address
+from pipeline.run.server_exposure import (
     TRUST,
     ExposureError,
     TokenError,
@@ -16,7 +17,6 @@ from pipeline.run.open_servers import (
     own_addresses,
     require_closed,
 )
-from pipeline.run.ray_session import cluster_address
 from tests import fake_ray
 
 OUTSIDE = own_addresses()[:1]
@@ -46,8 +46,8 @@ def node(monkeypatch):
         def start(*, agent=TOKEN, client=TOKEN):
             port = stack.enter_context(fake_ray.agent(token=agent))
             client_port = stack.enter_context(fake_ray.client_server(token=client))
-            monkeypatch.setattr(open_servers, "_AGENT_PORT", port)
-            monkeypatch.setattr(open_servers, "_CLIENT_PORT", client_port)
+            monkeypatch.setattr(server_exposure, "_AGENT_PORT", port)
+            monkeypatch.setattr(server_exposure, "_CLIENT_PORT", client_port)
             return port, client_port
 
         yield start
@@ -118,13 +118,13 @@ def test_the_other_servers_of_the_cluster_are_asked_too(asked, open_door, node):
 
 def test_a_server_that_serves_a_stranger_never_sees_the_token(monkeypatch):
     seen = []
-    get = open_servers._get
+    get = server_exposure._get
 
     def spied(*arguments):
         seen.append(arguments)
         return get(*arguments)
 
-    monkeypatch.setattr(open_servers, "_get", spied)
+    monkeypatch.setattr(server_exposure, "_get", spied)
     with fake_ray.dashboard() as port, pytest.raises(ExposureError):
         require_closed(ray=f"http://127.0.0.1:{port}")
     assert [arguments[1:] for arguments in seen] == [()]
@@ -152,7 +152,7 @@ def test_an_answer_without_an_end_is_read_to_the_limit_and_refused(form, monkeyp
 def test_of_an_answer_of_a_stranger_no_more_than_the_limit_is_read(monkeypatch):
     monkeypatch.setenv("CERTIFIED_PRETRAIN_LIMIT_JSON_BYTES", "1000")
     with fake_ray.http_door({"/x": "0" * (8 << 20)}) as port:
-        status, body = open_servers._get(f"http://127.0.0.1:{port}/x")
+        status, body = server_exposure._get(f"http://127.0.0.1:{port}/x")
     assert (status, len(body)) == (200, 1001)
 
 
@@ -161,7 +161,7 @@ def test_of_an_answer_of_a_stranger_no_more_than_the_limit_is_read(monkeypatch):
 )
 def test_a_node_that_a_server_names_is_a_host_or_is_not_asked(host, monkeypatch):
     asked = []
-    monkeypatch.setattr(open_servers, "_open_on", asked.append)
+    monkeypatch.setattr(server_exposure, "_open_on", asked.append)
     with nodes_of_dashboard([host]) as port:
         require_closed(ray=f"http://127.0.0.1:{port}")
     if isinstance(host, str):
@@ -176,7 +176,7 @@ def test_an_answer_that_is_none_of_a_gcs_names_no_node():
 
 
 def test_who_speaks_something_else_serves_no_stranger(monkeypatch):
-    monkeypatch.setattr(open_servers, "_ANSWER_S", 1.0)
+    monkeypatch.setattr(server_exposure, "_ANSWER_S", 1.0)
     with fake_ray.http_door({}) as port:
         require_closed(ray=f"127.0.0.1:{port}")
     with fake_ray.grpc_door("/other.Service/Method") as port:

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from pipeline.config import ClusterConfig
 from pipeline.run.events import Metrics, Started
-from pipeline.training.device_peak import peak_flops
+from pipeline.training.device_flops import peak_flops
 
 DEVICE_HOURS = "cost/device_hours"
 ELAPSED = "perf/elapsed_s"

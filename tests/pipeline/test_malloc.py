@@ -11,10 +11,10 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc
 
 ROUNDS = """
 import ctypes, resource
-from pipeline.run import allocator
+from pipeline.run import malloc
 
 if {keep}:
-    print(allocator.keep_freed_memory())
+    print(malloc.keep_freed_memory())
 blocks, size = 4, 16 << 20
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

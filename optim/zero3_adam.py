@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from optim.adam import euclidean_average, euclidean_step, new_state
+from optim.collective_errors import Guard
 from optim.collectives import Exchange
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
-from optim.failure_sync import Guard
 from optim.manifold_step import ManifoldStep, in_sequence, interleaved
 from optim.manifolds import Manifold
 from optim.matmul import Precision
