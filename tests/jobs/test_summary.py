@@ -46,6 +46,7 @@ def test_training_prints_the_table_of_the_job():
     evaluation = summary()
     prepared, tracker = mock.Mock(), mock.Mock(run=None)
     prepared.job.run_url = "file:///runs/a"
+    prepared.job.config.checkpoint.none = False
     prepared.schedule.last_step = prepared.schedule.total_steps = 1000
     by_job = printed(lambda console: report(console, [evaluation]))
     by_training = printed(
@@ -57,6 +58,7 @@ def test_training_prints_the_table_of_the_job():
 def test_training_that_was_told_to_stop_says_how_to_go_on():
     prepared = mock.Mock()
     prepared.job.run_url = "file:///runs/a"
+    prepared.job.config.checkpoint.none = False
     prepared.schedule.last_step, prepared.schedule.total_steps = 10, 764
     prepared.job.config.name, prepared.job.config.storage = "my run", "s3://b/runs"
     prepared.job.config.train.processor_seconds = 0
@@ -68,6 +70,7 @@ def test_training_that_was_told_to_stop_says_how_to_go_on():
 def test_training_whose_budget_of_time_is_spent_is_not_continued():
     prepared = mock.Mock()
     prepared.job.run_url = "file:///runs/a"
+    prepared.job.config.checkpoint.none = False
     prepared.schedule.last_step, prepared.schedule.total_steps = 10, 764
     prepared.job.config.train.processor_seconds = 30
     text = printed(lambda console: _show([], prepared, mock.Mock(run=None), RunConsole(console)))

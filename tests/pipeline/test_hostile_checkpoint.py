@@ -168,6 +168,12 @@ BROKEN = {
     "no UTF-8": (lambda path: path.write_bytes(b'{"x": "\xff\xfe"}'), "is damaged"),
     "large": (lambda path: os.truncate(path, (16 << 20) + 1), "16,777,217 bytes, the limit is"),
     "another version": (lambda path: path.write_bytes(b'{"schema_version": 9}'), "version=9, not"),
+    "a number that is none": (
+        lambda path: path.write_bytes(
+            re.sub(rb'("mu_product":)[^,}]+', rb"\1NaN", path.read_bytes())
+        ),
+        "is damaged: Out of range float",
+    ),
     "an edited number": (
         lambda path: path.write_bytes(path.read_bytes().replace(b'"epoch":1', b'"epoch":2')),
         "states digest",
