@@ -61,18 +61,18 @@ def test_training_that_was_told_to_stop_says_how_to_go_on():
     prepared.job.config.checkpoint.none = False
     prepared.schedule.last_step, prepared.schedule.total_steps = 10, 764
     prepared.job.config.name, prepared.job.config.storage = "my run", "s3://b/runs"
-    prepared.job.config.train.processor_seconds = 0
+    prepared.job.config.continuable = True
     text = printed(lambda console: _show([], prepared, mock.Mock(run=None), RunConsole(console)))
     assert "stopped after step 10 of 764, as --train.stop-after says" in text
     assert "--resume --name 'my run' --storage s3://b/runs\n" in text
 
 
-def test_training_whose_budget_of_time_is_spent_is_not_continued():
+def test_training_that_cannot_go_on_does_not_say_how():
     prepared = mock.Mock()
     prepared.job.run_url = "file:///runs/a"
     prepared.job.config.checkpoint.none = False
     prepared.schedule.last_step, prepared.schedule.total_steps = 10, 764
-    prepared.job.config.train.processor_seconds = 30
+    prepared.job.config.continuable = False
     text = printed(lambda console: _show([], prepared, mock.Mock(run=None), RunConsole(console)))
     assert text == "artifacts:   /runs/a/artifacts\n"
 
