@@ -137,10 +137,6 @@ FORGED = {
     "cursor of more": (changed("cursor", foo=1), "cursor of .*'foo'"),
     "no scalars": (lambda commit: commit.pop("scalars"), "scalars: Field required"),
     "empty scalars": (changed("", scalars={}), "lacks the scalars mu_product"),
-    "scalars of NaN": (
-        changed("scalars", mu_product=float("nan")),
-        "is damaged: Out of range float",
-    ),
     "half a step": (changed("scalars", step=1.5), "scalar step=1.5"),
     "a record of text": (changed("", records=[{"step": "x"}]), "records.0"),
     "an unknown field": (changed("", extra=1), "extra: Unexpected keyword"),
