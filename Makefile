@@ -43,7 +43,7 @@ ui: $(VENV)/run.stamp
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --host 127.0.0.1 --port 5000
 
 test: $(VENV)/test.stamp lint
-	$(BIN)/python -m pytest -m "not slow" -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 # The quick part: one process each, no Ray, no servers, no training of several ranks, no rehearsal of
 # GPUs. Lint is apart.
