@@ -51,7 +51,7 @@ def _program(process: psutil.Process) -> str:
     if first.startswith("ray::"):
         return first
     scripts = [word for word in words if word.endswith(".py")]
-    return Path(scripts[0] if scripts else first).name
+    return Path(scripts[0] if scripts else first).stem
 
 
 def first_step(words: list[str], storage: Path) -> tuple[float, float, dict[str, float]]:
