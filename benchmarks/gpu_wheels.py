@@ -14,7 +14,7 @@ WHEELS = (
     "pytest", "pluggy", "iniconfig",
 )  # fmt: skip
 """Distributions that a training without Ray, an index and MLflow imports, and that are not torch's
-own: tests/benchmarks/test_gpu_day.py trains where nothing else is."""
+own: tests/benchmarks/test_bare_machine.py trains where nothing else is."""
 LIMIT = 40_000_000
 """Bytes of all wheels together."""
 _FROM_SOURCE = {"deepspeed"}

@@ -69,7 +69,8 @@ class RunRequest:
         """Name of the run: the same for the same order under the same machine settings."""
         parts = [self.values, config.shards, config.workers, config.threads, config.extra]
         name, *more = shlex.split(self.preset)
-        parts += more and [more]
+        if more:
+            parts.append(more)
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return f"{name}-{self.role}-{digest[:10]}"
 

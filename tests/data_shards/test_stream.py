@@ -136,7 +136,9 @@ def test_encoded_bytes_are_bounded(small, monkeypatch):
     assert len(fetched) > 30  # smaller than a batch
 
 
-def test_cached_set_is_read_once(small, monkeypatch):
+@pytest.fixture
+def rows_read(monkeypatch):
+    """Every row that is read, in order."""
     rows = []
     original = fetcher.fetch
 
@@ -145,30 +147,26 @@ def test_cached_set_is_read_once(small, monkeypatch):
         return original(index, wanted)
 
     monkeypatch.setattr(fetcher, "fetch", spy)
+    return rows
+
+
+def test_cached_set_is_read_once(small, rows_read):
     take(small, 60)
-    assert sorted(rows) == small.select("train").tolist()
+    assert sorted(rows_read) == small.select("train").tolist()
 
 
-def test_a_set_that_is_decoded_first_gives_the_same_batches(
-    digits_set, copy_of, damage, monkeypatch
-):
+def test_a_set_that_is_decoded_first_gives_the_same_batches(digits_set, copy_of, damage, rows_read):
     index = damage(copy_of(digits_set), [7])
     fields = {"split": "train", "global_batch": 479, "cursor": START}
     with SampleStream(index, StreamConfig(), **fields) as stream:
         batches = [next(stream) for _ in range(6)]
-    rows = []
-    original = fetcher.fetch
-
-    def spy(index, wanted):
-        rows.extend(wanted)
-        return original(index, wanted)
-
-    monkeypatch.setattr(fetcher, "fetch", spy)
+    rows_read.clear()
     with SampleStream(index, StreamConfig(workers=2), decode_first=True, **fields) as stream:
-        assert rows[: len(index.select("train"))] == index.select("train").tolist()
+        train = index.select("train").tolist()
+        assert rows_read[: len(train)] == train
         assert same(batches, [next(stream) for _ in range(6)])
         assert stream.damaged == {"digest": 2}
-    assert set(rows[len(index.select("train")) :]) == {7}  # the damaged image, once more
+    assert set(rows_read[len(train) :]) == {7}  # the damaged image, once more
 
 
 def test_a_set_that_is_not_kept_is_not_decoded_first(small):
