@@ -1,10 +1,13 @@
 """Environment of every test, set before a library reads it."""
 
+import collections
 import contextlib
 import gc
 import importlib.util
 import os
 import sqlite3
+import sys
+import threading
 
 # Threads of tests that run beside each other would wait for each other, many times their work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -66,6 +69,8 @@ def pytest_configure(config):
 
 
 def pytest_addoption(parser):
+    help_ = "of each parametrised test at most so many cases, others with another seed of the order"
+    parser.addoption("--cases", type=int, metavar="N", help=help_)
     if importlib.util.find_spec("pytest_timeout") is None:
         parser.addini("timeout", "of pytest-timeout, which is not installed")
 
@@ -79,8 +84,10 @@ def pytest_ignore_collect(collection_path, config):
     return not any("mark.gpu" in file.read_text() for file in files) or None
 
 
-def pytest_collection_modifyitems(items):
-    """The longest files first, so that two processes end at about the same time."""
+def pytest_collection_modifyitems(config, items):
+    """Some cases where it is asked; the longest files first, for processes to end together."""
+    if config.option.cases is not None:
+        keep_cases(config, items, config.option.cases)
     for item in items:
         if SERVERS & set(item.fixturenames):
             item.add_marker("integration")
@@ -88,8 +95,41 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (not item.path.is_relative_to(LONGEST), item.path not in long))
 
 
+def keep_cases(config, items, most):
+    """Of each function the first cases, in the order that they run in."""
+    seen, kept, left = collections.Counter(), [], []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        seen[function] += 1
+        (kept if seen[function] <= most else left).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
+def _copy_empty_stores():
+    """MLflow's migrations make an empty SQLite store in two seconds: once in a process."""
+    from mlflow.store.db import utils
+
+    migrate, empty = utils._initialize_tables, sqlite3.connect(":memory:", check_same_thread=False)
+    first = threading.Lock()
+
+    def initialize(engine):
+        if engine.dialect.name != "sqlite":
+            return migrate(engine)
+        with first, engine.connect() as connection:
+            store = connection.connection.dbapi_connection
+            if not empty.execute("SELECT 1 FROM sqlite_master").fetchone():
+                migrate(engine)
+                return store.backup(empty)
+            return empty.backup(store)
+
+    utils._initialize_tables = initialize
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish():
     """Modules stay: who collects garbage, as DeepSpeed does at every start, passes them over."""
+    if "mlflow" in sys.modules:
+        _copy_empty_stores()
     gc.freeze()
     gc.enable()

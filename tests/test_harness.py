@@ -8,6 +8,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from zlib import crc32
 
 import fsspec
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import keep_cases
 from tests.harness import PRELOADED, RankError, forking_context, run_command, run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -168,3 +170,14 @@ def test_ranks_have_no_longer_than_the_timeout():
 def test_torch_is_seeded_for_every_test(request):
     seed = request.config.getoption("randomly_seed") + crc32(request.node.nodeid.encode())
     assert torch.initial_seed() == seed
+
+
+def test_some_cases_of_each_test():
+    """As `make test-fast` asks: the first in the order that they run in."""
+    names = ("a[1]", "b[x]", "a[2]", "c", "b[y]", "a[3]")
+    items = [SimpleNamespace(nodeid=f"file.py::{name}") for name in names]
+    left = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left.extend(items))
+    keep_cases(SimpleNamespace(hook=hook), items, 2)
+    assert [item.nodeid for item in items] == [f"file.py::{name}" for name in names[:5]]
+    assert [item.nodeid for item in left] == ["file.py::a[3]"]

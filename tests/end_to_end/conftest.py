@@ -123,7 +123,7 @@ def submitted_run(head, home) -> Finished:
     assert "http://127.0.0.1:8265" in submit
     submit = submit.replace("http://127.0.0.1:8265", head.address)
     code, output = head.run(
-        f"{export}; {submit} --train.epochs 12 --checkpoint.every-steps 60 --name example"
+        f"{export}; {submit} --train.epochs 9 --checkpoint.every-steps 60 --name example"
     )
     assert code == 0, output
     return Finished(home / "certified-pretrain", "example", output, frozenset())

@@ -287,6 +287,7 @@ def test_the_page_on_scaling_says_what_the_planner_says():
         assert line in page
 
 
+@pytest.mark.slow
 def test_the_billion_trains_as_fast_as_the_page_says():
     def images_per_s(ranks, *options):
         (found,) = swept(parse([*BILLION, *options, "--sweep", str(ranks)]))
