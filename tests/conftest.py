@@ -6,8 +6,6 @@ import gc
 import importlib.util
 import os
 import sqlite3
-import sys
-import threading
 
 # Threads of tests that run beside each other would wait for each other, many times their work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -106,30 +104,8 @@ def keep_cases(config, items, most):
     items[:] = kept
 
 
-def _copy_empty_stores():
-    """MLflow's migrations make an empty SQLite store in two seconds: once in a process."""
-    from mlflow.store.db import utils
-
-    migrate, empty = utils._initialize_tables, sqlite3.connect(":memory:", check_same_thread=False)
-    first = threading.Lock()
-
-    def initialize(engine):
-        if engine.dialect.name != "sqlite":
-            return migrate(engine)
-        with first, engine.connect() as connection:
-            store = connection.connection.dbapi_connection
-            if not empty.execute("SELECT 1 FROM sqlite_master").fetchone():
-                migrate(engine)
-                return store.backup(empty)
-            return empty.backup(store)
-
-    utils._initialize_tables = initialize
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish():
     """Modules stay: who collects garbage, as DeepSpeed does at every start, passes them over."""
-    if "mlflow" in sys.modules:
-        _copy_empty_stores()
     gc.freeze()
     gc.enable()
