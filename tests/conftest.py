@@ -5,6 +5,7 @@ import contextlib
 import gc
 import importlib.util
 import os
+import signal
 import sqlite3
 
 # Threads of tests that run beside each other would wait for each other, many times their work.
@@ -109,3 +110,11 @@ def pytest_collection_finish():
     """Modules stay: who collects garbage, as DeepSpeed does at every start, passes them over."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def _sigterm_as_before():
+    """A command that runs in this process handles SIGTERM its way; after it pytest does again."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)

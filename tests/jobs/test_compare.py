@@ -244,12 +244,8 @@ def test_a_comparison_that_is_told_to_stop_ends_its_runs(tmp_path, monkeypatch):
 
     module = SimpleNamespace(Popen=popen, STDOUT=0, DEVNULL=0)
     monkeypatch.setattr(comparison_runs, "subprocess", module)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as stop:
-            main(["--presets", QUICK, SLOW, "--data.shards", "set", "--out", str(tmp_path)])
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    with pytest.raises(SystemExit) as stop:
+        main(["--presets", QUICK, SLOW, "--data.shards", "set", "--out", str(tmp_path)])
     assert stop.value.code == 128 + signal.SIGTERM
     assert [process.returncode for process in started] == [-signal.SIGTERM]
 
