@@ -23,7 +23,7 @@ from benchmarks.family_peers import Pass, Peer
 from benchmarks.report import Row, write_result
 from model.networks.config import NetworkConfig
 from model.networks.liresnet.bronet import BRONetConfig
-from model.networks.liresnet.liresnet import LiResNetConfig
+from model.networks.liresnet.network import LiResNetConfig
 from model.networks.registry import build_network
 from model.networks.sll.layers import AlmostOrthogonal
 from model.networks.sll.network import SllConfig

@@ -22,7 +22,7 @@ from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.registry import build_network
 from optim.config import OptimConfig
 from optim.param_groups import parameter_groups
-from optim.reference import ReferenceManifoldAdam
+from optim.reference_adam import ReferenceManifoldAdam
 from pipeline.config import ClusterConfig, RunConfig, TrainConfig
 from pipeline.run.distributed import join_process_group
 from pipeline.training.objective import Objective

@@ -32,7 +32,7 @@ from pipeline.pretrain import parse
 from pipeline.resilience.signals import Flag
 from pipeline.run.distributed import join_process_group
 from pipeline.run.events import Event, Metrics
-from pipeline.tracking.outbox import Tracker
+from pipeline.tracking.spool import Tracker
 from pipeline.training.worker import run_rank
 
 _WARM_UP = 5

@@ -18,7 +18,7 @@ from data_shards.format.tar import add_end, add_member
 from pipeline import pretrain
 from pipeline.presets.registry import run_preset
 from pipeline.run import layout
-from pipeline.tracking.outbox import read_rows
+from pipeline.tracking.spool import read_rows
 
 IMAGES = 1024
 _EPOCH = 50_000

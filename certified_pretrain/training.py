@@ -8,7 +8,7 @@ from torch import Tensor
 from model.networks.base import CertifiedNetwork
 from optim.config import OptimConfig
 from optim.param_groups import parameter_groups
-from optim.reference import ReferenceManifoldAdam
+from optim.reference_adam import ReferenceManifoldAdam
 from pipeline.losses.emma import emma_loss as mean_emma_loss
 
 _NOT_STORED = ("names", "manifold")
@@ -18,7 +18,7 @@ _NOT_STORED = ("names", "manifold")
 class ManifoldAdam(ReferenceManifoldAdam):
     """Manifold Adam for orthogonal matrices, NAdam for all other parameters, in one process.
 
-    The definition (`optim.reference`) that the sharded optimizer of `pipeline.pretrain` equals.
+    The definition (`optim.reference_adam`) that the sharded optimizer of the pipeline equals.
     Learning-rate schedulers, `state_dict` and `torch.save` work as with any torch optimizer.
 
     Args:

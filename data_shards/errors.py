@@ -1,4 +1,4 @@
-"""The one error of this package, and how its entries end on it."""
+"""The error of shard sets, and how the entries of this package end on it and on damaged files."""
 
 import contextlib
 import sys

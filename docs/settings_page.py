@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.calibrate import Request as CalibrateRequest
-from data_shards.command_line.catalogue import Group, groups
+from data_shards.command_line.settings import Group, groups
 from jobs.comparison.config import CompareConfig
 from jobs.evaluation.config import EvaluationConfig
 from jobs.mlflow_views import ViewsConfig

@@ -23,10 +23,15 @@ from data_shards.format.shard_index import load_index
 from jobs.child_processes import exit_on_sigterm
 from jobs.command_line import exit_status
 from jobs.comparison.config import CompareConfig
+from jobs.comparison.figures import comparison_png
 from jobs.comparison.runs import FINAL, SHARDS, TRIAL, RunRequest, Runs
-from jobs.comparison.table import System, by_norm, comparison_png, markdown
+from jobs.comparison.table import (
+    System,
+    by_norm,
+    markdown,
+)
 from jobs.comparison.trials import Search, preset_config
-from jobs.evaluation.sample_records import EvaluationError
+from jobs.errors import EvaluationError
 from model.networks.registry import parameter_count
 from pipeline.config import RunConfig
 from pipeline.tracking.client import log_comparison, ui_command

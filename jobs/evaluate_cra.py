@@ -23,6 +23,7 @@ from data_shards.command_line.parsing import parse_words
 from data_shards.command_line.progress import ProgressBar
 from data_shards.errors import ShardError
 from jobs.command_line import exit_status
+from jobs.errors import EvaluationError
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.figures import draw_missing
 from jobs.evaluation.progress import OnProgress
@@ -31,7 +32,6 @@ from jobs.evaluation.runner import (
     compute,
     output,
 )
-from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.suites import NO_ATTACK
 from jobs.evaluation.tracking_store import record_store
 from model.errors import ModelError

@@ -22,11 +22,11 @@ from data_shards.command_line.parsing import parse_subcommand
 from data_shards.errors import ShardError
 from data_shards.untrusted.terminal import PlainConsole
 from jobs.command_line import exit_status
-from jobs.evaluation.sample_records import EvaluationError
+from jobs.errors import EvaluationError
 from jobs.registry import promotion
 from jobs.registry.promotion_rule import Rule
-from model.certification.wilson_interval import with_interval
 from model.errors import ModelError
+from pipeline.run.wilson_interval import with_interval
 from pipeline.tracking.client import TrackingConfig, ui_command
 from pipeline.tracking.model_registry import Registry, RegistryError
 

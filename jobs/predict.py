@@ -30,10 +30,10 @@ from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from data_shards.untrusted.limits import UntrustedError
 from jobs.command_line import exit_status
+from jobs.errors import EvaluationError
 from jobs.evaluation.certify_tasks import ArtifactTask, matrix_tasks
 from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.runner import artifact_info, run_task, task_device
-from jobs.evaluation.sample_records import EvaluationError
 from jobs.prediction.image_files import Picture, PreparedImage, find_pictures, prepare
 from jobs.prediction.predictor import SoundPredictor, artifact_url
 from jobs.registry.promotion import rule_of

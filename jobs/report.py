@@ -28,14 +28,14 @@ from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from data_shards.untrusted.text import code, markdown, shown
 from jobs.command_line import exit_status
-from jobs.evaluation.sample_records import EvaluationError
+from jobs.errors import EvaluationError
 from jobs.figures.plot_style import run_style
 from jobs.reporting.figures import cost_svg, curves_svg, time_unit
 from jobs.reporting.per_class import confusion_table, frequent_confusions, worst_classes
 from jobs.reporting.report_data import ComparisonGroup, Report, ReportEntry, collect
 from jobs.reporting.verify_page import VERIFY_PAGE, locate, page
-from model.certification.wilson_interval import wilson, with_interval
 from model.errors import ModelError
+from pipeline.run.wilson_interval import wilson, with_interval
 from pipeline.tracking.client import RunReference, TrackingConfig, ui_command
 from pipeline.tracking.reader import Reader, TrackedRun, TrackingError
 

@@ -29,7 +29,7 @@ from data_shards.command_line.progress import ProgressBar
 from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.terminal import PlainConsole
 from jobs.child_processes import exit_on_sigterm
-from jobs.evaluation.sample_records import EvaluationError
+from jobs.errors import EvaluationError
 from jobs.scheduling.backlog import Backlog, BacklogEntry
 from jobs.scheduling.claimed_evaluation import Options, command
 from jobs.scheduling.claims import ClaimPhase, Claims

@@ -9,8 +9,8 @@ class ModelError(ValueError):
 
 
 def known_names(name: object, known: Iterable[str]) -> str:
-    """The name that was meant instead of an unknown one, if one is near, and all that there are."""
+    """`(nearest: ...); known: ...`: the name that was probably meant, and all that there are."""
     names = list(known)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}known: {', '.join(names)}"
+    hint = f" (nearest: {near[0]})" if near else ""
+    return f"{hint}; known: {', '.join(names)}"

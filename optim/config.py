@@ -90,7 +90,7 @@ class OptimConfig:
     residual_limit: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     """Residual beyond which a matrix is re-projected at once.
 
-    Round-off and truncation leave less than 1e-4 between two retractions; at 1e-3 the Lipschitz
+    Round-off and truncation leave less than 1e-4 between two projections; at 1e-3 the Lipschitz
     constant of one matrix is at most sqrt(1 + 1e-3), that of 96 in a row 1.05.
     """
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.adam import adam_increment, update_moments
+from optim.adam_update import adam_increment, update_moments
 from optim.collective_errors import Guard
 from optim.collectives import Exchange, Transfer
 from optim.config import OptimConfig
@@ -132,7 +132,7 @@ class ManifoldStep:
         return moves
 
     def _send_moved(self, plan: Round, moves: list[Move], master: Tensor) -> Transfer[Tensor]:
-        """Move the matrices, correct, retract and measure them where due, begin to send them."""
+        """Move the matrices, correct, project and measure them where due, begin to send them."""
         slots = plan.owned[self.exchange.rank]
         X = []
         with float32_products(self.increment):
@@ -149,7 +149,7 @@ class ManifoldStep:
         return self.exchange.to_partitions(X, plan, master)
 
     def _follow(self, plan: Round, cut: slice) -> None:
-        """Let the slow matrices follow a synchronisation or a retraction."""
+        """Let the slow matrices follow a synchronisation or a projection."""
         state, exchange = self.state, self.exchange
         if self.synchronises:
             state["slow"][cut] = self.partition.flat[cut]
@@ -176,7 +176,7 @@ def interleaved(rounds: Sequence[Iterator[None]]) -> None:
     t - 1, whose increments have travelled meanwhile, begins its moves; and t, whose tangents have
     travelled meanwhile, sends its increments. When all moves have begun, each round finishes its
     own and sends the matrices, and the one before it ends. So an owner holds the matrices of all
-    rounds, their increments and the powers of these (`optim.zero_layout.flights`).
+    rounds, their increments and the powers of these (`optim.zero_layout.concurrent_rounds`).
     """
     for tick in range(-1, len(rounds) + 1):
         _advance(rounds, tick + 1, tick, tick - 1, tick)

@@ -19,7 +19,8 @@ With S = D^2, Q = D^3 and coefficients c_j of p_k:
 be at most `DEFECT`; larger increments are cut into substeps. Defects add up, so `correction_due`
 says after which steps one Newton-Schulz step takes away what has gathered: the truncations
 between two of them move ||X^T X - I||_2 by no more than `DRIFT`. Rounding is as for
-the exponential (`matrix_exp`), whose bounds of theta and of products are used here.
+the exponential (`matrix_exp`), whose bounds of theta and of products are used here. Who moves a
+sharded matrix: its owner, in `manifold_step.py`.
 """
 
 import math

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.adam import euclidean_average, euclidean_step, new_state
+from optim.adam_update import euclidean_average, euclidean_step, new_state
 from optim.collective_errors import Guard
 from optim.collectives import Exchange
 from optim.config import OptimConfig
@@ -37,7 +37,7 @@ from optim.zero_layout import (
     Slot,
     check_expected,
     check_partition,
-    flights,
+    concurrent_rounds,
     plan_rounds,
 )
 
@@ -203,7 +203,7 @@ class ShardedManifoldAdam(torch.optim.Optimizer):
         # matrices at a time.
         waits = self.exchange.world_size > 1 or self._device().type != "cpu"
         run = interleaved if self._overlap and waits else in_sequence
-        for rounds in flights(self._rounds(partition)):
+        for rounds in concurrent_rounds(self._rounds(partition)):
             run([step.update(plan) for plan in rounds])
         if step.projects:
             self._guard.raise_together()

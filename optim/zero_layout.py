@@ -97,7 +97,7 @@ matrix travels alone, so that the memory of a step does not grow with the networ
 """
 
 
-FLIGHT_ELEMENTS = 1 << 28
+CONCURRENT_ELEMENTS = 1 << 28
 """Most elements of the matrices of an owner whose moves are decided together, unless a single round
 has more.
 
@@ -135,14 +135,14 @@ def plan_rounds(
     return rounds
 
 
-def flights(rounds: Sequence[Round]) -> list[list[Round]]:
-    """Cut rounds into those that are under way at the same time: see FLIGHT_ELEMENTS."""
+def concurrent_rounds(rounds: Sequence[Round]) -> list[list[Round]]:
+    """Cut rounds into those that are under way at the same time: see CONCURRENT_ELEMENTS."""
     found: list[list[Round]] = []
     held = 0
     for plan in rounds:
         elements = max(sum(slot.numel for slot in slots) for slots in plan.owned)
         held += elements
-        if not found or held > FLIGHT_ELEMENTS:
+        if not found or held > CONCURRENT_ELEMENTS:
             found.append([])
             held = elements
         found[-1].append(plan)

@@ -20,9 +20,9 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from data_shards.command_line.catalogue import settings
 from data_shards.command_line.help_page import show_help
 from data_shards.command_line.parsing import as_typed, one_line, parse_words
+from data_shards.command_line.settings import settings
 from data_shards.sources.base import HELD_OUT, MOST_HELD_OUT
 from data_shards.untrusted.terminal import PlainConsole
 from pipeline.command_line.arguments import DEFAULT_PRESET, parse_with_preset

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pydantic import ValidationError
 from rich.console import Console
 
-from data_shards.command_line.catalogue import settings
 from data_shards.command_line.parsing import as_typed, one_line, parse_words
+from data_shards.command_line.settings import settings
 from pipeline.command_line.arguments import DEFAULT_PRESET, parse_with_preset
 from pipeline.command_line.run_help import PROG, show_all_help, show_presets, show_short_help
 from pipeline.config import RunConfig
@@ -25,7 +25,7 @@ from pipeline.driver.monitor import RunMonitor
 from pipeline.driver.preflight import prepare
 from pipeline.driver.session import run_session
 from pipeline.errors import REFUSALS, PipelineError, ProcessDiedError, RunFailedError
-from pipeline.planner.recomputation import decided
+from pipeline.planner.activation_checkpointing import decided
 from pipeline.presets.registry import run_preset
 from pipeline.resilience.oom import fit_here, fit_in_memory
 from pipeline.resilience.signals import StopSignal

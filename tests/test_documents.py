@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 import docs.presets_page
-from data_shards.command_line.catalogue import settings
+from data_shards.command_line.settings import settings
 from jobs.gate import NOT_PROMOTED
 from jobs.scheduling.claims import REFUSED_CODE, STOPPED_CODES
 from pipeline.config import RunConfig

@@ -29,7 +29,7 @@ from model.artifact.artifact import write_artifact
 from model.networks.registry import FAMILIES, Family, build_network
 from optim.config import OptimConfig
 from optim.param_groups import parameter_groups
-from optim.reference import ReferenceManifoldAdam
+from optim.reference_adam import ReferenceManifoldAdam
 from pipeline.config import DataConfig, RunConfig
 from pipeline.driver.preflight import prepare
 from pipeline.errors import PipelineError

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from data_shards.command_line.catalogue import Group, Setting, groups
+from data_shards.command_line.settings import Group, Setting, groups
 from data_shards.untrusted.terminal import PlainConsole
 
 _WIDTH = 100

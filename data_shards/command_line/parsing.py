@@ -18,9 +18,9 @@ from pydantic import ValidationError
 # The one structured account of a refusal; private, so pyproject.toml names the versions.
 from tyro import _errors as tyro_errors
 
-from data_shards.command_line.catalogue import Setting, settings
 from data_shards.command_line.help_page import show_help
 from data_shards.command_line.nearest import nearest
+from data_shards.command_line.settings import Setting, settings
 from data_shards.untrusted.terminal import PlainConsole
 
 T = TypeVar("T")

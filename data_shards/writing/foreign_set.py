@@ -38,12 +38,12 @@ from data_shards.sources.archive import Members
 from data_shards.sources.base import VALIDATION, Source, hold_out, hold_out_test, printable
 from data_shards.sources.transcode import Recipe
 from data_shards.storage.store import Store
-from data_shards.writing.claim import PROGRESS, claim, or_finished_elsewhere, refuse_other_set
 from data_shards.writing.index_files import MAX_CLASSES, write_index
 from data_shards.writing.process_pool import Advance, run_tasks
 from data_shards.writing.shard_patterns import ForeignShard
 from data_shards.writing.shard_plan import ShardPlan, StoredSplit, WriteOptions, plan_split
 from data_shards.writing.shard_record import ShardRecord
+from data_shards.writing.unfinished import PROGRESS, claim, or_finished_elsewhere, refuse_other_set
 from data_shards.writing.write_report import (
     duplicates_of,
     refuse_leaks,

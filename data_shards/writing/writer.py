@@ -33,7 +33,6 @@ from data_shards.format.tar import add_end, add_member
 from data_shards.sources.base import Source
 from data_shards.sources.transcode import UndecodableError, image_extension
 from data_shards.storage.store import Store
-from data_shards.writing.claim import PROGRESS, claim, or_finished_elsewhere, refuse_other_set
 from data_shards.writing.index_files import write_index
 from data_shards.writing.process_pool import Advance, run_tasks
 from data_shards.writing.shard_plan import (
@@ -44,6 +43,7 @@ from data_shards.writing.shard_plan import (
     progress_key,
 )
 from data_shards.writing.shard_record import SOURCE_HASH, ShardRecord
+from data_shards.writing.unfinished import PROGRESS, claim, or_finished_elsewhere, refuse_other_set
 from data_shards.writing.write_report import (
     duplicates_of,
     refuse_leaks,

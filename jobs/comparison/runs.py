@@ -29,7 +29,7 @@ from pipeline.run import layout
 from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.lease import read_record_object
 from pipeline.run.relative_urls import resolve
-from pipeline.tracking.outbox import read_rows
+from pipeline.tracking.spool import read_rows
 
 logger = logging.getLogger(__name__)
 

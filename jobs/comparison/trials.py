@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from data_shards.command_line.parsing import parse_words
-from jobs.evaluation.sample_records import EvaluationError
+from jobs.errors import EvaluationError
 from model.networks.registry import parameter_count
 from pipeline.command_line.arguments import parse_with_preset
 from pipeline.config import RunConfig, replaced, value_of

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from data_shards.format.shard_index import Shard, ShardIndex
 from data_shards.streaming.sample_reader import ShardBatch, read_shard
+from jobs.errors import EvaluationError
 from jobs.evaluation.certify_tasks import ArtifactTask, ShardTask, in_program
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.sample_records import EvaluationError, ShardRecords
+from jobs.evaluation.sample_records import (
+    ShardRecords,
+)
 from jobs.evaluation.suites import ATTACK_SUITES
 from model.certification.eps import eps_value
 from model.certification.rounding import FLOAT32, FLOAT64

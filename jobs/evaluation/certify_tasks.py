@@ -15,7 +15,12 @@ from torch import Tensor
 from data_shards.format.shard_index import Shard, ShardIndex
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
-from jobs.evaluation.sample_records import COLUMNS, ColumnRecords, EvaluationError, ShardRecords
+from jobs.errors import EvaluationError
+from jobs.evaluation.sample_records import (
+    COLUMNS,
+    ColumnRecords,
+    ShardRecords,
+)
 from model.artifact.artifact import (
     Artifact,
     ArtifactInfo,
@@ -23,8 +28,8 @@ from model.artifact.artifact import (
     read_artifact,
     read_tensors,
 )
-from model.certification.library_overrides import library_overrides
 from model.certification.matrix_bounds import MatrixBound, tensor_digest
+from model.certification.nvidia_overrides import library_overrides
 from model.certification.rounding import FLOAT32, FLOAT64, PROGRAMS
 from model.certify import Certificates, ProvedCertifier, certify, image_norms
 from model.empirical_lipschitz import observed_lipschitz

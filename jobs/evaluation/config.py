@@ -9,7 +9,7 @@ import pydantic
 import tyro
 
 from data_shards.storage.store import Store
-from jobs.evaluation.sample_records import EvaluationError
+from jobs.errors import EvaluationError
 from jobs.evaluation.suites import ATTACK_SUITES, EVALUATION_SUITES, NO_ATTACK
 from model.certification.eps import check_table
 from pipeline.run import layout

@@ -16,6 +16,7 @@ import torch
 
 from data_shards.format.shard_index import ShardIndex, load_index, named_classes
 from data_shards.storage.store import Store
+from jobs.errors import EvaluationError
 from jobs.evaluation.attack_task import attack_tasks, merge_attack
 from jobs.evaluation.certificate_file import certificate, to_json
 from jobs.evaluation.certifier_version import certifier_digest
@@ -32,7 +33,6 @@ from jobs.evaluation.figures import remove_pictures
 from jobs.evaluation.progress import Counting, OnProgress
 from jobs.evaluation.sample_records import (
     COLUMNS,
-    EvaluationError,
     ShardRecords,
     column_of,
     confusions,

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.errors import EvaluationError
 from model.certification.eps import eps_value
 from pipeline.run.evaluation_summary import MOST_CONFUSIONS, ColumnScores
 
@@ -22,10 +23,6 @@ CURVE_EPS = {
 }
 """Grid of the curves by norm, in pixels of [0, 1]; half a grey level apart in l-infinity."""
 _STORED = ("prediction", "rival", "margin", "radius")
-
-
-class EvaluationError(ValueError):
-    """An input of the evaluation is wrong; the message is all the user needs."""
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ import pyarrow as pa
 from data_shards.storage.store import Store
 from data_shards.untrusted.json_input import canonical_json, parse_object
 from data_shards.untrusted.parquet import read_table, require_rows
+from jobs.errors import EvaluationError
 from jobs.evaluation.certificate_file import column_body
 from jobs.evaluation.sample_records import (
     COLUMNS,
     ColumnRecords,
-    EvaluationError,
     confusions,
     per_class_scores,
     scores,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from jobs.errors import EvaluationError
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.sample_records import EvaluationError
 from model.artifact.artifact import ArtifactInfo
 from pipeline.run.evaluation_summary import EvaluationSummary, local_path
 from pipeline.run.relative_urls import resolve

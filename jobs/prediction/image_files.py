@@ -11,7 +11,7 @@ from data_shards.format.decode import decode_image
 from data_shards.sources.base import encode_png
 from data_shards.sources.transcode import FILE_EXTENSIONS, Recipe, image_extension, readable
 from data_shards.storage.store import Store
-from jobs.evaluation.sample_records import EvaluationError
+from jobs.errors import EvaluationError
 
 
 class Picture(NamedTuple):

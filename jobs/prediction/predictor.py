@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_shards.storage.store import Store
-from jobs.evaluation.sample_records import EvaluationError
+from jobs.errors import EvaluationError
 from model.artifact.artifact import DESCRIPTION, ArtifactInfo, read_artifact
 from model.certification.eps import eps_value
 from model.certification.matrix_bounds import Matrices, MatrixBound, tensor_digest

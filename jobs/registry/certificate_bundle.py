@@ -18,7 +18,7 @@ import pyarrow as pa
 from data_shards.storage.store import Store
 from data_shards.untrusted.json_input import canonical_json, parse_object
 from data_shards.untrusted.parquet import read_table
-from jobs.evaluation.sample_records import EvaluationError
+from jobs.errors import EvaluationError
 from jobs.evaluation.stored_result import evaluation_files
 from jobs.registry.promotion_rule import Bits, Rule
 from model.certification.eps import eps_value

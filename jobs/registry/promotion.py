@@ -18,8 +18,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from data_shards.storage.store import Store
+from jobs.errors import EvaluationError
 from jobs.evaluation.runner import artifact_info
-from jobs.evaluation.sample_records import EvaluationError
 from jobs.registry.certificate_bundle import CertificateBundle, VerificationError
 from jobs.registry.promotion_rule import (
     Comparison,

@@ -13,7 +13,7 @@ import pydantic
 from scipy.stats import binomtest
 
 from model.certification.eps import eps_value
-from model.certification.wilson_interval import with_interval
+from pipeline.run.wilson_interval import with_interval
 
 MISSED_FORGERY = 1e-3
 """Largest probability that a forgery which decided the comparison is not met."""

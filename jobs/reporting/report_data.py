@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jobs.evaluation.sample_records import EvaluationError
+from jobs.errors import EvaluationError
 from jobs.evaluation.stored_result import certificate_body, contradiction
 from jobs.reporting.cost import Cost, training_cost
 from model.certification.eps import eps_value

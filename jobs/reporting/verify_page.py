@@ -27,7 +27,7 @@ from data_shards.untrusted.json_input import canonical_json
 from data_shards.untrusted.limits import UntrustedError
 from data_shards.untrusted.parquet import read_table, require_rows
 from data_shards.untrusted.text import shown
-from jobs.evaluation.sample_records import EvaluationError
+from jobs.errors import EvaluationError
 from model.artifact.artifact import WEIGHTS, ArtifactInfo, read_info
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
 from pipeline.run.relative_urls import moved, roots

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from data_shards.format.shard_index import ShardIndex, load_index
+from jobs.errors import EvaluationError
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.runner import evaluation_keys
-from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.suites import EVALUATION_SUITES
 from jobs.scheduling.claims import ClaimPhase, Claims, State
 from jobs.scheduling.config import ScheduleConfig

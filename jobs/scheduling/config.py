@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pydantic
 import tyro
 
-from data_shards.command_line.catalogue import settings
+from data_shards.command_line.settings import settings
 from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.limits import UntrustedError
 from jobs.evaluation.config import EvaluationConfig, suite_config

@@ -94,12 +94,12 @@ def _torus_bound(kernel: Tensor, sizes: Tensor, sides: tuple[int, int]) -> float
 
 def _observed(kernel: Tensor, stride: int, padding: int, shape: tuple[int, int]) -> float:
     """Norm of the operator from below, float64."""
-    ratio = power_pair(kernel, stride=stride, padding=padding, shape=shape, steps=30)[2]
+    ratio = leading_singular_pair(kernel, stride=stride, padding=padding, shape=shape, steps=30)[2]
     return float(ratio) * (1 - 2.0**-30)
 
 
 @torch.no_grad()
-def power_pair(
+def leading_singular_pair(
     kernel: Tensor,
     *,
     stride: int,

@@ -1,4 +1,7 @@
-"""From margins to the distance that the features can move before a margin can reach zero."""
+"""From margins to the distance that the features can move before a margin can reach zero.
+
+The certified radius of an image follows from it in `model/certify.py`, rounding charged.
+"""
 
 from collections.abc import Callable
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from model.certification.rounding import SLACK, U64, ErrorState, gamma
 from model.errors import ModelError
 from model.networks.init import set_initial
-from model.networks.lipnext.layers import at_least_float32
+from model.networks.tensor_ops import at_least_float32
 
 _SMALLEST_ROW = 1e-6
 

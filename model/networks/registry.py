@@ -19,7 +19,7 @@ from model.networks.linf.sortnet import SortNet, SortNetConfig
 from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.lipnext.network import LipNeXt
 from model.networks.liresnet.bronet import BRONet, BRONetConfig
-from model.networks.liresnet.liresnet import LiResNet, LiResNetConfig
+from model.networks.liresnet.network import LiResNet, LiResNetConfig
 from model.networks.sll.aol import Aol, AolConfig
 from model.networks.sll.network import Sll, SllConfig
 from model.networks.soc.network import LipConvnet, SocConfig
@@ -52,7 +52,7 @@ def family(kind: object) -> Family:
         ModelError: there is none.
     """
     if kind not in FAMILIES:
-        raise ModelError(f"no network family {kind!r}; {known_names(kind, FAMILIES)}")
+        raise ModelError(f"no network family {kind!r}{known_names(kind, FAMILIES)}")
     return FAMILIES[str(kind)]
 
 

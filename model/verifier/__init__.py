@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from model.verifier.errors import RefusalError, UnsupportedError
 from model.verifier.families.registry import family_of
-from model.verifier.refusal import RefusalError, UnsupportedError
 
 
 def supported(network: dict[str, Any]) -> bool:

@@ -9,6 +9,15 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 
+from model.verifier.errors import (
+    DisagreementError,
+    UnusableError,
+    agree,
+    attempt,
+    differ,
+    shown,
+    take,
+)
 from model.verifier.families.base import Family
 from model.verifier.families.registry import family_of
 from model.verifier.files import (
@@ -19,15 +28,6 @@ from model.verifier.files import (
     parse_object,
     read_bytes,
     sha256,
-)
-from model.verifier.refusal import (
-    DisagreementError,
-    UnusableError,
-    agree,
-    attempt,
-    differ,
-    shown,
-    take,
 )
 
 PIXEL_UNIT = "[0, 1], 0.5 subtracted inside"

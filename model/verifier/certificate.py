@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 
 from model.verifier.artifact import PIXEL_UNIT
+from model.verifier.errors import DisagreementError, UnusableError, agree, differ, shown, take
 from model.verifier.files import (
     LARGEST_JSON,
     LARGEST_TABLE,
@@ -18,7 +19,6 @@ from model.verifier.files import (
     sha256,
 )
 from model.verifier.mathematics.radii import SLACK
-from model.verifier.refusal import DisagreementError, UnusableError, agree, differ, shown, take
 
 SCHEMA = "certified-radius/2"
 COLUMNS = {"nominal": ("float32",), "sound": ("float64",), "deployed": ("float32", "bfloat16")}

@@ -11,10 +11,10 @@ import numpy as np
 
 from model.verifier.artifact import read_artifact
 from model.verifier.certificate import COLUMNS, radii_of_table, read_certificate, read_samples
+from model.verifier.errors import Near, RefusalError
 from model.verifier.families.base import Family
 from model.verifier.files import Body, Table
 from model.verifier.mathematics.certificate_bounds import bound_matrices, check_bounds
-from model.verifier.refusal import Near, RefusalError
 from model.verifier.samples import (
     Unknown,
     certified_samples,

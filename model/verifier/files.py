@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model.verifier.refusal import DisagreementError, UnusableError, attempt, shown
+from model.verifier.errors import DisagreementError, UnusableError, attempt, shown
 
 Body = dict[str, Any]
 Table = dict[str, npt.NDArray[Any]]

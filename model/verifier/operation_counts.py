@@ -12,9 +12,9 @@ from model.verifier.families.liresnet import LiResNet
 from model.verifier.families.liresnet_layers import Layer, patches
 from model.verifier.families.registry import FAMILIES, family_of
 from model.verifier.families.soc_layers import convolutions, is_matrix
-from model.verifier.mathematics.free_convolution import STEPS, WHOLE
+from model.verifier.mathematics.conv_bounds import STEPS, WHOLE
 from model.verifier.mathematics.mlp_head import PAIRS_WORK
-from model.verifier.settings import Config
+from model.verifier.network_config import Config
 
 ITERATIONS = 30
 """Of the observed norm, two products each."""

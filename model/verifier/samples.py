@@ -7,12 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.verifier.certificate import COLUMNS, radii_of_table
-from model.verifier.families.base import Family
-from model.verifier.files import Body, Table
-from model.verifier.mathematics.arithmetic import PROGRAMS, Floats
-from model.verifier.mathematics.radii import Judged, image_norms, judge, nominal
-from model.verifier.progress import Progress
-from model.verifier.refusal import (
+from model.verifier.errors import (
     DisagreementError,
     Near,
     UnusableError,
@@ -22,6 +17,11 @@ from model.verifier.refusal import (
     shown,
     take,
 )
+from model.verifier.families.base import Family
+from model.verifier.files import Body, Table
+from model.verifier.mathematics.radii import Judged, image_norms, judge, nominal
+from model.verifier.mathematics.rounding import PROGRAMS, Floats
+from model.verifier.progress import Progress
 from model.verifier.shards import Images, load_images
 
 SAME_SAMPLE = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 0.5}

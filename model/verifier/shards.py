@@ -11,6 +11,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from model.verifier.errors import (
+    DisagreementError,
+    UnusableError,
+    agree,
+    attempt,
+    differ,
+    shown,
+    take,
+)
 from model.verifier.files import (
     LARGEST_JSON,
     LARGEST_TABLE,
@@ -22,15 +31,6 @@ from model.verifier.files import (
     read_bytes,
     read_table,
     sha256,
-)
-from model.verifier.refusal import (
-    DisagreementError,
-    UnusableError,
-    agree,
-    attempt,
-    differ,
-    shown,
-    take,
 )
 
 LARGEST_SHARD = 1 << 36

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from data_shards.command_line.catalogue import settings
 from data_shards.command_line.parsing import one_line
+from data_shards.command_line.settings import settings
 from data_shards.errors import ShardError
 from data_shards.storage.store import Store
 from data_shards.untrusted.terminal import PlainConsole

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from data_shards.command_line.catalogue import Group, Setting, groups
 from data_shards.command_line.help_page import (
     help_console,
     show_examples,
     show_groups,
     show_setting,
 )
+from data_shards.command_line.settings import Group, Setting, groups
 from data_shards.untrusted.terminal import PlainConsole
 from model.artifact.artifact import parameter_shapes
 from model.networks.registry import FAMILIES

@@ -29,7 +29,7 @@ from pipeline.run.events import (
     Straggling,
 )
 from pipeline.run.worker_spec import WorkerSpec
-from pipeline.tracking.outbox import Tracker
+from pipeline.tracking.spool import Tracker
 
 _REPROJECTIONS = "orthogonality/reprojections"
 _NOT_CERTIFIED = "earlier checkpoints are not certified"

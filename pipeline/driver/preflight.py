@@ -35,7 +35,7 @@ from pipeline.run.ray_session import cluster_address
 from pipeline.run.ray_submission import default_storage, uploaded_code
 from pipeline.run.relative_urls import relative
 from pipeline.run.server_exposure import require_closed
-from pipeline.run.step_schedule import StepSchedule, make_step_schedule, world_sizes
+from pipeline.run.step_counts import StepSchedule, make_step_schedule, world_sizes
 from pipeline.run.worker_spec import WorkerSpec
 from pipeline.tracking.client import SQLITE, TrackingConfig
 from pipeline.tracking.server_answers import listed_addresses

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from data_shards.command_line.catalogue import settings
 from data_shards.command_line.parsing import as_typed
+from data_shards.command_line.settings import settings
 from model.networks.registry import FAMILIES
 from pipeline.checkpoint.retention import retain
 from pipeline.config import RunConfig
@@ -26,7 +26,7 @@ from pipeline.run import layout
 from pipeline.run.evaluation_summary import EvaluationSummary, local_path, report
 from pipeline.run.ray_submission import submission_tags
 from pipeline.tracking.client import ui_command
-from pipeline.tracking.outbox import Tracker
+from pipeline.tracking.spool import Tracker
 
 _CLOSE_S = 60.0
 """How long the end of a run waits for the tracking server."""

@@ -17,7 +17,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ResizeDecision,
 )
 
-from pipeline.resilience.signals import PAUSE
+from pipeline.launch.control_actor import PAUSE
 
 RESIZE_S = 30.0
 """Pause between two looks whether the cluster has room for another number of ranks."""

@@ -12,14 +12,18 @@ from typing import Any
 from data_shards.storage.store import Store
 from pipeline.config import ClusterConfig
 from pipeline.errors import REFUSALS, PipelineError, ProcessDiedError, RunFailedError
+from pipeline.launch.control_actor import PAUSE, STOP, ControlActor
 from pipeline.launch.event_queue import EventQueue, EventSender
 from pipeline.launch.ray_watch import RayServers, wait_for
-from pipeline.planner.recomputation import decided
-from pipeline.resilience.signals import PAUSE, STOP, ControlActor, Flag, Interruption
+from pipeline.planner.activation_checkpointing import decided
+from pipeline.resilience.signals import (
+    Flag,
+    Interruption,
+)
 from pipeline.run.events import Emit, GroupFailed
 from pipeline.run.layout import ray_folder
 from pipeline.run.ray_session import ray_session
-from pipeline.run.step_schedule import world_sizes
+from pipeline.run.step_counts import world_sizes
 from pipeline.run.worker_spec import WorkerSpec
 from pipeline.training.worker import run_rank
 

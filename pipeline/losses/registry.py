@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, SerializeAsAny, TypeAdapter
 from model.errors import known_names
 from pipeline.errors import PipelineError
 from pipeline.losses.base import Loss
-from pipeline.losses.certificate import CertificateLoss
+from pipeline.losses.certificate_regularization import CertificateLoss
 from pipeline.losses.emma import EmmaLoss
 from pipeline.losses.hinge import CeHingeLoss, MixtureLoss
 from pipeline.losses.logit_annealing import LogitAnnealingLoss
@@ -36,7 +36,7 @@ def loss_class(kind: object) -> type[Loss]:
         PipelineError: there is none.
     """
     if kind not in LOSSES:
-        raise PipelineError(f"--loss.kind {kind}: no such loss; {known_names(kind, LOSSES)}")
+        raise PipelineError(f"--loss.kind {kind}: no such loss{known_names(kind, LOSSES)}")
     return LOSSES[str(kind)]
 
 

@@ -30,7 +30,7 @@ from packaging.specifiers import SpecifierSet
 
 from data_shards.format.shard_index import load_index
 from data_shards.storage.store import Store
-from model.certification.library_overrides import library_overrides
+from model.certification.nvidia_overrides import library_overrides
 from model.networks.lipnext.ops import c_compiler
 from pipeline.planner.step_time import NETWORK_GBPS
 from pipeline.run.server_exposure import TokenError, mlflow_exposure, ray_exposure

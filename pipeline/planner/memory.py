@@ -8,7 +8,7 @@ allocator's own loss and the context of the device come on top (`RESERVE`).
 import dataclasses
 from collections.abc import Sequence
 
-from optim.zero_layout import Round, Slot, flights, plan_rounds
+from optim.zero_layout import Round, Slot, concurrent_rounds, plan_rounds
 
 RESERVE = 0.08
 """Share of a device's memory that is left to its context, the collectives' own buffers and what an
@@ -184,10 +184,10 @@ def optimizer_step(weights: Weights, setting: Setting) -> list[Component]:
 
 def _manifold_step(group: tuple[int, ...], setting: Setting) -> list[tuple[str, int]]:
     """Rows of one sub-group of matrices (optim/manifold_step.py, ManifoldStep.update)."""
-    owned, cut, largest, flight = _rounds(group, setting)
+    owned, cut, largest, together = _rounds(group, setting)
     series = _SERIES + _ROUNDED * setting.rounds_factors
     if setting.interleaved:  # D, D^2 and a term of all, and X of what lies on several ranks
-        powers, held = (3 + (setting.ranks > 1)) * flight, (series - 2) * largest
+        powers, held = (3 + (setting.ranks > 1)) * together, (series - 2) * largest
     else:  # what has moved, and D; all else is seen as it lies in flat tensors
         powers, held = owned + cut, (series - 1) * largest
     return [
@@ -241,7 +241,7 @@ def _rounds(group: tuple[int, ...], setting: Setting) -> tuple[int, int, int, in
     def assembled(plan: Round) -> int:
         return max(setting.ranks * sum(slot.length for slot in slots) for slots in plan.owned)
 
-    together = max(sum(map(assembled, flight)) for flight in flights(rounds))
+    together = max(sum(map(assembled, some)) for some in concurrent_rounds(rounds))
     return (
         max(map(assembled, rounds)),
         max(r.stop - r.start for r in rounds),

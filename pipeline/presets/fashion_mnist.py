@@ -13,7 +13,7 @@ from model.networks.linf.groupsort import GroupSortConfig
 from model.networks.linf.sortnet import SortNetConfig
 from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.liresnet.bronet import BRONetConfig
-from model.networks.liresnet.liresnet import LiResNetConfig
+from model.networks.liresnet.network import LiResNetConfig
 from model.networks.sll.aol import AolConfig
 from model.networks.sll.layers import Scaling
 from model.networks.sll.network import SllConfig

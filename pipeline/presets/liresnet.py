@@ -8,7 +8,7 @@ from typing import Any
 from data_shards.config import StreamConfig
 from model.networks.config import NetworkConfig
 from model.networks.liresnet.bronet import BRONetConfig
-from model.networks.liresnet.liresnet import LiResNetConfig
+from model.networks.liresnet.network import LiResNetConfig
 from optim.config import OptimConfig
 from pipeline.config import (
     CheckpointConfig,

@@ -1,4 +1,4 @@
-"""Named runs as functions; the command line changes values, never structure."""
+"""Named runs as functions, whose settings the command line changes."""
 
 from collections.abc import Callable
 

@@ -21,7 +21,6 @@ from data_shards.storage.store import Store
 from data_shards.untrusted.json_input import parse_object
 from data_shards.untrusted.limits import UntrustedError
 from model.artifact.artifact import class_name
-from model.certification.wilson_interval import wilson
 from model.verifier import supported
 from pipeline.run.layout import (
     BOUNDS_FIGURE,
@@ -32,6 +31,7 @@ from pipeline.run.layout import (
     SUMMARY,
 )
 from pipeline.run.relative_urls import moved, roots
+from pipeline.run.wilson_interval import wilson
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ The loop (`trainer.py`) calls every hook, in the order of its list, at these mom
 
 and, once, `before_rollback` (too many steps were skipped: an earlier checkpoint is loaded, and no
 other moment of this step follows) and `at_end`. A new hook is a class here, or beside what it
-serves, and an entry of the list in `worker.py`.
+serves, and an entry of `_hooks` in `worker.py`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from pipeline.resilience.signals import Interruption
 from pipeline.resilience.straggler import StragglerDetector
 from pipeline.run.events import Emit, Straggling
 from pipeline.run.worker_spec import TrainState
-from pipeline.training.metrics import Metric, Reduced, Reduction
+from pipeline.training.metric_reducer import Metric, Reduced, Reduction
 
 _ASK_PREEMPTION_S = 5.0
 """Pause between two questions whether a node is about to go; they are a barrier."""

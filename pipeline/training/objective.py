@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.networks.base import CertifiedNetwork
 from pipeline.losses.base import Loss
-from pipeline.training.metrics import SAMPLES, Metric, Reduction
+from pipeline.training.metric_reducer import SAMPLES, Metric, Reduction
 from pipeline.training.schedules import StepContext
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from pipeline.training.hooks import Hook, Record
-from pipeline.training.metrics import Metric, Reduction
+from pipeline.training.metric_reducer import Metric, Reduction
 from pipeline.training.schedules import StepContext
 
 

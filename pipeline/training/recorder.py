@@ -11,7 +11,7 @@ from pipeline.run.distributed import DistributedContext
 from pipeline.run.events import Emit, Metrics
 from pipeline.run.worker_spec import TrainState
 from pipeline.training.hooks import Hook, Record
-from pipeline.training.metrics import SAMPLES, Metric, MetricReducer, Reduction
+from pipeline.training.metric_reducer import SAMPLES, Metric, MetricReducer, Reduction
 from pipeline.training.schedules import StepContext
 
 _WAITED_S = "seconds waited for data"

@@ -1,11 +1,11 @@
-"""Schedules: step -> learning-rate factor. Pure functions of integers."""
+"""Schedules: step -> learning-rate factor, training radius and progress of the run."""
 
 import dataclasses
 import math
 
 from pipeline.config import TrainConfig
 from pipeline.losses.base import Loss
-from pipeline.run.step_schedule import StepSchedule
+from pipeline.run.step_counts import StepSchedule
 
 
 @dataclasses.dataclass(frozen=True)

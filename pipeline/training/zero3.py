@@ -30,7 +30,7 @@ from pipeline.losses.base import Loss
 from pipeline.resilience.straggler import Stopwatch
 from pipeline.run.distributed import DistributedContext
 from pipeline.training.device_flops import DTYPES
-from pipeline.training.metrics import Metric
+from pipeline.training.metric_reducer import Metric
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import StepContext
 from pipeline.training.without_compiler import without_compiler

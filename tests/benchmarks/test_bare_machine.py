@@ -12,7 +12,10 @@ from benchmarks.gpu_wheels import WHEELS
 from benchmarks.train import write_images
 from data_shards.errors import ShardError
 from data_shards.format.shard_index import load_index
-from jobs.evaluation.runner import EvaluationError, artifact_info
+from jobs.errors import EvaluationError
+from jobs.evaluation.runner import (
+    artifact_info,
+)
 from pipeline import pretrain
 from tests.bare_site import bare_python, with_dependencies
 

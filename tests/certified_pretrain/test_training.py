@@ -11,7 +11,7 @@ from optim.config import OptimConfig
 from optim.errors import OptimizerError
 from optim.manifolds import manifold_of
 from optim.param_groups import parameter_groups
-from optim.reference import ReferenceManifoldAdam
+from optim.reference_adam import ReferenceManifoldAdam
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "lookahead_steps": 3, "polar_every": 4}
 

@@ -6,9 +6,9 @@ import pydantic
 import pytest
 import tyro
 
-from data_shards.command_line.catalogue import settings
 from data_shards.command_line.nearest import nearest
 from data_shards.command_line.parsing import as_typed, parse_subcommand, parse_words
+from data_shards.command_line.settings import settings
 
 STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 

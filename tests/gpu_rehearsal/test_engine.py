@@ -13,7 +13,7 @@ import torch
 
 from data_shards.storage.store import Store
 from jobs.evaluation import certify_tasks, executor
-from model.certification.library_overrides import library_overrides
+from model.certification.nvidia_overrides import library_overrides
 from model.networks.base import CertifiedNetwork
 from pipeline.config import CheckpointConfig, ClusterConfig
 from pipeline.driver import preflight

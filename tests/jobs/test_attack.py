@@ -10,6 +10,7 @@ import jobs.evaluation.attack_task
 from data_shards.format.shard_index import load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
+from jobs.errors import EvaluationError
 from jobs.evaluate_cra import evaluate
 from jobs.evaluation.attack_task import (
     CertificateViolationError,
@@ -19,7 +20,9 @@ from jobs.evaluation.attack_task import (
 )
 from jobs.evaluation.certify_tasks import ArtifactTask, forget, shard_tasks
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.sample_records import EvaluationError, merge
+from jobs.evaluation.sample_records import (
+    merge,
+)
 from jobs.evaluation.suites import ATTACK_SUITES
 from model.artifact.artifact import read_info
 from model.certification.eps import eps_value

@@ -19,11 +19,11 @@ from data_shards.format.shard_index import load_index
 from jobs.compare import compare, main, write
 from jobs.comparison import runs as comparison_runs
 from jobs.comparison.config import CompareConfig
+from jobs.comparison.figures import comparison_png
 from jobs.comparison.runs import RunRequest, TrainingRunError
-from jobs.comparison.table import comparison_png
 from jobs.comparison.trials import search_space
+from jobs.errors import EvaluationError
 from jobs.evaluate_cra import evaluate
-from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.stored_result import read_result
 from model.networks.registry import FAMILIES, parameter_count
 from pipeline.presets.registry import PRESETS, run_preset

@@ -17,13 +17,13 @@ from data_shards.format.shard_index import load_index
 from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
+from jobs.errors import EvaluationError
 from jobs.evaluate_cra import evaluate, main
 from jobs.evaluation import certify_tasks
 from jobs.evaluation.certifier_version import certifier_digest
 from jobs.evaluation.certify_tasks import ArtifactTask, matrix_tasks, shard_tasks
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.runner import artifact_info, evaluation_keys
-from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.stored_result import read_result
 from jobs.registry.certificate_bundle import CertificateBundle
 from model.certify import certify

@@ -9,7 +9,7 @@ import pytest
 from data_shards.format.shard_index import load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
-from jobs.evaluation.sample_records import EvaluationError
+from jobs.errors import EvaluationError
 from jobs.gate import NOT_PROMOTED, main
 from jobs.registry import promotion
 from jobs.registry.certificate_bundle import CertificateBundle

@@ -13,6 +13,7 @@ from data_shards.format.shard_index import load_index
 from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
 from data_shards.untrusted.terminal import PlainConsole
+from jobs.errors import EvaluationError
 from jobs.evaluate_cra import evaluate
 from jobs.evaluation import figures
 from jobs.evaluation.config import EvaluationConfig
@@ -20,7 +21,6 @@ from jobs.evaluation.image_strip import SHOWN, StripImage, closest_images, strip
 from jobs.evaluation.runner import compute
 from jobs.evaluation.sample_records import (
     ColumnRecords,
-    EvaluationError,
     confusions,
 )
 from jobs.evaluation.stored_result import read_result

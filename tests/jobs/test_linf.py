@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from data_shards.storage.store import Store
+from jobs.errors import EvaluationError
 from jobs.evaluate_cra import evaluate
 from jobs.evaluation import certify_tasks
-from jobs.evaluation.sample_records import EvaluationError
 from model.artifact.artifact import write_artifact
 from model.errors import ModelError
 from model.networks.base import LipschitzBound

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data_shards.sources.base import encode_png
-from jobs.evaluation.sample_records import EvaluationError
+from jobs.errors import EvaluationError
 from jobs.predict import FIELDS, PredictConfig, main, predict
 from jobs.prediction.image_files import find_pictures, prepare
 from jobs.prediction.predictor import CertifiedModel, SoundPredictor, artifact_url

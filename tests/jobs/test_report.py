@@ -11,7 +11,7 @@ from jobs.evaluate_cra import evaluate
 from jobs.report import PAGE, TEXT, duration, main, per_further_point, render
 from jobs.reporting.cost import Cost, passed_epochs
 from jobs.reporting.report_data import LeftOut, collect
-from model.certification.wilson_interval import wilson
+from pipeline.run.wilson_interval import wilson
 from pipeline.tracking.client import MlflowConnection, TrackingConfig, now_ms
 from pipeline.tracking.reader import Point, Reader, TrackingError
 from tests.end_to_end.mlflow_ui import browser, chromium

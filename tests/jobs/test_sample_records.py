@@ -4,10 +4,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.errors import EvaluationError
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.sample_records import (
     ColumnRecords,
-    EvaluationError,
     ShardRecords,
     column_of,
     labels_of,

@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 from pydantic import ValidationError
 
 from data_shards.untrusted.terminal import PlainConsole
+from jobs.errors import EvaluationError
 from jobs.evaluation.config import EvaluationConfig, suite_config
-from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.suites import EVALUATION_SUITES
 from jobs.schedule import Scheduler, _apply, _due_now, _mark, main, rules_by_time, trigger
 from jobs.scheduling.backlog import Backlog

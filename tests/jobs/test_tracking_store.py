@@ -4,8 +4,8 @@ import types
 
 import pytest
 
+from jobs.errors import EvaluationError
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.sample_records import EvaluationError
 from jobs.evaluation.tracking_store import record_store
 from pipeline.run.ray_submission import default_storage
 from pipeline.tracking.client import TrackingConfig

@@ -28,8 +28,8 @@ from model.artifact.artifact import write_artifact
 from model.networks.lipnext.config import LipNeXtConfig
 from model.verifier.certificate import COLUMNS, SCHEMA
 from model.verifier.families.lipnext import LipNeXt
-from model.verifier.mathematics.arithmetic import PROGRAMS
 from model.verifier.mathematics.radii import SLACK, image_norms, judge, nominal
+from model.verifier.mathematics.rounding import PROGRAMS
 from model.verify import main
 from tests.model.small_networks import trained_like
 

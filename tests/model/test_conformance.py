@@ -16,7 +16,7 @@ from model.networks.init import KINDS, initial_kind
 from model.networks.linf.groupsort import GroupSortConfig
 from model.networks.linf.sortnet import SortNetConfig
 from model.networks.liresnet.bronet import BRONetConfig
-from model.networks.liresnet.liresnet import LiResNetConfig
+from model.networks.liresnet.network import LiResNetConfig
 from model.networks.registry import build_network, parameter_count
 from model.networks.sll.aol import AolConfig
 from model.networks.sll.network import SllConfig

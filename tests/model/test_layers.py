@@ -11,8 +11,8 @@ from model.networks.lipnext.layers import (
     flat_pool,
     l2_pool,
     shift,
-    space_to_depth,
 )
+from model.networks.tensor_ops import space_to_depth
 from optim.manifolds import ORTHOGONAL
 from tests.model.small_networks import tiny_config
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from model.certify import certify
 from model.errors import ModelError
 from model.networks.liresnet.bronet import BRONetConfig
-from model.networks.liresnet.liresnet import LiResNetConfig
+from model.networks.liresnet.network import LiResNetConfig
 from model.networks.registry import build_network, parameter_count
 from pipeline.presets.liresnet import PRESETS
 from pipeline.presets.registry import run_preset

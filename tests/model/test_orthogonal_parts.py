@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.certification.conv_bounds import convolve, kernel_bound, power_pair
+from model.certification.conv_bounds import convolve, kernel_bound, leading_singular_pair
 from model.certification.eigen_bounds import proved_least, proved_norm
 from model.certification.rounding import FLOAT32, FLOAT64
 from model.errors import ModelError
@@ -145,7 +145,7 @@ def test_kernel_bound_is_above_and_close(generator, geometry, whole, monkeypatch
     assert norm * (1 - 1e-4) < bound.lower <= norm <= bound.upper
     assert bound.upper < norm * (1 + 1e-5 if whole else 1.2)
     assert float(torch.linalg.matrix_norm(matrix.abs(), 2)) <= bound.absolute
-    estimate = power_pair(kernel, **how, shape=shape, steps=8, seed=3)[2]
+    estimate = leading_singular_pair(kernel, **how, shape=shape, steps=8, seed=3)[2]
     assert norm * 0.95 < estimate <= norm * (1 + 1e-12)
 
 

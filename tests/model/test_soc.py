@@ -16,11 +16,11 @@ from model.networks.soc.network import SocConfig
 from model.networks.soc.skew_conv import (
     SkewConvolution,
     fast_series,
-    kernel_bound,
     remainder,
     reshapes,
     series,
     skew,
+    skew_kernel_bound,
 )
 from optim.manifolds import manifold_of
 
@@ -47,7 +47,7 @@ def test_the_map_of_a_skew_filter_is_skew_and_its_bound_proved(generator, side):
     matrix = dense(kernel, 6, 5)
     assert torch.equal(transposed(kernel), -kernel)
     torch.testing.assert_close(matrix, -matrix.mT, rtol=0, atol=0)
-    bound = kernel_bound(weight, "w")
+    bound = skew_kernel_bound(weight, "w")
     norm = float(torch.linalg.matrix_norm(matrix, 2))
     assert bound.lower * (1 - 1e-12) <= norm <= bound.upper
     assert bound.upper <= side * min(
@@ -110,7 +110,7 @@ def test_a_layer_is_an_isometry_into_its_channels(generator, stride, side, input
         layer.weight.normal_(generator=generator)
         layer.bias.zero_()
     layer.store_scale()
-    bound = kernel_bound(layer.weight, "w")
+    bound = skew_kernel_bound(layer.weight, "w")
     images = torch.eye(inputs * 16, dtype=torch.float64).view(-1, inputs, 4, 4)
     with torch.no_grad():
         singular = torch.linalg.svdvals(layer.eval()(images).flatten(1))
@@ -126,7 +126,7 @@ def test_carried_error_covers_what_a_layer_does(generator, program):
         exact.weight.normal_(generator=generator)
         exact.bias.normal_(generator=generator)
     exact.store_scale()
-    bound = kernel_bound(exact.weight, "w")
+    bound = skew_kernel_bound(exact.weight, "w")
     x = torch.randn(8, 3, 6, 6, generator=generator)
     with torch.no_grad():
         computed = exact(x).double()

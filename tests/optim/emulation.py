@@ -11,7 +11,7 @@ from optim.collectives import Exchange
 from optim.config import OptimConfig
 from optim.manifolds import ORTHOGONAL, declare, is_trivialized, manifold_of
 from optim.param_groups import parameter_groups
-from optim.reference import ReferenceManifoldAdam
+from optim.reference_adam import ReferenceManifoldAdam
 from optim.zero3_adam import ShardedManifoldAdam
 from optim.zero_layout import ROUND_ELEMENTS, FlatPartition, Slot
 

@@ -3,7 +3,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from optim.adam import euclidean_step, new_state
+from optim.adam_update import euclidean_step, new_state
 from optim.config import OptimConfig
 
 

@@ -10,7 +10,7 @@ from optim.config import OptimConfig
 from optim.errors import OptimizerError
 from optim.manifolds import ORTHOGONAL, Manifold, declare, manifold_of
 from optim.param_groups import parameter_groups
-from optim.reference import ReferenceManifoldAdam
+from optim.reference_adam import ReferenceManifoldAdam
 
 MANIFOLDS: list[Manifold] = [ORTHOGONAL]
 

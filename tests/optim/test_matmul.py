@@ -17,7 +17,7 @@ from optim.matrix_exp import (
     term_limit,
 )
 from optim.param_groups import parameter_groups
-from optim.reference import ReferenceManifoldAdam
+from optim.reference_adam import ReferenceManifoldAdam
 from tests.optim.emulation import Problem, gradient
 from tests.optim.test_matrix_exp import adam_like, exact, normal, orthogonal, plane, rotations
 

@@ -11,7 +11,7 @@ from optim.collectives import LocalExchange
 from optim.errors import OptimizerError
 from optim.manifolds import ORTHOGONAL
 from optim.param_groups import parameter_groups
-from optim.reference import ReferenceManifoldAdam
+from optim.reference_adam import ReferenceManifoldAdam
 from tests.optim.emulation import Emulation, Problem, gradient
 
 PROBLEM = Problem((12, 8), lr=0.003, lookahead_steps=6, polar_every=10)

@@ -7,7 +7,7 @@ from optim.config import OptimConfig
 from optim.errors import OptimizerError
 from optim.manifolds import ORTHOGONAL
 from optim.param_groups import parameter_groups
-from optim.reference import ReferenceManifoldAdam
+from optim.reference_adam import ReferenceManifoldAdam
 from tests.optim.emulation import Problem, gradient, run_reference
 
 PROBLEM = Problem((6, 9), lookahead_steps=4, polar_every=0)

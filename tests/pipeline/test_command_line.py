@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 import docs.settings_page
-from data_shards.command_line.catalogue import settings
+from data_shards.command_line.settings import settings
 from data_shards.sources.digits import digits
 from data_shards.write import write_shard_set
 from jobs import predict, report, schedule

@@ -23,9 +23,9 @@ from pipeline.run import layout
 from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.events import Started
 from pipeline.run.lease import Lease
-from pipeline.tracking import outbox
+from pipeline.tracking import spool
 from pipeline.tracking.client import RunReference, TrackingConfig
-from pipeline.tracking.outbox import Tracker
+from pipeline.tracking.spool import Tracker
 
 NO_OBJECTS = [b"", b"{", b"[]", b"null", b"\0" * 40, b"[" * 100_000, b'{"gaps": "x"}']
 
@@ -159,7 +159,7 @@ DAMAGE = {
 def test_a_damaged_line_of_the_spool_is_counted_and_all_others_arrive(
     tmp_path, monkeypatch, caplog, what, place
 ):
-    monkeypatch.setattr(outbox, "MlflowConnection", Recorder)
+    monkeypatch.setattr(spool, "MlflowConnection", Recorder)
     key = record(tmp_path, 1, 2).key
     path = tmp_path / layout.SPOOL
     lines = path.read_bytes().splitlines(keepends=True)
@@ -177,7 +177,7 @@ def test_a_damaged_line_of_the_spool_is_counted_and_all_others_arrive(
 
 @pytest.mark.parametrize("state", [b"", b"[]", b'{"acknowledged": "x"}', b'{"run": 5}', b"\0"])
 def test_a_damaged_state_of_the_spool_ships_everything_once_more(tmp_path, monkeypatch, state):
-    monkeypatch.setattr(outbox, "MlflowConnection", Recorder)
+    monkeypatch.setattr(spool, "MlflowConnection", Recorder)
     record(tmp_path, 1)
     (path,) = tmp_path.glob("server-*.json")
     path.write_bytes(state)

@@ -8,9 +8,9 @@ from ray.train import ScalingConfig
 from pipeline.config import ClusterConfig, TrainConfig
 from pipeline.errors import PipelineError
 from pipeline.launch import ray_elastic
+from pipeline.launch.control_actor import PAUSE, STOP, ControlActor
 from pipeline.launch.ray_elastic import DividingPolicy
-from pipeline.resilience.signals import PAUSE, STOP, ControlActor
-from pipeline.run.step_schedule import world_sizes
+from pipeline.run.step_counts import world_sizes
 
 GRACE_S = 100.0
 

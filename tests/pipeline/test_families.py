@@ -15,7 +15,7 @@ from model.networks.init import KINDS
 from model.networks.registry import FAMILIES, Family, build_network
 from optim.config import OptimConfig
 from optim.param_groups import parameter_groups
-from optim.reference import ReferenceManifoldAdam
+from optim.reference_adam import ReferenceManifoldAdam
 from pipeline.config import RunConfig
 from pipeline.presets.registry import PRESETS, run_preset
 from pipeline.run.worker_spec import WorkerSpec

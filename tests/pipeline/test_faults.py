@@ -21,15 +21,18 @@ from pipeline.checkpoint.reader import committed
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.driver.event_log import EventLog
 from pipeline.launch import ray_launcher
+from pipeline.launch.control_actor import STOP
 from pipeline.launch.ray_launcher import _pump
 from pipeline.pretrain import main
-from pipeline.resilience.signals import STOP, StopSignal
+from pipeline.resilience.signals import (
+    StopSignal,
+)
 from pipeline.run.append_log import AppendLog
 from pipeline.run.events import CheckpointFailed, Skipped
 from pipeline.run.worker_spec import WorkerSpec
-from pipeline.tracking import outbox as tracker_file
+from pipeline.tracking import spool as tracker_file
 from pipeline.tracking.client import MlflowConnection, RunReference, TrackingConfig
-from pipeline.tracking.outbox import Tracker, _Spool
+from pipeline.tracking.spool import Tracker, _Spool
 from pipeline.training.trainer import Trainer
 from pipeline.training.zero3 import Zero3
 from tests.harness import run_command, run_ranks

@@ -5,7 +5,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.losses.certificate import certificate_loss
+from pipeline.losses.certificate_regularization import certificate_loss
 from pipeline.losses.emma import EmmaLoss, emma_loss
 from pipeline.losses.hinge import MixtureLoss, ce_hinge_loss, mixture_loss
 from pipeline.losses.logit_annealing import logit_annealing_loss

@@ -5,7 +5,7 @@ import torch
 
 from pipeline.errors import PipelineError
 from pipeline.run.distributed import DistributedContext
-from pipeline.training.metrics import SAMPLES, Metric, MetricReducer, Reduction
+from pipeline.training.metric_reducer import SAMPLES, Metric, MetricReducer, Reduction
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import rank_world
 

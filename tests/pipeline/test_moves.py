@@ -11,8 +11,8 @@ from pipeline.run.layout import is_ray_folder
 from pipeline.run.relative_urls import relative, resolve
 from pipeline.tracking.checkpoint_query import CheckpointQuery
 from pipeline.tracking.client import EvaluationRecord, MlflowConnection, TrackingConfig, now_ms
-from pipeline.tracking.outbox import Tracker
 from pipeline.tracking.relocation import follow
+from pipeline.tracking.spool import Tracker
 from tests.mlflow_database import empty_database
 
 

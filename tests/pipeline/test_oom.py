@@ -10,8 +10,8 @@ import torch
 from data_shards.storage.store import Store
 from pipeline.config import TrainConfig, changes, decides_result
 from pipeline.errors import PipelineError
-from pipeline.planner import recomputation
-from pipeline.planner.recomputation import decided
+from pipeline.planner import activation_checkpointing
+from pipeline.planner.activation_checkpointing import decided
 from pipeline.resilience.oom import (
     TooLargeError,
     fit_here,
@@ -134,8 +134,8 @@ def memory_on_a_device(free):
         return int(room < LITTLE)
 
     with (
-        mock.patch.object(recomputation, "free_memory", return_value=free),
-        mock.patch.object(recomputation, "recomputed_blocks", needed),
+        mock.patch.object(activation_checkpointing, "free_memory", return_value=free),
+        mock.patch.object(activation_checkpointing, "recomputed_blocks", needed),
     ):
         yield
 

@@ -47,7 +47,7 @@ def test_another_loss_keeps_what_both_have_and_takes_options_of_its_own():
         (["--loss.kind", "emma", "--loss.offset", "9"], ["--loss.offset", "'emma'", "eps-start"]),
         (["--loss.offset=9"], ["--loss.offset", "'emma'", "--loss.eps-ramp"]),
         (["--loss.kind", "offset", "--loss.eps-end", "2"], ["--loss.eps-end", "'offset'"]),
-        (["--loss.kind", "ofset"], ["--loss.kind ofset", "did you mean 'offset'", "ce_hinge"]),
+        (["--loss.kind", "ofset"], ["--loss.kind ofset", "(nearest: offset)", "ce_hinge"]),
     ],
 )
 def test_an_option_of_another_loss_is_refused(words, parts):

@@ -19,6 +19,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError, ProcessDiedError, RunFailedError
 from pipeline.launch import ray_launcher, ray_watch
+from pipeline.launch.control_actor import ControlActor
 from pipeline.launch.ray_failures import (
     BudgetedFailures,
     Failure,
@@ -29,7 +30,6 @@ from pipeline.launch.ray_failures import (
 from pipeline.launch.ray_launcher import _clear_error
 from pipeline.launch.ray_watch import RayServers, wait_for
 from pipeline.resilience.oom import TooLargeError
-from pipeline.resilience.signals import ControlActor
 
 
 def dead(preempted=False):

@@ -14,7 +14,7 @@ from pipeline.tracking.client import (
     log_evaluation,
     ui_command,
 )
-from pipeline.tracking.outbox import Tracker
+from pipeline.tracking.spool import Tracker
 from tests.harness import forking_context
 from tests.mlflow_database import empty_database
 from tests.strangers import listening, off_loopback

@@ -18,7 +18,7 @@ from model.networks.registry import build_network
 from optim.config import OptimConfig
 from optim.manifolds import ORTHOGONAL, manifold_of
 from optim.param_groups import parameter_groups
-from optim.reference import ReferenceManifoldAdam
+from optim.reference_adam import ReferenceManifoldAdam
 from optim.zero3_adam import TENSOR_KINDS
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.losses import emma

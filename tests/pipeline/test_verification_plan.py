@@ -10,8 +10,8 @@ from pydantic import TypeAdapter
 
 from model.networks.registry import build_network
 from model.verifier.families.registry import family_of
-from model.verifier.mathematics.arithmetic import PROGRAMS, VERIFIER
 from model.verifier.mathematics.matrix_bounds import bounds_of_matrix
+from model.verifier.mathematics.rounding import PROGRAMS, VERIFIER
 from model.verifier.operation_counts import bounds_work, gram_iteration, image_work
 from pipeline.errors import PipelineError
 from pipeline.plan import parse

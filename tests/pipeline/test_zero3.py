@@ -14,7 +14,7 @@ import model.networks.lipnext.layers
 from benchmarks.processes import in_ranks
 from model.networks.registry import build_network
 from optim.param_groups import parameter_groups
-from optim.reference import ReferenceManifoldAdam
+from optim.reference_adam import ReferenceManifoldAdam
 from pipeline.config import ClusterConfig, TrainConfig, ZeroConfig
 from pipeline.losses.emma import emma_loss
 from pipeline.run.distributed import join_process_group

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from model.certification.rounding import SLACK, ErrorState
-from model.networks.lipnext.layers import at_least_float32
+from model.networks.tensor_ops import at_least_float32
 
 
 def centred_pixels(images: Tensor, scale: float) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.device_copy import to_device
-from model.networks.lipnext.layers import at_least_float32
+from model.networks.tensor_ops import at_least_float32
 
 _TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24, "meta": 1 << 24}
 """A tile and its copy stay in a core's cache; a GPU needs more work for each launch. What is only

@@ -20,7 +20,7 @@ from model.networks.base import LipschitzByConstruction
 from model.networks.config import STRICT, NetworkConfig
 from model.networks.init import set_initial
 from model.networks.linf.common import centred_pixels, largest_entry, proved_error
-from model.networks.lipnext.layers import at_least_float32
+from model.networks.tensor_ops import at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

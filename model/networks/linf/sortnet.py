@@ -34,7 +34,7 @@ from model.networks.linf.distance import (
     distance,
 )
 from model.networks.linf.tanh_head import TanhHead
-from model.networks.lipnext.layers import at_least_float32
+from model.networks.tensor_ops import at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

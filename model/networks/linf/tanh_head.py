@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from model.certification.rounding import SLACK, U64, ErrorState, gamma
 from model.networks.init import set_initial
 from model.networks.linf.common import largest_entry
-from model.networks.lipnext.layers import at_least_float32
 from model.networks.soc.activations import ELEMENTARY
+from model.networks.tensor_ops import at_least_float32
 
 _HALVINGS = 48
 _OCTAVES = 24

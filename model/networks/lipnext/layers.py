@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from model.networks.init import set_initial
 from model.networks.lipnext.config import LipNeXtConfig
 from model.networks.lipnext.ops import ROLLS, fold_, shift_, unfold
+from model.networks.tensor_ops import at_least_float32, space_to_depth
 from optim.manifolds import ORTHOGONAL, declare, is_trivialized, trivialized
 
 
@@ -20,18 +21,6 @@ def _orthogonal(size: int, initial: str, *, trivializes: bool = False) -> nn.Par
     parameter = nn.Parameter(torch.empty(size, size))
     declare(parameter, ORTHOGONAL, trivializes=trivializes)
     return set_initial(parameter, initial)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """The tensor itself, or widened to float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def space_to_depth(images: Tensor, patch: int) -> Tensor:
-    """Cut (B, C, H, W) into patches: (B, H/patch, W/patch, C * patch^2), a permutation."""
-    b, c, h, w = images.shape
-    x = images.reshape(b, c, h // patch, patch, w // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, h // patch, w // patch, c * patch**2)
 
 
 def shift(x: Tensor, channels: int, distance: int = 1) -> Tensor:

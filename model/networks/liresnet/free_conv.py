@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.certification.conv_bounds import kernel_bound, power_pair
+from model.certification.conv_bounds import kernel_bound, leading_singular_pair
 from model.certification.dot_products import convolve, output_side
 from model.certification.matrix_bounds import MatrixBound
 from model.certification.rounding import SLACK, ErrorState
 from model.networks.centering import Centering
 from model.networks.init import set_initial
-from model.networks.lipnext.layers import at_least_float32
 from model.networks.liresnet.cholesky import ENTRY_ROUNDINGS, scaled_rows
+from model.networks.tensor_ops import at_least_float32
 
 _TRAINING_STEPS = 8
 _STORED_STEPS = 50
@@ -94,7 +94,7 @@ class RegularisedConvolution(nn.Module):
 
     def _estimate(self, kernel: Tensor) -> Tensor:
         whole = self._whole(kernel)
-        u, v, _ = power_pair(
+        u, v, _ = leading_singular_pair(
             whole.detach(), **self._geometry(), steps=_TRAINING_STEPS, seed=self.seed
         )
         return (u * F.conv2d(v, whole, stride=self.stride, padding=self.padding)).sum()
@@ -106,7 +106,7 @@ class RegularisedConvolution(nn.Module):
     def measure(self) -> None:
         """Store the observed norm of K."""
         whole = self._whole(self._kernel(at_least_float32(self.weight)))
-        self.norm.copy_(power_pair(whole, **self._geometry(), steps=_STORED_STEPS)[2])
+        self.norm.copy_(leading_singular_pair(whole, **self._geometry(), steps=_STORED_STEPS)[2])
 
     @torch.no_grad()
     def bound(self, name: str, stored: Tensor) -> MatrixBound:

@@ -15,7 +15,6 @@ from model.certification.matrix_bounds import MatrixBound
 from model.certification.rounding import FLOAT64, SLACK, ErrorState, Program
 from model.networks.centering import Centering
 from model.networks.init import set_initial
-from model.networks.lipnext.layers import at_least_float32
 from model.networks.liresnet.cholesky import (
     ComputedBound,
     carry_reflection,
@@ -26,6 +25,7 @@ from model.networks.liresnet.cholesky import (
     scaled_rows,
 )
 from model.networks.liresnet.fft import entrywise_error, images_of, spectrum, transform_error
+from model.networks.tensor_ops import at_least_float32
 
 CHOLESKY_SHARE = 1e-3
 REFLECTION_SHARE = 1e-7

@@ -13,8 +13,8 @@ from model.certification.rounding import ErrorState, Program, up
 from model.errors import ModelError
 from model.networks.base import LipschitzByConstruction
 from model.networks.config import STRICT, NetworkConfig
-from model.networks.lipnext.layers import space_to_depth
 from model.networks.sll.layers import AlmostOrthogonal, finish, max_min
+from model.networks.tensor_ops import space_to_depth
 
 _FACTOR = math.sqrt(2)
 

@@ -17,7 +17,6 @@ from model.certification.dot_products import convolve, transposed
 from model.certification.rounding import FLOAT64, SLACK, ErrorState, Program
 from model.errors import ModelError
 from model.networks.init import set_initial
-from model.networks.lipnext.layers import at_least_float32
 from model.networks.sll.scaling import (
     absolute_norm,
     combined,
@@ -28,6 +27,7 @@ from model.networks.sll.scaling import (
     row_sums,
     row_sums_error,
 )
+from model.networks.tensor_ops import at_least_float32
 
 Scaling = Literal["sll", "cpl"]
 _LARGEST_ERROR = 0.25

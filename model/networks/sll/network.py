@@ -15,8 +15,8 @@ from model.errors import ModelError
 from model.networks.base import LipschitzByConstruction
 from model.networks.config import STRICT, NetworkConfig
 from model.networks.head import Head
-from model.networks.lipnext.layers import at_least_float32
 from model.networks.sll.layers import Residual, Scaling, finish
+from model.networks.tensor_ops import at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.certification.rounding import SLACK, ErrorState, gamma
 from model.networks.init import set_initial
-from model.networks.lipnext.layers import at_least_float32
+from model.networks.tensor_ops import at_least_float32
 
 ELEMENTARY = 8
 """Roundings that one elementary function (sin, exp, log1p, hypot ...) may cost: 4 ulp."""

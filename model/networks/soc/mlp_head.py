@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.certification.matrix_bounds import MatrixBound, norm_upper_bound
-from model.certification.power_iteration import estimated_norm
 from model.certification.rounding import FLOAT64, SLACK, ErrorState, gamma
 from model.errors import ModelError
 from model.networks.head import pairwise_distances
 from model.networks.init import set_initial
-from model.networks.lipnext.layers import at_least_float32
 from model.networks.soc.activations import ELEMENTARY
+from model.networks.soc.power_iteration import estimated_norm
+from model.networks.tensor_ops import at_least_float32
 
 _CURVATURE = 0.25
 """Largest second derivative of softplus."""

@@ -19,7 +19,7 @@ from model.networks.head import Head
 from model.networks.init import set_initial
 from model.networks.soc.activations import ACTIVATIONS, POOLS
 from model.networks.soc.mlp_head import MLPHead
-from model.networks.soc.skew_conv import SkewConvolution, kernel_bound
+from model.networks.soc.skew_conv import SkewConvolution, skew_kernel_bound
 from optim.manifolds import ORTHOGONAL, declare
 
 
@@ -190,7 +190,7 @@ class LipConvnet(CertifiedNetwork):
 
     def bound_matrix(self, name: str, stored: Tensor) -> MatrixBound:
         """See CertifiedNetwork; of a filter W the bounds of the map of (W - W^T) / 2."""
-        return kernel_bound(stored, name) if stored.ndim == 4 else matrix_bound(stored, name)
+        return skew_kernel_bound(stored, name) if stored.ndim == 4 else matrix_bound(stored, name)
 
     def lipschitz_upper_bound(self, matrices: Matrices | None = None) -> LipschitzBound:
         """Product of 1 + ||J||^terms / terms! over all convolutions, ||J|| proved.

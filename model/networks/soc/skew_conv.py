@@ -15,10 +15,10 @@ from torch.nn.grad import conv2d_weight
 
 from model.certification.dot_products import convolve, transposed
 from model.certification.matrix_bounds import MatrixBound, matrix_bound, tensor_digest
-from model.certification.power_iteration import estimated_norm
 from model.certification.rounding import SLACK, U64, ErrorState
 from model.networks.init import set_initial
-from model.networks.lipnext.layers import at_least_float32
+from model.networks.soc.power_iteration import estimated_norm
+from model.networks.tensor_ops import at_least_float32
 
 
 def skew(weight: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def remainder(norm: float, terms: int) -> float:
         return math.inf
 
 
-def kernel_bound(weight: Tensor, name: str) -> MatrixBound:
+def skew_kernel_bound(weight: Tensor, name: str) -> MatrixBound:
     """Bounds of the map of the filter (W - W^T) / 2, for images of any size, zero padded.
 
     `upper` is k times the smallest proved norm of `reshapes`; `absolute` bounds the map of

@@ -11,7 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from model.verifier.families.base import Family, Shapes, Tensors
-from model.verifier.mathematics.arithmetic import (
+from model.verifier.mathematics.convolution import convolve, space_to_depth
+from model.verifier.mathematics.linear_head import Head
+from model.verifier.mathematics.matrix_bounds import MatrixBounds, schur
+from model.verifier.mathematics.rounding import (
     GUARD,
     ErrorState,
     Floats,
@@ -20,11 +23,8 @@ from model.verifier.mathematics.arithmetic import (
     kappa,
     norm_of,
 )
-from model.verifier.mathematics.convolution import convolve, space_to_depth
-from model.verifier.mathematics.linear_head import Head
-from model.verifier.mathematics.matrix_bounds import MatrixBounds, schur
 from model.verifier.mathematics.scaling import EXACT, Scaling, row_sums
-from model.verifier.settings import SIDE, Config, Setting, Whole
+from model.verifier.network_config import SIDE, Config, Setting, Whole
 
 
 class Aol(Family):

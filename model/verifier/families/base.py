@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from model.verifier.mathematics.arithmetic import ErrorState, Floats, Program
+from model.verifier.errors import SAME_BOUND
 from model.verifier.mathematics.linear_head import Head
 from model.verifier.mathematics.matrix_bounds import MatrixBounds, bounds_of_matrix
-from model.verifier.refusal import SAME_BOUND
-from model.verifier.settings import Config, Setting
+from model.verifier.mathematics.rounding import ErrorState, Floats, Program
+from model.verifier.network_config import Config, Setting
 
 Tensors = Mapping[str, npt.NDArray[np.float32]]
 Shapes = dict[str, tuple[int, ...]]

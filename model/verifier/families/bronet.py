@@ -12,8 +12,8 @@ import numpy as np
 
 from model.verifier.families.liresnet import LiResNet
 from model.verifier.families.liresnet_layers import Layer, linear_block, patches, stem_grid
-from model.verifier.mathematics.arithmetic import ErrorState, Floats, gamma, norm_of
-from model.verifier.mathematics.hermitian import adjoint, multiply
+from model.verifier.mathematics.cholesky import Rows
+from model.verifier.mathematics.eigen_bounds import adjoint, multiply
 from model.verifier.mathematics.orthogonal_layers import (
     NECK,
     REFLECTION,
@@ -23,8 +23,8 @@ from model.verifier.mathematics.orthogonal_layers import (
     to_waves,
     wave_rows,
 )
-from model.verifier.mathematics.orthonormal import Rows
-from model.verifier.settings import SIDE, Choice, Config, Flag, Setting, Whole
+from model.verifier.mathematics.rounding import ErrorState, Floats, gamma, norm_of
+from model.verifier.network_config import SIDE, Choice, Config, Flag, Setting, Whole
 
 _TAU = 1e-6
 

@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from model.verifier.families.base import Family, Shapes, Tensors
-from model.verifier.mathematics.arithmetic import (
+from model.verifier.mathematics.linear_head import Head
+from model.verifier.mathematics.matrix_bounds import MatrixBounds
+from model.verifier.mathematics.rounding import (
     ROUND_UP,
     ErrorState,
     Floats,
@@ -22,9 +24,7 @@ from model.verifier.mathematics.arithmetic import (
     kappa,
     largest_entry,
 )
-from model.verifier.mathematics.linear_head import Head
-from model.verifier.mathematics.matrix_bounds import MatrixBounds
-from model.verifier.settings import SIDE, Config, Setting, Whole
+from model.verifier.network_config import SIDE, Config, Setting, Whole
 
 
 class GroupSort(Family):

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from model.verifier.families.base import Family, Shapes, Tensors
-from model.verifier.mathematics.arithmetic import ErrorState, Floats, Program, gamma, kappa, norm_of
 from model.verifier.mathematics.linear_head import LinearHead
 from model.verifier.mathematics.matrix_bounds import MatrixBounds
-from model.verifier.settings import SIDE, Choice, Config, Flag, Number, Setting, Whole
+from model.verifier.mathematics.rounding import ErrorState, Floats, Program, gamma, kappa, norm_of
+from model.verifier.network_config import SIDE, Choice, Config, Flag, Number, Setting, Whole
 
 
 class LipNeXt(Family):

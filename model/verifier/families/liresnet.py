@@ -23,7 +23,13 @@ from model.verifier.families.liresnet_layers import (
     stem_grid,
     stored_shapes,
 )
-from model.verifier.mathematics.arithmetic import (
+from model.verifier.mathematics.activations import MaxMin
+from model.verifier.mathematics.cholesky import Rows
+from model.verifier.mathematics.convolution import convolve, space_to_depth
+from model.verifier.mathematics.linear_head import LinearHead
+from model.verifier.mathematics.matrix_bounds import MatrixBounds
+from model.verifier.mathematics.orthogonal_layers import Orthonormal, bounds_of_rows, dense_rows
+from model.verifier.mathematics.rounding import (
     ErrorState,
     Floats,
     Program,
@@ -31,13 +37,7 @@ from model.verifier.mathematics.arithmetic import (
     largest_entry,
     norm_of,
 )
-from model.verifier.mathematics.convolution import convolve, space_to_depth
-from model.verifier.mathematics.linear_head import LinearHead
-from model.verifier.mathematics.matrix_bounds import MatrixBounds
-from model.verifier.mathematics.orthogonal_layers import Orthonormal, bounds_of_rows, dense_rows
-from model.verifier.mathematics.orthonormal import Rows
-from model.verifier.mathematics.paired_activations import MaxMin
-from model.verifier.settings import SIDE, Config, Setting, Whole
+from model.verifier.network_config import SIDE, Config, Setting, Whole
 
 
 class LiResNet(Family):

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.verifier.mathematics.arithmetic import Floats, norm_of
-from model.verifier.mathematics.free_convolution import absolute_bound, norm_bound, observed_norm
+from model.verifier.mathematics.conv_bounds import absolute_bound, norm_bound, observed_norm
 from model.verifier.mathematics.matrix_bounds import MatrixBounds
 from model.verifier.mathematics.orthogonal_layers import CHOLESKY, scaled_rows
-from model.verifier.settings import Config
+from model.verifier.mathematics.rounding import Floats, norm_of
+from model.verifier.network_config import Config
 
 OBSERVED_SHARE = 0.99
 """Of an observed norm: a stored estimate may be as far below it."""

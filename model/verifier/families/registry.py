@@ -1,5 +1,6 @@
 """The families of networks that are verified, one file each."""
 
+from model.verifier.errors import UnsupportedError, UnusableError, shown, take
 from model.verifier.families.aol import Aol
 from model.verifier.families.base import Family
 from model.verifier.families.bronet import BRONet
@@ -9,8 +10,7 @@ from model.verifier.families.liresnet import LiResNet
 from model.verifier.families.sll import Sll
 from model.verifier.families.soc import Soc
 from model.verifier.families.sortnet import SortNet
-from model.verifier.refusal import UnsupportedError, UnusableError, shown, take
-from model.verifier.settings import Config, checked
+from model.verifier.network_config import Config, checked
 
 FAMILIES: dict[str, type[Family]] = {
     "lipnext": LipNeXt,

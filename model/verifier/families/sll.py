@@ -11,7 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from model.verifier.families.base import Family, Shapes, Tensors
-from model.verifier.mathematics.arithmetic import (
+from model.verifier.mathematics.convolution import convolve, transposed
+from model.verifier.mathematics.linear_head import LinearHead
+from model.verifier.mathematics.matrix_bounds import MatrixBounds, schur
+from model.verifier.mathematics.rounding import (
     ErrorState,
     Floats,
     Program,
@@ -19,11 +22,8 @@ from model.verifier.mathematics.arithmetic import (
     kappa,
     norm_of,
 )
-from model.verifier.mathematics.convolution import convolve, transposed
-from model.verifier.mathematics.linear_head import LinearHead
-from model.verifier.mathematics.matrix_bounds import MatrixBounds, schur
 from model.verifier.mathematics.scaling import EXACT, Powers, Scaling, norm_bound, powers, row_sums
-from model.verifier.settings import SIDE, Choice, Config, Setting, Whole
+from model.verifier.network_config import SIDE, Choice, Config, Setting, Whole
 
 
 class Sll(Family):

@@ -15,7 +15,12 @@ import numpy.typing as npt
 
 from model.verifier.families.base import Family, Shapes, Tensors
 from model.verifier.families.soc_layers import convolutions, is_matrix
-from model.verifier.mathematics.arithmetic import (
+from model.verifier.mathematics.activations import ACTIVATIONS, POOLS, Pairs
+from model.verifier.mathematics.convolution import convolve, space_to_depth
+from model.verifier.mathematics.linear_head import LinearHead
+from model.verifier.mathematics.matrix_bounds import MatrixBounds, bounds_of_matrix
+from model.verifier.mathematics.mlp_head import MLPHead
+from model.verifier.mathematics.rounding import (
     ROUND_UP,
     ErrorState,
     Floats,
@@ -23,13 +28,8 @@ from model.verifier.mathematics.arithmetic import (
     kappa,
     norm_of,
 )
-from model.verifier.mathematics.convolution import convolve, space_to_depth
-from model.verifier.mathematics.linear_head import LinearHead
-from model.verifier.mathematics.matrix_bounds import MatrixBounds, bounds_of_matrix
-from model.verifier.mathematics.mlp_head import MLPHead
-from model.verifier.mathematics.paired_activations import ACTIVATIONS, POOLS, Pairs
 from model.verifier.mathematics.skew import bounds_of_filter, power_over_factorial, skew
-from model.verifier.settings import SIDE, Choice, Config, Setting, Whole
+from model.verifier.network_config import SIDE, Choice, Config, Setting, Whole
 
 
 class Soc(Family):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from model.verifier.settings import Config
+from model.verifier.network_config import Config
 
 
 class Layer(NamedTuple):

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from model.verifier.families.base import Family, Shapes, Tensors
-from model.verifier.mathematics.arithmetic import ErrorState, Floats, Program, kappa, largest_entry
 from model.verifier.mathematics.linear_head import Head
 from model.verifier.mathematics.matrix_bounds import MatrixBounds
+from model.verifier.mathematics.rounding import ErrorState, Floats, Program, kappa, largest_entry
 from model.verifier.mathematics.tanh_head import TanhHead
-from model.verifier.settings import SIDE, Config, Flag, Number, Setting, Whole
+from model.verifier.network_config import SIDE, Config, Flag, Number, Setting, Whole
 
 _TILE = 1 << 22  # distances at a time
 

@@ -8,13 +8,7 @@ from multiprocessing import get_context
 import numpy as np
 
 from model.verifier.artifact import Weights
-from model.verifier.families.base import Family
-from model.verifier.families.registry import FAMILIES
-from model.verifier.files import Body
-from model.verifier.mathematics.arithmetic import ROUND_UP
-from model.verifier.mathematics.matrix_bounds import MatrixBounds
-from model.verifier.progress import Progress
-from model.verifier.refusal import (
+from model.verifier.errors import (
     DisagreementError,
     Near,
     UnusableError,
@@ -22,7 +16,13 @@ from model.verifier.refusal import (
     agree,
     take,
 )
-from model.verifier.settings import Config
+from model.verifier.families.base import Family
+from model.verifier.families.registry import FAMILIES
+from model.verifier.files import Body
+from model.verifier.mathematics.matrix_bounds import MatrixBounds
+from model.verifier.mathematics.rounding import ROUND_UP
+from model.verifier.network_config import Config
+from model.verifier.progress import Progress
 
 SAME_CONDITION = 1e-5
 """It follows from a least eigenvalue, which two programs do not find alike."""

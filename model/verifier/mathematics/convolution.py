@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from model.verifier.mathematics.arithmetic import Floats
+from model.verifier.mathematics.rounding import Floats
 
 
 def convolve(x: Floats, kernel: Floats, *, stride: int = 1, padding: int = 0) -> Floats:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.verifier.mathematics.arithmetic import ROUND_UP, ErrorState, Floats, U, gamma
-from model.verifier.refusal import UnusableError
+from model.verifier.errors import UnusableError
+from model.verifier.mathematics.rounding import ROUND_UP, ErrorState, Floats, U, gamma
 
 Classes = npt.NDArray[np.int64]
 SMALLEST_ROW = 1e-6

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from model.verifier.mathematics.arithmetic import GUARD, ROUND_UP, Floats, U, gamma
+from model.verifier.mathematics.rounding import GUARD, ROUND_UP, Floats, U, gamma
 
 
 class MatrixBounds(NamedTuple):

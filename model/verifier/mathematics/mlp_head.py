@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.verifier.mathematics.arithmetic import (
+from model.verifier.mathematics.linear_head import Classes, Head, quotient
+from model.verifier.mathematics.matrix_bounds import MatrixBounds, frobenius, upper_bound
+from model.verifier.mathematics.rounding import (
     ROUND_UP,
     ErrorState,
     Floats,
@@ -19,8 +21,6 @@ from model.verifier.mathematics.arithmetic import (
     kappa,
     norm_of,
 )
-from model.verifier.mathematics.linear_head import Classes, Head, quotient
-from model.verifier.mathematics.matrix_bounds import MatrixBounds, frobenius, upper_bound
 
 PAIRS_WORK = 4e12  # operations that the norms of all pairs may cost
 

@@ -4,7 +4,10 @@ import math
 
 import numpy as np
 
-from model.verifier.mathematics.arithmetic import (
+from model.verifier.mathematics.cholesky import Rows, condition, orthonormal, program_error
+from model.verifier.mathematics.eigen_bounds import Complexes, Matrices, adjoint, multiply
+from model.verifier.mathematics.matrix_bounds import MatrixBounds, frobenius
+from model.verifier.mathematics.rounding import (
     ROUND_UP,
     VERIFIER,
     ErrorState,
@@ -14,9 +17,6 @@ from model.verifier.mathematics.arithmetic import (
     gamma,
     kappa,
 )
-from model.verifier.mathematics.hermitian import Complexes, Matrices, adjoint, multiply
-from model.verifier.mathematics.matrix_bounds import MatrixBounds, frobenius
-from model.verifier.mathematics.orthonormal import Rows, condition, orthonormal, program_error
 
 CHOLESKY, REFLECTION, NECK = 1e-3, 1e-7, 1e-5
 PHASE = 64

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from model.verifier.families.base import Family
-from model.verifier.mathematics.arithmetic import GUARD, VERIFIER, Floats, Program
 from model.verifier.mathematics.linear_head import Classes
+from model.verifier.mathematics.rounding import GUARD, VERIFIER, Floats, Program
 
 SLACK = 2.0**-26
 """What the producer takes off so that another program's proof is not below its own (section 6)."""

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.verifier.mathematics.arithmetic import Floats, Program, U, combined, gamma
 from model.verifier.mathematics.convolution import gram
+from model.verifier.mathematics.rounding import Floats, Program, U, combined, gamma
 
 
 class Scaling(NamedTuple):

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from model.verifier.mathematics.arithmetic import ROUND_UP, Floats, U
 from model.verifier.mathematics.convolution import transposed
 from model.verifier.mathematics.matrix_bounds import (
     MatrixBounds,
@@ -10,6 +9,7 @@ from model.verifier.mathematics.matrix_bounds import (
     lower_bound,
     upper_bound,
 )
+from model.verifier.mathematics.rounding import ROUND_UP, Floats, U
 
 
 def skew(W: Floats) -> Floats:

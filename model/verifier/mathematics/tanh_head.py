@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from model.verifier.mathematics.arithmetic import (
+from model.verifier.mathematics.linear_head import Classes, Head
+from model.verifier.mathematics.rounding import (
     ROUND_UP,
     ErrorState,
     Floats,
@@ -21,7 +22,6 @@ from model.verifier.mathematics.arithmetic import (
     kappa,
     largest_entry,
 )
-from model.verifier.mathematics.linear_head import Classes, Head
 
 _HALVINGS, _OCTAVES = 48, 24
 

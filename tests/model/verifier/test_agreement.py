@@ -11,10 +11,10 @@ import torch
 from model.errors import ModelError
 from model.networks.registry import build_network
 from model.verifier import supported
+from model.verifier.errors import DisagreementError, RefusalError
 from model.verifier.families.registry import FAMILIES
+from model.verifier.mathematics.conv_bounds import observed_norm
 from model.verifier.mathematics.convolution import adjoint, convolve
-from model.verifier.mathematics.free_convolution import observed_norm
-from model.verifier.refusal import DisagreementError, RefusalError
 from model.verify import main
 from tests.model.certificate_maker import CONFIRMED
 from tests.model.small_networks import trained_like

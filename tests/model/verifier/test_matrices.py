@@ -6,8 +6,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from model.verifier.mathematics.arithmetic import PROGRAMS, kappa
 from model.verifier.mathematics.matrix_bounds import bounds_of_matrix, lower_bound, upper_bound
+from model.verifier.mathematics.rounding import PROGRAMS, kappa
 from tests.repetitions import mostly_slow
 
 

@@ -17,9 +17,10 @@ import torch
 from model.certification import eigen_bounds
 from model.certification.rounding import PROGRAMS as EVALUATED
 from model.networks.liresnet.cholesky import ComputedBound, entry_error, rows_error
-from model.verifier.mathematics import hermitian, orthonormal, radii
-from model.verifier.mathematics.arithmetic import PROGRAMS, ErrorState
+from model.verifier.mathematics import cholesky, radii
+from model.verifier.mathematics import eigen_bounds as verifier_eigen_bounds
 from model.verifier.mathematics.orthogonal_layers import dense_rows
+from model.verifier.mathematics.rounding import PROGRAMS, ErrorState
 from tests.model.small_networks import trained_like
 from tests.model.test_conformance import NETWORKS
 from tests.model.verifier.honest import derived, stated
@@ -52,9 +53,9 @@ class Evaluator:
 
 
 class Verifier:
-    """model/verifier/mathematics/hermitian.py."""
+    """model/verifier/mathematics/eigen_bounds.py."""
 
-    module, roundoff, product = hermitian, "U", "multiply"
+    module, roundoff, product = verifier_eigen_bounds, "U", "multiply"
 
     @staticmethod
     def library(patch, eigenvalues, factor):
@@ -63,13 +64,13 @@ class Verifier:
 
     @staticmethod
     def largest(matrix):
-        return float(hermitian.largest_eigenvalues(matrix[None])[0])
+        return float(verifier_eigen_bounds.largest_eigenvalues(matrix[None])[0])
 
     @staticmethod
     def least(gram, estimate):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(np.linalg, "eigvalsh", lambda gram: np.array([[estimate]]))
-            return float(hermitian.smallest_eigenvalues(gram[None])[0])
+            return float(verifier_eigen_bounds.smallest_eigenvalues(gram[None])[0])
 
 
 @pytest.fixture(params=[Evaluator, Verifier], ids=["evaluator", "verifier"])
@@ -135,7 +136,7 @@ def exact_rows(X, share):
 def test_the_verifier_charges_its_own_solver(function, size, monkeypatch):
     weight = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32).astype(np.float64)
     rows = dense_rows(weight, 0, 1e-3, transposed=False)
-    rho = orthonormal.condition(rows)
+    rho = cholesky.condition(rows)
     exact = getattr(np.linalg, function)
 
     def sloppy(*arguments):
@@ -143,7 +144,7 @@ def test_the_verifier_charges_its_own_solver(function, size, monkeypatch):
         return result + size * np.tril(np.ones_like(result))
 
     monkeypatch.setattr(np.linalg, function, sloppy)
-    Q, error = orthonormal.orthonormal(rows, rho)
+    Q, error = cholesky.orthonormal(rows, rho)
     wrong = float(np.linalg.norm(Q[0] - exact_rows(rows.X[0], rows.share)))
     assert wrong > size / 10
     assert wrong <= error < 1e3 * (size + 1e-12)
@@ -174,14 +175,14 @@ def test_both_charge_the_rounding_of_rows_that_the_document_states(name, c):
     finite = 0
     for m, k, rho in itertools.product((1, 5, 40), (40, 300), (1.0, 30.0, 1e6, 1e10)):
         X = np.ones((1, m, k), dtype=complex if c == 4 else float)
-        rows = orthonormal.Rows(X, 1e-3, 1.0, 0.0)
+        rows = cholesky.Rows(X, 1e-3, 1.0, 0.0)
         bound = ComputedBound("x", (m, k), "", 1.0, 0.0, math.sqrt(m), 1.0, rho)
         delta = entry_error(EVALUATED[name])
-        assert delta == pytest.approx(orthonormal.entry_error(rows, PROGRAMS[name]), rel=1e-12)
+        assert delta == pytest.approx(cholesky.entry_error(rows, PROGRAMS[name]), rel=1e-12)
         due = stated_rows_error(m, k, rho, delta, EVALUATED[name], c)
         found = rows_error(bound, m, k, delta, EVALUATED[name], complex_terms=c == 4)
         assert found == pytest.approx(due, rel=2e-9)
-        assert orthonormal.program_error(rows, rho, PROGRAMS[name]) == pytest.approx(due, rel=1e-9)
+        assert cholesky.program_error(rows, rho, PROGRAMS[name]) == pytest.approx(due, rel=1e-9)
         finite += math.isfinite(due)
     assert finite >= 6
 

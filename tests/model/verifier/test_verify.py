@@ -22,9 +22,9 @@ from model.artifact.artifact import write_artifact
 from model.networks.lipnext.config import LipNeXtConfig
 from model.verifier import artifact
 from model.verifier.certificate import COLUMNS, FIELDS
+from model.verifier.errors import DisagreementError
 from model.verifier.families.lipnext import LipNeXt
 from model.verifier.progress import Progress
-from model.verifier.refusal import DisagreementError
 from model.verifier.samples import ERRORS, count_greater
 from model.verify import main
 from tests.model.certificate_maker import (

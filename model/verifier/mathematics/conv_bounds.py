@@ -11,10 +11,10 @@ import math
 
 import numpy as np
 
-from model.verifier.mathematics.arithmetic import ROUND_UP, Floats, U, gamma
 from model.verifier.mathematics.convolution import adjoint, convolve
-from model.verifier.mathematics.hermitian import largest_eigenvalues, multiply
+from model.verifier.mathematics.eigen_bounds import largest_eigenvalues, multiply
 from model.verifier.mathematics.matrix_bounds import schur
+from model.verifier.mathematics.rounding import ROUND_UP, Floats, U, gamma
 
 WHOLE = 2048
 """Operators with at most so many inputs or outputs are bounded as one matrix, too."""

@@ -1,6 +1,6 @@
 import pytest
 
-from model.certification.wilson_interval import wilson, with_interval
+from pipeline.run.wilson_interval import wilson, with_interval
 
 
 @pytest.mark.parametrize(

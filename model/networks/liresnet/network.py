@@ -15,11 +15,11 @@ from model.errors import ModelError
 from model.networks.base import CertifiedNetwork, LipschitzBound
 from model.networks.config import STRICT, NetworkConfig
 from model.networks.head import Head
-from model.networks.lipnext.layers import space_to_depth
 from model.networks.liresnet.cholesky import SMALLEST
 from model.networks.liresnet.free_conv import LinearResidual, RegularisedConvolution
 from model.networks.liresnet.layers import CholeskyDense
 from model.networks.soc.activations import MaxMin
+from model.networks.tensor_ops import space_to_depth
 
 _OBSERVED_SHARE = 0.99
 """Both are found by a Krylov method from different starts, from below."""

@@ -10,16 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.verifier.mathematics.arithmetic import (
-    ROUND_UP,
-    VERIFIER,
-    Floats,
-    Program,
-    U,
-    combined,
-    gamma,
-)
-from model.verifier.mathematics.hermitian import (
+from model.verifier.mathematics.eigen_bounds import (
     Matrices,
     adjoint,
     factor,
@@ -27,6 +18,15 @@ from model.verifier.mathematics.hermitian import (
     norms,
     smallest_eigenvalues,
     terms,
+)
+from model.verifier.mathematics.rounding import (
+    ROUND_UP,
+    VERIFIER,
+    Floats,
+    Program,
+    U,
+    combined,
+    gamma,
 )
 
 SMALLEST, LARGEST = 2.0**-10, 2.0**40

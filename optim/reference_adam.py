@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.adam import euclidean_average, euclidean_step, new_state
+from optim.adam_update import euclidean_average, euclidean_step, new_state
 from optim.config import OptimConfig
 from optim.errors import OptimizerError
 from optim.manifolds import Manifold, is_trivialized, manifold_of

@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from model.verifier.mathematics.arithmetic import ROUND_UP, Floats, U, gamma
+from model.verifier.mathematics.rounding import ROUND_UP, Floats, U, gamma
 
 Complexes = npt.NDArray[np.complex128]
 Matrices = Floats | Complexes

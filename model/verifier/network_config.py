@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from model.verifier.refusal import UnsupportedError, UnusableError, shown
+from model.verifier.errors import UnsupportedError, UnusableError, shown
 
 Config = dict[str, Any]
 

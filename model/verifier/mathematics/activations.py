@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from model.verifier.mathematics.arithmetic import ErrorState, Floats, gamma
+from model.verifier.mathematics.rounding import ErrorState, Floats, gamma
 
 
 class Pairs(ABC):
