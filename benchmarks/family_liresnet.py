@@ -25,8 +25,8 @@ from benchmarks.timing import interleaved
 from model.networks.config import NetworkConfig
 from model.networks.liresnet import layers
 from model.networks.liresnet.bronet import BRONetConfig
-from model.networks.liresnet.free_conv import RegularisedConvolution
 from model.networks.liresnet.network import LiResNetConfig
+from model.networks.liresnet.regularized_conv import RegularisedConvolution
 from model.networks.registry import build_network
 
 _SIZES = {"input_shape": (3, 32, 32), "num_classes": 10, "dense_layers": 8}

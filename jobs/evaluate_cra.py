@@ -33,7 +33,7 @@ from jobs.evaluation.runner import (
     output,
 )
 from jobs.evaluation.suites import NO_ATTACK
-from jobs.evaluation.tracking_store import record_store
+from jobs.evaluation.tracking_uri import record_store
 from model.errors import ModelError
 from pipeline.run.evaluation_summary import EvaluationSummary, report
 from pipeline.run.layout import (

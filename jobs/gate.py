@@ -23,8 +23,8 @@ from data_shards.errors import ShardError
 from data_shards.untrusted.terminal import PlainConsole
 from jobs.command_line import exit_status
 from jobs.errors import EvaluationError
-from jobs.registry import promotion
-from jobs.registry.promotion_rule import Rule
+from jobs.model_registry import promotion
+from jobs.model_registry.promotion_rule import Rule
 from model.errors import ModelError
 from pipeline.run.wilson_interval import with_interval
 from pipeline.tracking.client import TrackingConfig, ui_command

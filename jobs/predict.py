@@ -34,9 +34,9 @@ from jobs.errors import EvaluationError
 from jobs.evaluation.certify_tasks import ArtifactTask, matrix_tasks
 from jobs.evaluation.executor import map_inline, map_shards
 from jobs.evaluation.runner import artifact_info, run_task, task_device
+from jobs.model_registry.promotion import rule_of
 from jobs.prediction.image_files import Picture, PreparedImage, find_pictures, prepare
 from jobs.prediction.predictor import SoundPredictor, artifact_url
-from jobs.registry.promotion import rule_of
 from model.artifact.artifact import ArtifactInfo
 from model.certification.eps import eps_value
 from model.certification.matrix_bounds import MatrixBound

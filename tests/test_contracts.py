@@ -16,7 +16,7 @@ FORBIDDEN = {
     "jobs.predict": "certified_pretrain.networks",
     "certified_pretrain.training": "pipeline.training.trainer",
     "jobs.gate": "pipeline.checkpoint.reader",
-    "jobs.figures.plots": "jobs.registry.promotion",
+    "jobs.figures.plots": "jobs.model_registry.promotion",
     "model.networks.head": "optim.matrix_exp",
     "model.attacks": "data_shards.format.shard_index",
     "model.certification.rounding": "model.networks.base",

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from data_shards.format.shard_index import ShardIndex
 from data_shards.untrusted.json_input import canonical_json
 from model.artifact.artifact import ArtifactInfo, head_rule
-from model.artifact.release import release
+from model.artifact.package_version import release
 from model.certification.matrix_bounds import MatrixBound
 from model.certify import SLACK_OF_RADII
 from model.networks.base import LipschitzBound

@@ -19,7 +19,7 @@ from pipeline.presets.fit_to_data import fitted
 from pipeline.presets.registry import run_preset
 from pipeline.run import layout
 from pipeline.run.config_file import newest_run, read_file, stored_config
-from pipeline.run.ray_submission import default_storage
+from pipeline.run.ray_job import default_storage
 
 DEFAULT_PRESET = "digits"
 CONFIG = "--config"

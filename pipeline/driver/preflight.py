@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_shards.sources.registry import SOURCES
 from data_shards.storage.store import Store
-from model.artifact.release import release
+from model.artifact.package_version import release
 from pipeline.checkpoint.reader import committed, name_strays
 from pipeline.config import RunConfig, changes, decides_result, flatten
 from pipeline.errors import PipelineError
@@ -31,11 +31,11 @@ from pipeline.run.lease import (
     hold_run,
     write_record,
 )
+from pipeline.run.ray_job import default_storage, uploaded_code
 from pipeline.run.ray_session import cluster_address
-from pipeline.run.ray_submission import default_storage, uploaded_code
 from pipeline.run.relative_urls import relative
 from pipeline.run.server_exposure import require_closed
-from pipeline.run.step_counts import StepSchedule, make_step_schedule, world_sizes
+from pipeline.run.step_schedule import StepSchedule, make_step_schedule, world_sizes
 from pipeline.run.worker_spec import WorkerSpec
 from pipeline.tracking.client import SQLITE, TrackingConfig
 from pipeline.tracking.server_answers import listed_addresses

@@ -24,7 +24,7 @@ from pipeline.errors import failing
 from pipeline.planner.meta_step import training_flops
 from pipeline.run import layout
 from pipeline.run.evaluation_summary import EvaluationSummary, local_path, report
-from pipeline.run.ray_submission import submission_tags
+from pipeline.run.ray_job import submission_tags
 from pipeline.tracking.client import ui_command
 from pipeline.tracking.spool import Tracker
 

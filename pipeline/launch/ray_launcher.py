@@ -23,7 +23,7 @@ from pipeline.resilience.signals import (
 from pipeline.run.events import Emit, GroupFailed
 from pipeline.run.layout import ray_folder
 from pipeline.run.ray_session import ray_session
-from pipeline.run.step_counts import world_sizes
+from pipeline.run.step_schedule import world_sizes
 from pipeline.run.worker_spec import WorkerSpec
 from pipeline.training.worker import run_rank
 

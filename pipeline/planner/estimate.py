@@ -24,7 +24,7 @@ from pipeline.planner.step_time import (
     manifold_products,
     step_time,
 )
-from pipeline.run.step_counts import StepSchedule, make_step_schedule
+from pipeline.run.step_schedule import StepSchedule, make_step_schedule
 from pipeline.training.device_flops import DTYPES
 from pipeline.training.zero3 import engine_settings, gathered_sizes, persistence
 

@@ -101,7 +101,7 @@ def _published(name: str, model: NetworkConfig, *, offset: float, shift: int) ->
         preset=name,
         model=model,
         data=DataConfig(stream=StreamConfig(shift_pixels=shift, flip=True, workers=4)),
-        optim=_adam(1e-2),
+        optim=_adam(lr=1e-2),
         loss=OffsetLoss(offset=offset, scale=4.0),
         train=_triangular(epochs=1000, global_batch=256, log_every=10),
         checkpoint=CheckpointConfig(every_steps=5000),

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import pydantic
 
 from data_shards.untrusted.limits import require
-from pipeline.run.ray_submission import default_storage
+from pipeline.run.ray_job import default_storage
 from pipeline.tracking.relocation import SQLITE, relocate
 from pipeline.tracking.relocation import location as artifact_location
 from pipeline.tracking.server_answers import (

@@ -1,6 +1,6 @@
 """Metrics of the ranks: declared once by name, reduced together in one tensor, read by name.
 
-What is measured is declared where it is: `STATISTICS` in `objective.py`, and `metrics` of hooks.
+What is measured: `STATISTICS` in `metrics.py`, and `metrics` of hooks.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ import math
 
 from pipeline.config import TrainConfig
 from pipeline.losses.base import Loss
-from pipeline.run.step_counts import StepSchedule
+from pipeline.run.step_schedule import StepSchedule
 
 
 @dataclasses.dataclass(frozen=True)

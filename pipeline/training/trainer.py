@@ -13,7 +13,7 @@ from data_shards.streaming.webdataset_stream import UnindexedStream
 from optim.errors import OptimizerError
 from pipeline.errors import PipelineError
 from pipeline.run.events import Emit, RolledBack, Skipped
-from pipeline.run.step_counts import StepSchedule
+from pipeline.run.step_schedule import StepSchedule
 from pipeline.run.worker_spec import TrainState
 from pipeline.training.hooks import Hook
 from pipeline.training.metric_reducer import Metric

@@ -11,7 +11,7 @@ from benchmarks.report import history
 from data_shards.config import StreamConfig
 from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.webdataset_stream import UnindexedStream
-from model.artifact.release import release
+from model.artifact.package_version import release
 from pipeline.driver.preflight import code_version
 
 

@@ -15,8 +15,8 @@ from data_shards.sources.synthetic import synthetic
 from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from jobs.evaluate_cra import evaluate
+from jobs.model_registry.promotion_rule import Rule
 from jobs.prediction.predictor import SoundPredictor
-from jobs.registry.promotion_rule import Rule
 from model.artifact.artifact import write_artifact
 from model.networks.registry import build_network
 from pipeline.tracking.model_registry import Registry

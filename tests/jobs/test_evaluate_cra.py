@@ -25,7 +25,7 @@ from jobs.evaluation.certify_tasks import ArtifactTask, matrix_tasks, shard_task
 from jobs.evaluation.config import EvaluationConfig
 from jobs.evaluation.runner import artifact_info, evaluation_keys
 from jobs.evaluation.stored_result import read_result
-from jobs.registry.certificate_bundle import CertificateBundle
+from jobs.model_registry.certificate_bundle import CertificateBundle
 from model.certify import certify
 from pipeline.run.evaluation_summary import EvaluationSummary
 from tests.fake_ray import gcs

@@ -11,8 +11,8 @@ from data_shards.storage.store import Store
 from data_shards.streaming.sample_reader import read_shard
 from jobs.errors import EvaluationError
 from jobs.gate import NOT_PROMOTED, main
-from jobs.registry import promotion
-from jobs.registry.certificate_bundle import CertificateBundle
+from jobs.model_registry import promotion
+from jobs.model_registry.certificate_bundle import CertificateBundle
 from model.verifier.families.registry import FAMILIES
 from pipeline.tracking.client import TrackingConfig
 from pipeline.tracking.model_registry import Registry, RegistryError

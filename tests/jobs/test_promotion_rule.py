@@ -6,7 +6,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from scipy.stats import hypergeom
 
-from jobs.registry.promotion_rule import (
+from jobs.model_registry.promotion_rule import (
     MISSED_FORGERY,
     Comparison,
     Rule,

@@ -18,8 +18,8 @@ from model.networks.liresnet.cholesky import (
     rows_error,
 )
 from model.networks.liresnet.fft import images_of, spectrum
-from model.networks.liresnet.free_conv import LinearResidual, RegularisedConvolution
 from model.networks.liresnet.layers import CholeskyDense, DenseReflection, ReflectionConvolution
+from model.networks.liresnet.regularized_conv import LinearResidual, RegularisedConvolution
 from tests.model.small_networks import filled
 
 TYPES = [torch.float64, torch.complex128]

@@ -16,7 +16,7 @@ from pipeline.config import (
 )
 from pipeline.errors import PipelineError
 from pipeline.presets.registry import PRESETS, run_preset
-from pipeline.run.step_counts import make_step_schedule
+from pipeline.run.step_schedule import make_step_schedule
 from tests.pipeline.small_runs import small_run
 
 

@@ -10,7 +10,7 @@ from pipeline.errors import PipelineError
 from pipeline.launch import ray_elastic
 from pipeline.launch.control_actor import PAUSE, STOP, ControlActor
 from pipeline.launch.ray_elastic import DividingPolicy
-from pipeline.run.step_counts import world_sizes
+from pipeline.run.step_schedule import world_sizes
 
 GRACE_S = 100.0
 

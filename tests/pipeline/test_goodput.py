@@ -10,11 +10,11 @@ import torch
 from data_shards.streaming.sampler import Cursor
 from pipeline.config import CheckpointConfig, TrainConfig
 from pipeline.run.events import Metrics
-from pipeline.run.step_counts import make_step_schedule
+from pipeline.run.step_schedule import make_step_schedule
 from pipeline.run.worker_spec import TrainState
 from pipeline.training import recorder, trainer, worker
 from pipeline.training.hooks import CheckpointHook
-from pipeline.training.objective import STATISTICS
+from pipeline.training.metrics import STATISTICS
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import rank_world, small_run
 

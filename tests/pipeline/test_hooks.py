@@ -10,7 +10,7 @@ from pipeline.run.worker_spec import WorkerSpec
 from pipeline.training import objective
 from pipeline.training.hooks import Hook, HookList
 from pipeline.training.metric_reducer import Metric, Reduction
-from pipeline.training.objective import STATISTICS, Statistic
+from pipeline.training.metrics import STATISTICS, Statistic
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import observed_run, rank_world, small_run, small_shards
 

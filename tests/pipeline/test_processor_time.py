@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import CheckpointConfig, ClusterConfig, TrainConfig, replaced
 from pipeline.presets.registry import run_preset
-from pipeline.run.step_counts import make_step_schedule
+from pipeline.run.step_schedule import make_step_schedule
 from pipeline.training import processor_time
 from pipeline.training.hooks import Record
 from pipeline.training.metric_reducer import Reduced

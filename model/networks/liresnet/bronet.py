@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from model.certification.rounding import ErrorState, gamma
 from model.errors import ModelError
 from model.networks.config import STRICT
-from model.networks.liresnet.free_conv import LinearResidual
 from model.networks.liresnet.layers import CholeskyDense, DenseReflection, ReflectionConvolution
 from model.networks.liresnet.network import LiResNet, LiResNetConfig, Patches
+from model.networks.liresnet.regularized_conv import LinearResidual
 from model.networks.tensor_ops import at_least_float32
 
 _POOL_TAU = 1e-6

@@ -16,8 +16,8 @@ from model.networks.base import CertifiedNetwork, LipschitzBound
 from model.networks.config import STRICT, NetworkConfig
 from model.networks.head import Head
 from model.networks.liresnet.cholesky import SMALLEST
-from model.networks.liresnet.free_conv import LinearResidual, RegularisedConvolution
 from model.networks.liresnet.layers import CholeskyDense
+from model.networks.liresnet.regularized_conv import LinearResidual, RegularisedConvolution
 from model.networks.soc.activations import MaxMin
 from model.networks.tensor_ops import space_to_depth
 

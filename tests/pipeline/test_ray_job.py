@@ -12,7 +12,7 @@ from data_shards.storage.store import Store
 from data_shards.write import write_shard_set
 from pipeline.errors import PipelineError
 from pipeline.pretrain import parse
-from pipeline.run.ray_submission import is_ray_job, submission_tags, uploaded_code
+from pipeline.run.ray_job import is_ray_job, submission_tags, uploaded_code
 from tests.pipeline.prepared import prepare
 
 pytestmark = pytest.mark.integration

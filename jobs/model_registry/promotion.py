@@ -20,8 +20,8 @@ from pydantic import TypeAdapter
 from data_shards.storage.store import Store
 from jobs.errors import EvaluationError
 from jobs.evaluation.runner import artifact_info
-from jobs.registry.certificate_bundle import CertificateBundle, VerificationError
-from jobs.registry.promotion_rule import (
+from jobs.model_registry.certificate_bundle import CertificateBundle, VerificationError
+from jobs.model_registry.promotion_rule import (
     Comparison,
     Rule,
     compare,

@@ -6,8 +6,8 @@ import pytest
 
 from jobs.errors import EvaluationError
 from jobs.evaluation.config import EvaluationConfig
-from jobs.evaluation.tracking_store import record_store
-from pipeline.run.ray_submission import default_storage
+from jobs.evaluation.tracking_uri import record_store
+from pipeline.run.ray_job import default_storage
 from pipeline.tracking.client import TrackingConfig
 
 SUMMARY = types.SimpleNamespace(dataset="digits-test", split="test")

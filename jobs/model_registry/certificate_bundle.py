@@ -20,7 +20,7 @@ from data_shards.untrusted.json_input import canonical_json, parse_object
 from data_shards.untrusted.parquet import read_table
 from jobs.errors import EvaluationError
 from jobs.evaluation.stored_result import evaluation_files
-from jobs.registry.promotion_rule import Bits, Rule
+from jobs.model_registry.promotion_rule import Bits, Rule
 from model.certification.eps import eps_value
 from pipeline.run.evaluation_summary import EvaluationSummary
 from pipeline.run.layout import CERTIFICATE, SAMPLES, SUMMARY
