@@ -46,11 +46,12 @@ def compare(config: CompareConfig) -> list[System]:
     """Run everything that is not there yet.
 
     Raises:
-        EvaluationError: no such preset, or a network is larger than the budget allows.
+        EvaluationError: no such preset or radius, or a network is larger than the budget allows.
         TrainingRunError: a run failed or missed the budget.
     """
     presets = {name: preset_config(name) for name in config.presets}
     _require_size(config, presets)
+    _require_radii(config, presets)
     runs = Runs(config)
     samples = _samples(config, runs)
     changes, scores = _tune(config, runs, presets, samples)
@@ -85,6 +86,16 @@ def _require_size(config: CompareConfig, presets: Mapping[str, RunConfig]) -> No
             raise EvaluationError(
                 f"{name} has {size:,} parameters, the budget allows {config.amount:,.0f}"
             )
+
+
+def _require_radii(config: CompareConfig, presets: Mapping[str, RunConfig]) -> None:
+    for name, preset in presets.items():
+        known = preset.checkpoint.evaluate_eps
+        for radius in config.judge_by:
+            if radius not in known:
+                raise EvaluationError(
+                    f"--judge-by {radius}: {name} is certified at {', '.join(known)}"
+                )
 
 
 def _samples(config: CompareConfig, runs: Runs) -> Callable[[str], int]:
@@ -138,8 +149,9 @@ def _tune(
         ]
         for (name, (number, _)), outcome in zip(asked.items(), runs.run(orders), strict=True):
             # A network whose step is too long for the budget would be judged after another one.
-            cra = outcome.summary.columns["sound"].cra.values()
-            score = statistics.fmean(cra) if outcome.held else math.nan
+            cra = outcome.summary.columns["sound"].cra
+            judged = [cra[radius] for radius in config.judge_by or cra]
+            score = statistics.fmean(judged) if outcome.held else math.nan
             scores[name].append(score)
             searches[name].tell(number, score)
     return {name: search.best for name, search in searches.items()}, scores
@@ -167,6 +179,7 @@ def write(config: CompareConfig, systems: Sequence[System]) -> str:
             "trial_amount": config.trial_amount or config.amount,
             "seeds": config.seeds,
             "trials": config.trials,
+            "judge_by": config.judge_by,
             "presets": config.presets,
         },
         metrics=metrics,

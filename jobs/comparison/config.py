@@ -35,6 +35,10 @@ class CompareConfig:
     """Trials per preset on `fit` and `validation`, the same number for each; 0 tunes nothing. The
     first is the preset itself; the others, drawn by Optuna, change learning rate, temperature, two
     sizes and, where the family has one, the pool."""
+    judge_by: tuple[str, ...] = ()
+    """Radii of the presets' tables (`36/255`) whose mean certified accuracy judges a trial; empty:
+    all of them. The temperature trades one radius for another, so this decides what it is tuned
+    for."""
     parallel: Annotated[int, pydantic.Field(ge=1)] = 1
     """Runs at the same time, at most one per core."""
     workers: Annotated[int, pydantic.Field(ge=1), tyro.conf.arg(name="cluster.workers")] = 1

@@ -107,9 +107,10 @@ def markdown(config: CompareConfig, systems: Sequence[System], *, date: str, cod
         lines += [
             "",
             f"Each system had {config.trials} trials of {_amount(config, config.trial_amount)} on "
-            "`fit`, judged by the mean certified accuracy on `validation`: the preset, then what "
-            "Optuna drew of learning rate, temperature, two sizes and, where there is one, the "
-            "pool."
+            "`fit`, judged by the mean certified accuracy on `validation`"
+            + (f" at {', '.join(config.judge_by)}" if config.judge_by else "")
+            + ": the preset, then what Optuna drew of learning rate, temperature, two sizes and, "
+            "where there is one, the pool."
             + "".join(
                 f" {count} of {code_span(system.preset)} had steps too long and count as none."
                 for system in systems

@@ -60,6 +60,7 @@ class Machine:
         self.artifact, self.summary = artifact, summary
         self.started, self.resumed, self.fail, self.overrun = [], [], None, 1.0
         self.too_long = math.inf
+        self.best_at = {}  # learning rate by radius, where it is not that of the preset
 
     def run(self, words, **_):
         """Stands for `Popen`; the run has ended when it returns."""
@@ -104,12 +105,14 @@ class Machine:
         lines = [damaged, *map(json.dumps, rows)]
         (folder / "tracking/spool.jsonl").write_text("\n".join(lines) + "\n")
         best = 0.02 if preset == QUICK else 0.01
-        score = 0.9 - abs(math.log2(settings["optim"]["lr"] / best)) / 10
-        score -= float(given.get("train.seed", 0)) / 100
-        sound = dataclasses.replace(
-            self.summary.columns["sound"],
-            cra=dict.fromkeys(self.summary.columns["sound"].cra, score),
-        )
+        sound = self.summary.columns["sound"]
+        scores = {
+            radius: 0.9
+            - abs(math.log2(settings["optim"]["lr"] / self.best_at.get(radius, best))) / 10
+            - float(given.get("train.seed", 0)) / 100
+            for radius in sound.cra
+        }
+        sound = dataclasses.replace(sound, cra=scores)
         columns = {**self.summary.columns, "sound": sound}
         evaluation = place / "evaluation" / settings["data"]["test_split"]
         evaluation.mkdir(parents=True)
@@ -135,7 +138,7 @@ def machine(artifact, summary, monkeypatch):
 def claimed(out):
     """Samples of which the claimed share is certified, the first ones."""
     summary = EvaluationSummary.from_json(out.read("summary.json"))
-    [cra] = set(summary.columns["sound"].cra.values())
+    cra = max(summary.columns["sound"].cra.values())
     radius = np.where(np.arange(100) < round(100 * cra), 9.0, -1.0)
     return SimpleNamespace(summary=summary, keys=tuple(range(100)), radius=radius)
 
@@ -175,6 +178,20 @@ def test_a_budget_of_time_is_held_within_three_percent(machine, tmp_path, overru
     machine.overrun = overrun
     with contextlib.nullcontext() if held else pytest.raises(TrainingRunError, match="of a budget"):
         compare(config(tmp_path, presets=(QUICK,)))
+
+
+def test_trials_are_judged_by_the_radii_that_are_asked_for(machine, tmp_path):
+    machine.best_at = {"255/255": 0.005}
+    settings = config(tmp_path, presets=(QUICK,), trials=7, trial_amount=1.0, judge_by=("255/255",))
+    [system] = compare(settings)
+    rates = [float(given["optim.lr"]) for _, given in machine.started[:7]]
+    nearest = min(rates, key=lambda rate: abs(math.log2(rate / 0.005)))
+    assert system.changes["optim.lr"] == nearest != min(rates, key=lambda rate: abs(rate - 0.02))
+    assert "on `validation` at 255/255" in write(settings, [system])
+    started = len(machine.started)
+    with pytest.raises(EvaluationError, match=f"--judge-by 7/255: {QUICK} is certified at 36/255"):
+        compare(config(tmp_path, presets=(QUICK,), trials=2, judge_by=("7/255",)))
+    assert len(machine.started) == started
 
 
 def test_a_trial_whose_step_is_too_long_counts_as_none(machine, tmp_path):
