@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 from urllib.request import Request, urlopen
 
@@ -18,17 +20,27 @@ BUCKET = "bucket"
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
     """Run a server with one empty bucket that anybody may read; yields its address, host:port."""
-    from moto.server import ThreadedMotoServer  # most test processes start no server
+    from moto.s3.responses import S3Response  # most test processes start no server
+    from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        _put(f"http://{host}:{port}/{BUCKET}", b"")
-        _put(f"http://{host}:{port}/{BUCKET}?policy", json.dumps(_PUBLIC).encode())
-        yield f"{host}:{port}"
-    finally:
-        server.stop()
+    put = S3Response.put_object
+    lock = threading.Lock()
+
+    def put_alone(response: S3Response) -> Any:
+        """S3 looks and writes in one step; this server would let two create the same object."""
+        with lock:
+            return put(response)
+
+    with mock.patch.object(S3Response, "put_object", put_alone):
+        server.start()
+        try:
+            host, port = server.get_host_and_port()
+            _put(f"http://{host}:{port}/{BUCKET}", b"")
+            _put(f"http://{host}:{port}/{BUCKET}?policy", json.dumps(_PUBLIC).encode())
+            yield f"{host}:{port}"
+        finally:
+            server.stop()
 
 
 def _put(url: str, body: bytes) -> None:
