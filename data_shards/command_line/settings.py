@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import docstring_parser
 import tyro
+from pydantic.fields import FieldInfo
 
 _NAMES = {str: "TEXT", int: "INT", float: "FLOAT", bool: "", type(None): ""}
 
@@ -120,6 +121,13 @@ def _default(field: Any, default: Any) -> Any:
         return getattr(default, field.name)
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
+    if isinstance(field.default, FieldInfo):  # a limit of pydantic's with the default in it
+        required = field.default.is_required()
+        return (
+            dataclasses.MISSING
+            if required
+            else field.default.get_default(call_default_factory=True)
+        )
     return field.default
 
 

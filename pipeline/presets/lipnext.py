@@ -38,8 +38,8 @@ def digits() -> RunConfig:
         optim=OptimConfig(lr=1e-2, betas=(0.9, 0.99), lookahead_factor=0.8),
         # The full radius from the first step: in a short run the ramp costs accuracy.
         loss=EmmaLoss(eps=108 / 255, eps_start=1.15, eps_end=1.15, scale=10.0),
-        train=TrainConfig(epochs=85, global_batch=128, warmup_epochs=2),
-        checkpoint=CheckpointConfig(every_steps=500),
+        train=TrainConfig(epochs=170, global_batch=128, warmup_epochs=2),
+        checkpoint=CheckpointConfig(every_steps=1000),
     )
 
 

@@ -251,6 +251,7 @@ def test_every_setting_has_a_meaning_and_says_what_0_and_nothing_mean():
     values = {"train.seed", "attack_seed", "seeds"}  # a seed: 0 is a number as any other
     for where, one in every_setting():
         assert one.meaning, (where, one.flag)
+        assert "=" not in one.default, (where, one.flag, one.default)  # no object of a library
         if one.default in ("0", "-1") and one.option not in values:
             said = re.search(rf"(?<![\d.-]){one.default}(?![\d.])", one.meaning)
             assert said, (where, one.flag, one.meaning)
