@@ -1,4 +1,4 @@
-"""The error of shard sets, and how the entries of this package end on it and on damaged files."""
+"""The error of shard sets, and how the entries of this package end on an error."""
 
 import contextlib
 import sys

@@ -137,7 +137,16 @@ def test_of_many_that_begin_together_one_writes(run):
 
 
 @pytest.mark.integration
-def test_of_many_that_begin_together_one_writes_into_an_object_store():
+def test_of_many_that_begin_together_one_writes_into_an_object_store(monkeypatch):
+    from moto.s3.models import S3Backend
+
+    put = S3Backend.put_object
+
+    def slow(*arguments, **options):
+        time.sleep(0.02)  # between the look of this server and its write
+        return put(*arguments, **options)
+
+    monkeypatch.setattr(S3Backend, "put_object", slow)
     with s3_server() as address, s3_clients(f"http://{address}"):
         assert writers_at_once(Store(f"s3://{BUCKET}/run"), 3) == [1]
 
