@@ -45,12 +45,12 @@ ui: $(VENV)/run.stamp
 test: $(VENV)/test.stamp lint
 	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
-# The quick part: one process each, no Ray, no servers, no training of several ranks, no rehearsal of
+# The quick part: one process each, no Ray, no servers, no training of several ranks, no pretended
 # GPUs; of each parametrised test two cases, others each time (CASES=1000: all). Lint is apart.
 CASES ?= 2
 test-fast: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m "not (slow or gpu or distributed or ray or integration)" \
-	--ignore tests/end_to_end --ignore tests/gpu_rehearsal --cases $(CASES) -n 2 --dist loadfile
+	--ignore tests/end_to_end --ignore tests/fake_gpu --cases $(CASES) -n 2 --dist loadfile
 
 test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow

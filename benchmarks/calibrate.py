@@ -41,7 +41,7 @@ from pipeline.command_line.arguments import parse_with_preset
 from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.planner.calibration import Measured
-from pipeline.planner.meta_step import DTYPES, rehearse
+from pipeline.planner.meta_pass import DTYPES, run_meta_pass
 from pipeline.planner.step_time import manifold_products
 from pipeline.run.distributed import DistributedContext, join_process_group
 from pipeline.training.objective import Objective
@@ -168,7 +168,7 @@ def _passing(
     short = dataclasses.replace(
         config, model=dataclasses.replace(model, depth=min(model.depth, DEPTH))
     )
-    flops = rehearse(short, micro_batch=images).flops
+    flops = run_meta_pass(short, micro_batch=images).flops
     network = build_network(short.model)
     network.recomputed_blocks = config.train.recomputed(network.block_count)
     for parameter in network.parameters():

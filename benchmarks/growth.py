@@ -20,14 +20,14 @@ from mlflow import MlflowClient
 from benchmarks.index import make_set
 from benchmarks.report import Row, write_result
 from data_shards.config import StreamConfig
-from data_shards.format.foreign_scan import Layout
+from data_shards.format.external_scan import Layout
 from data_shards.format.shard_index import load_index
 from data_shards.format.tar import add_end, add_member
 from data_shards.sources.base import encode_png
 from data_shards.storage.store import Store
 from data_shards.streaming.fetcher import Shares, SplitReader
 from data_shards.streaming.sampler import Cursor
-from data_shards.writing.foreign_set import IndexOptions, index_foreign_set
+from data_shards.writing.external_set import IndexOptions, index_external_set
 from data_shards.writing.shard_patterns import find_shards
 from pipeline.tracking.checkpoint_query import CheckpointQuery
 from pipeline.tracking.client import EvaluationRecord, MlflowConnection, TrackingConfig, now_ms
@@ -172,7 +172,7 @@ def of_shards(folder: Path, shards: int) -> Works:
     return {"load the index": lambda: load_index(str(folder)), "send a part per shard": cut}
 
 
-def of_foreign_shards(folder: Path, shards: int) -> Works:
+def of_external_shards(folder: Path, shards: int) -> Works:
     """Indexing shards of another program, 4 small images in each."""
     image = encode_png(np.zeros((8, 8, 3), np.uint8))
     for number in range(shards):
@@ -186,7 +186,7 @@ def of_foreign_shards(folder: Path, shards: int) -> Works:
 
     def index() -> None:
         found = find_shards(root, [f"train=train-{{00000..{shards - 1:05d}}}.tar"])
-        index_foreign_set(root, found, root, IndexOptions(layout=Layout("cls", "")))
+        index_external_set(root, found, root, IndexOptions(layout=Layout("cls", "")))
 
     return {"index them": index}
 
@@ -199,7 +199,9 @@ def main() -> None:
         folder = Path(name)
         found = over_sets(folder / "samples", "samples", 10_000, of_samples)
         found += over_sets(folder / "shards", "shards", 40, of_shards)
-        found += over_sets(folder / "foreign", "foreign shards", 10, of_foreign_shards, repeats=1)
+        found += over_sets(
+            folder / "external", "external shards", 10, of_external_shards, repeats=1
+        )
         found += tracked(folder / "runs", "runs", 4)
         found += tracked(folder / "checkpoints", "checkpoints", 10)
     rows: list[Row] = [

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.report import Row, write_result
 from pipeline.planner.memory import Traffic
-from pipeline.planner.meta_step import MovedBytes
+from pipeline.planner.meta_pass import MovedBytes
 from pipeline.planner.step_time import MEMORY_SHARE, NODE, StepTime, device_of, step_time
 
 FOUNDRY = "github.com/mosaicml/llm-foundry, scripts/train/benchmarking/README.md"

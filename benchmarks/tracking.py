@@ -27,7 +27,7 @@ from pipeline.driver.event_log import EventLog
 from pipeline.driver.goodput import UsageMetrics
 from pipeline.driver.monitor import RunMonitor
 from pipeline.driver.preflight import PreparedRun, prepare
-from pipeline.planner.meta_step import training_flops
+from pipeline.planner.meta_pass import training_flops
 from pipeline.pretrain import parse
 from pipeline.resilience.signals import Flag
 from pipeline.run.distributed import join_process_group

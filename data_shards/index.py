@@ -11,10 +11,10 @@ import tyro
 
 from data_shards.command_line.parsing import parse_words
 from data_shards.errors import ShardError, exit_on_error
-from data_shards.format.foreign_scan import Layout
+from data_shards.format.external_scan import Layout
 from data_shards.format.shard_index import split_counts
 from data_shards.storage.store import Store
-from data_shards.writing.foreign_set import IndexOptions, index_foreign_set
+from data_shards.writing.external_set import IndexOptions, index_external_set
 from data_shards.writing.process_pool import usable_cpus
 from data_shards.writing.shard_patterns import find_shards
 from data_shards.writing.write_report import reported
@@ -72,7 +72,7 @@ def _run(
         size = sum(shard.size for shard in shards)
         workers = usable_cpus() if size > _SMALL_SET else 1
     store = Store(out or url)
-    found = index_foreign_set(root, shards, store, options, workers=workers, progress=True)
+    found = index_external_set(root, shards, store, options, workers=workers, progress=True)
     for line in found.notes:
         sys.stdout.write(line + "\n")
     what = "index written" if found.written else "already there, unchanged"

@@ -17,7 +17,7 @@ import xxhash
 from data_shards.command_line.parsing import parse_words
 from data_shards.command_line.progress import ImageProgress
 from data_shards.errors import ShardError, exit_on_error
-from data_shards.format.foreign_scan import read_adopted
+from data_shards.format.external_scan import read_indexed
 from data_shards.format.image_pixels import decoded_shape
 from data_shards.format.shard_index import Rows, Shard, ShardIndex, load_index, split_counts
 from data_shards.format.shard_scan import HashedFile, StoredSample, read_shard_file
@@ -112,7 +112,7 @@ def _samples(
 ) -> Iterator[StoredSample | str]:
     if shard.source is None:
         return read_shard_file(file, size, shard.file)
-    return read_adopted(index, shard, file, size)
+    return read_indexed(index, shard, file, size)
 
 
 def _digest_of_rest(file: HashedFile) -> str:

@@ -218,7 +218,7 @@ class Request:
         """
         run, device = run or self.run, self.on(-(-ranks // self.gpus))
         found = estimate(run, ranks=ranks, device=device, images=self.data()[0])
-        if found.fits or found.rehearsal.recomputed == found.rehearsal.blocks:
+        if found.fits or found.meta_pass.recomputed == found.meta_pass.blocks:
             return found
         blocks: int | Literal["all"] = "all"
         if run.train.activation_checkpointing == "auto" and device.name != "cpu":
@@ -274,12 +274,12 @@ def report(found: Estimate, request: Request) -> dict[str, Any]:
         "memory": [dataclasses.asdict(row) for row in found.components],
         "memory_peak": found.peak,
         "memory_room": found.room,
-        "blocks": found.rehearsal.blocks,
-        "recomputed": found.rehearsal.recomputed,
+        "blocks": found.meta_pass.blocks,
+        "recomputed": found.meta_pass.recomputed,
         "fits": found.fits,
         "host": found.host,
         "flops_per_image": found.least_flops,
-        "flops_per_rank_step": found.rehearsal.flops * request.run.train.accumulation,
+        "flops_per_rank_step": found.meta_pass.flops * request.run.train.accumulation,
         "operations_per_image": request.run.model.operations(),
         "flops_epoch": found.least_flops and found.least_flops * found.images,
         "sent_per_rank_step": dataclasses.asdict(found.sent),
@@ -426,7 +426,7 @@ def _figures(found: Estimate, facts: dict[str, Any]) -> Iterator[tuple[str, str]
         "batch",
         f"{found.ranks} ranks x {found.counts.rank_batch}, {found.counts.micro_batch} a pass",
     )
-    seen = found.rehearsal
+    seen = found.meta_pass
     again = f"{seen.recomputed} of {seen.blocks} recomputed in the backward pass"
     yield "blocks", again if seen.recomputed else "kept"
     yield "steps", f"{found.counts.total_steps:,}"
@@ -476,7 +476,7 @@ def sweep(estimates: Sequence[Estimate]) -> Iterator[str]:
         t = e.time
         cells = [
             str(e.ranks), str(e.counts.rank_batch), f"{e.peak / _GB:.1f}",
-            "yes" if e.fits else "no", f"{e.rehearsal.recomputed} of {e.rehearsal.blocks}",
+            "yes" if e.fits else "no", f"{e.meta_pass.recomputed} of {e.meta_pass.blocks}",
             f"{1e3 * t.passes:.0f}", f"{1e3 * t.zero3:.0f}", f"{1e3 * t.manifold:.0f}",
             f"{1e3 * t.total:.0f}", t.bound, f"{e.images_per_s:,.0f}",
             f"{e.mfu:.0%}" if e.mfu is not None else "", f"{e.epoch_s / 60:.1f}",

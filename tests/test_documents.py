@@ -100,7 +100,7 @@ RUN_BY = {
         f"{SHARDS}.verify": "test_entry_lists_what_is_wrong",
     },
     "tests/data_shards/test_rebuild_index.py": {f"{SHARDS}.verify URL --repair": "test_entry"},
-    "tests/data_shards/test_foreign.py": {f"{SHARDS}.index": "test_a_set_of_stock_webdataset"},
+    "tests/data_shards/test_external.py": {f"{SHARDS}.index": "test_a_set_of_stock_webdataset"},
     "tests/data_shards/test_bench.py": {f"{SHARDS}.bench": "test_command"},
     "tests/jobs/test_gate.py": {
         "python -m jobs.gate": "test_the_entry_runs_the_acts_and_tells_the_outcome_by_its_status",

@@ -35,7 +35,7 @@ from pipeline.driver.preflight import prepare
 from pipeline.errors import PipelineError
 from pipeline.losses.base import STRICT, Loss, relative_logits
 from pipeline.losses.registry import LOSSES
-from pipeline.planner.meta_step import training_flops
+from pipeline.planner.meta_pass import training_flops
 from pipeline.pretrain import parse
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import StepContext

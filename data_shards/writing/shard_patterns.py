@@ -21,7 +21,7 @@ _LISTED = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class ForeignShard:
+class ExternalShard:
     """A shard of another program."""
 
     split: StoredSplit
@@ -30,7 +30,7 @@ class ForeignShard:
     size: int
 
 
-def find_shards(root: Store, splits: Sequence[str]) -> list[ForeignShard]:
+def find_shards(root: Store, splits: Sequence[str]) -> list[ExternalShard]:
     """Return the shards that patterns mean, train first, each split in the order of its patterns.
 
     Args:
@@ -42,7 +42,7 @@ def find_shards(root: Store, splits: Sequence[str]) -> list[ForeignShard]:
         ShardError: a pattern of another form or without shards, one that is absent, compressed or
             of both splits.
     """
-    found: dict[str, ForeignShard] = {}
+    found: dict[str, ExternalShard] = {}
     patterns = [_parse(text) for text in splits]
     if not any(split == "train" for split, _ in patterns):
         raise ShardError("no train shards: give --split train=PATTERN")
@@ -56,9 +56,9 @@ def find_shards(root: Store, splits: Sequence[str]) -> list[ForeignShard]:
             if not names:
                 absent.append(name)
             for shard in names:
-                if found.get(shard, ForeignShard(split, shard, 0)).split != split:
+                if found.get(shard, ExternalShard(split, shard, 0)).split != split:
                     raise ShardError(f"{root}/{shard} is of train and of test")
-                found[shard] = ForeignShard(split, shard, sizes[shard])
+                found[shard] = ExternalShard(split, shard, sizes[shard])
         if absent:
             raise ShardError(
                 f"{root}: {len(absent)} shards of {split}={pattern} are absent: "

@@ -10,7 +10,7 @@ from model.artifact.artifact import ArtifactInfo
 from pipeline.run.evaluation_summary import EvaluationSummary, local_path
 from pipeline.run.relative_urls import resolve
 from pipeline.tracking.client import SQLITE, TrackingConfig, default_uri, missing_store
-from pipeline.tracking.server_answers import ADDRESSES, require_address
+from pipeline.tracking.untrusted_server import ADDRESSES, require_address
 
 
 def record_store(

@@ -38,7 +38,7 @@ from pipeline.run.server_exposure import require_closed
 from pipeline.run.step_schedule import StepSchedule, make_step_schedule, world_sizes
 from pipeline.run.worker_spec import WorkerSpec
 from pipeline.tracking.client import SQLITE, TrackingConfig
-from pipeline.tracking.server_answers import listed_addresses
+from pipeline.tracking.untrusted_server import listed_addresses
 from pipeline.training.data import Samples, open_samples
 from pipeline.training.schedules import step_context
 from pipeline.training.zero3 import require_precision

@@ -21,7 +21,7 @@ from pipeline.driver.monitor import NOT_REMOVED, RunMonitor
 from pipeline.driver.preflight import PreparedRun
 from pipeline.driver.system_metrics import SystemMetrics
 from pipeline.errors import failing
-from pipeline.planner.meta_step import training_flops
+from pipeline.planner.meta_pass import training_flops
 from pipeline.run import layout
 from pipeline.run.evaluation_summary import EvaluationSummary, local_path, report
 from pipeline.run.ray_job import submission_tags

@@ -13,7 +13,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import PipelineError
 from pipeline.planner import memory as budget
 from pipeline.planner.memory import Component, Setting, Traffic, Weights
-from pipeline.planner.meta_step import Rehearsal, rehearse, training_flops
+from pipeline.planner.meta_pass import MetaPass, run_meta_pass, training_flops
 from pipeline.planner.step_time import (
     LOOKAHEAD_BYTES,
     MANIFOLD_WORK,
@@ -39,7 +39,7 @@ class Estimate:
         weights: parameters.
         components: memory of the rank that needs most.
         host: bytes of host memory of one rank, by name; the export is rank 0's alone.
-        rehearsal: one micro-batch.
+        meta_pass: one micro-batch.
         sent: bytes of a rank and step.
         time: of a step.
         device: where.
@@ -54,7 +54,7 @@ class Estimate:
     weights: Weights
     components: tuple[Component, ...]
     host: dict[str, int]
-    rehearsal: Rehearsal
+    meta_pass: MetaPass
     sent: Traffic
     time: StepTime
     device: Device
@@ -101,12 +101,12 @@ class Estimate:
         return self.ranks * self.counts.total_steps * self.time.total / 3600
 
 
-def _rehearsed(config: RunConfig, micro_batch: int) -> Rehearsal:
+def _meta_pass(config: RunConfig, micro_batch: int) -> MetaPass:
     try:
-        return rehearse(config, micro_batch=micro_batch)
+        return run_meta_pass(config, micro_batch=micro_batch)
     except (NotImplementedError, RuntimeError) as error:
         raise PipelineError(
-            f"a network of kind {config.model.kind!r} cannot be rehearsed without a device: {error}"
+            f"a network of kind {config.model.kind!r} cannot run on the meta device: {error}"
         ) from error
 
 
@@ -158,7 +158,7 @@ def setting_of(
     )
 
 
-def memory(weights: Weights, setting: Setting, seen: Rehearsal) -> tuple[Component, ...]:
+def memory(weights: Weights, setting: Setting, seen: MetaPass) -> tuple[Component, ...]:
     """Device memory of the rank that needs most, by component."""
     return (
         *budget.persistent(weights, setting),
@@ -183,14 +183,14 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
         images: samples of an epoch.
 
     Raises:
-        PipelineError: the batch does not split over the ranks; the network cannot be rehearsed.
+        PipelineError: the batch does not split over the ranks; the network has no meta pass.
     """
     counts = make_step_schedule(config.train, config.checkpoint, samples=images, world_size=ranks)
     weights, largest = weights_of(config)
     config = with_increment(config, weights, device.name)
     setting = setting_of(config, weights, largest=largest, ranks=ranks, device=device.name)
     optim, accumulation = config.optim, config.train.accumulation
-    seen = _rehearsed(config, counts.micro_batch)
+    seen = _meta_pass(config, counts.micro_batch)
     sent = budget.traffic(
         weights,
         setting,
@@ -204,7 +204,7 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
         weights=weights,
         components=memory(weights, setting, seen),
         host=_host(config, weights, setting),
-        rehearsal=seen,
+        meta_pass=seen,
         sent=sent,
         time=step_time(
             device,
@@ -274,26 +274,26 @@ def recomputed_blocks(
         All, if that is not enough either.
 
     Raises:
-        PipelineError: the network cannot be rehearsed.
+        PipelineError: the network has no meta pass.
     """
     weights, largest = weights_of(config)
     config = with_increment(config, weights, device)
     setting = setting_of(config, weights, largest=largest, ranks=ranks, device=device)
 
-    def rehearsed(blocks: int) -> Rehearsal:
+    def with_recomputed(blocks: int) -> MetaPass:
         train = dataclasses.replace(config.train, activation_checkpointing=blocks)
-        return _rehearsed(dataclasses.replace(config, train=train), micro_batch)
+        return _meta_pass(dataclasses.replace(config, train=train), micro_batch)
 
-    def fits(seen: Rehearsal) -> bool:
+    def fits(seen: MetaPass) -> bool:
         return budget.peak(memory(weights, setting, seen)) <= room
 
-    kept = rehearsed(0)
+    kept = with_recomputed(0)
     if fits(kept):
         return 0
     too_few, found = 0, kept.blocks
     while found - too_few > 1:
         middle = (too_few + found) // 2
-        if fits(rehearsed(middle)):
+        if fits(with_recomputed(middle)):
             found = middle
         else:
             too_few = middle

@@ -151,8 +151,8 @@ def passes(weights: Weights, setting: Setting, *, activations: int, pinned: int)
     Args:
         weights: the network.
         setting: the rank.
-        activations: bytes of `Rehearsal.activation_bytes`.
-        pinned: bytes of `Rehearsal.pinned_weight_bytes`.
+        activations: bytes of `MetaPass.activation_bytes`.
+        pinned: bytes of `MetaPass.pinned_weight_bytes`.
     """
     # A single rank uses its partition as it lies.
     many = setting.ranks > 1

@@ -41,7 +41,7 @@ TANGENT_BYTES = {"full": 0, "tf32": 64, "bf16": 12}
 `optim.gradient trivialized` it is not rounded, and one product less."""
 SLICE_BYTES, LOOKAHEAD_BYTES = 76, 24
 """Read and written per element of a rank's slices, and with Lookahead more. All of these are
-counted on a step, and `tests/gpu_rehearsal/test_step.py` counts them again."""
+counted on a step, and `tests/fake_gpu/test_step.py` counts them again."""
 _BEST_SHARES = {"H100": 0.803, "H200": 0.803, "A100": 0.869}
 """Of the data sheet's bf16, what the best shape of a product reaches, as measured:
 github.com/stas00/ml-engineering, compute/accelerator, maximum achievable matmul FLOPS."""

@@ -30,7 +30,7 @@ from data_shards.untrusted.limits import require
 from pipeline.run.ray_job import default_storage
 from pipeline.tracking.relocation import SQLITE, relocate
 from pipeline.tracking.relocation import location as artifact_location
-from pipeline.tracking.server_answers import (
+from pipeline.tracking.untrusted_server import (
     bound_answers,
     listed_addresses,
     require_address,

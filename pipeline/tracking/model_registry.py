@@ -35,7 +35,7 @@ from pipeline.tracking.client import (
     read_file,
 )
 from pipeline.tracking.relocation import follow
-from pipeline.tracking.server_answers import AddressError
+from pipeline.tracking.untrusted_server import AddressError
 
 _EVIDENCE = "evidence"
 _DIGEST = re.compile("[0-9a-f]{64}")

@@ -101,7 +101,7 @@ def test_what_needs_an_index_says_what_is_not_installed(tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
-def test_the_whole_day_is_rehearsed_on_a_cpu(bare, tmp_path):
+def test_the_whole_day_runs_on_a_cpu(bare, tmp_path):
     done = bare("benchmarks.gpu_day", "run", "--device", "cpu", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "gpu_day.json").read_text())

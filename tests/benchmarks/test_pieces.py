@@ -16,7 +16,7 @@ from optim.config import OptimConfig
 from pipeline.config import ZeroConfig
 from pipeline.errors import PipelineError
 from pipeline.planner.calibration import Measured
-from pipeline.planner.meta_step import LiveBytes
+from pipeline.planner.meta_pass import LiveBytes
 from pipeline.training.worker import build_engine
 from tests.harness import run_ranks
 from tests.pipeline.small_runs import rank_world, small_run

@@ -188,17 +188,17 @@ def test_entry(folder, capsys, synthetic_set):
     verify_main([str(folder), "--workers", "1"])
 
 
-def test_a_set_of_foreign_tars_gets_an_index(tmp_path):
+def test_a_set_of_external_tars_gets_an_index(tmp_path):
     """Pairs of image and .cls under names of another writer."""
     source = digits()
     write_shard_set(source, str(tmp_path / "ours"))
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
+    external = tmp_path / "external"
+    external.mkdir()
     for split in ("train", "test"):
         members = read_members(tmp_path / "ours" / f"{split}-00000.tar")
         renamed = [member(f"img_{split}-{info.name}", data) for info, data in members]
-        write_members(foreign / f"{split}-00000.tar", renamed)
-    index = repair(Store(foreign)).index
+        write_members(external / f"{split}-00000.tar", renamed)
+    index = repair(Store(external)).index
     assert index.image_shape == (1, 8, 8)
     assert 0.15 < index.header.splits["validation"] / index.header.splits["train"] < 0.25
     assert list(verify(index)) == []

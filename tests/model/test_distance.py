@@ -15,7 +15,7 @@ from model.networks.linf.distance import (
     largest,
 )
 from model.networks.linf.sortnet import SortNetConfig
-from pipeline.planner.meta_step import LiveBytes
+from pipeline.planner.meta_pass import LiveBytes
 
 COEFFICIENTS = (0.5, 0.25, 0.15)
 

@@ -19,8 +19,8 @@ from pipeline.tracking.checkpoint_query import Checkpoint, CheckpointQuery
 from pipeline.tracking.client import MlflowConnection, QuoteError, TrackingConfig, quoted
 from pipeline.tracking.model_registry import Registry, RegistryError, Version
 from pipeline.tracking.reader import Reader
-from pipeline.tracking.server_answers import AddressError, AnswerError, require_location
 from pipeline.tracking.spool import Tracker
+from pipeline.tracking.untrusted_server import AddressError, AnswerError, require_location
 from tests.mlflow_database import empty_database
 
 EXPERIMENT = {"experiment": {"experiment_id": "1", "name": "e", "lifecycle_stage": "active"}}

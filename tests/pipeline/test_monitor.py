@@ -17,7 +17,7 @@ from pipeline.driver.evaluations import Evaluations, Splits
 from pipeline.driver.event_log import EventLog
 from pipeline.driver.goodput import UsageMetrics
 from pipeline.driver.monitor import RunMonitor
-from pipeline.planner.meta_step import training_flops
+from pipeline.planner.meta_pass import training_flops
 from pipeline.presets.registry import run_preset
 from pipeline.run.events import (
     CheckpointFailed,

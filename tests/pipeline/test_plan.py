@@ -20,7 +20,7 @@ from pipeline.planner import estimate as estimation
 from pipeline.planner import memory as budget
 from pipeline.planner.calibration import Measured
 from pipeline.planner.estimate import estimate, memory, setting_of, weights_of
-from pipeline.planner.meta_step import LiveBytes, rehearse, training_flops
+from pipeline.planner.meta_pass import LiveBytes, run_meta_pass, training_flops
 from pipeline.planner.step_time import StepTime, device_of
 from pipeline.training.schedules import StepContext
 from tests.harness import run_ranks
@@ -34,18 +34,18 @@ BILLION = ("imagenet-L32W4096", "--optim.retraction", "fast", "--optim.gradient"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def rehearsed_once():
-    """The same pass is not rehearsed again for another number of devices: it takes a second."""
+def one_pass_of_each():
+    """The same pass does not run again for another number of devices: it takes a second."""
     known = {}
 
-    def rehearse_once(config, *, micro_batch):
+    def run_once(config, *, micro_batch):
         asked = config.to_json(), micro_batch
         if asked not in known:
-            known[asked] = rehearse(config, micro_batch=micro_batch)
+            known[asked] = run_meta_pass(config, micro_batch=micro_batch)
         return known[asked]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimation, "rehearse", rehearse_once)
+        patch.setattr(estimation, "run_meta_pass", run_once)
         yield
 
 
@@ -130,7 +130,7 @@ def test_memory_and_traffic_are_those_of_a_real_run(train):
     config = planned_run(2, **train)
     weights, largest = weights_of(config)
     setting = setting_of(config, weights, largest=largest, ranks=2)
-    components = memory(weights, setting, rehearse(config, micro_batch=MICRO))
+    components = memory(weights, setting, run_meta_pass(config, micro_batch=MICRO))
     ranks = run_ranks(observe, 2, train)
     phases = ("forward and backward", "optimizer step", "export")
     for phase in ("always", *phases):
@@ -157,10 +157,10 @@ def test_flops_counted_are_the_least_plus_what_is_folded_and_recomputed():
     least = training_flops(config)
     fold = 3 * 2 * 256**3  # M R^T once forward, two products backward
     images = 8  # more tokens than channels
-    seen = rehearse(config, micro_batch=images)
+    seen = run_meta_pass(config, micro_batch=images)
     assert seen.flops == pytest.approx(images * least + 3 * fold, rel=1e-3)
     assert seen.pinned_weight_bytes == 0  # a block keeps its weights as parameters
-    again = rehearse(planned_run(1, activation_checkpointing="all"), micro_batch=images)
+    again = run_meta_pass(planned_run(1, activation_checkpointing="all"), micro_batch=images)
     assert again.pinned_weight_bytes == 0
     # Of a block's six products one is repeated, and M R^T.
     repeated = 3 * (2 * images * 64 * 256**2 + fold / 3)
@@ -322,18 +322,18 @@ def test_as_few_blocks_are_recomputed_as_fit():
     memory_gb = 0.85 * wide.peak / (1 - budget.RESERVE) / 1e9
     request = parse([*words, "--memory-gb", f"{memory_gb:.2f}"])
     narrow = request.estimate(8)
-    assert wide.rehearsal.recomputed == 0
-    assert 0 < narrow.rehearsal.recomputed < narrow.rehearsal.blocks == 6
+    assert wide.meta_pass.recomputed == 0
+    assert 0 < narrow.meta_pass.recomputed < narrow.meta_pass.blocks == 6
     assert narrow.fits
     assert narrow.peak < wide.peak
     assert narrow.time.passes > wide.time.passes
     # The ranks of a run decide by the same function.
-    train = replace(request.run.train, activation_checkpointing=narrow.rehearsal.recomputed - 1)
+    train = replace(request.run.train, activation_checkpointing=narrow.meta_pass.recomputed - 1)
     fewer = replace(request.run, train=train)
     assert not estimate(fewer, ranks=8, device=narrow.device, images=request.data()[0]).fits
     # Where it is not left to the planner, all are.
     none = parse([*words, f"--memory-gb={memory_gb}", "--train.activation-checkpointing", "none"])
-    assert none.estimate(8).rehearsal.recomputed == 6
+    assert none.estimate(8).meta_pass.recomputed == 6
 
 
 def test_a_sweep_says_where_scaling_ends(capsys):

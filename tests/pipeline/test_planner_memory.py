@@ -8,7 +8,7 @@ import torch
 from optim.collectives import LocalExchange, ProcessGroupExchange
 from optim.zero_layout import plan_rounds
 from pipeline.planner import memory
-from pipeline.planner.meta_step import LiveBytes
+from pipeline.planner.meta_pass import LiveBytes
 from tests.harness import run_ranks
 from tests.optim.emulation import Emulation, Problem
 

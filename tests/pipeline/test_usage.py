@@ -11,7 +11,7 @@ from model.networks.registry import build_network
 from pipeline.config import ClusterConfig, RunConfig
 from pipeline.driver.goodput import UsageMetrics
 from pipeline.driver.system_metrics import SystemMetrics
-from pipeline.planner.meta_step import training_flops
+from pipeline.planner.meta_pass import training_flops
 from pipeline.presets.registry import run_preset
 from pipeline.run.events import Metrics, Started
 from pipeline.training import device_flops

@@ -57,7 +57,7 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class ForeignSample:
+class ExternalSample:
     """One sample that can be used."""
 
     key: str
@@ -81,9 +81,9 @@ class _UnusableError(ShardError):
     """The message is the cause."""
 
 
-def read_foreign(
+def read_external(
     file: HashedFile, size: int, where: str, layout: Layout
-) -> Iterator[ForeignSample | Unusable]:
+) -> Iterator[ExternalSample | Unusable]:
     """Yield what a shard holds, in stored order.
 
     Args:
@@ -120,7 +120,7 @@ def read_foreign(
     yield from _finished(key, parts, layout, seen)
 
 
-def read_adopted(
+def read_indexed(
     index: ShardIndex, shard: Shard, file: HashedFile, size: int
 ) -> Iterator[StoredSample | str]:
     """Yield the samples of a shard of another program that a set's index lists.
@@ -136,7 +136,7 @@ def read_adopted(
         raise ShardError(f"{index.store}: the header does not state {error}") from error
     numbers = {name: number for number, name in enumerate(names or ())}
     listed = {key.decode() for key in index.rows.key}
-    for found in read_foreign(file, size, shard.file, layout):
+    for found in read_external(file, size, shard.file, layout):
         if isinstance(found, Unusable):
             continue
         key = row_key(shard.file, found.key)
@@ -162,7 +162,7 @@ def _is_image(extension: str) -> bool:
 
 def _finished(
     key: str, parts: dict[str, tuple[Member, bytes]], layout: Layout, seen: set[str]
-) -> Iterator[ForeignSample | Unusable]:
+) -> Iterator[ExternalSample | Unusable]:
     if not parts:
         return
     try:
@@ -180,7 +180,7 @@ def _finished(
             raise _UnusableError(f"an image of more than {limits().image_bytes} bytes")
         label = _label(key, parts, layout)
         kind = extension.rpartition(".")[2]
-        yield ForeignSample(key, member.name, kind, member.offset, data, label)
+        yield ExternalSample(key, member.name, kind, member.offset, data, label)
     except _UnusableError as error:
         yield Unusable(next(iter(parts.values()))[0].name, str(error))
 

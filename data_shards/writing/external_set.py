@@ -24,7 +24,7 @@ import xxhash
 
 from data_shards.command_line.progress import ImageProgress
 from data_shards.errors import ShardError
-from data_shards.format.foreign_scan import Layout, Unusable, is_number, read_foreign, row_key
+from data_shards.format.external_scan import Layout, Unusable, is_number, read_external, row_key
 from data_shards.format.image_pixels import decoded_shape, probe_shape
 from data_shards.format.shard_index import (
     HEADER_FILE,
@@ -40,7 +40,7 @@ from data_shards.sources.transcode import Recipe
 from data_shards.storage.store import Store
 from data_shards.writing.index_files import MAX_CLASSES, write_index
 from data_shards.writing.process_pool import Advance, run_tasks
-from data_shards.writing.shard_patterns import ForeignShard
+from data_shards.writing.shard_patterns import ExternalShard
 from data_shards.writing.shard_plan import ShardPlan, StoredSplit, WriteOptions, plan_split
 from data_shards.writing.shard_record import ShardRecord
 from data_shards.writing.unfinished import PROGRESS, claim, or_finished_elsewhere, refuse_other_set
@@ -63,7 +63,7 @@ Shape = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IndexOptions:
-    """How foreign shards are read.
+    """How external shards are read.
 
     Args:
         layout: Where images and labels are.
@@ -117,9 +117,9 @@ class _Scans:
         return Counter(zip(*columns, strict=True))
 
 
-def index_foreign_set(
+def index_external_set(
     root: Store,
-    shards: Sequence[ForeignShard],
+    shards: Sequence[ExternalShard],
     out: Store,
     options: IndexOptions,
     *,
@@ -156,7 +156,7 @@ def index_foreign_set(
 @dataclasses.dataclass(frozen=True)
 class _Run:
     root: Store
-    shards: tuple[ForeignShard, ...]
+    shards: tuple[ExternalShard, ...]
     out: Store
     options: IndexOptions
     workers: int
@@ -343,11 +343,11 @@ class _Run:
         tables: list[pa.Table] = []
         shards: list[Shard] = []
         start = 0  # of a shard's rows among those of all: looking for them would be quadratic
-        for foreign, part in zip(self.shards, parts, strict=True):
+        for external, part in zip(self.shards, parts, strict=True):
             chosen = np.flatnonzero(taken[start : start + len(part.rows)])
             if len(chosen):
                 file = f"train-{len(shards):05d}.tar"
-                at = foreign.name if self.root == self.out else f"{self.root}/{foreign.name}"
+                at = external.name if self.root == self.out else f"{self.root}/{external.name}"
                 shards.append(_shard(len(shards), file, "train", len(chosen), part, at))
                 rows = part.rows.take(pa.array(chosen))
                 tables.append(_rows(rows, source, start + chosen, shards[-1]))
@@ -368,12 +368,14 @@ class _Run:
         )
 
 
-def _scan_shard(root: Store, options: IndexOptions, shard: ForeignShard, advance: Advance) -> bytes:
+def _scan_shard(
+    root: Store, options: IndexOptions, shard: ExternalShard, advance: Advance
+) -> bytes:
     """Read one shard whole; return its rows and what cannot be used."""
     file = HashedFile(root, shard.name, shard.size)
     rows: list[tuple[Any, ...]] = []
     unusable: list[tuple[int, str, str]] = []
-    for found in read_foreign(file, shard.size, f"{root}/{shard.name}", options.layout):
+    for found in read_external(file, shard.size, f"{root}/{shard.name}", options.layout):
         if isinstance(found, Unusable):
             unusable.append((len(rows), f"{shard.name}/{found.name}", found.cause))
             continue

@@ -14,7 +14,7 @@ from webdataset.tariterators import base_plus_ext
 
 from data_shards.config import StreamConfig
 from data_shards.errors import ShardError
-from data_shards.format import foreign_scan
+from data_shards.format import external_scan
 from data_shards.format.shard_index import load_index
 from data_shards.index import main
 from data_shards.storage.store import Store
@@ -23,9 +23,9 @@ from data_shards.streaming.sampler import Cursor
 from data_shards.streaming.stream import SampleStream
 from data_shards.verify import main as verify_main
 from data_shards.verify import verify
-from data_shards.writing import foreign_set, shard_patterns
+from data_shards.writing import external_set, shard_patterns
 from data_shards.writing.write_report import refuse_reported_leaks
-from tests.data_shards.foreign_shards import add, encoded, folders, img2dataset, stock, timm
+from tests.data_shards.external_shards import add, encoded, folders, img2dataset, stock, timm
 from tests.harness import forking_context
 from tests.object_store import upload
 
@@ -112,7 +112,7 @@ def test_what_is_looked_at_grows_with_the_samples_and_not_with_samples_times_sha
         return counted
 
     monkeypatch.setattr(np, "flatnonzero", counting(np.flatnonzero))
-    monkeypatch.setattr(foreign_set, "_rows", counting(foreign_set._rows))
+    monkeypatch.setattr(external_set, "_rows", counting(external_set._rows))
     counts = []
     for shards in (6, 24):
         folder = tmp_path / f"of-{shards}"
@@ -290,7 +290,7 @@ def test_members_that_are_not_sorted_are_said_to_be_so(tmp_path):
 def test_a_name_is_split_as_webdataset_does(name):
     """But hidden files have no key; there they would be samples called like their folder."""
     key, extension = base_plus_ext(name)
-    match = foreign_scan._NAME.fullmatch(name)
+    match = external_scan._NAME.fullmatch(name)
     if key and extension and not key.endswith("/"):
         assert match is not None
         assert match.groups() == (key, extension)
@@ -395,7 +395,7 @@ def test_images_that_train_and_test_share(tmp_path, capsys):
 
 
 def test_a_run_that_was_stopped_goes_on(plain, monkeypatch):
-    scan, read = foreign_set._scan_shard, []
+    scan, read = external_set._scan_shard, []
 
     def stopped(root, options, shard, advance):
         if len(read) == 2:
@@ -403,7 +403,7 @@ def test_a_run_that_was_stopped_goes_on(plain, monkeypatch):
         read.append(shard.name)
         return scan(root, options, shard, advance)
 
-    monkeypatch.setattr(foreign_set, "_scan_shard", stopped)
+    monkeypatch.setattr(external_set, "_scan_shard", stopped)
     with pytest.raises(SystemExit, match="stopped"):
         make(plain, *PLAIN)
     with pytest.raises(SystemExit, match="holds an unfinished set"):
@@ -414,7 +414,7 @@ def test_a_run_that_was_stopped_goes_on(plain, monkeypatch):
         read.append(arguments[2].name)
         return scan(*arguments)
 
-    monkeypatch.setattr(foreign_set, "_scan_shard", counted)
+    monkeypatch.setattr(external_set, "_scan_shard", counted)
     index = make(plain, *PLAIN)
     assert sorted(first + read) == [f"{s}-000{n}.tar" for s in ("test", "train") for n in (0, 1)]
     whole = make(plain, *PLAIN, out=plain.parent / "b")
@@ -425,7 +425,7 @@ def test_a_run_that_was_stopped_goes_on(plain, monkeypatch):
 def index_there(folder, target, killed):
     """Index a folder in a process of its own; `killed`: it dies in its second shard of four."""
     if killed:
-        scan, read = foreign_set._scan_shard, []
+        scan, read = external_set._scan_shard, []
 
         def dying(*arguments):
             read.append(1)
@@ -433,7 +433,7 @@ def index_there(folder, target, killed):
                 os.kill(os.getpid(), signal.SIGKILL)
             return scan(*arguments)
 
-        foreign_set._scan_shard = dying
+        external_set._scan_shard = dying
     make(Path(folder), *PLAIN, out=target)
 
 

@@ -1,7 +1,7 @@
-"""One training step without a device: how many bytes it holds and how many FLOPs it needs.
+"""One forward and backward pass without a device: the bytes that it holds and its FLOPs.
 
 The network lives on torch's meta device, where tensors have shapes and no contents, so a network of
-any size is rehearsed in seconds on any machine.
+any size takes seconds on any machine.
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ def _size(leaf: Any) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rehearsal:
+class MetaPass:
     """What one forward and backward pass over a micro-batch takes, weights left out.
 
     Attributes:
@@ -121,7 +121,7 @@ class Rehearsal:
     recomputed: int
 
 
-def rehearse(config: RunConfig, *, micro_batch: int) -> Rehearsal:
+def run_meta_pass(config: RunConfig, *, micro_batch: int) -> MetaPass:
     """Forward and backward pass of one micro-batch on the meta device.
 
     Args:
@@ -159,7 +159,7 @@ def rehearse(config: RunConfig, *, micro_batch: int) -> Rehearsal:
             loss, _ = objective(images, labels, StepContext(0, 0.0, 1.0, config.loss.eps))
         loss.backward()
     kept = sum(weights[key] for key in pinned)
-    return Rehearsal(
+    return MetaPass(
         activation_bytes=held.peak,
         pinned_weight_bytes=kept,
         flops=counting.get_total_flops(),
@@ -191,7 +191,7 @@ def training_flops(config: RunConfig) -> float | None:
         config, train=dataclasses.replace(config.train, activation_checkpointing="none")
     )
     try:
-        few, more = (rehearse(plain, micro_batch=images).flops for images in (2, 4))
+        few, more = (run_meta_pass(plain, micro_batch=images).flops for images in (2, 4))
     except (NotImplementedError, RuntimeError):  # an operator reads values
         return None
     return (more - few) / 2

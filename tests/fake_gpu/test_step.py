@@ -11,9 +11,9 @@ from optim.config import OptimConfig
 from optim.manifolds import ORTHOGONAL
 from optim.zero3_adam import ShardedManifoldAdam, made_ahead
 from optim.zero_layout import FlatPartition, Slot
-from pipeline.planner.meta_step import MovedBytes
+from pipeline.planner.meta_pass import MovedBytes
 from pipeline.planner.step_time import LOOKAHEAD_BYTES, MANIFOLD_WORK, SLICE_BYTES, TANGENT_BYTES
-from tests.gpu_rehearsal.fake_cuda import CUDA, fake_cuda, fake_ranks
+from tests.fake_gpu.fake_cuda import CUDA, fake_cuda, fake_ranks
 
 WIDTH, MATRICES = 1024, 17
 

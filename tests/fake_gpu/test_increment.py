@@ -6,8 +6,8 @@ import torch
 from optim.collectives import LocalExchange
 from optim.config import OptimConfig
 from pipeline.checkpoint.reader import OPTIONAL_SCALARS
-from tests.gpu_rehearsal.fake_cuda import fake_cuda, fake_ranks
-from tests.gpu_rehearsal.test_step import bound_optimizer
+from tests.fake_gpu.fake_cuda import fake_cuda, fake_ranks
+from tests.fake_gpu.test_step import bound_optimizer
 from tests.optim.emulation import Emulation, Problem
 
 

@@ -18,9 +18,9 @@ from pipeline.checkpoint.export import take_export
 from pipeline.checkpoint.writer import HostMemory, take_snapshot
 from pipeline.presets.registry import run_preset
 from pipeline.run.worker_spec import TrainState
-from tests.gpu_rehearsal.fake_cuda import CUDA, fake_cuda, fake_ranks
-from tests.gpu_rehearsal.test_passes import FAMILIES, on_gpu
-from tests.gpu_rehearsal.test_step import slots
+from tests.fake_gpu.fake_cuda import CUDA, fake_cuda, fake_ranks
+from tests.fake_gpu.test_passes import FAMILIES, on_gpu
+from tests.fake_gpu.test_step import slots
 
 
 def engine_of(network, config, world_size):

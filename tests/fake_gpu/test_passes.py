@@ -10,7 +10,7 @@ from pipeline.presets.registry import run_preset
 from pipeline.training.device_flops import DTYPES
 from pipeline.training.objective import Objective
 from pipeline.training.schedules import StepContext
-from tests.gpu_rehearsal.fake_cuda import CUDA, backward, fake_cuda
+from tests.fake_gpu.fake_cuda import CUDA, backward, fake_cuda
 from tests.repetitions import mostly_slow
 
 FAMILIES = (
