@@ -41,6 +41,6 @@ def comparison_png(group: Sequence[System]) -> bytes:
         cost.annotate(text, (0, place), va="center", fontsize=plot_style.SMALL)
     cost.set_yticks(places, [system.preset for system in group], fontsize=plot_style.SMALL)
     cost.invert_yaxis()
-    cost.set_xlabel("processor seconds of training, mean over the seeds")
+    cost.set_xlabel("processor seconds of training (mean)")
     plot_style.finish(figure, f"{first.samples} samples of {figure_text(first.dataset)}")
     return plot_style.png(figure)
