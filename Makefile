@@ -45,7 +45,7 @@ ui: $(VENV)/run.stamp
 test: $(VENV)/test.stamp lint
 	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
-# The quick part: one process each, no Ray, no servers, no training of several ranks, no pretended
+# The quick part: one process each, no Ray, no servers, no training of several ranks, no fake
 # GPUs; of each parametrised test two cases, others each time (CASES=1000: all). Lint is apart.
 CASES ?= 2
 test-fast: $(VENV)/test.stamp

@@ -29,7 +29,7 @@ def decided(config: RunConfig, world: DistributedContext) -> TrainConfig:
         world: the ranks.
 
     Raises:
-        PipelineError: the network has no meta pass, on every rank.
+        PipelineError: the network cannot run on the meta device, on every rank.
     """
     if config.train.activation_checkpointing != "auto":
         return config.train

@@ -183,7 +183,7 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
         images: samples of an epoch.
 
     Raises:
-        PipelineError: the batch does not split over the ranks; the network has no meta pass.
+        PipelineError: the batch does not split over the ranks; the network cannot run on the meta device.
     """
     counts = make_step_schedule(config.train, config.checkpoint, samples=images, world_size=ranks)
     weights, largest = weights_of(config)
@@ -274,7 +274,7 @@ def recomputed_blocks(
         All, if that is not enough either.
 
     Raises:
-        PipelineError: the network has no meta pass.
+        PipelineError: the network cannot run on the meta device.
     """
     weights, largest = weights_of(config)
     config = with_increment(config, weights, device)
