@@ -183,7 +183,8 @@ def estimate(config: RunConfig, *, ranks: int, device: Device, images: int) -> E
         images: samples of an epoch.
 
     Raises:
-        PipelineError: the batch does not split over the ranks; the network cannot run on the meta device.
+        PipelineError: the batch does not split over the ranks; the network cannot run on the meta
+            device.
     """
     counts = make_step_schedule(config.train, config.checkpoint, samples=images, world_size=ranks)
     weights, largest = weights_of(config)
